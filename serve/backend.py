@@ -1,0 +1,54 @@
+"""The one thing an engine needs from a runtime: a forward pass over rows of a KV cache.
+
+Two runtimes implement it: `serve.torch_backend` and `serve.onnx_backend`. Rows are slots of a
+preallocated cache; the engine keeps the running sequences in rows 0..b-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a served model is; answered by GetModels and shown by `tandem ask`."""
+
+    backend: str
+    device: str
+    precision: str
+    num_parameters: int
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+
+
+class Backend(Protocol):
+    """A model with `max_num_seqs` rows of KV cache, each `max_model_len` tokens long."""
+
+    info: ModelInfo
+
+    def forward(
+        self,
+        first_row: int,
+        new_token_ids: Sequence[Sequence[int]],
+        past_lengths: Sequence[int],
+        logit_indices: Sequence[Sequence[int]] | None = None,
+    ) -> torch.Tensor:
+        """Run new tokens through the model and return next-token logits, `(N, V)` float32.
+
+        Row `first_row + i` holds `past_lengths[i]` cached tokens and receives `new_token_ids[i]`
+        (lengths may differ); their keys and values are stored behind the cached ones.
+        `logit_indices[i]` picks the positions within `new_token_ids[i]` whose logits are
+        returned, row after row; by default the last one of each row. No other logits are
+        computed. The result is valid until the next call.
+        """
+        ...
+
+    def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
+        """Copy the first `length` cached tokens of one row over another row's."""
+        ...

@@ -1,0 +1,416 @@
+"""One thread, one model: schedule, run, sample, until every sequence has one terminal event.
+
+The thread-safe surface is `submit`, `cancel`, `score`, `load` and `stop`; commands cross to the
+engine's thread through one queue and take effect between steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from serve.arbiter import StepArbiter
+from serve.backend import Backend
+from serve.errors import EngineStoppedError, QueueFullError
+from serve.sampling import SampledBatch, sample
+from serve.scheduler import Admission, Scheduler
+from serve.scoring import ScoredCompletion, ScoringJob, ScoringRequest
+from serve.sequence import (
+    Event,
+    EventSink,
+    FinishReason,
+    GenerationRequest,
+    SequenceGroup,
+    TokenEvent,
+    make_sequences,
+)
+from serve.sequence import Sequence as Sample
+
+logger = logging.getLogger(__name__)
+
+# Prompt tokens, padding included, of one prefill step: it delays the running sequences.
+MAX_PREFILL_TOKENS = 1024
+# Tokens of one scoring step: the other model's next token waits for it on a shared device.
+MAX_SCORING_TOKENS = 256
+RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How busy an engine is; `num_waiting` counts queued samples and scoring requests."""
+
+    num_running: int
+    num_waiting: int
+    max_num_seqs: int
+    is_alive: bool
+
+
+class EngineObserver:
+    """Told about every step, on the engine's thread. This one ignores it all; metrics override."""
+
+    def on_step(self, phase: str, batch_size: int, step_s: float, host_s: float) -> None:
+        """A step of `phase` prefill, decode or score ended; `host_s` of it was not the model."""
+
+    def on_first_token(self, ttft_s: float, queue_s: float) -> None:
+        """A sample got its first token `ttft_s` after it arrived, `queue_s` of them waiting."""
+
+    def on_token_interval(self, itl_s: float, count: int) -> None:
+        """`count` samples each got a token `itl_s` after their last one."""
+
+    def on_tokens(self, prompt_tokens: int, generation_tokens: int) -> None:
+        """So many prompt tokens were prefilled, and so many tokens generated."""
+
+    def on_finished(self, finish_reason: FinishReason) -> None:
+        """A sample reached its terminal state."""
+
+
+class Engine:
+    """Serves one model. `priority` orders engines that share an arbiter: lower goes first."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        eos_token_ids: frozenset[int],
+        max_waiting: int = 1024,
+        name: str = "engine",
+        observer: EngineObserver | None = None,
+        arbiter: StepArbiter | None = None,
+        priority: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.info = backend.info
+        self.name = name
+        self.clock = clock
+        self._backend = backend
+        self._eos_token_ids = eos_token_ids
+        self._max_waiting = max_waiting
+        self._observer = observer or EngineObserver()
+        self._arbiter = arbiter
+        self._priority = priority
+        self._scheduler = Scheduler(backend.info.max_num_seqs, MAX_PREFILL_TOKENS)
+        self._scoring: deque[ScoringJob] = deque()
+        self._groups: dict[str, SequenceGroup] = {}
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._admission_lock = threading.Lock()
+        self._num_admitted = 0
+        self._is_stopping = False
+        self._model_s = 0.0
+        self._events: dict[int, tuple[EventSink, list[Event]]] = {}
+        self._scored_last = False
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+
+    # -- the thread-safe surface ------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End everything with SHUTDOWN and wait for the thread; a stopped engine stays stopped."""
+        with self._admission_lock:
+            self._is_stopping = True
+        self._commands.put(lambda: None)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def submit(self, request: GenerationRequest, sink: EventSink) -> None:
+        """Queue a request; `sink` gets its events. Raises QueueFullError, EngineStoppedError."""
+        num_samples = request.sampling.num_samples
+        group = SequenceGroup(request, sink, self.clock(), num_unfinished=num_samples)
+        self._enqueue(num_samples, lambda: self._add_group(group))
+
+    def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        """End a request's unfinished sequences before the next step; unknown ids are ignored."""
+        self._commands.put(lambda: self._cancel_group(request_id, reason))
+
+    def score(self, request: ScoringRequest) -> Future[list[ScoredCompletion]]:
+        """Queue completions for a teacher-forced pass. Raises like `submit`."""
+        job = ScoringJob(request, Future())
+        self._enqueue(1, lambda: self._scoring.append(job))
+        return job.future
+
+    def load(self) -> EngineLoad:
+        num_running = len(self._scheduler.running)
+        return EngineLoad(
+            num_running,
+            max(self._num_admitted - num_running, 0),
+            self.info.max_num_seqs,
+            self._thread.is_alive() and not self._is_stopping,
+        )
+
+    def _enqueue(self, count: int, command: Callable[[], None]) -> None:
+        """Count new work and hand it over, unless the engine stops or the queue is full."""
+        with self._admission_lock:
+            if self._is_stopping:
+                raise EngineStoppedError(f"the {self.name} engine is stopping")
+            if self._num_admitted + count > self._max_waiting + self.info.max_num_seqs:
+                raise QueueFullError(
+                    f"the {self.name} queue holds {self._num_admitted} sequences and takes at "
+                    f"most {self._max_waiting} beyond the {self.info.max_num_seqs} that run",
+                    RETRY_AFTER_S,
+                )
+            self._num_admitted += count
+            self._commands.put(command)
+
+    def _release(self) -> None:
+        with self._admission_lock:
+            self._num_admitted -= 1
+
+    # -- commands, on the engine's thread ---------------------------------------------------
+
+    def _add_group(self, group: SequenceGroup) -> None:
+        self._groups[group.request.request_id] = group
+        self._scheduler.add(make_sequences(group))
+
+    def _cancel_group(self, request_id: str, reason: FinishReason) -> None:
+        group = self._groups.get(request_id)
+        if group is not None:
+            group.is_cancelled = True
+            group.cancel_reason = reason
+        for job in [j for j in self._scoring if j.request.request_id == request_id]:
+            self._scoring.remove(job)
+            self._release()
+            job.future.cancel()
+
+    def _run_commands(self) -> None:
+        """Run what is queued; with nothing else to do, wait for it."""
+        if not self._has_work() and not self._is_stopping:
+            self._commands.get()()
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            command()
+
+    def _has_work(self) -> bool:
+        return bool(self._scheduler.running or self._scheduler.waiting or self._scoring)
+
+    # -- the loop ---------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        torch.set_grad_enabled(False)
+        while not self._is_stopping:
+            self._run_commands()
+            try:
+                self.step()
+            except Exception:
+                # The model failed: everything in flight ends with an error; new work may succeed.
+                logger.exception("the %s engine failed in a step", self.name)
+                self._end_all(FinishReason.ERROR, "the engine failed; see the server's log")
+        self._run_commands()
+        self._end_all(FinishReason.SHUTDOWN, "")
+
+    def step(self) -> None:
+        """End what is over, then run one prefill, decode or scoring pass."""
+        self._end_cancelled_and_expired()
+        if self._scoring and (not self._has_generation() or not self._scored_last):
+            self._scored_last = True
+            self._score()
+        elif admission := self._scheduler.admit():
+            self._scored_last = False
+            self._prefill(admission)
+        elif self._scheduler.running:
+            self._scored_last = False
+            self._decode()
+        self._flush_events()
+
+    def _has_generation(self) -> bool:
+        return bool(self._scheduler.running or self._scheduler.waiting)
+
+    def _prefill(self, admission: Admission) -> None:
+        started_s = self.clock()
+        first_row = len(self._scheduler.running) - len(admission.prefills) - len(admission.forks)
+        sequences = self._scheduler.running[first_row:]
+        for sequence in sequences:
+            sequence.started_s = started_s
+        logits = self._run_prefills(admission, first_row)
+        prefilled_s = self.clock()
+        for sequence in sequences:
+            sequence.prefilled_s = prefilled_s
+        self._observer.on_tokens(
+            sum(len(s.group.request.prompt_token_ids) for s in admission.prefills), 0
+        )
+        self._accept(sequences, logits)
+        self._finish_step("prefill", len(sequences), started_s)
+
+    def _run_prefills(self, admission: Admission, first_row: int) -> torch.Tensor:
+        """Prefill leaders, fork the others from them; returns next-token logits `(B, V)`.
+
+        A fork of a sequence that runs already needs the logits behind the prompt once more: its
+        last prompt token is run again, over the copied cache.
+        """
+        prompts = [s.group.request.prompt_token_ids for s in admission.prefills]
+        parts = []
+        with self._model():
+            if prompts:
+                parts.append(self._backend.forward(first_row, prompts, [0] * len(prompts)).clone())
+            leaders = {id(s): i for i, s in enumerate(admission.prefills)}
+            running = self._scheduler.running
+            for row, (fork, holder) in enumerate(admission.forks, first_row + len(prompts)):
+                prompt = fork.group.request.prompt_token_ids
+                self._backend.copy_kv(running.index(holder), row, len(prompt))
+                if id(holder) in leaders:
+                    parts.append(parts[0][leaders[id(holder)]][None])
+                else:
+                    again = self._backend.forward(row, [prompt[-1:]], [len(prompt) - 1])
+                    parts.append(again.clone())
+        return torch.cat(parts)
+
+    def _decode(self) -> None:
+        started_s = self.clock()
+        sequences = list(self._scheduler.running)
+        with self._model():
+            logits = self._backend.forward(
+                0,
+                [s.token_ids[-1:] for s in sequences],
+                [s.num_cached_tokens for s in sequences],
+            )
+        self._accept(sequences, logits)
+        self._finish_step("decode", len(sequences), started_s)
+
+    def _score(self) -> None:
+        started_s = self.clock()
+        num_running = len(self._scheduler.running)
+        num_free = self.info.max_num_seqs - num_running
+        if num_free == 0:
+            # Scoring borrows free rows; with none, generation goes on until one ends.
+            self._decode()
+            return
+        job = self._scoring[0]
+        with self._model():
+            job.score_chunk(self._backend, num_running, num_free, MAX_SCORING_TOKENS)
+        if job.is_done:
+            self._scoring.popleft()
+            self._release()
+            job.future.set_result(job.scored)
+        self._finish_step("score", 1, started_s)
+
+    def _accept(self, sequences: Sequence[Sample], logits: torch.Tensor) -> None:
+        """Sample a token for each sequence, emit it, and retire the sequences that end."""
+        batch = sample(logits, sequences, self._eos_token_ids)
+        now_s = self.clock()
+        intervals = Counter(now_s - s.last_token_s for s in sequences if s.token_ids)
+        for itl_s, count in intervals.items():
+            self._observer.on_token_interval(itl_s, count)
+        finished = []
+        for row, sequence in enumerate(sequences):
+            error = "" if batch.is_finite[row] else "the model returned non-finite logits"
+            reason: FinishReason | None = FinishReason.ERROR
+            if not error:
+                self._emit_token(sequence, batch, row, now_s)
+                reason = sequence.finish_reason(self._eos_token_ids)
+            if reason is not None:
+                finished.append(sequence)
+                self._emit_finished(sequence, reason, now_s, error)
+        self._observer.on_tokens(0, sum(batch.is_finite))
+        self._retire(finished)
+
+    def _retire(self, finished: list[Sample]) -> None:
+        for move in self._scheduler.retire(finished):
+            self._backend.copy_kv(move.source, move.target, move.length)
+
+    # -- endings ----------------------------------------------------------------------------
+
+    def _end_cancelled_and_expired(self) -> None:
+        now_s = self.clock()
+        endings = {
+            id(group): reason
+            for group in self._groups.values()
+            if (reason := _ending(group, now_s)) is not None
+        }
+        if endings:
+            self._end_groups(endings, now_s)
+        for job in [j for j in self._scoring if _is_past(j.request.deadline_s, now_s)]:
+            self._scoring.remove(job)
+            self._fail(job, TimeoutError("the deadline passed before the scoring pass"))
+
+    def _end_groups(self, endings: dict[int, FinishReason], now_s: float) -> None:
+        running = [s for s in self._scheduler.running if id(s.group) in endings]
+        waiting = self._scheduler.remove_waiting(lambda group: id(group) in endings)
+        self._retire(running)
+        for sequence in (*running, *waiting):
+            self._emit_finished(sequence, endings[id(sequence.group)], now_s, "")
+
+    def _end_all(self, reason: FinishReason, error: str) -> None:
+        now_s = self.clock()
+        ended = [*self._scheduler.running, *self._scheduler.waiting]
+        self._scheduler.running.clear()
+        self._scheduler.waiting.clear()
+        for sequence in ended:
+            self._emit_finished(sequence, reason, now_s, error)
+        while self._scoring:
+            self._fail(self._scoring.popleft(), EngineStoppedError(error or "shutting down"))
+        self._flush_events()
+
+    def _fail(self, job: ScoringJob, error: Exception) -> None:
+        self._release()
+        job.future.set_exception(error)
+
+    # -- events -----------------------------------------------------------------------------
+
+    def _emit_token(self, sequence: Sample, batch: SampledBatch, row: int, now_s: float) -> None:
+        if not sequence.token_ids:
+            sequence.first_token_s = now_s
+            arrival_s = sequence.group.arrival_s
+            self._observer.on_first_token(now_s - arrival_s, sequence.started_s - arrival_s)
+        sequence.last_token_s = now_s
+        token_id, logprob = batch.token_ids[row], batch.logprobs[row]
+        position = len(sequence.token_ids)
+        sequence.append(token_id, logprob)
+        self._emit(
+            sequence.group,
+            TokenEvent(sequence.index, position, token_id, logprob, batch.top_logprobs[row]),
+        )
+
+    def _emit_finished(
+        self, sequence: Sample, reason: FinishReason, now_s: float, error: str
+    ) -> None:
+        group = sequence.group
+        group.num_unfinished -= 1
+        if group.num_unfinished == 0:
+            del self._groups[group.request.request_id]
+        self._release()
+        self._observer.on_finished(reason)
+        self._emit(group, sequence.finished_event(reason, now_s, error))
+
+    def _emit(self, group: SequenceGroup, event: Event) -> None:
+        self._events.setdefault(id(group), (group.sink, []))[1].append(event)
+
+    def _flush_events(self) -> None:
+        events, self._events = self._events, {}
+        for sink, group_events in events.values():
+            sink(group_events)
+
+    # -- timing -----------------------------------------------------------------------------
+
+    @contextmanager
+    def _model(self) -> Iterator[None]:
+        """Run the block as the model's part of a step: in this engine's turn, timed apart."""
+        started_s = self.clock()
+        with self._arbiter.turn(self._priority) if self._arbiter else nullcontext():
+            yield
+        self._model_s = self.clock() - started_s
+
+    def _finish_step(self, phase: str, batch_size: int, started_s: float) -> None:
+        step_s = self.clock() - started_s
+        self._observer.on_step(phase, batch_size, step_s, step_s - self._model_s)
+
+
+def _ending(group: SequenceGroup, now_s: float) -> FinishReason | None:
+    if group.is_cancelled:
+        return group.cancel_reason
+    return FinishReason.DEADLINE if _is_past(group.request.deadline_s, now_s) else None
+
+
+def _is_past(deadline_s: float | None, now_s: float) -> bool:
+    return deadline_s is not None and now_s >= deadline_s

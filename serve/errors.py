@@ -1,0 +1,71 @@
+"""Every error that a caller of the server can cause or meet.
+
+    TandemError
+    ├── InvalidFieldError          a field is out of bounds, missing or contradictory
+    ├── ContextLengthError         prompt + max_tokens exceeds what the model can hold
+    ├── ModelsNotComparableError   a divergence needs two models with the same tokenizer
+    ├── ModelNotLoadedError        the asked role is not served here
+    ├── QueueFullError             more waiting work than the server accepts
+    └── EngineStoppedError         the engine is draining or down
+
+`serve.service` maps them to status codes in one place; nothing below it knows about gRPC.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class TandemError(Exception):
+    """The base of every expected error; its text is safe to show to the client."""
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """One field that was refused: its path in the request, and what is allowed there."""
+
+    field: str
+    description: str
+
+
+class InvalidFieldError(TandemError):
+    """One or more request fields were refused."""
+
+    def __init__(self, *violations: FieldViolation) -> None:
+        assert violations, "an InvalidFieldError names at least one field"
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
+        self.violations = violations
+
+    @classmethod
+    def of(cls, field: str, description: str) -> InvalidFieldError:
+        return cls(FieldViolation(field, description))
+
+
+class ContextLengthError(TandemError):
+    """The prompt and the tokens asked for do not fit into the model's context."""
+
+    def __init__(self, num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
+        super().__init__(
+            f"{num_prompt_tokens} prompt tokens + max_tokens {max_tokens} = "
+            f"{num_prompt_tokens + max_tokens} exceed the context of {max_model_len} tokens"
+        )
+
+
+class ModelsNotComparableError(TandemError):
+    """A divergence was asked for, but there is no second model with the same tokenizer."""
+
+
+class ModelNotLoadedError(TandemError):
+    """The asked role is not served by this server."""
+
+
+class QueueFullError(TandemError):
+    """The waiting queue is full; the request may be sent again after `retry_after_s`."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineStoppedError(TandemError):
+    """The engine is draining or down and takes no new work."""

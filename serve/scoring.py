@@ -1,0 +1,97 @@
+"""Teacher-forced log-probabilities: what a model thinks of tokens that somebody else chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from serve.backend import Backend
+from serve.sampling import token_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringRequest:
+    """Completions of one prompt to be scored at `temperature`; none of them is empty.
+
+    `with_logits` also returns the raw logits of every completion position.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+    temperature: float = 1.0
+    with_logits: bool = False
+    deadline_s: float | None = None
+
+    def __post_init__(self) -> None:
+        assert self.prompt_token_ids and all(self.completions), "nothing to score"
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredCompletion:
+    """Of one completion of T tokens: `logprobs` `(T,)` float64 in nats, at the request's
+    temperature and untruncated; `logits` `(T, V)` float32, raw, only when asked for."""
+
+    logprobs: NDArray[np.float64]
+    logits: NDArray[np.float32] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class ScoringJob:
+    """A scoring request under way: the engine scores one chunk of completions per step."""
+
+    request: ScoringRequest
+    future: Future[list[ScoredCompletion]]
+    scored: list[ScoredCompletion] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.scored) == len(self.request.completions)
+
+    def next_chunk(self, num_rows: int, max_tokens: int) -> Sequence[tuple[int, ...]]:
+        """Return the next completions: at most `num_rows`, and at most `max_tokens` padded."""
+        assert num_rows > 0, "scoring needs a free row"
+        request = self.request
+        rest = request.completions[len(self.scored) : len(self.scored) + num_rows]
+        size, longest = 0, 0
+        for completion in rest:
+            longest = max(longest, len(request.prompt_token_ids) + len(completion))
+            if size and longest * (size + 1) > max_tokens:
+                break
+            size += 1
+        return rest[:size]
+
+    def score_chunk(self, backend: Backend, first_row: int, num_rows: int, max_tokens: int) -> int:
+        """Score the next chunk in cache rows from `first_row` on; returns its real tokens."""
+        chunk = self.next_chunk(num_rows, max_tokens)
+        self.scored += score(backend, first_row, self.request, chunk)
+        return sum(len(self.request.prompt_token_ids) + len(c) for c in chunk)
+
+
+def score(
+    backend: Backend,
+    first_row: int,
+    request: ScoringRequest,
+    completions: Sequence[tuple[int, ...]],
+) -> Iterator[ScoredCompletion]:
+    """Yield the scores of `completions`, computed in one right-padded forward pass.
+
+    The logits that predict completion token t stand at position prompt + t − 1. The last token of
+    a completion is not fed: nothing that is asked for depends on it.
+    """
+    prompt = request.prompt_token_ids
+    rows = [(*prompt, *completion[:-1]) for completion in completions]
+    wanted = [range(len(prompt) - 1, len(row)) for row in rows]
+    logits = backend.forward(first_row, rows, [0] * len(rows), wanted)
+    token_ids = torch.tensor([t for c in completions for t in c], device=logits.device)
+    logprobs = token_logprobs(logits, token_ids, request.temperature)
+    sizes = [len(c) for c in completions]
+    for scored, row_logits in zip(logprobs.split(sizes), logits.split(sizes), strict=True):
+        yield ScoredCompletion(
+            scored.cpu().numpy(), row_logits.cpu().numpy().copy() if request.with_logits else None
+        )
