@@ -52,3 +52,14 @@ class Backend(Protocol):
     def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
         """Copy the first `length` cached tokens of one row over another row's."""
         ...
+
+
+def logit_rows(
+    new_token_ids: Sequence[Sequence[int]],
+    logit_indices: Sequence[Sequence[int]] | None,
+    num_columns: int,
+) -> list[int]:
+    """Return the wanted positions as indices into the flattened, right-padded `(B * T)` batch."""
+    if logit_indices is None:
+        logit_indices = [[len(ids) - 1] for ids in new_token_ids]
+    return [row * num_columns + i for row, wanted in enumerate(logit_indices) for i in wanted]

@@ -23,7 +23,14 @@ from serve.backend import Backend
 from serve.errors import EngineStoppedError, QueueFullError
 from serve.sampling import SampledBatch, sample
 from serve.scheduler import Admission, Scheduler
-from serve.scoring import ScoredCompletion, ScoringJob, ScoringRequest
+from serve.scoring import (
+    ForcedScores,
+    ScoredCompletion,
+    ScoringJob,
+    ScoringRequest,
+    forced_request,
+    scoring_error,
+)
 from serve.sequence import (
     Event,
     EventSink,
@@ -31,6 +38,7 @@ from serve.sequence import (
     GenerationRequest,
     SequenceGroup,
     TokenEvent,
+    make_group,
     make_sequences,
 )
 from serve.sequence import Sequence as Sample
@@ -74,7 +82,11 @@ class EngineObserver:
 
 
 class Engine:
-    """Serves one model. `priority` orders engines that share an arbiter: lower goes first."""
+    """Serves one model.
+
+    `priority` orders engines that share an arbiter: lower goes first. `scores_in_one_pass` False
+    scores by forced decoding (`serve.scoring` says when).
+    """
 
     def __init__(
         self,
@@ -86,6 +98,7 @@ class Engine:
         observer: EngineObserver | None = None,
         arbiter: StepArbiter | None = None,
         priority: int = 0,
+        scores_in_one_pass: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.info = backend.info
@@ -97,6 +110,7 @@ class Engine:
         self._observer = observer or EngineObserver()
         self._arbiter = arbiter
         self._priority = priority
+        self._scores_in_one_pass = scores_in_one_pass
         self._scheduler = Scheduler(backend.info.max_num_seqs, MAX_PREFILL_TOKENS)
         self._scoring: deque[ScoringJob] = deque()
         self._groups: dict[str, SequenceGroup] = {}
@@ -124,16 +138,23 @@ class Engine:
 
     def submit(self, request: GenerationRequest, sink: EventSink) -> None:
         """Queue a request; `sink` gets its events. Raises QueueFullError, EngineStoppedError."""
-        num_samples = request.sampling.num_samples
-        group = SequenceGroup(request, sink, self.clock(), num_unfinished=num_samples)
-        self._enqueue(num_samples, lambda: self._add_group(group))
+        group = make_group(request, sink, self.clock())
+        self._enqueue(request.sampling.num_samples, lambda: self._add_group(group))
 
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """End a request's unfinished sequences before the next step; unknown ids are ignored."""
         self._commands.put(lambda: self._cancel_group(request_id, reason))
 
     def score(self, request: ScoringRequest) -> Future[list[ScoredCompletion]]:
-        """Queue completions for a teacher-forced pass. Raises like `submit`."""
+        """Queue completions for teacher-forced scoring. Raises like `submit`.
+
+        The future fails with TimeoutError past the deadline, with CancelledError when cancelled,
+        and with EngineStoppedError when the engine stops or fails.
+        """
+        if not self._scores_in_one_pass:
+            scores = ForcedScores(len(request.completions))
+            self.submit(forced_request(request), scores.sink)
+            return scores.future
         job = ScoringJob(request, Future())
         self._enqueue(1, lambda: self._scoring.append(job))
         return job.future
@@ -172,14 +193,12 @@ class Engine:
         self._scheduler.add(make_sequences(group))
 
     def _cancel_group(self, request_id: str, reason: FinishReason) -> None:
-        group = self._groups.get(request_id)
-        if group is not None:
-            group.is_cancelled = True
-            group.cancel_reason = reason
+        for key in (request_id, f"score:{request_id}"):
+            if group := self._groups.get(key):
+                group.cancel_reason = reason
         for job in [j for j in self._scoring if j.request.request_id == request_id]:
             self._scoring.remove(job)
-            self._release()
-            job.future.cancel()
+            self._fail(job, scoring_error(reason, ""))
 
     def _run_commands(self) -> None:
         """Run what is queued; with nothing else to do, wait for it."""
@@ -237,34 +256,25 @@ class Engine:
         prefilled_s = self.clock()
         for sequence in sequences:
             sequence.prefilled_s = prefilled_s
-        self._observer.on_tokens(
-            sum(len(s.group.request.prompt_token_ids) for s in admission.prefills), 0
-        )
+        prefilled = [s.group for s in admission.prefills if not s.group.is_scoring]
+        self._observer.on_tokens(sum(len(g.request.prompt_token_ids) for g in prefilled), 0)
         self._accept(sequences, logits)
         self._finish_step("prefill", len(sequences), started_s)
 
     def _run_prefills(self, admission: Admission, first_row: int) -> torch.Tensor:
-        """Prefill leaders, fork the others from them; returns next-token logits `(B, V)`.
-
-        A fork of a sequence that runs already needs the logits behind the prompt once more: its
-        last prompt token is run again, over the copied cache.
-        """
-        prompts = [s.group.request.prompt_token_ids for s in admission.prefills]
-        parts = []
+        """Prefill leaders, fork the others from them; returns next-token logits `(B, V)`."""
+        leaders = [s.group for s in admission.prefills]
+        running = self._scheduler.running
         with self._model():
-            if prompts:
-                parts.append(self._backend.forward(first_row, prompts, [0] * len(prompts)).clone())
-            leaders = {id(s): i for i, s in enumerate(admission.prefills)}
-            running = self._scheduler.running
-            for row, (fork, holder) in enumerate(admission.forks, first_row + len(prompts)):
-                prompt = fork.group.request.prompt_token_ids
-                self._backend.copy_kv(running.index(holder), row, len(prompt))
-                if id(holder) in leaders:
-                    parts.append(parts[0][leaders[id(holder)]][None])
-                else:
-                    again = self._backend.forward(row, [prompt[-1:]], [len(prompt) - 1])
-                    parts.append(again.clone())
-        return torch.cat(parts)
+            if leaders:
+                prompts = [group.request.prompt_token_ids for group in leaders]
+                logits = self._backend.forward(first_row, prompts, [0] * len(prompts))
+                for group, row_logits in zip(leaders, logits, strict=True):
+                    group.prompt_logits = row_logits.clone()
+            for row, (fork, holder) in enumerate(admission.forks, first_row + len(leaders)):
+                num_prompt_tokens = len(fork.group.request.prompt_token_ids)
+                self._backend.copy_kv(running.index(holder), row, num_prompt_tokens)
+        return torch.stack([_first_logits(s.group) for s in running[first_row:]])
 
     def _decode(self) -> None:
         started_s = self.clock()
@@ -299,21 +309,32 @@ class Engine:
         """Sample a token for each sequence, emit it, and retire the sequences that end."""
         batch = sample(logits, sequences, self._eos_token_ids)
         now_s = self.clock()
-        intervals = Counter(now_s - s.last_token_s for s in sequences if s.token_ids)
-        for itl_s, count in intervals.items():
-            self._observer.on_token_interval(itl_s, count)
+        self._observe_tokens(sequences, now_s)
         finished = []
         for row, sequence in enumerate(sequences):
             error = "" if batch.is_finite[row] else "the model returned non-finite logits"
             reason: FinishReason | None = FinishReason.ERROR
             if not error:
+                if sequence.group.request.keep_logits:
+                    sequence.logits.append(logits[row].cpu().clone())
                 self._emit_token(sequence, batch, row, now_s)
                 reason = sequence.finish_reason(self._eos_token_ids)
             if reason is not None:
                 finished.append(sequence)
                 self._emit_finished(sequence, reason, now_s, error)
-        self._observer.on_tokens(0, sum(batch.is_finite))
         self._retire(finished)
+
+    def _observe_tokens(self, sequences: Sequence[Sample], now_s: float) -> None:
+        """Report the tokens that are being emitted at `now_s`; scoring emits none."""
+        samples = [s for s in sequences if not s.group.is_scoring]
+        self._observer.on_tokens(0, len(samples))
+        for sequence in samples:
+            if not sequence.token_ids:
+                arrival_s = sequence.group.arrival_s
+                self._observer.on_first_token(now_s - arrival_s, sequence.started_s - arrival_s)
+        intervals = Counter(now_s - s.last_token_s for s in samples if s.token_ids)
+        for itl_s, count in intervals.items():
+            self._observer.on_token_interval(itl_s, count)
 
     def _retire(self, finished: list[Sample]) -> None:
         for move in self._scheduler.retire(finished):
@@ -332,7 +353,7 @@ class Engine:
             self._end_groups(endings, now_s)
         for job in [j for j in self._scoring if _is_past(j.request.deadline_s, now_s)]:
             self._scoring.remove(job)
-            self._fail(job, TimeoutError("the deadline passed before the scoring pass"))
+            self._fail(job, scoring_error(FinishReason.DEADLINE, ""))
 
     def _end_groups(self, endings: dict[int, FinishReason], now_s: float) -> None:
         running = [s for s in self._scheduler.running if id(s.group) in endings]
@@ -349,7 +370,7 @@ class Engine:
         for sequence in ended:
             self._emit_finished(sequence, reason, now_s, error)
         while self._scoring:
-            self._fail(self._scoring.popleft(), EngineStoppedError(error or "shutting down"))
+            self._fail(self._scoring.popleft(), scoring_error(reason, error))
         self._flush_events()
 
     def _fail(self, job: ScoringJob, error: Exception) -> None:
@@ -361,8 +382,6 @@ class Engine:
     def _emit_token(self, sequence: Sample, batch: SampledBatch, row: int, now_s: float) -> None:
         if not sequence.token_ids:
             sequence.first_token_s = now_s
-            arrival_s = sequence.group.arrival_s
-            self._observer.on_first_token(now_s - arrival_s, sequence.started_s - arrival_s)
         sequence.last_token_s = now_s
         token_id, logprob = batch.token_ids[row], batch.logprobs[row]
         position = len(sequence.token_ids)
@@ -380,7 +399,8 @@ class Engine:
         if group.num_unfinished == 0:
             del self._groups[group.request.request_id]
         self._release()
-        self._observer.on_finished(reason)
+        if not group.is_scoring:
+            self._observer.on_finished(reason)
         self._emit(group, sequence.finished_event(reason, now_s, error))
 
     def _emit(self, group: SequenceGroup, event: Event) -> None:
@@ -407,10 +427,20 @@ class Engine:
 
 
 def _ending(group: SequenceGroup, now_s: float) -> FinishReason | None:
-    if group.is_cancelled:
+    if group.cancel_reason is not None:
         return group.cancel_reason
     return FinishReason.DEADLINE if _is_past(group.request.deadline_s, now_s) else None
 
 
 def _is_past(deadline_s: float | None, now_s: float) -> bool:
     return deadline_s is not None and now_s >= deadline_s
+
+
+def _first_logits(group: SequenceGroup) -> torch.Tensor:
+    """Return the logits behind the prompt, `(V,)`, and let go of them with the last sample."""
+    logits = group.prompt_logits
+    assert logits is not None, "a group's first sample is prefilled before the others fork"
+    group.num_unstarted -= 1
+    if group.num_unstarted == 0:
+        group.prompt_logits = None
+    return logits

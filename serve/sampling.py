@@ -67,7 +67,7 @@ def sample(
     processed = _process(logits, sequences, eos_token_ids)
     tempered = _temper(processed, [r.sampling.temperature for r in requests])
     weights, max_logit = _softmax_weights(tempered)
-    token_ids = _draw(weights, tempered, sequences)
+    token_ids = _force(_draw(weights, tempered, sequences), sequences)
 
     if processed is logits and all(_is_on_basis(s) for s in sequences):
         logprobs = _logprobs(tempered, max_logit, weights, token_ids)
@@ -143,6 +143,14 @@ def _draw(
     if any(p.is_greedy for p in samplings):
         is_greedy = torch.tensor([p.is_greedy for p in samplings], device=weights.device)
         drawn = torch.where(is_greedy, tempered.argmax(-1), drawn)
+    return drawn
+
+
+def _force(drawn: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tensor:
+    """Replace the draws of sequences that are being scored by the tokens they are forced to."""
+    for row, sequence in enumerate(sequences):
+        if (forced := sequence.forced_token_ids) is not None:
+            drawn[row] = forced[len(sequence.token_ids)]
     return drawn
 
 

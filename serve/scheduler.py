@@ -27,7 +27,7 @@ class Admission:
     """Sequences that just left the queue, by how their prompt gets into the cache.
 
     `prefills` run through the model, in consecutive rows; `forks` copy the prompt's keys and
-    values from a sequence of the same group that has them.
+    values from the sequence of the same group that is named beside them.
     """
 
     prefills: list[Sequence] = field(default_factory=list)

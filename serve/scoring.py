@@ -1,9 +1,15 @@
-"""Teacher-forced log-probabilities: what a model thinks of tokens that somebody else chose."""
+"""Teacher-forced log-probabilities: what a model thinks of tokens that somebody else chose.
+
+Two ways. One pass over prompt and completion is fast. Where the kernels of a pass and of a decode
+step round differently, and int8 activations blow the difference up to whole nats, the completion
+is decoded token by token instead, forced; then the scores are the bits that decoding would give.
+`measure_path_noise` tells which it is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from serve.backend import Backend
+from serve.errors import EngineStoppedError
 from serve.sampling import token_logprobs
+from serve.sequence import Event, FinishedEvent, FinishReason, GenerationRequest, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +103,66 @@ def score(
         yield ScoredCompletion(
             scored.cpu().numpy(), row_logits.cpu().numpy().copy() if request.with_logits else None
         )
+
+
+def forced_request(request: ScoringRequest) -> GenerationRequest:
+    """Return the request that scores by decoding: greedy sampling, overruled token by token."""
+    return GenerationRequest(
+        request_id=f"score:{request.request_id}",
+        prompt_token_ids=request.prompt_token_ids,
+        sampling=SamplingParams(num_samples=len(request.completions), temperature=0.0),
+        logprob_temperature=request.temperature,
+        deadline_s=request.deadline_s,
+        forced_completions=request.completions,
+        keep_logits=request.with_logits,
+    )
+
+
+class ForcedScores:
+    """Collects the events of a forced request into its future."""
+
+    def __init__(self, num_completions: int) -> None:
+        self.future: Future[list[ScoredCompletion]] = Future()
+        self._scored: dict[int, ScoredCompletion] = {}
+        self._num_completions = num_completions
+
+    def sink(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, FinishedEvent) and not self.future.done():
+                self._add(event)
+
+    def _add(self, event: FinishedEvent) -> None:
+        if event.finish_reason is not FinishReason.LENGTH:
+            self.future.set_exception(scoring_error(event.finish_reason, event.error))
+            return
+        logits = None if event.logits is None else event.logits.numpy()
+        self._scored[event.index] = ScoredCompletion(np.array(event.logprobs), logits)
+        if len(self._scored) == self._num_completions:
+            self.future.set_result([self._scored[i] for i in range(self._num_completions)])
+
+
+def scoring_error(reason: FinishReason, error: str) -> Exception:
+    """Return what a scoring future fails with when the pass ends for `reason`."""
+    if reason is FinishReason.DEADLINE:
+        return TimeoutError("the deadline passed before the scoring was done")
+    if reason is FinishReason.CANCELLED:
+        return CancelledError()
+    return EngineStoppedError(error or "the engine is shutting down")
+
+
+def measure_path_noise(backend: Backend, num_tokens: int = 24) -> float:
+    """Return the largest difference, in nats, between one-pass and decoded log-probabilities.
+
+    A pseudo-random text is scored both ways; 0 means bit for bit the same.
+    """
+    rng = np.random.default_rng(0)
+    text = [int(t) for t in rng.integers(0, backend.info.vocab_size, num_tokens)]
+    half = num_tokens // 2
+    predicted = torch.tensor(text[half:])
+    one_pass = backend.forward(0, [text[:-1]], [0], [range(half - 1, num_tokens - 1)])
+    expected = token_logprobs(one_pass.clone(), predicted.to(one_pass.device), 1.0)
+    steps = [backend.forward(0, [text[:half]], [0]).clone()]
+    for position in range(half, num_tokens - 1):
+        steps.append(backend.forward(0, [[text[position]]], [position]).clone())
+    decoded = token_logprobs(torch.cat(steps), predicted.to(one_pass.device), 1.0)
+    return float((decoded - expected).abs().max())

@@ -9,6 +9,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 class FinishReason(enum.Enum):
@@ -72,6 +76,9 @@ class GenerationRequest:
 
     `logprob_temperature` is the temperature at which log-probabilities are reported (1 = raw).
     `deadline_s` is on the engine's clock; `make_stop_check` builds one check per sequence.
+
+    `forced_completions` turns decoding into scoring: sample i takes these tokens instead of drawn
+    ones and ends behind the last of them; `keep_logits` keeps the raw logits of each position.
     """
 
     request_id: str
@@ -81,9 +88,13 @@ class GenerationRequest:
     num_top_logprobs: int = 0
     deadline_s: float | None = None
     make_stop_check: Callable[[], StopCheck] | None = None
+    forced_completions: tuple[tuple[int, ...], ...] = ()
+    keep_logits: bool = False
 
     def __post_init__(self) -> None:
         assert self.prompt_token_ids, "an empty prompt is refused by the service"
+        assert len(self.forced_completions) in (0, self.sampling.num_samples)
+        assert all(self.forced_completions), "an empty completion has nothing to score"
         assert self.logprob_temperature > 0, self.logprob_temperature
 
 
@@ -118,6 +129,7 @@ class FinishedEvent:
     logprobs: tuple[float, ...]
     timings: Timings
     error: str = ""
+    logits: torch.Tensor | None = None
 
 
 Event = TokenEvent | FinishedEvent
@@ -127,14 +139,22 @@ EventSink = Callable[[list[Event]], None]
 
 @dataclass(slots=True)
 class SequenceGroup:
-    """A request while the engine works on it."""
+    """A request while the engine works on it.
+
+    `prompt_logits`, `(V,)`, are kept from the prefill until every sample has drawn its first token.
+    """
 
     request: GenerationRequest
     sink: EventSink
     arrival_s: float
-    is_cancelled: bool = False
-    cancel_reason: FinishReason = FinishReason.CANCELLED
-    num_unfinished: int = 0
+    num_unfinished: int
+    num_unstarted: int
+    prompt_logits: torch.Tensor | None = None
+    cancel_reason: FinishReason | None = None
+
+    @property
+    def is_scoring(self) -> bool:
+        return bool(self.request.forced_completions)
 
 
 @dataclass(slots=True, eq=False)
@@ -146,10 +166,16 @@ class Sequence:
     stop_check: StopCheck | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
     started_s: float = 0.0
     prefilled_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
+
+    @property
+    def forced_token_ids(self) -> tuple[int, ...] | None:
+        forced = self.group.request.forced_completions
+        return forced[self.index] if forced else None
 
     @property
     def num_cached_tokens(self) -> int:
@@ -162,6 +188,8 @@ class Sequence:
 
     def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Why the sequence ends with the token just appended, or None while it goes on."""
+        if (forced := self.forced_token_ids) is not None:
+            return FinishReason.LENGTH if len(self.token_ids) == len(forced) else None
         sampling = self.group.request.sampling
         newest = self.token_ids[-1]
         if len(self.token_ids) >= sampling.min_tokens:
@@ -177,9 +205,14 @@ class Sequence:
 
     def finished_event(self, reason: FinishReason, now_s: float, error: str = "") -> FinishedEvent:
         return FinishedEvent(
-            self.index, reason, tuple(self.token_ids), tuple(self.logprobs),
-            self._timings(now_s), error,
-        )  # fmt: skip
+            index=self.index,
+            finish_reason=reason,
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs),
+            timings=self._timings(now_s),
+            error=error,
+            logits=_stacked(self.logits),
+        )
 
     def _timings(self, now_s: float) -> Timings:
         arrival_s = self.group.arrival_s
@@ -196,9 +229,22 @@ class Sequence:
         )
 
 
+def make_group(request: GenerationRequest, sink: EventSink, now_s: float) -> SequenceGroup:
+    num_samples = request.sampling.num_samples
+    return SequenceGroup(request, sink, now_s, num_samples, num_samples)
+
+
 def make_sequences(group: SequenceGroup) -> Iterable[Sequence]:
     """Yield the group's sequences, one per sample."""
     request = group.request
     for index in range(request.sampling.num_samples):
         check = request.make_stop_check() if request.make_stop_check else None
         yield Sequence(group, index, check)
+
+
+def _stacked(logits: list[torch.Tensor]) -> torch.Tensor | None:
+    if not logits:
+        return None
+    import torch
+
+    return torch.stack(logits)

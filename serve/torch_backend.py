@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers import AutoModelForCausalLM as AutoModel
 
-from serve.backend import ModelInfo
+from serve.backend import ModelInfo, logit_rows
 from serve.kv_cache import KVCache
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -192,7 +192,7 @@ class TorchBackend:
         hidden = self._decoder(
             input_ids=input_ids, position_ids=slots.positions, use_cache=False, slots=slots
         ).last_hidden_state
-        wanted = flat_indices(new_token_ids, logit_indices, input_ids.shape[1])
+        wanted = logit_rows(new_token_ids, logit_indices, input_ids.shape[1])
         rows = hidden.flatten(0, 1)[torch.tensor(wanted, device=self._device)]
         logits: torch.Tensor = self._head(rows.float())
         return logits
@@ -226,17 +226,6 @@ def check_supported(config: Any) -> None:
             f"model type {config.model_type!r} is not supported; "
             f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-
-
-def flat_indices(
-    new_token_ids: Sequence[Sequence[int]],
-    logit_indices: Sequence[Sequence[int]] | None,
-    num_columns: int,
-) -> list[int]:
-    """Return the wanted positions as indices into the flattened, right-padded `(B * T)` batch."""
-    if logit_indices is None:
-        logit_indices = [[len(ids) - 1] for ids in new_token_ids]
-    return [row * num_columns + i for row, wanted in enumerate(logit_indices) for i in wanted]
 
 
 def _right_padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:

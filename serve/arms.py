@@ -1,0 +1,291 @@
+"""One model's part of a request: draw the samples, then have the other model score them.
+
+An arm runs on the asyncio loop and talks to engines; `serve.service` runs one or two of them and
+turns what they return into messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from serve.comparison import SampleDivergence, compare, compare_exactly, score
+from serve.errors import EngineStoppedError, TandemError
+from serve.routing import Role, ServedModel
+from serve.scoring import ScoringRequest
+from serve.sequence import (
+    Event,
+    FinishedEvent,
+    FinishReason,
+    GenerationRequest,
+    Timings,
+    TokenEvent,
+)
+from serve.specs import GenerationSpec
+from serve.tokenization import CompletionText, StopChecker
+
+logger = logging.getLogger(__name__)
+
+TopLogprobs = tuple[tuple[int, float], ...]
+
+
+class GenerationFailedError(TandemError):
+    """Every sample of the model that was asked ended with an error; the text is the engine's."""
+
+
+class DeadlineError(TandemError):
+    """The deadline passed before any sample ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArmJob:
+    """What an arm does: `model` answers `prompt_token_ids`, `reference`, if any, scores.
+
+    `deadline_s` is on the engines' clock (monotonic).
+    """
+
+    model: ServedModel
+    reference: ServedModel | None
+    spec: GenerationSpec
+    prompt_token_ids: tuple[int, ...]
+    deadline_s: float | None
+
+    def generation_request(self) -> GenerationRequest:
+        spec = self.spec
+        return GenerationRequest(
+            request_id=spec.request_id,
+            prompt_token_ids=self.prompt_token_ids,
+            sampling=spec.sampling,
+            logprob_temperature=spec.logprob_temperature,
+            num_top_logprobs=spec.output.top_logprobs,
+            deadline_s=self.deadline_s,
+            make_stop_check=StopChecker(self.model.tokenizer, spec.stop) if spec.stop else None,
+        )
+
+    def scoring_request(self, completions: tuple[tuple[int, ...], ...]) -> ScoringRequest:
+        return ScoringRequest(
+            request_id=self.spec.request_id,
+            prompt_token_ids=self.prompt_token_ids,
+            completions=completions,
+            temperature=self.spec.logprob_temperature,
+            deadline_s=self.deadline_s,
+        )
+
+
+@dataclass(slots=True)
+class Chunk:
+    """New tokens of sample `index`, from `position` on, and the text that became certain."""
+
+    role: Role
+    index: int
+    position: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    text: str = ""
+
+
+@dataclass(slots=True)
+class SampleResult:
+    """One completion. `error` says why it has none, `divergence_error` why it has no divergence."""
+
+    role: Role
+    index: int
+    finish_reason: FinishReason
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    text: str = ""
+    text_ends: list[int] = field(default_factory=list)
+    timings: Timings = field(default_factory=Timings)
+    error: str = ""
+    divergence: SampleDivergence | None = None
+    divergence_error: str = ""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it ended as it should, and so may be judged."""
+        return self.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+
+
+@dataclass(frozen=True, slots=True)
+class ArmResult:
+    """All samples of one model, by index."""
+
+    role: Role
+    num_prompt_tokens: int
+    samples: list[SampleResult]
+
+    @property
+    def is_complete(self) -> bool:
+        return all(sample.is_complete for sample in self.samples)
+
+
+OnChunk = Callable[[Chunk], None]
+
+
+async def run_arm(job: ArmJob, on_chunk: OnChunk) -> ArmResult:
+    """Draw and score. A failing reference leaves `divergence_error` behind and nothing else.
+
+    Raises:
+        TandemError: the model itself gave nothing: see `_check_any`; or it took no work.
+    """
+    samples = await _Drawing(job, on_chunk).run()
+    _check_any(samples)
+    if job.reference is not None:
+        await _score_samples(job, job.reference, samples)
+    return ArmResult(job.model.role, len(job.prompt_token_ids), samples)
+
+
+async def run_second_arm(job: ArmJob, on_chunk: OnChunk) -> ArmResult:
+    """As `run_arm`, but a failure becomes the samples' `error`: it must not fail the first arm."""
+    try:
+        return await run_arm(job, on_chunk)
+    except Exception as error:  # any failure of this model, told to the client in `error`
+        text = describe_failure(error)
+    role = job.model.role
+    samples = [
+        SampleResult(role, index, FinishReason.ERROR, error=text)
+        for index in range(job.spec.sampling.num_samples)
+    ]
+    return ArmResult(role, len(job.prompt_token_ids), samples)
+
+
+def describe_failure(error: Exception) -> str:
+    """Return a text for the client: an expected error's own, else an id to be found in the log."""
+    if isinstance(error, (TandemError, TimeoutError)):
+        return str(error)
+    error_id = secrets.token_hex(8)
+    logger.error("error id %s", error_id, exc_info=error)
+    return f"internal error; error id {error_id}"
+
+
+def _check_any(samples: list[SampleResult]) -> None:
+    """Raise when all samples ended for one reason that leaves nothing worth returning."""
+    reasons = {sample.finish_reason for sample in samples}
+    if reasons == {FinishReason.ERROR}:
+        raise GenerationFailedError(samples[0].error)
+    if reasons == {FinishReason.DEADLINE}:
+        raise DeadlineError("the deadline passed before any sample ended")
+    if reasons == {FinishReason.SHUTDOWN} and not any(sample.token_ids for sample in samples):
+        raise EngineStoppedError("the server shut down before the first token")
+
+
+class _Drawing:
+    """Submits a job and follows its events until each sample has ended."""
+
+    def __init__(self, job: ArmJob, on_chunk: OnChunk) -> None:
+        self._job = job
+        self._on_chunk = on_chunk
+        num_samples = job.spec.sampling.num_samples
+        self._texts = [
+            CompletionText(job.model.tokenizer, job.spec.stop) for _ in range(num_samples)
+        ]
+        self._released = [""] * num_samples
+        self._text_ends: list[list[int]] = [[] for _ in range(num_samples)]
+        self._top_logprobs: list[list[TopLogprobs]] = [[] for _ in range(num_samples)]
+        self._results: dict[int, SampleResult] = {}
+
+    async def run(self) -> list[SampleResult]:
+        loop = asyncio.get_running_loop()
+        batches: asyncio.Queue[list[Event]] = asyncio.Queue()
+        request, engine = self._job.generation_request(), self._job.model.engine
+
+        def sink(events: list[Event]) -> None:
+            loop.call_soon_threadsafe(batches.put_nowait, events)
+
+        engine.submit(request, sink)
+        try:
+            while len(self._results) < request.sampling.num_samples:
+                self._take(await batches.get())
+        finally:
+            if len(self._results) < request.sampling.num_samples:
+                engine.cancel(request.request_id)
+        return [self._results[index] for index in sorted(self._results)]
+
+    def _take(self, events: list[Event]) -> None:
+        """Pass one step's events on: at most one chunk per sample."""
+        chunks: dict[int, Chunk] = {}
+        for event in events:
+            if isinstance(event, TokenEvent):
+                self._add_token(chunks, event)
+            else:
+                self._finish(chunks, event)
+        for chunk in chunks.values():
+            if chunk.token_ids or chunk.text:
+                self._on_chunk(chunk)
+
+    def _chunk(self, chunks: dict[int, Chunk], index: int, position: int) -> Chunk:
+        return chunks.setdefault(index, Chunk(self._job.model.role, index, position))
+
+    def _add_token(self, chunks: dict[int, Chunk], event: TokenEvent) -> None:
+        chunk = self._chunk(chunks, event.index, event.position)
+        chunk.token_ids.append(event.token_id)
+        chunk.logprobs.append(event.logprob)
+        if self._job.spec.output.top_logprobs:
+            chunk.top_logprobs.append(event.top_logprobs)
+            self._top_logprobs[event.index].append(event.top_logprobs)
+        text = self._texts[event.index]
+        self._release(chunk, text.push([event.token_id]))
+        self._text_ends[event.index].append(text.num_chars)
+
+    def _finish(self, chunks: dict[int, Chunk], event: FinishedEvent) -> None:
+        chunk = self._chunk(chunks, event.index, len(event.token_ids))
+        self._release(chunk, self._texts[event.index].finish())
+        num_chars = len(self._released[event.index])
+        self._results[event.index] = SampleResult(
+            role=self._job.model.role,
+            index=event.index,
+            finish_reason=event.finish_reason,
+            token_ids=event.token_ids,
+            logprobs=event.logprobs,
+            top_logprobs=self._top_logprobs[event.index],
+            text=self._released[event.index],
+            text_ends=[min(end, num_chars) for end in self._text_ends[event.index]],
+            timings=event.timings,
+            error=event.error,
+        )
+
+    def _release(self, chunk: Chunk, text: str) -> None:
+        chunk.text += text
+        self._released[chunk.index] += text
+
+
+async def _score_samples(job: ArmJob, reference: ServedModel, samples: list[SampleResult]) -> None:
+    """Give every sample that has tokens its divergence, or say why it has none."""
+    to_score = [sample for sample in samples if sample.token_ids]
+    if not to_score:
+        return
+    try:
+        request = job.scoring_request(tuple(sample.token_ids for sample in to_score))
+        scored = await score(reference, request)
+    except Exception as error:  # any failure of the reference, told in `divergence_error`
+        text = describe_failure(error)
+        for sample in to_score:
+            sample.divergence_error = text
+        return
+    for sample, completion in zip(to_score, scored, strict=True):
+        await _compare_sample(job, reference, sample, completion.logprobs)
+
+
+async def _compare_sample(
+    job: ArmJob,
+    reference: ServedModel,
+    sample: SampleResult,
+    reference_logprobs: np.ndarray[tuple[int], np.dtype[np.float64]],
+) -> None:
+    try:
+        sample.divergence = compare(
+            sample.role, np.asarray(sample.logprobs), reference.role, reference_logprobs
+        )
+        if job.spec.divergence.exact:
+            request = job.scoring_request((sample.token_ids,))
+            exact = await compare_exactly(job.model, reference, request)
+            sample.divergence = replace(sample.divergence, exact=exact)
+    except Exception as error:  # as above; what is known already stays
+        sample.divergence_error = describe_failure(error)

@@ -1,0 +1,67 @@
+"""What a server is told at its start. Unknown keys and values out of bounds fail there, by name."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Backend = Literal["onnx", "torch"]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class ServeConfig(BaseModel):
+    """The settings of `tandem serve`; its flags are named alike."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bundle: Path
+    teacher: Path | None = Field(
+        default=None, description="folder of the teacher; none: not loaded"
+    )
+    variant: str | None = Field(
+        default=None, description="ONNX variant; none: the bundle's default"
+    )
+    student_backend: Backend = "onnx"
+    teacher_backend: Backend = "torch"
+    teacher_dtype: Dtype = "bfloat16"
+    device: Device = "auto"
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of one step")
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=50051, ge=0, le=65535, description="0 picks a free one")
+    metrics_port: int = Field(default=9464, ge=0, le=65535, description="0 picks a free one")
+    insecure_listen: bool = False
+    ready_file: Path | None = None
+
+    max_num_seqs: int = Field(default=16, ge=1, le=1024)
+    max_model_len: int = Field(default=2048, ge=2)
+    max_waiting: int = Field(default=1024, ge=0, description="samples queued per model")
+    tasks: frozenset[str] = Field(default=frozenset(), description="task labels in metrics")
+    drain_grace_s: float = Field(default=30.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_host(self) -> ServeConfig:
+        if not self.insecure_listen and not _is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host!r} is reachable from outside and nothing is encrypted or "
+                "authenticated; use 127.0.0.1, or say --insecure-listen"
+            )
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    """Say whether only this machine reaches a listener there.
+
+    >>> [_is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example")]
+    [True, True, True, False, False]
+    """
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,117 @@
+"""Which models answer a request, and which one scores the answers.
+
+A fixed policy: AUTO means the student, or the teacher where it alone is loaded. The samples of
+either model are scored by the other one, so the two must share a tokenizer.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from serve.errors import ModelNotLoadedError, ModelsNotComparableError
+from serve.tokenization import Tokenizer
+
+if TYPE_CHECKING:
+    from serve.engine import Engine
+
+
+class Role(enum.Enum):
+    """A model's place in the pair; the value is its label in metrics."""
+
+    STUDENT = "student"
+    TEACHER = "teacher"
+
+    @property
+    def other(self) -> Role:
+        return Role.TEACHER if self is Role.STUDENT else Role.STUDENT
+
+
+class Route(enum.Enum):
+    """Which models a request wants; the value is its label in metrics."""
+
+    STUDENT = "student"
+    TEACHER = "teacher"
+    BOTH = "both"
+    AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """An engine, the tokenizer of its model, and where the model came from."""
+
+    role: Role
+    engine: Engine
+    tokenizer: Tokenizer
+    bundle_id: str = ""
+    manifest_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """The loaded models: one or both."""
+
+    student: ServedModel | None = None
+    teacher: ServedModel | None = None
+
+    @property
+    def loaded(self) -> tuple[ServedModel, ...]:
+        """The loaded models, the student first."""
+        return tuple(model for model in (self.student, self.teacher) if model is not None)
+
+    def get(self, role: Role) -> ServedModel:
+        """Return a model; ModelNotLoadedError when it is not loaded."""
+        for model in self.loaded:
+            if model.role is role:
+                return model
+        names = ", ".join(model.role.value for model in self.loaded)
+        raise ModelNotLoadedError(f"the {role.value} is not loaded here; loaded: {names}")
+
+    def start(self) -> None:
+        for model in self.loaded:
+            model.engine.start()
+
+    def stop(self) -> None:
+        """End everything that runs with SHUTDOWN and wait for the engines' threads."""
+        for model in self.loaded:
+            model.engine.stop()
+
+
+def choose_models(route: Route, engines: Engines) -> tuple[ServedModel, ...]:
+    """Return the models that answer, the student first; ModelNotLoadedError when one is missing."""
+    if route is Route.BOTH:
+        return engines.get(Role.STUDENT), engines.get(Role.TEACHER)
+    if route is Route.AUTO:
+        return engines.loaded[:1]
+    return (engines.get(Role(route.value)),)
+
+
+def resolve_divergence(enabled: bool | None, engines: Engines) -> bool:
+    """Say whether samples are scored by the other model; by default, when both are loaded.
+
+    Raises:
+        ModelsNotComparableError: it is wanted, but impossible with what is loaded.
+    """
+    if enabled is None:
+        enabled = len(engines.loaded) == 2
+    if enabled:
+        check_comparable(engines.loaded)
+    return enabled
+
+
+def check_comparable(models: Sequence[ServedModel]) -> None:
+    """Raise ModelsNotComparableError unless these are two models that share a tokenizer."""
+    if len(models) < 2:
+        raise ModelsNotComparableError(
+            f"a divergence needs two models, this is the {models[0].role.value} alone; "
+            "set divergence.enabled to false"
+        )
+    first, second = models
+    if first.tokenizer.hash != second.tokenizer.hash:
+        raise ModelsNotComparableError(
+            f"the tokenizers differ ({first.role.value} {first.tokenizer.hash}, "
+            f"{second.role.value} {second.tokenizer.hash}), so there is no divergence between the "
+            "models; set divergence.enabled to false"
+        )

@@ -1,0 +1,118 @@
+"""The one place where exceptions become gRPC statuses, with google.rpc details for machines."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import (  # type: ignore[import-untyped]
+    code_pb2,
+    error_details_pb2,
+    status_pb2,
+)
+
+from serve.arms import DeadlineError, GenerationFailedError
+from serve.errors import (
+    ContextLengthError,
+    EngineStoppedError,
+    InvalidFieldError,
+    ModelNotLoadedError,
+    ModelsNotComparableError,
+    QueueFullError,
+)
+from serve.validation import CompletionLengthError, MalformedMessageError
+
+logger = logging.getLogger(__name__)
+
+# A draining server is gone, or replaced, after about this long.
+STOPPED_RETRY_AFTER_S = 1.0
+DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+
+_CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+    (MalformedMessageError, grpc.StatusCode.INVALID_ARGUMENT),
+    (InvalidFieldError, grpc.StatusCode.INVALID_ARGUMENT),
+    (ContextLengthError, grpc.StatusCode.OUT_OF_RANGE),
+    (CompletionLengthError, grpc.StatusCode.OUT_OF_RANGE),
+    (ModelsNotComparableError, grpc.StatusCode.FAILED_PRECONDITION),
+    (ModelNotLoadedError, grpc.StatusCode.NOT_FOUND),
+    (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (EngineStoppedError, grpc.StatusCode.UNAVAILABLE),
+    (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How a call ends: a code, a text that is safe to show, and details."""
+
+    code: grpc.StatusCode
+    message: str
+    details: tuple[Message, ...] = ()
+    retry_after_s: float | None = None
+
+    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        details = list(self.details)
+        metadata: list[tuple[str, str | bytes]] = []
+        if self.retry_after_s is not None:
+            delay = Duration()
+            delay.FromNanoseconds(round(self.retry_after_s * 1e9))
+            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+            metadata.append((PUSHBACK_KEY, str(round(self.retry_after_s * 1e3))))
+        if details:
+            status = status_pb2.Status(
+                code=code_pb2.Code.Value(self.code.name), message=self.message
+            )
+            for detail in details:
+                status.details.add().Pack(detail)
+            metadata.append((DETAILS_KEY, status.SerializeToString()))
+        return tuple(metadata)
+
+
+def status_of(error: Exception) -> Status:
+    """Map an exception; what is not expected is INTERNAL, its traceback in the log alone."""
+    code = next((code for kind, code in _CODES if isinstance(error, kind)), None)
+    if code is None:
+        text = str(error) if isinstance(error, GenerationFailedError) else "internal error"
+        return _internal(text, error)
+    return Status(code, str(error), _violations(error), _retry_after_s(error))
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], status: Status) -> NoReturn:
+    """End the call with a status."""
+    await context.abort(status.code, status.message, status.trailing_metadata())
+
+
+def _internal(text: str, error: Exception) -> Status:
+    error_id = secrets.token_hex(8)
+    logger.error("error id %s", error_id, exc_info=error)
+    return Status(grpc.StatusCode.INTERNAL, f"{text}; error id {error_id}")
+
+
+def _violations(error: Exception) -> tuple[Message, ...]:
+    if isinstance(error, InvalidFieldError):
+        fields = [(v.field, v.description) for v in error.violations]
+    elif isinstance(error, ContextLengthError):
+        fields = [("sampling.max_tokens", str(error))]
+    elif isinstance(error, CompletionLengthError):
+        fields = [(error.field, str(error))]
+    else:
+        return ()
+    field_violation = error_details_pb2.BadRequest.FieldViolation
+    return (
+        error_details_pb2.BadRequest(
+            field_violations=[field_violation(field=f, description=d) for f, d in fields]
+        ),
+    )
+
+
+def _retry_after_s(error: Exception) -> float | None:
+    if isinstance(error, QueueFullError):
+        return error.retry_after_s
+    return STOPPED_RETRY_AFTER_S if isinstance(error, EngineStoppedError) else None

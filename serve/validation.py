@@ -1,0 +1,460 @@
+"""Messages in, checked and complete requests out.
+
+Every bound is in `serve.specs.Limits`. All refused fields of a message are reported together, by
+path. What needs the tokenizer (`tokenize`, `check_context`) comes after what does not.
+"""
+
+from __future__ import annotations
+
+import enum
+import secrets
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from estimators.answers import ANSWER_FORMATS, canonicalise
+from protos.tandem.v1 import inference_pb2 as pb
+from serve.errors import ContextLengthError, FieldViolation, InvalidFieldError, TandemError
+from serve.routing import Role, Route
+from serve.sequence import SamplingParams
+from serve.specs import (
+    OTHER_TASK,
+    Basis,
+    DivergenceSpec,
+    EvaluationSpec,
+    GenerationSpec,
+    Limits,
+    OutputSpec,
+    Prompt,
+    Range,
+    ScoreSpec,
+)
+from serve.tokenization import Tokenizer
+
+AnyMessage = TypeVar("AnyMessage", bound=Message)
+AnyEnum = TypeVar("AnyEnum", bound=enum.Enum)
+
+CHAT_ROLES = ("system", "user", "assistant")
+# Status details travel in HTTP/2 trailers, of which a client takes 8 KiB by default.
+_MAX_VIOLATIONS = 16
+_MAX_SHOWN_CHARS = 60
+_MAX_UINT32 = 2**32 - 1
+
+
+class MalformedMessageError(TandemError):
+    """The bytes received are not a message of the expected type."""
+
+
+class CompletionLengthError(TandemError):
+    """A prompt and a completion to be scored do not fit into the model's context."""
+
+    def __init__(self, index: int, num_tokens: int, max_model_len: int) -> None:
+        self.field = f"completions[{index}]"
+        super().__init__(
+            f"prompt and completion have {num_tokens} tokens, the context takes {max_model_len}"
+        )
+
+
+# From bytes
+
+
+def parse(data: bytes, message_type: type[AnyMessage]) -> AnyMessage:
+    """Parse a request.
+
+    Raises:
+        MalformedMessageError: not a message of this type, or text that is not UTF-8.
+        InvalidFieldError: several members of one oneof were sent, of which a parser keeps the last.
+    """
+    try:
+        message = message_type.FromString(data)
+    except DecodeError:
+        raise MalformedMessageError(
+            f"the request is not a valid {message_type.DESCRIPTOR.full_name}"
+        ) from None
+    _check_oneofs(data, message)
+    return message
+
+
+def _check_oneofs(data: bytes, message: Message) -> None:
+    fields = UnknownFieldSet(Empty.FromString(data))
+    present = {fields[i].field_number for i in range(len(fields))}
+    for oneof in message.DESCRIPTOR.oneofs:
+        given = [field.name for field in oneof.fields if field.number in present]
+        if len(given) > 1:
+            text = f"{' and '.join(given)} are given together; must be exactly one of them"
+            raise InvalidFieldError(*(FieldViolation(name, text) for name in given))
+
+
+# From messages
+
+
+def validate_generate(request: pb.GenerateRequest, limits: Limits) -> GenerationSpec:
+    """Check a Generate request and fill in its defaults; InvalidFieldError names each bad field."""
+    checks = _Checks()
+    route = checks.enum(request, "route", Route, Route.AUTO)
+    return _validate_generation(request, route, limits, checks)
+
+
+def validate_compare(request: pb.CompareRequest, limits: Limits) -> GenerationSpec:
+    """As `validate_generate`; a Compare request has no route, both models answer."""
+    return _validate_generation(request, Route.BOTH, limits, _Checks())
+
+
+def _validate_generation(
+    request: pb.GenerateRequest | pb.CompareRequest, route: Route, limits: Limits, checks: _Checks
+) -> GenerationSpec:
+    sampling = _sampling(request.sampling, limits, checks)
+    spec = GenerationSpec(
+        request_id=_request_id(request.request_id, limits, checks),
+        route=route,
+        prompt=_prompt(request, limits, checks),
+        sampling=sampling,
+        stop=_stop_strings(request.sampling.stop, limits, checks),
+        divergence=_divergence(request.divergence, checks),
+        evaluation=_evaluation(request.evaluation, sampling.num_samples, limits, checks),
+        output=_output(request.output, limits, checks),
+    )
+    checks.raise_if_any()
+    return spec
+
+
+def validate_score(request: pb.ScoreRequest, limits: Limits) -> ScoreSpec:
+    """Check a Score request and fill in its defaults; InvalidFieldError names each bad field."""
+    checks = _Checks()
+    spec = ScoreSpec(
+        request_id=_request_id(request.request_id, limits, checks),
+        prompt=_prompt(request, limits, checks),
+        completions=_completions(request.completions, limits, checks),
+        roles=_roles(request.roles, checks),
+        temperature=checks.number(request, "temperature", limits.scoring_temperature, 1.0),
+        divergence=_divergence(request.divergence, checks),
+    )
+    if spec.divergence.basis is Basis.RAW and spec.temperature != 1.0:
+        checks.refuse("divergence.basis", "BASIS_RAW", f"unset at temperature {spec.temperature}")
+    checks.raise_if_any()
+    return spec
+
+
+# With the tokenizer
+
+
+def tokenize(prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the prompt's token ids, at least one.
+
+    Raises:
+        InvalidFieldError: the text has no tokens, or the chat template refuses the messages.
+    """
+    if prompt.token_ids:
+        return prompt.token_ids
+    token_ids = (
+        tokenizer.encode_chat(prompt.messages) if prompt.messages else tokenizer.encode(prompt.text)
+    )
+    if not token_ids:
+        raise InvalidFieldError.of(
+            "messages" if prompt.messages else "prompt", "has no tokens; must have at least one"
+        )
+    return token_ids
+
+
+def check_context(num_prompt_tokens: int, max_tokens: int, limits: Limits) -> None:
+    """Raise ContextLengthError unless the prompt and its completions fit into the context."""
+    if num_prompt_tokens + max_tokens > limits.max_model_len:
+        raise ContextLengthError(num_prompt_tokens, max_tokens, limits.max_model_len)
+
+
+def tokenize_completions(
+    spec: ScoreSpec, num_prompt_tokens: int, tokenizer: Tokenizer, limits: Limits
+) -> tuple[tuple[int, ...], ...]:
+    """Return the token ids of the completions to score, each at least one.
+
+    Raises:
+        InvalidFieldError: a text has no tokens.
+        CompletionLengthError: prompt and completion exceed the context.
+    """
+    completions = []
+    for index, completion in enumerate(spec.completions):
+        if isinstance(completion, str):
+            completion = tokenizer.encode(completion, is_continuation=True)
+        if not completion:
+            raise InvalidFieldError.of(
+                f"completions[{index}].text", "has no tokens; must have at least one"
+            )
+        num_tokens = num_prompt_tokens + len(completion)
+        if num_tokens > limits.max_model_len:
+            raise CompletionLengthError(index, num_tokens, limits.max_model_len)
+        completions.append(completion)
+    return tuple(completions)
+
+
+# The parts of a request
+
+
+class _Checks:
+    """Collects what is refused, and stands in a default for it so that checking can go on."""
+
+    def __init__(self) -> None:
+        self._violations: list[FieldViolation] = []
+
+    def refuse(self, field: str, value: object, allowed: str) -> None:
+        self._violations.append(FieldViolation(field, f"is {_show(value)}; must be {allowed}"))
+
+    def raise_if_any(self) -> None:
+        if self._violations:
+            raise InvalidFieldError(*self._violations[:_MAX_VIOLATIONS])
+
+    def number(
+        self, message: Message, path: str, allowed: Range, default: Any, note: str = ""
+    ) -> Any:
+        """Return the optional number at the end of `path`, or `default` when it is unset."""
+        name = path.rpartition(".")[2]
+        if not message.HasField(name):
+            return default
+        value = getattr(message, name)
+        if allowed.allows(value):
+            return value
+        self.refuse(path, value, f"{allowed}{note}")
+        return default
+
+    def enum(self, message: Message, path: str, kind: type[AnyEnum], default: AnyEnum) -> AnyEnum:
+        """Return our enum for the message's; both name their members alike, 0 is the default."""
+        field = message.DESCRIPTOR.fields_by_name[path.rpartition(".")[2]]
+        value = getattr(message, field.name)
+        return default if value == 0 else self.enum_value(field, path, value, kind, default)
+
+    def enum_value(
+        self, field: Any, path: str, value: int, kind: type[AnyEnum], default: AnyEnum
+    ) -> AnyEnum:
+        known = {
+            item.number: member
+            for item in field.enum_type.values
+            for member in kind
+            if item.name.endswith(f"_{member.name}")
+        }
+        if value not in known:
+            names = [item.name for item in field.enum_type.values if item.number in known]
+            self.refuse(path, value, f"one of {', '.join(names)}")
+        return known.get(value, default)
+
+    def size(self, field: str, size: int, allowed: Range, unit: str) -> bool:
+        """Say whether a length is allowed, and refuse it if not."""
+        if not allowed.allows(size):
+            self.refuse(field, f"{size} {unit}", f"{allowed} {unit}")
+        return allowed.allows(size)
+
+
+def _show(value: object) -> str:
+    """Return a value as it goes into an error, cut to a length that fits into one.
+
+    >>> _show("x" * 1000)[-12:], _show(float("nan"))
+    ("xxxxxxxxx...", 'nan')
+    """
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."
+
+
+def _request_id(request_id: str, limits: Limits, checks: _Checks) -> str:
+    """Return the id given, or a random one."""
+    if not request_id:
+        return secrets.token_hex(16)
+    is_printable = request_id.isascii() and request_id.isprintable()
+    if len(request_id) > limits.max_request_id_chars or not is_printable:
+        checks.refuse(
+            "request_id",
+            repr(request_id[:_MAX_SHOWN_CHARS]),
+            f"at most {limits.max_request_id_chars} printable ASCII characters",
+        )
+    return request_id
+
+
+def _prompt(request: Any, limits: Limits, checks: _Checks) -> Prompt:
+    match request.WhichOneof("input"):
+        case "prompt":
+            num_bytes = len(request.prompt.encode())
+            checks.size("prompt", num_bytes, Range(1, limits.max_prompt_bytes), "bytes")
+            return Prompt(text=request.prompt)
+        case "messages":
+            return Prompt(messages=_messages(request.messages.messages, limits, checks))
+        case "prompt_token_ids":
+            ids = request.prompt_token_ids.ids
+            return Prompt(token_ids=_token_ids("prompt_token_ids.ids", ids, limits, checks))
+        case _:
+            checks.refuse("prompt", "unset", "given, or else messages or prompt_token_ids")
+            return Prompt()
+
+
+def _messages(
+    messages: Sequence[pb.ChatMessage], limits: Limits, checks: _Checks
+) -> tuple[tuple[str, str], ...]:
+    path = "messages.messages"
+    if not checks.size(path, len(messages), Range(1, limits.max_messages), "messages"):
+        return ()
+    for index, message in enumerate(messages):
+        if message.role not in CHAT_ROLES:
+            checks.refuse(
+                f"{path}[{index}].role", repr(message.role), f"one of {', '.join(CHAT_ROLES)}"
+            )
+    num_bytes = sum(len(message.content.encode()) for message in messages)
+    checks.size(path, num_bytes, Range(0, limits.max_prompt_bytes), "bytes")
+    return tuple((message.role, message.content) for message in messages)
+
+
+def _token_ids(path: str, ids: Sequence[int], limits: Limits, checks: _Checks) -> tuple[int, ...]:
+    """Check ids against the vocabulary, unless they are more than the context holds anyway."""
+    if not ids:
+        checks.refuse(path, "empty", "at least one token id")
+    if len(ids) <= limits.max_model_len:
+        _check_vocabulary(path, ids, limits, checks)
+    return tuple(ids)
+
+
+def _check_vocabulary(path: str, ids: Sequence[int], limits: Limits, checks: _Checks) -> None:
+    for index, token_id in enumerate(ids):
+        if token_id >= limits.vocab_size:
+            checks.refuse(f"{path}[{index}]", token_id, f"below {limits.vocab_size}")
+
+
+def _sampling(params: pb.SamplingParams, limits: Limits, checks: _Checks) -> SamplingParams:
+    default = SamplingParams()
+
+    def number(name: str, allowed: Range, note: str = "") -> Any:
+        return checks.number(params, f"sampling.{name}", allowed, getattr(default, name), note)
+
+    max_tokens = number("max_tokens", Range(1, _MAX_UINT32))
+    return SamplingParams(
+        num_samples=number("num_samples", limits.num_samples),
+        temperature=number("temperature", limits.temperature),
+        top_p=number("top_p", limits.top_p),
+        top_k=number("top_k", Range(0, limits.vocab_size)),
+        min_p=number("min_p", limits.min_p),
+        max_tokens=max_tokens,
+        min_tokens=number("min_tokens", Range(0, max_tokens), " (max_tokens)"),
+        seed=params.seed if params.HasField("seed") else secrets.randbits(64),
+        stop_token_ids=_stop_token_ids(params.stop_token_ids, limits, checks),
+        ignore_eos=params.ignore_eos,
+        repetition_penalty=number("repetition_penalty", limits.repetition_penalty),
+    )
+
+
+def _stop_token_ids(ids: Sequence[int], limits: Limits, checks: _Checks) -> frozenset[int]:
+    path = "sampling.stop_token_ids"
+    if not checks.size(path, len(ids), Range(0, limits.max_stop_token_ids), "ids"):
+        return frozenset()
+    _check_vocabulary(path, ids, limits, checks)
+    return frozenset(ids)
+
+
+def _stop_strings(stop: Sequence[str], limits: Limits, checks: _Checks) -> tuple[str, ...]:
+    if not checks.size("sampling.stop", len(stop), Range(0, limits.max_stop_strings), "strings"):
+        return ()
+    for index, text in enumerate(stop):
+        allowed = Range(1, limits.max_stop_bytes)
+        checks.size(f"sampling.stop[{index}]", len(text.encode()), allowed, "bytes")
+    return tuple(stop)
+
+
+def _divergence(options: pb.DivergenceOptions, checks: _Checks) -> DivergenceSpec:
+    return DivergenceSpec(
+        enabled=options.enabled if options.HasField("enabled") else None,
+        basis=checks.enum(options, "divergence.basis", Basis, Basis.TEMPERED),
+        per_token=options.per_token,
+        exact=options.exact,
+    )
+
+
+def _evaluation(
+    options: pb.EvaluationOptions, num_samples: int, limits: Limits, checks: _Checks
+) -> EvaluationSpec:
+    answer_format = options.answer_format or "none"
+    if answer_format not in ANSWER_FORMATS:
+        checks.refuse(
+            "evaluation.answer_format", repr(answer_format), f"one of {', '.join(ANSWER_FORMATS)}"
+        )
+    elif answer_format == "none" and (options.HasField("reference_answer") or options.pass_at_k):
+        formats = ", ".join(name for name in ANSWER_FORMATS if name != "none")
+        checks.refuse(
+            "evaluation.answer_format",
+            "none",
+            f"one of {formats} with reference_answer or pass_at_k",
+        )
+    task_bytes = len(options.task.encode())
+    checks.size("evaluation.task", task_bytes, Range(0, limits.max_task_bytes), "bytes")
+    return EvaluationSpec(
+        answer_format=answer_format,
+        reference_answer=_reference_answer(options, limits, checks),
+        pass_at_k=_pass_at_k(options.pass_at_k, num_samples, limits, checks),
+        task=options.task if options.task in limits.tasks else OTHER_TASK,
+    )
+
+
+def _reference_answer(options: pb.EvaluationOptions, limits: Limits, checks: _Checks) -> str | None:
+    if not options.HasField("reference_answer"):
+        return None
+    path, answer = "evaluation.reference_answer", options.reference_answer
+    allowed = Range(1, limits.max_reference_bytes)
+    if checks.size(path, len(answer.encode()), allowed, "bytes") and canonicalise(answer) is None:
+        checks.refuse(path, repr(answer), "an answer, not blank")
+    return answer
+
+
+def _pass_at_k(
+    ks: Sequence[int], num_samples: int, limits: Limits, checks: _Checks
+) -> tuple[int, ...]:
+    path = "evaluation.pass_at_k"
+    if not checks.size(path, len(ks), Range(0, limits.max_pass_at_k), "values"):
+        return ()
+    for index, k in enumerate(ks):
+        if not 1 <= k <= num_samples:
+            checks.refuse(f"{path}[{index}]", k, f"1 to {num_samples} (num_samples)")
+    return tuple(sorted(set(ks)))
+
+
+def _output(options: pb.OutputOptions, limits: Limits, checks: _Checks) -> OutputSpec:
+    def flag(name: str) -> bool:
+        return bool(getattr(options, name)) if options.HasField(name) else True
+
+    return OutputSpec(
+        stream=flag("stream"),
+        logprobs=flag("logprobs"),
+        top_logprobs=checks.number(options, "output.top_logprobs", limits.top_logprobs, 0),
+        text=flag("text"),
+    )
+
+
+def _completions(
+    completions: Sequence[pb.Completion], limits: Limits, checks: _Checks
+) -> tuple[str | tuple[int, ...], ...]:
+    allowed = Range(1, limits.max_completions)
+    if not checks.size("completions", len(completions), allowed, "completions"):
+        return ()
+    return tuple(
+        _completion(f"completions[{index}]", completion, limits, checks)
+        for index, completion in enumerate(completions)
+    )
+
+
+def _completion(
+    path: str, completion: pb.Completion, limits: Limits, checks: _Checks
+) -> str | tuple[int, ...]:
+    match completion.WhichOneof("content"):
+        case "text":
+            num_bytes = len(completion.text.encode())
+            checks.size(f"{path}.text", num_bytes, Range(1, limits.max_prompt_bytes), "bytes")
+            return completion.text
+        case "token_ids":
+            return _token_ids(f"{path}.token_ids.ids", completion.token_ids.ids, limits, checks)
+        case _:
+            checks.refuse(path, "empty", "token_ids or text")
+            return ()
+
+
+def _roles(roles: Sequence[int], checks: _Checks) -> tuple[Role, ...]:
+    field = pb.ScoreRequest.DESCRIPTOR.fields_by_name["roles"]
+    if len(set(roles)) < len(roles):
+        checks.refuse("roles", list(roles[:4]), "without repetition")
+    return tuple(
+        checks.enum_value(field, f"roles[{index}]", role, Role, Role.STUDENT)
+        for index, role in enumerate(roles[: len(Role) + 1])
+    )
