@@ -17,6 +17,8 @@ from bundle.errors import UserError
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client, explain
 
+Arms = dict[pb.Role, list[pb.Sample]]
+
 # A token's k3 in nats, up to which it has a style; the last one takes the rest.
 SCALE: tuple[tuple[float, str], ...] = (
     (0.05, ""),
@@ -128,7 +130,7 @@ def style_of(k3: float) -> str:
     return next((style for limit, style in SCALE if k3 < limit), SCALE[-1][1])
 
 
-def _answers(models: pb.GetModelsResponse, arms: dict[int, list[pb.Sample]]) -> Table:
+def _answers(models: pb.GetModelsResponse, arms: Arms) -> Table:
     described = {model.role: _describe(model) for model in models.models}
     table = Table(expand=True, show_lines=True, border_style="dim")
     for role, name in _ROLES.items():
@@ -192,7 +194,7 @@ def _nats(divergence: pb.Divergence) -> str:
     return f"{divergence.k3_mean:.3f}" if divergence.HasField("k3_mean") else "not finite"
 
 
-def _numbers(response: pb.CompareResponse, arms: dict[int, list[pb.Sample]]) -> Table:
+def _numbers(response: pb.CompareResponse, arms: Arms) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("")
     for name in (*_ROLES.values(), "student : teacher"):
@@ -205,7 +207,7 @@ def _numbers(response: pb.CompareResponse, arms: dict[int, list[pb.Sample]]) -> 
 
 
 def _add_latency(table: Table, arms: list[list[pb.Sample]]) -> None:
-    """First token of the first sample, and tokens of all samples per second until the last ended."""
+    """Add the time to the first token, and tokens per second over all samples of a model."""
     ttfts = [min((s.timings.ttft_s for s in arm if s.token_ids), default=0.0) for arm in arms]
     speeds = [_tokens_per_s(arm) for arm in arms]
     table.add_row(

@@ -40,7 +40,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a bundle's student, and its teacher, over gRPC until SIGTERM."""
-    config = _config(**locals())
+    config = _config(**locals())  # the flags are ServeConfig's fields
     from serve import server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
@@ -56,13 +56,12 @@ def _config(**settings: Any) -> Any:
     try:
         return ServeConfig(**settings)
     except ValidationError as error:
-        lines = []
-        for found in error.errors(include_url=False):
-            flag = (
-                f"--{'.'.join(map(str, found['loc']))}: ".replace("_", "-") if found["loc"] else ""
-            )
-            lines.append(f"{flag}{found['msg'].removeprefix('Value error, ')}")
-        raise UserError("; ".join(lines)) from None
+        raise UserError("; ".join(map(_one_line, error.errors(include_url=False)))) from None
+
+
+def _one_line(found: Any) -> str:
+    text: str = found["msg"].removeprefix("Value error, ")
+    return f"--{found['loc'][0].replace('_', '-')}: {text}" if found["loc"] else text
 
 
 def ask(

@@ -83,8 +83,9 @@ class Client:
 
 def violations(error: grpc.RpcError) -> dict[str, str]:
     """Return the refused fields of a call that failed, path → what is wrong; often none."""
-    found = {}
-    for key, value in error.trailing_metadata() or ():
+    found: dict[str, str] = {}
+    metadata: Any = error.trailing_metadata() or ()
+    for key, value in metadata:
         if key != "grpc-status-details-bin":
             continue
         for detail in status_pb2.Status.FromString(value).details:

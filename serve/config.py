@@ -19,12 +19,8 @@ class ServeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bundle: Path
-    teacher: Path | None = Field(
-        default=None, description="folder of the teacher; none: not loaded"
-    )
-    variant: str | None = Field(
-        default=None, description="ONNX variant; none: the bundle's default"
-    )
+    teacher: Path | None = Field(default=None, description="the teacher's folder; none: not loaded")
+    variant: str | None = Field(default=None, description="ONNX graph; none: the bundle's default")
     student_backend: Backend = "onnx"
     teacher_backend: Backend = "torch"
     teacher_dtype: Dtype = "bfloat16"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,7 @@ from serve.specs import GenerationSpec, Limits, ScoreSpec
 from serve.validation import check_context, tokenize, tokenize_completions
 
 OnArm = Callable[[ArmResult], None]
+RunArm = Callable[[ArmJob, OnChunk], Awaitable[ArmResult]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +81,11 @@ class Coordinator:
         """
         with self._admitted(spec.request_id):
             first, *others = await self._jobs(spec, deadline_s)
-            coroutines = [self._run(run_arm(first, on_chunk), spec, on_arm)]
-            for job in others:
-                coroutines.append(self._run(run_second_arm(job, on_chunk), spec, on_arm))
-            async with running(*coroutines) as tasks:
+            arms_to_run = [
+                self._run(run_arm, first, on_chunk, on_arm),
+                *(self._run(run_second_arm, job, on_chunk, on_arm) for job in others),
+            ]
+            async with running(*arms_to_run) as tasks:
                 arms = await asyncio.gather(*tasks)
         agreement = judge(spec.evaluation, arms)
         if agreement is not None:
@@ -139,12 +141,10 @@ class Coordinator:
             jobs.append(ArmJob(model, reference, spec, prompt, deadline_s))
         return jobs
 
-    async def _run(
-        self, arm: Coroutine[Any, Any, ArmResult], spec: GenerationSpec, on_arm: OnArm
-    ) -> ArmResult:
+    async def _run(self, run: RunArm, job: ArmJob, on_chunk: OnChunk, on_arm: OnArm) -> ArmResult:
         started_s = time.monotonic()
-        result = await arm
-        role = result.role.value
+        result = await run(job, on_chunk)
+        role, spec = result.role.value, job.spec
         self._metrics.request_duration.labels(role).observe(time.monotonic() - started_s)
         for sample in result.samples:
             self._metrics.on_divergence(

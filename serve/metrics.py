@@ -31,6 +31,8 @@ _SECONDS = (
     0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0,
 )  # fmt: skip
 _NATS = (-2.0, -1.0, -0.5, -0.2, -0.1, 0.0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+# How often the HTTP thread looks whether it shall stop.
+_POLL_S = 0.1
 _SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
 
@@ -178,7 +180,7 @@ class ServerMetrics:
         divergence_labels = ("estimator", "policy", "task")
         self.divergence_nats = family.histogram(
             "divergence_nats",
-            "Mean divergence of a sample from the other model, nats per token.",
+            "A sample's mean divergence from the other model, nats per token; has no sum.",
             *divergence_labels,
             buckets=_NATS,
         )
@@ -302,7 +304,9 @@ class MetricsServer:
         self._server = make_server(
             host, port, self._answer, ThreadingWSGIServer, handler_class=_QuietHandler
         )
-        self._thread = Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread = Thread(
+            target=self._server.serve_forever, args=(_POLL_S,), name="metrics", daemon=True
+        )
         self.url = f"http://{host}:{self._server.server_port}/metrics"
 
     def start(self) -> None:

@@ -7,18 +7,22 @@ the grace, the rest ends with SHUTDOWN. (`grpc.aio.Server.stop(grace)` alone doe
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import json
 import logging
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_health.v1.health import aio as health  # type: ignore[import-untyped]
 from prometheus_client import CollectorRegistry
 
+from bundle.errors import BundleError, UserError
 from bundle.hashing import hash_file
 from bundle.manifest import MANIFEST_NAME, Manifest
 from bundle.verify import verify_bundle
@@ -34,6 +38,9 @@ from serve.tokenization import Tokenizer
 
 if TYPE_CHECKING:
     from serve.backend import Backend
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 logger = logging.getLogger(__name__)
 
@@ -80,19 +87,18 @@ class Server:
             self._metrics.registry, self.is_healthy, config.host, config.metrics_port
         )
         self.metrics_url = self._metrics_server.url
+        self._metrics.build_info.labels(_version()).set(1)
         for model in self._engines.loaded:
             self._metrics.watch(model)
         self._engines.start()
         await self._server.start()
         self._metrics_server.start()
-        await self._set_health(
-            health_pb2.HealthCheckResponse.SERVING, "liveness", *self._services()
-        )
+        await self._set_health(_SERVING, "liveness", *self._services())
 
     async def stop(self) -> None:
         """Drain, end what is left with SHUTDOWN, and close everything."""
         self._is_draining = True
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING, *self._services())
+        await self._set_health(_NOT_SERVING, *self._services())
         await self._coordinator.drain(self._config.drain_grace_s)
         # Joins the engines' threads, which still hand their last events to this loop.
         await asyncio.to_thread(self._engines.stop)
@@ -110,11 +116,16 @@ class Server:
         models = [f"model.{model.role.value}" for model in self._engines.loaded]
         return ["", "readiness", SERVICE_NAME, *models]
 
-    async def _set_health(
-        self, status: health_pb2.HealthCheckResponse.ServingStatus, *services: str
-    ) -> None:
+    async def _set_health(self, status: int, *services: str) -> None:
         for service in services:
             await self._health.set(service, status)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("tandem")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def limits_of(engines: Engines, config: ServeConfig) -> Limits:
@@ -172,66 +183,66 @@ def build_engines(config: ServeConfig, metrics: ServerMetrics) -> Engines:
 
     Raises:
         BundleError: the bundle is damaged, or `variant` is not in it.
-        RuntimeError: cuda was asked for and is missing.
-        ValueError: a model cannot be served (architecture, context length).
+        UserError: a model cannot be served: device, architecture or context length.
     """
     import torch
 
     manifest = verify_bundle(config.bundle)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = _device(config)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     # On one CPU two engines take turns, the student first; on CUDA the device schedules.
     arbiter = StepArbiter() if device == "cpu" and config.teacher is not None else None
-    student = ServedModel(
-        Role.STUDENT,
-        Engine(
-            _load_student(config, manifest, device),
-            eos_token_ids=read_eos_token_ids(config.bundle / "student"),
+
+    def engine(role: Role, backend: Backend, folder: Path) -> Engine:
+        return Engine(
+            backend,
+            eos_token_ids=read_eos_token_ids(folder),
             max_waiting=config.max_waiting,
-            name=Role.STUDENT.value,
-            observer=metrics.observer(Role.STUDENT),
+            name=role.value,
+            observer=metrics.observer(role),
             arbiter=arbiter,
-            priority=0,
-        ),
-        Tokenizer.load(config.bundle / "student"),
-        bundle_id=config.bundle.resolve().name,
-        manifest_sha256=hash_file(config.bundle / MANIFEST_NAME),
-    )
+            priority=0 if role is Role.STUDENT else 1,
+        )
+
+    folder = config.bundle / "student"
+    tokenizer = Tokenizer.load(folder)
+    with _loading(config.bundle):
+        student = engine(Role.STUDENT, _load_student(config, manifest, device), folder)
+    origin = {
+        "bundle_id": config.bundle.resolve().name,
+        "manifest_sha256": hash_file(config.bundle / MANIFEST_NAME),
+    }
+    served = ServedModel(Role.STUDENT, student, tokenizer, **origin)
     if config.teacher is None:
-        return Engines(student=student)
-    teacher = ServedModel(
-        Role.TEACHER,
-        Engine(
-            _load_teacher(config, config.teacher, device),
-            eos_token_ids=read_eos_token_ids(config.teacher),
-            max_waiting=config.max_waiting,
-            name=Role.TEACHER.value,
-            observer=metrics.observer(Role.TEACHER),
-            arbiter=arbiter,
-            priority=1,
-        ),
-        Tokenizer.load(config.teacher),
-    )
-    return Engines(student, teacher)
+        return Engines(served)
+    with _loading(config.teacher):
+        teacher = engine(
+            Role.TEACHER, _load_teacher(config, config.teacher, device), config.teacher
+        )
+    # One vocabulary, one tokenizer: both models must see the very same prompt.
+    own = Tokenizer.load(config.teacher)
+    shared = tokenizer if own.hash == tokenizer.hash else own
+    return Engines(served, ServedModel(Role.TEACHER, teacher, shared))
 
 
-def _device(config: ServeConfig) -> str:
-    import torch
-
-    if config.device != "auto":
-        return config.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """Say which model a runtime refused; it says why."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot load {folder}: {error}") from error
 
 
 def _load_student(config: ServeConfig, manifest: Manifest, device: str) -> Backend:
-    from bundle.errors import BundleError
-
     if config.student_backend == "torch":
-        return _load_torch(config.bundle / "student", manifest.student.dtype, config, device)
+        return _load_torch(config.bundle / "student", "float32", config, device)
     variant = config.variant or manifest.default_variant
     if variant not in manifest.variants:
-        raise BundleError(f"variant {variant!r} is none of {sorted(manifest.variants)}")
+        raise BundleError(f"variant {variant!r} is none of {', '.join(sorted(manifest.variants))}")
     return _load_onnx(
         config.bundle / "onnx" / variant,
         config,

@@ -10,10 +10,10 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any
 
 import grpc
-from google.protobuf.message import Message
 
 from protos.tandem.v1 import inference_pb2 as pb
 from serve import replies
@@ -59,6 +59,8 @@ class _Call:
         return grpc.StatusCode.CANCELLED
 
 
+_serialize = methodcaller("SerializeToString")
+
 Method = Callable[[_Call, bytes, Context], Awaitable[Any]]
 
 
@@ -83,7 +85,7 @@ class InferenceService:
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
-                rpc: make(self._guard(rpc, method), None, Message.SerializeToString)
+                rpc: make(self._guard(rpc, method), None, _serialize)
                 for rpc, (make, method) in methods.items()
             },
         )

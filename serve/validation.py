@@ -249,7 +249,7 @@ def _show(value: object) -> str:
     """Return a value as it goes into an error, cut to a length that fits into one.
 
     >>> _show("x" * 1000)[-12:], _show(float("nan"))
-    ("xxxxxxxxx...", 'nan')
+    ('xxxxxxxxx...', 'nan')
     """
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."

@@ -1,0 +1,17 @@
+"""The errors whose text is all that a user needs: the command line prints it without a traceback.
+
+UserError
+└── BundleError      a bundle on disk is not what its manifest says
+
+`export` and the commands derive their own expected errors from `UserError`.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """What was given, what is allowed and what to do, in one line that may be shown as it is."""
+
+
+class BundleError(UserError):
+    """A bundle is damaged, incomplete, unsafe or of another schema; the text names the file."""

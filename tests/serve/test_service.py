@@ -1,0 +1,569 @@
+"""The data plane through a real channel, over real engines and fake models."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from google.rpc import error_details_pb2, status_pb2
+
+from protos.tandem.v1 import inference_pb2 as pb
+from serve.client import violations
+from serve.routing import Role
+from serve.sequence import FinishReason
+
+CODE = grpc.StatusCode
+MATH = pb.EvaluationOptions(answer_format="last_number")
+
+
+def failure(call: Callable[[], Any]) -> Any:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value
+
+
+def generate(live: Any, **fields: Any) -> list[pb.GenerateResponse]:
+    return list(live.client.generate(pb.GenerateRequest(**fields)))
+
+
+def completes(events: list[pb.GenerateResponse]) -> list[pb.Sample]:
+    return [event.complete.sample for event in events if event.HasField("complete")]
+
+
+def retry_delay_s(error: Any) -> float:
+    details = status_pb2.Status.FromString(
+        dict(error.trailing_metadata())["grpc-status-details-bin"]
+    ).details
+    info = error_details_pb2.RetryInfo()
+    assert any(detail.Unpack(info) for detail in details)
+    return float(info.retry_delay.ToTimedelta().total_seconds())
+
+
+# Compare
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_k_sums_recompute_from_returned_logprobs(live: Any, temperature: float) -> None:
+    sampling = pb.SamplingParams(num_samples=8, temperature=temperature, max_tokens=20)
+    response = live.client.compare(pb.CompareRequest(prompt="1+1=", sampling=sampling))
+    assert len(response.samples) == 16
+    for sample in response.samples:
+        d = sample.divergence
+        x = np.array(d.reference_logprobs) - np.array(sample.logprobs)
+        assert len(x) == len(sample.token_ids) == d.num_tokens
+        expected = (-x.sum(), (x**2).sum() / 2, (np.expm1(x) - x).sum())
+        np.testing.assert_allclose((d.k1_sum, d.k2_sum, d.k3_sum), expected, atol=1e-5)
+        assert d.k3_mean == pytest.approx(d.k3_sum / d.num_tokens)
+        assert d.policy == sample.role and d.reference == 3 - sample.role
+
+
+def test_samples_are_the_students_by_index_then_the_teachers(live: Any) -> None:
+    sampling = pb.SamplingParams(num_samples=3, max_tokens=4)
+    response = live.client.compare(pb.CompareRequest(prompt="x", sampling=sampling))
+    order = [(sample.role, sample.index) for sample in response.samples]
+    assert order == [(role, i) for role in (pb.ROLE_STUDENT, pb.ROLE_TEACHER) for i in range(3)]
+
+
+def test_returned_seed_repeats_the_run(live: Any) -> None:
+    sampling = pb.SamplingParams(num_samples=4, max_tokens=16)
+    first = live.client.compare(pb.CompareRequest(prompt="x", sampling=sampling))
+    sampling.seed = first.usage.seed
+    again = live.client.compare(pb.CompareRequest(prompt="x", sampling=sampling))
+    assert [list(s.token_ids) for s in again.samples] == [list(s.token_ids) for s in first.samples]
+
+
+def test_both_arms_draw_with_the_same_seed(serving: Any, make_pair: Any) -> None:
+    logits = make_pair().backends[Role.STUDENT].logits
+    with serving(make_pair(logits, logits)) as live:
+        sampling = pb.SamplingParams(num_samples=4, max_tokens=16)
+        response = live.client.compare(pb.CompareRequest(prompt="x", sampling=sampling))
+    student, teacher = response.samples[:4], response.samples[4:]
+    assert [list(s.token_ids) for s in student] == [list(s.token_ids) for s in teacher]
+    assert all(s.divergence.k3_sum == pytest.approx(0, abs=1e-9) for s in response.samples)
+
+
+def test_exact_divergence_is_the_full_vocabulary_kl(live: Any) -> None:
+    request = pb.CompareRequest(
+        prompt="x",
+        sampling=pb.SamplingParams(temperature=0.5, max_tokens=40, seed=1, ignore_eos=True),
+        divergence=pb.DivergenceOptions(exact=True),
+    )
+    sample = live.client.compare(request).samples[0]
+    conditions = [*live.pair.engines.student.tokenizer.encode("x"), *sample.token_ids[:-1]]
+    p, q = (
+        torch.log_softmax(live.pair.backends[role].logits[conditions].double() / 0.5, -1)
+        for role in (Role.STUDENT, Role.TEACHER)
+    )
+    kl = (p.exp() * (p - q)).sum(-1).mean()
+    assert sample.divergence.exact_mean == pytest.approx(float(kl), rel=1e-5)
+    same = (p.argmax(-1) == q.argmax(-1)).double().mean()
+    assert sample.divergence.argmax_agreement == pytest.approx(float(same))
+    acceptance = torch.minimum(p, q).exp().sum(-1).mean()
+    assert sample.divergence.predicted_acceptance == pytest.approx(float(acceptance), rel=1e-5)
+
+
+def test_truncated_sampling_is_marked(live: Any) -> None:
+    for top_k, is_truncated in ((5, True), (0, False)):
+        sampling = pb.SamplingParams(top_k=top_k, max_tokens=4)
+        response = live.client.compare(pb.CompareRequest(prompt="x", sampling=sampling))
+        assert [s.divergence.truncated for s in response.samples] == [is_truncated] * 2
+
+
+def test_greedy_requests_are_reported_raw(live: Any) -> None:
+    sampling = pb.SamplingParams(temperature=0, max_tokens=4)
+    response = live.client.compare(pb.CompareRequest(prompt="x", sampling=sampling))
+    assert {s.divergence.basis for s in response.samples} == {pb.BASIS_RAW}
+
+
+def test_per_token_k3_adds_up(live: Any) -> None:
+    request = pb.CompareRequest(prompt="x", divergence=pb.DivergenceOptions(per_token=True))
+    for sample in live.client.compare(request).samples:
+        divergence = sample.divergence
+        assert sum(divergence.per_token_k3) == pytest.approx(divergence.k3_sum)
+
+
+def test_divergence_is_absent_when_switched_off(live: Any) -> None:
+    request = pb.CompareRequest(prompt="x", divergence=pb.DivergenceOptions(enabled=False))
+    samples = live.client.compare(request).samples
+    assert not any(s.HasField("divergence") or s.divergence_error for s in samples)
+
+
+def test_output_options_leave_parts_out(live: Any) -> None:
+    output = pb.OutputOptions(logprobs=False, text=False, top_logprobs=3)
+    sample = live.client.compare(pb.CompareRequest(prompt="x", output=output)).samples[0]
+    assert (sample.text, list(sample.text_ends), list(sample.logprobs)) == ("", [], [])
+    assert list(sample.divergence.reference_logprobs) == []
+    assert {len(top.entries) for top in sample.top_logprobs} == {3}
+
+
+def test_usage_counts_tokens_of_both_models(live: Any) -> None:
+    sampling = pb.SamplingParams(num_samples=2, max_tokens=8)
+    response = live.client.compare(pb.CompareRequest(prompt="four", sampling=sampling))
+    for usage in response.usage.roles:
+        samples = [s for s in response.samples if s.role == usage.role]
+        assert usage.prompt_tokens == 4
+        assert usage.completion_tokens == sum(len(s.token_ids) for s in samples)
+
+
+def test_gold_answer_judges_both_models(serving: Any, make_pair: Any, continuing_with: Any) -> None:
+    pair = make_pair(continuing_with("3"), continuing_with("4"))
+    evaluation = pb.EvaluationOptions(
+        answer_format="last_number", reference_answer="4.0", pass_at_k=[1, 2]
+    )
+    request = pb.CompareRequest(
+        prompt="2+2?", sampling=pb.SamplingParams(num_samples=2), evaluation=evaluation
+    )
+    with serving(pair) as live:
+        response = live.client.compare(request)
+    assert [(s.answer, s.correct) for s in response.samples] == [("3", False)] * 2 + [
+        ("4", True)
+    ] * 2
+    agreement = response.agreement
+    assert (agreement.student.answer, agreement.teacher.answer) == ("3", "4")
+    assert agreement.HasField("same_answer") and not agreement.same_answer
+    assert dict(agreement.student_pass_at_k) == {1: 0.0, 2: 0.0}
+    assert dict(agreement.teacher_pass_at_k) == {1: 1.0, 2: 1.0}
+    assert agreement.reference_kind == pb.REFERENCE_KIND_GOLD
+
+
+def test_teacher_consensus_stands_in_for_gold(
+    serving: Any, make_pair: Any, continuing_with: Any
+) -> None:
+    evaluation = pb.EvaluationOptions(answer_format="last_number", pass_at_k=[1])
+    with serving(make_pair(continuing_with("4"), continuing_with("4"))) as live:
+        response = live.client.compare(pb.CompareRequest(prompt="?", evaluation=evaluation))
+    assert response.agreement.same_answer
+    assert dict(response.agreement.student_pass_at_k) == {1: 1.0}
+    assert response.agreement.reference_kind == pb.REFERENCE_KIND_TEACHER_CONSENSUS
+    assert not any(sample.HasField("correct") for sample in response.samples)
+
+
+def test_no_majority_of_the_teacher_leaves_no_reference(
+    serving: Any, make_pair: Any, continuing_with: Any
+) -> None:
+    evaluation = pb.EvaluationOptions(answer_format="last_number", pass_at_k=[1])
+    with serving(make_pair(continuing_with("4"), continuing_with("abc"))) as live:
+        agreement = live.client.compare(
+            pb.CompareRequest(prompt="?", evaluation=evaluation)
+        ).agreement
+    assert agreement.teacher.num_valid == 0 and not agreement.teacher.HasField("share")
+    assert not agreement.HasField("same_answer")
+    assert not agreement.student_pass_at_k
+    assert agreement.reference_kind == pb.REFERENCE_KIND_UNSPECIFIED
+
+
+def test_no_agreement_without_an_answer_format(live: Any) -> None:
+    assert not live.client.compare(pb.CompareRequest(prompt="x")).HasField("agreement")
+
+
+# Generate
+
+
+def test_stream_has_tokens_then_completes_then_agreement_then_usage(live: Any) -> None:
+    sampling = pb.SamplingParams(num_samples=3, max_tokens=9)
+    events = generate(live, prompt="x", route=pb.ROUTE_STUDENT, sampling=sampling, evaluation=MATH)
+    kinds = [event.WhichOneof("event") for event in events]
+    num_tokens = kinds.count("tokens")
+    assert num_tokens > 3
+    assert kinds == ["tokens"] * num_tokens + ["complete"] * 3 + ["agreement", "usage"]
+
+
+def test_chunks_add_up_to_the_samples(live: Any) -> None:
+    sampling = pb.SamplingParams(num_samples=4, max_tokens=30, stop=["1 ", "42"])
+    events = generate(live, prompt="x", route=pb.ROUTE_BOTH, sampling=sampling)
+    chunks = [event.tokens for event in events if event.HasField("tokens")]
+    samples = completes(events)
+    assert len(samples) == 8
+    for sample in samples:
+        mine = [c for c in chunks if (c.role, c.index) == (sample.role, sample.index)]
+        assert "".join(c.text for c in mine) == sample.text
+        assert [t for c in mine for t in c.token_ids] == list(sample.token_ids)
+        assert [x for c in mine for x in c.logprobs] == list(sample.logprobs)
+        positions = [c.position for c in mine]
+        assert positions == sorted(set(positions))
+
+
+def test_stop_string_ends_and_is_cut(serving: Any, make_pair: Any, continuing_with: Any) -> None:
+    with serving(make_pair(continuing_with("abc##"[:4]))) as live:
+        sampling = pb.SamplingParams(stop=["c#"])
+        (sample,) = completes(generate(live, prompt="?", sampling=sampling))
+    assert (sample.text, len(sample.token_ids)) == ("ab", 4)
+    assert sample.finish_reason == pb.FINISH_REASON_STOP
+    assert list(sample.text_ends) == [1, 2, 2, 2]
+
+
+def test_without_stream_only_the_final_events_come(live: Any) -> None:
+    events = generate(live, prompt="x", output=pb.OutputOptions(stream=False))
+    assert [event.WhichOneof("event") for event in events] == ["complete", "usage"]
+
+
+def test_auto_lets_the_student_answer_and_the_teacher_score(live: Any) -> None:
+    for route in (pb.ROUTE_UNSPECIFIED, pb.ROUTE_AUTO):
+        (sample,) = completes(generate(live, prompt="x", route=route))
+        assert sample.role == pb.ROLE_STUDENT
+        assert sample.divergence.reference == pb.ROLE_TEACHER
+
+
+def test_teacher_samples_are_scored_by_the_student(live: Any) -> None:
+    (sample,) = completes(generate(live, prompt="x", route=pb.ROUTE_TEACHER))
+    assert sample.role == sample.divergence.policy == pb.ROLE_TEACHER
+    assert sample.divergence.reference == pb.ROLE_STUDENT
+
+
+def test_messages_go_through_the_chat_template(live: Any) -> None:
+    messages = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="Hi")])
+    events = generate(live, messages=messages, sampling=pb.SamplingParams(max_tokens=1))
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    tokenizer = live.pair.engines.student.tokenizer
+    assert events[-1].usage.roles[0].prompt_tokens == len(tokenizer.encode(text))
+
+
+def test_cancelled_stream_frees_its_slots(serving: Any, make_pair: Any) -> None:
+    pair = make_pair(max_model_len=5000)
+    engine = pair.engines.student.engine
+    is_cancelled = threading.Event()
+    pair.metrics.samples.labels("student", "cancelled")  # made before it is watched
+    observer = engine._observer
+    observer.on_finished = lambda reason: is_cancelled.set()
+    with serving(pair) as live:
+        sampling = pb.SamplingParams(max_tokens=4000, ignore_eos=True)
+        stream = live.client.generate(pb.GenerateRequest(prompt="x", sampling=sampling))
+        next(stream)
+        stream.close()
+        assert is_cancelled.wait(10)
+        assert generate(live, prompt="x")[-1].HasField("usage")
+    assert engine.load().num_running == engine.load().num_waiting == 0
+    assert pair.value("requests_total", **labels("Generate", "auto", "CANCELLED")) == 1
+
+
+def test_deadline_ends_a_queued_request(serving: Any, make_pair: Any) -> None:
+    pair = make_pair()
+    with serving(pair) as live:
+        pair.backends[Role.STUDENT].may_run.clear()
+        error = failure(lambda: live.client.compare(pb.CompareRequest(prompt="x"), timeout_s=0.1))
+        assert error.code() is CODE.DEADLINE_EXCEEDED
+        pair.backends[Role.STUDENT].may_run.set()
+        assert generate(live, prompt="x")
+
+
+# Score
+
+
+def test_score_gives_the_logprobs_of_a_sample_back(live: Any) -> None:
+    sampling = pb.SamplingParams(num_samples=2, temperature=0.8, max_tokens=12)
+    response = live.client.compare(pb.CompareRequest(prompt="x", sampling=sampling))
+    sample = response.samples[1]
+    completion = pb.Completion(token_ids=pb.TokenIds(ids=sample.token_ids))
+    scored = live.client.score(
+        pb.ScoreRequest(prompt="x", completions=[completion], temperature=0.8)
+    )
+    student, teacher = scored.scores
+    assert (student.role, teacher.role) == (pb.ROLE_STUDENT, pb.ROLE_TEACHER)
+    np.testing.assert_allclose(student.logprobs, sample.logprobs, atol=1e-3)
+    np.testing.assert_allclose(teacher.logprobs, sample.divergence.reference_logprobs, atol=1e-3)
+    assert student.sum_logprob == pytest.approx(sum(student.logprobs))
+    assert student.divergence.k3_sum == pytest.approx(sample.divergence.k3_sum, abs=1e-5)
+    assert teacher.divergence.policy == pb.ROLE_TEACHER
+
+
+def test_score_takes_text_and_one_role(live: Any) -> None:
+    completions = [pb.Completion(text="ab"), pb.Completion(text="c")]
+    response = live.client.score(
+        pb.ScoreRequest(prompt="x", completions=completions, roles=[pb.ROLE_TEACHER])
+    )
+    assert [(s.role, s.index, len(s.token_ids)) for s in response.scores] == [
+        (pb.ROLE_TEACHER, 0, 2),
+        (pb.ROLE_TEACHER, 1, 1),
+    ]
+    assert not any(score.HasField("divergence") for score in response.scores)
+    assert response.usage.roles[0].completion_tokens == 3
+
+
+def test_score_with_exact_divergence(live: Any) -> None:
+    completions = [pb.Completion(text="ab"), pb.Completion(text="c")]
+    options = pb.DivergenceOptions(exact=True)
+    response = live.client.score(
+        pb.ScoreRequest(prompt="x", completions=completions, divergence=options)
+    )
+    student, teacher = response.scores[:2], response.scores[2:]
+    for one, other in zip(student, teacher, strict=True):
+        assert one.divergence.exact_mean > 0 and other.divergence.exact_mean > 0
+        assert one.divergence.argmax_agreement == other.divergence.argmax_agreement
+
+
+def test_divergence_of_one_scored_role_is_refused(live: Any) -> None:
+    request = pb.ScoreRequest(
+        prompt="x",
+        completions=[pb.Completion(text="a")],
+        roles=[pb.ROLE_STUDENT],
+        divergence=pb.DivergenceOptions(enabled=True),
+    )
+    assert failure(lambda: live.client.score(request)).code() is CODE.FAILED_PRECONDITION
+
+
+def test_completion_over_the_context_is_out_of_range(live: Any) -> None:
+    completion = pb.Completion(text="a" * 256)
+    error = failure(
+        lambda: live.client.score(pb.ScoreRequest(prompt="x", completions=[completion]))
+    )
+    assert error.code() is CODE.OUT_OF_RANGE
+    assert list(violations(error)) == ["completions[0]"]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "path"),
+    [
+        ({"prompt": ""}, CODE.INVALID_ARGUMENT, "prompt"),
+        (
+            {"prompt": "x", "sampling": {"temperature": float("nan")}},
+            CODE.INVALID_ARGUMENT,
+            "sampling.temperature",
+        ),
+        (
+            {"prompt": "x", "evaluation": {"answer_format": "boxed", "pass_at_k": [2]}},
+            CODE.INVALID_ARGUMENT,
+            "evaluation.pass_at_k[0]",
+        ),
+        (
+            {"prompt": "x", "sampling": {"max_tokens": 256}},
+            CODE.OUT_OF_RANGE,
+            "sampling.max_tokens",
+        ),
+        ({"prompt": "x" * 200}, CODE.OUT_OF_RANGE, "sampling.max_tokens"),
+        ({"prompt": "x", "route": 77}, CODE.INVALID_ARGUMENT, "route"),
+        ({"prompt": "x", "divergence": {"basis": 5}}, CODE.INVALID_ARGUMENT, "divergence.basis"),
+        (
+            {"prompt_token_ids": {"ids": [259]}},
+            CODE.INVALID_ARGUMENT,
+            "prompt_token_ids.ids[0]",
+        ),
+    ],
+)
+def test_bad_input_gets_its_status_and_the_server_goes_on(
+    live: Any, fields: dict[str, Any], code: grpc.StatusCode, path: str
+) -> None:
+    error = failure(lambda: generate(live, **fields))
+    assert (error.code(), list(violations(error))) == (code, [path])
+    assert generate(live, prompt="x")[-1].HasField("usage")
+
+
+def raw(live: Any, rpc: str, data: bytes) -> Any:
+    return live.channel.unary_unary(f"/tandem.v1.InferenceService/{rpc}")(data, timeout=10)
+
+
+@pytest.mark.parametrize("rpc", ["Compare", "Score"])
+@pytest.mark.parametrize("data", [b"\xff\xff", b"\x1a\x02\xff\xfe"])
+def test_malformed_bytes_are_an_invalid_argument(live: Any, rpc: str, data: bytes) -> None:
+    error = failure(lambda: raw(live, rpc, data))
+    assert error.code() is CODE.INVALID_ARGUMENT
+    assert error.details() == f"the request is not a valid tandem.v1.{rpc}Request"
+
+
+def test_prompt_and_ids_together_are_an_invalid_argument(live: Any) -> None:
+    data = pb.CompareRequest(prompt="x").SerializeToString()
+    data += pb.CompareRequest(prompt_token_ids=pb.TokenIds(ids=[5])).SerializeToString()
+    error = failure(lambda: raw(live, "Compare", data))
+    assert error.code() is CODE.INVALID_ARGUMENT
+    assert list(violations(error)) == ["prompt", "prompt_token_ids"]
+
+
+def test_request_id_in_use_is_refused(serving: Any, make_pair: Any) -> None:
+    pair = make_pair()
+    with serving(pair) as live:
+        pair.backends[Role.STUDENT].may_run.clear()
+        request = pb.GenerateRequest(prompt="x", request_id="mine", route=pb.ROUTE_BOTH)
+        first = live.client.generate(request)
+        next(first)  # the teacher's: the request is admitted
+        error = failure(lambda: generate(live, prompt="x", request_id="mine"))
+        assert error.code() is CODE.INVALID_ARGUMENT
+        assert list(violations(error)) == ["request_id"]
+        pair.backends[Role.STUDENT].may_run.set()
+        assert list(first)[-1].usage.request_id == "mine"
+        assert generate(live, prompt="x", request_id="mine")
+
+
+# One model, or two that do not fit
+
+
+def test_compare_needs_both_models(serving: Any, make_pair: Any) -> None:
+    with serving(make_pair(roles=(Role.STUDENT,))) as live:
+        error = failure(lambda: live.client.compare(pb.CompareRequest(prompt="x")))
+        assert error.code() is CODE.FAILED_PRECONDITION
+        error = failure(lambda: generate(live, prompt="x", route=pb.ROUTE_TEACHER))
+        assert error.code() is CODE.NOT_FOUND
+        wanted = pb.DivergenceOptions(enabled=True)
+        error = failure(lambda: generate(live, prompt="x", divergence=wanted))
+        assert error.code() is CODE.FAILED_PRECONDITION
+        (sample,) = completes(generate(live, prompt="x"))
+        assert not sample.HasField("divergence") and not sample.divergence_error
+
+
+def test_auto_takes_the_teacher_when_it_is_alone(serving: Any, make_pair: Any) -> None:
+    with serving(make_pair(roles=(Role.TEACHER,))) as live:
+        (sample,) = completes(generate(live, prompt="x"))
+    assert sample.role == pb.ROLE_TEACHER
+
+
+def test_different_tokenizers_have_no_divergence(
+    serving: Any, make_pair: Any, make_tokenizer: Any
+) -> None:
+    other = make_tokenizer(extra="<|more|>")
+    pair = make_pair(tokenizers_by_role={Role.TEACHER: other})
+    with serving(pair) as live:
+        error = failure(lambda: live.client.compare(pb.CompareRequest(prompt="x")))
+        assert error.code() is CODE.FAILED_PRECONDITION
+        assert other.hash in error.details()
+        assert pair.engines.student.tokenizer.hash in error.details()
+        off = pb.DivergenceOptions(enabled=False)
+        assert live.client.compare(pb.CompareRequest(prompt="x", divergence=off)).samples
+
+
+# Failures
+
+
+def test_failed_teacher_does_not_fail_the_student(serving: Any, make_pair: Any) -> None:
+    pair = make_pair()
+    pair.backends[Role.TEACHER].error = RuntimeError("secret: out of memory")
+    with serving(pair) as live:
+        sampling = pb.SamplingParams(num_samples=2)
+        response = live.client.compare(
+            pb.CompareRequest(prompt="x", sampling=sampling, evaluation=MATH)
+        )
+    student, teacher = response.samples[:2], response.samples[2:]
+    for sample in student:
+        assert sample.finish_reason in (pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH)
+        assert not sample.HasField("divergence")
+        assert "engine failed" in sample.divergence_error
+    for sample in teacher:
+        assert sample.finish_reason == pb.FINISH_REASON_ERROR
+        assert "engine failed" in sample.error and "secret" not in sample.error
+    assert response.agreement.HasField("student")
+    assert not response.agreement.HasField("teacher")
+    assert not response.agreement.HasField("same_answer")
+    for outcome in ("agree", "disagree", "no_majority", "invalid"):
+        assert pair.value("consensus_total", outcome=outcome, task="other") == 0
+
+
+def test_failed_teacher_leaves_a_routed_student_alone(serving: Any, make_pair: Any) -> None:
+    pair = make_pair()
+    pair.backends[Role.TEACHER].error = RuntimeError()
+    with serving(pair) as live:
+        (sample,) = completes(generate(live, prompt="x"))
+    assert sample.token_ids and sample.divergence_error
+
+
+def test_nonfinite_reference_leaves_the_divergence_out(serving: Any, make_pair: Any) -> None:
+    pair = make_pair()
+    pair.backends[Role.TEACHER].logits[:] = float("nan")
+    with serving(pair) as live:
+        (sample,) = completes(generate(live, prompt="x"))
+    assert sample.token_ids and not sample.HasField("divergence")
+    assert sample.divergence_error == "the teacher returned non-finite logits"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nonfinite_logits_are_internal_with_an_error_id(
+    serving: Any, make_pair: Any, temperature: float
+) -> None:
+    pair = make_pair()
+    pair.backends[Role.STUDENT].logits[:] = float("nan")
+    with serving(pair) as live:
+        sampling = pb.SamplingParams(temperature=temperature)
+        error = failure(lambda: generate(live, prompt="x", sampling=sampling))
+    assert error.code() is CODE.INTERNAL
+    assert "non-finite logits; error id " in error.details()
+
+
+def test_bug_is_internal_without_its_text(
+    serving: Any, make_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = make_pair()
+
+    def buggy(*_: Any) -> None:
+        raise KeyError("secret")
+
+    monkeypatch.setattr(pair.engines.student.engine, "submit", buggy)
+    with serving(pair) as live:
+        error = failure(lambda: generate(live, prompt="x"))
+    assert error.code() is CODE.INTERNAL
+    assert error.details().startswith("internal error; error id ")
+    assert "secret" not in str(error.trailing_metadata()) + error.details()
+
+
+def test_full_queue_says_when_to_retry(serving: Any, make_pair: Any) -> None:
+    pair = make_pair(max_num_seqs=2, max_waiting=1)
+    with serving(pair) as live:
+        sampling = pb.SamplingParams(num_samples=4)
+        error = failure(lambda: generate(live, prompt="x", sampling=sampling))
+    assert error.code() is CODE.RESOURCE_EXHAUSTED
+    assert retry_delay_s(error) == 1.0
+    assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
+    assert pair.value("admission_rejections_total", reason="queue_full") == 1
+
+
+# GetModels
+
+
+def test_models_are_described(live: Any) -> None:
+    student, teacher = live.client.get_models().models
+    assert (student.role, teacher.role) == (pb.ROLE_STUDENT, pb.ROLE_TEACHER)
+    assert student.tokenizer_hash == teacher.tokenizer_hash
+    assert (student.max_model_len, student.max_num_seqs, student.vocab_size) == (256, 8, 259)
+    assert (student.backend, student.device, student.precision) == ("fake", "cpu", "float32")
+
+
+def labels(rpc: str, route: str, code: str) -> dict[str, str]:
+    return {"rpc": rpc, "route": route, "code": code, "task": "other"}
+
+
+def test_every_finish_reason_has_a_name_on_the_wire() -> None:
+    names = {f"FINISH_REASON_{reason.name}" for reason in FinishReason}
+    assert names | {"FINISH_REASON_UNSPECIFIED"} == set(pb.FinishReason.keys())
