@@ -10,12 +10,14 @@ Right padding needs no mask: attention is causal, and only completion positions 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from export.losses import DistillationLoss, LossSums
 
@@ -61,18 +63,64 @@ class StepRecord:
     learning_rate: float
 
 
+class Pair:
+    """Student and teacher on the same input.
+
+    The lowest `num_shared_layers` layers of the student are the teacher's own and frozen, with the
+    embedding and the head (tied or not): they run once for both, and no gradient enters them.
+    """
+
+    def __init__(self, student: Any, teacher: Any, num_shared_layers: int = 0) -> None:
+        self.student = student
+        self.teacher = teacher.eval()
+        self._shared = None
+        self._student_stack, self._teacher_stack = student.model, teacher.model
+        if num_shared_layers:
+            shared = (student.model.embed_tokens, student.lm_head,
+                      *student.model.layers[:num_shared_layers])  # fmt: skip
+            for module in shared:
+                module.requires_grad_(False)
+            self._shared = _stack(teacher.model, 0, num_shared_layers, nn.Identity())
+            self._student_stack = _stack(student.model, num_shared_layers)
+            self._teacher_stack = _stack(teacher.model, num_shared_layers)
+
+    def hidden(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the last hidden states of student and teacher, `(B, T, H)` each."""
+        if self._shared is None:
+            with torch.no_grad():
+                target = _run(self._teacher_stack, input_ids=input_ids)
+            return _run(self._student_stack, input_ids=input_ids), target
+        with torch.no_grad():
+            shared = _run(self._shared, input_ids=input_ids)
+            target = _run(self._teacher_stack, inputs_embeds=shared)
+        return _run(self._student_stack, inputs_embeds=shared.float()), target
+
+
+def _stack(decoder: Any, start: int, stop: int | None = None, norm: nn.Module | None = None) -> Any:
+    """Return a decoder that shares its layers start..stop with `decoder`, and its final norm."""
+    stack = copy.copy(decoder)
+    stack._modules = dict(decoder._modules)
+    stack.layers = nn.ModuleList(decoder.layers[start:stop])
+    stack.norm = norm or decoder.norm
+    return stack
+
+
+def _run(decoder: Any, **inputs: torch.Tensor) -> torch.Tensor:
+    hidden: torch.Tensor = decoder(**inputs, use_cache=False).last_hidden_state
+    return hidden
+
+
 def train(
-    student: Any,
-    teacher: Any,
+    pair: Pair,
     examples: Sequence[Example],
     plan: TrainingPlan,
     on_step: Callable[[StepRecord, int], None] = lambda record, num_steps: None,
 ) -> list[StepRecord]:
-    """Train `student` in place and return one record per step.
+    """Train the student in place and return one record per step.
 
-    Parameters with `requires_grad` False stay as they are. `on_step` gets each record and the
-    total number of steps.
+    `on_step` gets each record and the total number of steps.
     """
+    student = pair.student
     steps = [step for epoch in range(plan.num_epochs) for step in plan_steps(examples, plan, epoch)]
     trainable = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -80,12 +128,11 @@ def train(
     )
     records = []
     student.train()
-    teacher.eval()
     for index, micro_batches in enumerate(steps):
         rate = plan.learning_rate * schedule(index, len(steps), plan.warmup_share)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        sums = accumulate(student, teacher, micro_batches, plan.loss)
+        sums = accumulate(pair, micro_batches, plan.loss)
         torch.nn.utils.clip_grad_norm_(trainable, plan.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -97,18 +144,15 @@ def train(
 
 
 def accumulate(
-    student: Any,
-    teacher: Any,
-    micro_batches: Sequence[Sequence[Example]],
-    loss: DistillationLoss,
+    pair: Pair, micro_batches: Sequence[Sequence[Example]], loss: DistillationLoss
 ) -> LossSums:
     """Add one step's gradients to the student's parameters; returns the step's loss sums."""
-    device = next(student.parameters()).device
+    device = next(pair.student.parameters()).device
     num_tokens = sum(len(e.completion_token_ids) for batch in micro_batches for e in batch)
     parts = []
     with torch.autocast(device.type, dtype=torch.bfloat16):
         for batch in micro_batches:
-            parts.append(_backward(student, teacher, batch, loss, num_tokens, device))
+            parts.append(_backward(pair, batch, loss, num_tokens, device))
     return LossSums(
         torch.stack([p.total for p in parts]).sum(),
         torch.stack([p.soft for p in parts]).sum(),
@@ -118,8 +162,7 @@ def accumulate(
 
 
 def _backward(
-    student: Any,
-    teacher: Any,
+    pair: Pair,
     batch: Sequence[Example],
     loss: DistillationLoss,
     num_tokens: int,
@@ -127,17 +170,15 @@ def _backward(
 ) -> LossSums:
     """Run one micro-batch forwards and backwards, its loss divided by `num_tokens`."""
     input_ids, positions, labels = (t.to(device) for t in collate(batch))
-    with torch.no_grad():
-        target = _hidden(teacher, input_ids).flatten(0, 1)[positions]
-    hidden = _hidden(student, input_ids).flatten(0, 1)[positions]
+    hidden, target = (h.flatten(0, 1)[positions] for h in pair.hidden(input_ids))
     leaf = hidden.detach().requires_grad_()
     sums = []
     for part, target_part, label_part in zip(
         leaf.split(HEAD_SLICE), target.split(HEAD_SLICE), labels.split(HEAD_SLICE), strict=True
     ):
         with torch.no_grad():
-            teacher_logits = teacher.lm_head(target_part)
-        slice_sums = loss(student.lm_head(part), teacher_logits, label_part)
+            teacher_logits = pair.teacher.lm_head(target_part)
+        slice_sums = loss(pair.student.lm_head(part), teacher_logits, label_part)
         (slice_sums.total / num_tokens).backward()
         sums.append(slice_sums)
     hidden.backward(leaf.grad)
@@ -149,18 +190,15 @@ def _backward(
     )
 
 
-def _hidden(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
-    hidden: torch.Tensor = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
-    return hidden
-
-
 def collate(batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return input ids `(B, T)`, flat positions `(N,)` that predict completions, labels `(N,)`.
 
     The positions come from lengths, never from token values: the pad id may equal the EOS id.
     """
     width = max(map(len, batch)) - 1
-    rows, positions, labels = [], [], []
+    rows: list[list[int]] = []
+    positions: list[int] = []
+    labels: list[int] = []
     for row, example in enumerate(batch):
         token_ids = [*example.prompt_token_ids, *example.completion_token_ids]
         start = row * width + len(example.prompt_token_ids) - 1

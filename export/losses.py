@@ -53,3 +53,14 @@ def forward_kl(
     student = F.log_softmax(student_logits.float() / temperature, -1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, -1)
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+def exact_forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """Return KL(teacher ‖ student) per token in float64, for measuring: `(N, V)` -> `(N,)`.
+
+    The same number as `estimators.divergence.exact_kl(teacher_logits, student_logits)`, several
+    times as fast; a test holds the two together.
+    """
+    student = F.log_softmax(student_logits.double(), -1)
+    teacher = F.log_softmax(teacher_logits.double(), -1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)

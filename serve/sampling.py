@@ -6,6 +6,7 @@ each row draws by inverse CDF from one uniform of a counter-based generator.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -13,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from serve.sequence import Sequence
+from serve.sequence import SamplingParams, Sequence
 
-# The vocabulary is summed block by block, so that the inverse CDF reads two short rows and no
-# cumulative sum over the whole vocabulary is ever written.
-_CDF_BLOCK = 256
+# Sampling is bound by memory: what is summed or searched over the vocabulary is so block by block,
+# in one read, and everything behind it looks at two short rows.
+_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +66,15 @@ def sample(
     assert logits.shape[0] == len(sequences), (logits.shape, len(sequences))
     requests = [s.group.request for s in sequences]
     processed = _process(logits, sequences, eos_token_ids)
-    tempered = _temper(processed, [r.sampling.temperature for r in requests])
-    weights, max_logit = _softmax_weights(tempered)
-    token_ids = _force(_draw(weights, tempered, sequences), sequences)
-
+    softmax = _Softmax.of(processed, [r.sampling.temperature or 1.0 for r in requests])
     if processed is logits and all(_is_on_basis(s) for s in sequences):
-        logprobs = _logprobs(tempered, max_logit, weights, token_ids)
+        on_basis = softmax
     else:
-        on_basis = _temper(logits, [r.logprob_temperature for r in requests])
-        weights, max_logit = _softmax_weights(on_basis)
-        logprobs = _logprobs(on_basis, max_logit, weights, token_ids)
+        on_basis = _Softmax.of(logits, [r.logprob_temperature for r in requests])
+    references = on_basis.references()
+    # From here on the probabilities of truncated rows are overwritten.
+    token_ids = _force(_draw(softmax, sequences), sequences)
+    logprobs = on_basis.logprobs(token_ids, references)
     finite = torch.isfinite(logprobs)
     return SampledBatch(
         token_ids.tolist(),
@@ -90,59 +90,85 @@ def token_logprobs(
 ) -> torch.Tensor:
     """Return log softmax(logits / temperature) at `token_ids`: `(N, V)`, `(N,)` -> `(N,)` float64.
 
-    logit − logsumexp; no full log-softmax is written.
+    The same bits as `sample` reports.
     """
-    tempered = logits if temperature == 1.0 else logits / temperature
-    weights, max_logit = _softmax_weights(tempered)
-    return _logprobs(tempered, max_logit, weights, token_ids)
+    softmax = _Softmax.of(logits, [temperature] * len(logits))
+    return softmax.logprobs(token_ids, softmax.references())
 
 
 def _is_on_basis(sequence: Sequence) -> bool:
     request = sequence.group.request
-    sampling = request.sampling
-    drawn_at = 1.0 if sampling.is_greedy else sampling.temperature
-    return drawn_at == request.logprob_temperature
+    return (request.sampling.temperature or 1.0) == request.logprob_temperature
 
 
-def _temper(logits: torch.Tensor, temperatures: SequenceOf[float]) -> torch.Tensor:
-    """Divide each row by its temperature; greedy rows (0) stay as they are."""
-    divisors = [t if t > 0 else 1.0 for t in temperatures]
-    if all(d == 1.0 for d in divisors):
-        return logits
-    return logits / torch.tensor(divisors, dtype=torch.float32, device=logits.device)[:, None]
+@dataclass(frozen=True, slots=True)
+class _Softmax:
+    """Rows of softmax(logits / temperature), read and written once by torch's fused kernel.
+
+    `logits` and `probabilities` are `(B, V)` float32, `divisors` `(B, 1)` temperatures or None,
+    `block_sums` `(B, blocks)` float64. The kernel's rows add up to 1 within a few float32 roundings
+    only; everything here divides by the sum of `block_sums`, which takes that error out again.
+    """
+
+    logits: torch.Tensor
+    divisors: torch.Tensor | None
+    probabilities: torch.Tensor
+    block_sums: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, temperatures: SequenceOf[float]) -> _Softmax:
+        divisors = None
+        if any(t != 1.0 for t in temperatures):
+            divisors = torch.tensor(temperatures, dtype=torch.float32, device=logits.device)[
+                :, None
+            ]
+        tempered = logits if divisors is None else logits / divisors
+        probabilities = torch.softmax(tempered, -1)
+        return cls(logits, divisors, probabilities, _block_sums(probabilities))
+
+    def references(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return per row a likely token `(B, 1)` and its log-probability `(B, 1)` float64.
+
+        The likeliest of the heaviest block: its probability is far from underflow.
+        """
+        heaviest = self.block_sums.argmax(-1, keepdim=True)
+        probability, offset = _block(self.probabilities, heaviest, 0.0).max(-1, keepdim=True)
+        total = self.block_sums.sum(-1, keepdim=True)
+        return heaviest * _BLOCK + offset, (probability.double() / total).log()
+
+    def logprobs(
+        self, token_ids: torch.Tensor, references: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Return `(B,)` float64: a reference's log-probability plus the difference of logits.
+
+        So tokens whose float32 probability is 0 get theirs, too. NaN where a logit is NaN or +inf.
+        """
+        reference_ids, reference_logprobs = references
+        difference = self._tempered_at(token_ids[:, None]) - self._tempered_at(reference_ids)
+        return (difference + reference_logprobs)[:, 0]
+
+    def _tempered_at(self, token_ids: torch.Tensor) -> torch.Tensor:
+        picked = self.logits.gather(-1, token_ids)
+        return (picked if self.divisors is None else picked / self.divisors).double()
 
 
-def _softmax_weights(tempered: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return exp(x − max) `(B, V)` and the max `(B, 1)`: unnormalised probabilities."""
-    max_logit = tempered.amax(-1, keepdim=True)
-    return torch.sub(tempered, max_logit).exp_(), max_logit
-
-
-def _logprobs(
-    tempered: torch.Tensor, max_logit: torch.Tensor, weights: torch.Tensor, token_ids: torch.Tensor
-) -> torch.Tensor:
-    chosen = tempered.gather(-1, token_ids[:, None]).double() - max_logit.double()
-    return (chosen - weights.sum(-1, keepdim=True, dtype=torch.float64).log())[:, 0]
-
-
-def _draw(
-    weights: torch.Tensor, tempered: torch.Tensor, sequences: SequenceOf[Sequence]
-) -> torch.Tensor:
+def _draw(softmax: _Softmax, sequences: SequenceOf[Sequence]) -> torch.Tensor:
     """Return a token per row, `(B,)` int64: argmax where greedy, else inverse CDF."""
     samplings = [s.group.request.sampling for s in sequences]
     if all(p.is_greedy for p in samplings):
-        return tempered.argmax(-1)
-    if any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in samplings):
-        weights = weights * _kept(weights, sequences)
+        return _argmax(softmax.logits)
     u = uniforms(
         [p.seed for p in samplings],
         [s.index for s in sequences],
         [len(s.token_ids) for s in sequences],
     )
-    drawn = _inverse_cdf(weights, torch.from_numpy(u).to(weights.device))
+    _truncate(softmax, samplings)
+    drawn = _inverse_cdf(
+        softmax.probabilities, softmax.block_sums, torch.from_numpy(u).to(softmax.logits.device)
+    )
     if any(p.is_greedy for p in samplings):
-        is_greedy = torch.tensor([p.is_greedy for p in samplings], device=weights.device)
-        drawn = torch.where(is_greedy, tempered.argmax(-1), drawn)
+        is_greedy = torch.tensor([p.is_greedy for p in samplings], device=drawn.device)
+        drawn = torch.where(is_greedy, _argmax(softmax.logits), drawn)
     return drawn
 
 
@@ -154,43 +180,90 @@ def _force(drawn: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tensor
     return drawn
 
 
-def _inverse_cdf(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    """Return the first of the largest logits per row, `(B, V)` -> `(B,)`.
+
+    By blocks: torch's own argmax is not vectorised on the CPU and takes 4 times as long.
+    """
+    block = _per_block(logits, _maxima).argmax(-1, keepdim=True)
+    offset = _block(logits, block, -torch.inf).argmax(-1, keepdim=True)
+    return (block * _BLOCK + offset)[:, 0]
+
+
+def _inverse_cdf(weights: torch.Tensor, block_sums: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Return per row the first token whose cumulative weight exceeds u times the total.
 
-    `weights` `(B, V)`, `u` `(B,)` in [0, 1) -> `(B,)`. A token of weight 0 is never drawn.
+    `weights` `(B, V)`, their `block_sums`, `u` `(B,)` in [0, 1) -> `(B,)`. A token of weight 0 is
+    never drawn. A row that holds NaN gives some token of the vocabulary.
     """
-    vocab_size = weights.shape[-1]
-    padded = torch.nn.functional.pad(weights, (0, -vocab_size % _CDF_BLOCK))
-    blocks = padded.view(len(weights), -1, _CDF_BLOCK)
-    block_cdf = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    block_cdf = block_sums.cumsum(-1)
     target = (u * block_cdf[:, -1])[:, None]
-    block = torch.searchsorted(block_cdf, target, right=True).clamp_max(blocks.shape[1] - 1)
+    block = torch.searchsorted(block_cdf, target, right=True).clamp_max(block_cdf.shape[1] - 1)
     before = torch.where(block > 0, block_cdf.gather(1, (block - 1).clamp_min(0)), 0.0)
-    chosen = blocks.gather(1, block[..., None].expand(-1, -1, _CDF_BLOCK))[:, 0].double()
+    chosen = _block(weights, block, 0.0).double()
     offset = torch.searchsorted(chosen.cumsum(-1), target - before, right=True)
     # Rounding may put the target behind the block's end: take the last token with any weight.
-    last = _CDF_BLOCK - 1 - (chosen > 0).flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
-    return (block * _CDF_BLOCK + torch.minimum(offset, last))[:, 0]
+    last = _BLOCK - 1 - (chosen > 0).flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
+    drawn = block * _BLOCK + torch.minimum(offset, last)
+    return drawn[:, 0].clamp_max(weights.shape[1] - 1)
 
 
-def _kept(weights: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tensor:
-    """Return the mask `(B, V)` of tokens that survive each row's top-k, top-p and min-p."""
-    samplings = [s.group.request.sampling for s in sequences]
-    vocab_size = weights.shape[-1]
+def _per_block(x: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Reduce `(B, V)` to `(B, blocks)`; the last block may be shorter."""
+    num_whole, rest = divmod(x.shape[-1], _BLOCK)
+    reduced = reduce(x[:, : num_whole * _BLOCK].unflatten(-1, (num_whole, _BLOCK)))
+    if rest == 0:
+        return reduced
+    return torch.cat([reduced, reduce(x[:, None, -rest:])], -1)
 
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=weights.dtype, device=weights.device)[:, None]
 
-    top_k = column([float(p.top_k or vocab_size) for p in samplings])
-    top_p = column([p.top_p for p in samplings])
-    min_p = column([p.min_p for p in samplings])
-    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered / ordered.sum(-1, keepdim=True)
-    mass_before = probabilities.cumsum(-1) - probabilities
-    rank = torch.arange(vocab_size, device=weights.device)
-    keep = (rank < top_k) & (mass_before < top_p) & (probabilities >= min_p * probabilities[:, :1])
-    keep[:, 0] = True
-    return torch.zeros_like(keep).scatter_(1, order, keep)
+def _maxima(blocks: torch.Tensor) -> torch.Tensor:
+    return blocks.amax(-1)
+
+
+def _block_sums(weights: torch.Tensor) -> torch.Tensor:
+    # Float32 within a block is as exact as the weights are: torch adds 256 numbers by cascades.
+    return _per_block(weights, lambda blocks: blocks.sum(-1)).double()
+
+
+def _block(x: torch.Tensor, block: torch.Tensor, fill: float) -> torch.Tensor:
+    """Return block number `block` `(B, 1)` of each row, `(B, _BLOCK)`, with `fill` behind its end."""
+    index = block * _BLOCK + torch.arange(_BLOCK, device=x.device)
+    vocab_size = x.shape[-1]
+    return x.gather(-1, index.clamp_max(vocab_size - 1)).masked_fill_(index >= vocab_size, fill)
+
+
+def _truncate(softmax: _Softmax, samplings: SequenceOf[SamplingParams]) -> None:
+    """Set to 0, in place, what each row's top-k, top-p and min-p leave out."""
+    rows = [i for i, p in enumerate(samplings) if p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0]
+    if not rows:
+        return
+    for row in rows:
+        weights = softmax.probabilities[row]
+        kept = _kept(weights, samplings[row])
+        values = weights[kept]
+        weights.zero_()[kept] = values
+    softmax.block_sums[rows] = _block_sums(softmax.probabilities[rows])
+
+
+def _kept(weights: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
+    """Return the ids, by falling weight, of what top-k, top-p and min-p leave of one row `(V,)`.
+
+    Each filter sees the whole distribution. Only candidates are sorted: a token with less than
+    (1 − top_p) / V of the mass has more than top_p of it in front.
+    """
+    total = weights.sum(dtype=torch.float64)
+    floor = max(sampling.min_p * weights.max(), (1.0 - sampling.top_p) * total / len(weights))
+    if 0 < sampling.top_k < len(weights):
+        floor = max(floor, weights.topk(sampling.top_k).values[-1])
+    candidates = (weights >= floor).nonzero()[:, 0]
+    ordered, order = weights[candidates].double().sort(descending=True, stable=True)
+    candidates = candidates[order]
+    if sampling.top_p < 1.0:
+        mass_before = ordered.cumsum(-1).roll(1)
+        mass_before[:1] = 0.0
+        candidates = candidates[mass_before < sampling.top_p * total]
+    return candidates[: sampling.top_k] if sampling.top_k > 0 else candidates
 
 
 def _process(
