@@ -7,6 +7,7 @@ prompts, holds the server's metrics against the answers, and stops the server.
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -137,8 +138,8 @@ def _show_bundle(console: Any, bundle: Path) -> None:
         table.add_row(
             f"{name} (default)" if name == manifest.default_variant else name,
             f"{variant.size_bytes / 1e6:.0f} MB",
-            f"{metrics['kl_to_student']:.4f}",
-            f"{metrics['kl_to_teacher']:.3f}",
+            f"{metrics.get('kl_to_student', math.nan):.4f}",
+            f"{metrics.get('kl_to_teacher', math.nan):.3f}",
             f"{metrics['argmax_agreement_with_teacher']:.3f}",
             f"{metrics['decode_tokens_per_s']:.0f}",
             "passed" if variant.is_passed else "FAILED",

@@ -3,7 +3,8 @@
 Only the package of the command that was asked for is imported, so that help is instant and a
 broken GPU library does not keep `tandem doctor` from saying so.
 
-Exit codes: 0 done, 1 an expected error (one line on stderr) or a failed gate, 2 wrong usage.
+Exit codes: 0 done, 1 an expected error (one line on stderr) or a failed gate, 2 wrong usage,
+3 a device that was asked for and is not there.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def main(
         build_app(words, commands)(words, prog_name="tandem")
     except (UserError, TandemError) as error:
         print(f"tandem: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(error.exit_code if isinstance(error, UserError) else 1)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from __future__ import annotations
 class UserError(Exception):
     """What was given, what is allowed and what to do, in one line that may be shown as it is."""
 
+    exit_code = 1
+
 
 class BundleError(UserError):
     """A bundle is damaged, incomplete, unsafe or of another schema; the text names the file."""

@@ -34,6 +34,17 @@ def hash_folder(folder: Path) -> str:
     return hash_json({name: hash_file(folder / name) for name in list_files(folder)})
 
 
+def hash_weights(folder: Path) -> str | None:
+    """Return the hex SHA-256 of a model folder's safetensors, None when it has none.
+
+    Of one file its own hash, of several the hash over their names and hashes.
+    """
+    hashes = {path.name: hash_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    if len(hashes) > 1:
+        return hash_json(hashes)
+    return next(iter(hashes.values()), None)
+
+
 def list_files(folder: Path) -> Iterator[str]:
     """Yield the relative posix name of every file (and symlink) under `folder`, sorted."""
     for path in sorted(folder.rglob("*")):

@@ -64,6 +64,9 @@ class TeacherReference(_Model):
     architecture: str
     num_parameters: Count
     dtype: str
+    local_path: str | None = Field(
+        default=None, description="absolute folder it was read from; a hint, checked by hash"
+    )
 
 
 class StudentInfo(_Model):

@@ -1,4 +1,4 @@
-"""`tandem export`: from a recipe to a bundle, with progress. Exit codes: 0 done, 3 a gate failed."""
+"""`tandem export`: from a recipe to a bundle, with progress. Exit codes: 0, or 3: a gate failed."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bundle.errors import UserError
+from bundle.manifest import VariantName
 
 FLOAT_VARIANT = "fp32"
 
@@ -90,7 +91,7 @@ class EvaluateConfig(_Section):
 
     max_num_seqs: int = Field(default=16, gt=0)
     num_timed_tokens: int = Field(default=48, gt=1)
-    num_rounds: int = Field(default=5, gt=0)
+    num_rounds: int = Field(default=3, gt=0)
 
 
 class GatesConfig(_Section):
@@ -112,7 +113,7 @@ class ExportConfig(_Section):
     prune: PruneConfig = PruneConfig()
     distill: DistillConfig = DistillConfig()
     onnx: OnnxConfig = OnnxConfig()
-    variants: dict[str, VariantConfig] = {
+    variants: dict[VariantName, VariantConfig] = {
         "int8": VariantConfig(bits=8, block_size=128),
         "int4": VariantConfig(bits=4, block_size=32),
     }
@@ -125,6 +126,15 @@ class ExportConfig(_Section):
             raise ValueError(f"variants: {FLOAT_VARIANT!r} is always exported; leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _check_num_texts(self) -> ExportConfig:
+        if self.prune.num_texts > self.tasks.max_train:
+            raise ValueError(
+                f"prune.num_texts {self.prune.num_texts} exceeds tasks.max_train "
+                f"{self.tasks.max_train}, from which the texts are drawn"
+            )
+        return self
+
 
 def load_config(path: Path) -> ExportConfig:
     """Read a recipe. ExportError names the first key that is wrong, or what YAML cannot parse."""
@@ -132,7 +142,7 @@ def load_config(path: Path) -> ExportConfig:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ExportError(f"{path} is not YAML: {error}") from None
     try:
         return ExportConfig.model_validate(raw)

@@ -38,7 +38,7 @@ EXTERNAL_DATA_THRESHOLD_BYTES = 1024
 
 _MASK = "tandem_gqa"
 _MAX_NODES_PER_LAYER = 12
-_MAX_OTHER_NODES = 10
+_MAX_OTHER_NODES = 14
 
 
 def export_onnx(model: Any, target_dir: Path, *, max_model_len: int) -> Path:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -82,6 +83,7 @@ def write_variant_files(student_dir: Path, variant_dir: Path, max_model_len: int
 
 def genai_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return onnxruntime-genai's description of a graph, from a transformers configuration."""
+    pad_token_id = config.get("pad_token_id")
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return {
         "model": {
@@ -90,7 +92,7 @@ def genai_config(config: Mapping[str, Any]) -> dict[str, Any]:
             "context_length": config["max_position_embeddings"],
             "bos_token_id": config.get("bos_token_id"),
             "eos_token_id": config["eos_token_id"],
-            "pad_token_id": config.get("pad_token_id", config["eos_token_id"]),
+            "pad_token_id": config["eos_token_id"] if pad_token_id is None else pad_token_id,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": "model.onnx",
@@ -129,7 +131,8 @@ def model_card(
     """Return the bundle's README.md: everything in it is in the manifest too."""
     rows = [
         f"| {name}{' (default)' if name == default_variant else ''} | {v.size_bytes / 1e6:.0f} MB "
-        f"| {v.metrics['kl_to_student']:.4f} | {v.metrics['kl_to_teacher']:.3f} "
+        f"| {v.metrics.get('kl_to_student', math.nan):.4f} "
+        f"| {v.metrics.get('kl_to_teacher', math.nan):.3f} "
         f"| {v.metrics['argmax_agreement_with_teacher']:.3f} "
         f"| {v.metrics['decode_tokens_per_s']:.0f} | {'passed' if v.is_passed else 'FAILED'} |"
         for name, v in variants.items()

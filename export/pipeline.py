@@ -275,7 +275,9 @@ class _Run:
             student_dir=distilled.path,
             variant_dirs={name: stage.path for name, stage in graphs.items()},
             eval_dir=evaluated.path,
-            teacher=self._teacher.reference,
+            teacher=self._teacher.reference.model_copy(
+                update={"local_path": str(self._teacher.path.resolve())}
+            ),
             student=StudentInfo(
                 num_parameters=count_parameters([distilled.path / "model.safetensors"])[0],
                 num_layers=num_layers,

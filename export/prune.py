@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from export.config import ExportError
 from export.distill import Example, collate
 from export.losses import forward_kl
 
@@ -40,15 +41,15 @@ def rank_layers(
 
     The KL is averaged over the completion positions of `texts`. The first round tries every layer
     from `first_candidate` on but the last; later ones the `num_candidates` cheapest of the round
-    before.
+    before. ExportError, before any work, when a round would have nothing left to try.
     """
     all_layers = teacher.model.layers
     layers = list(range(len(all_layers)))
+    candidates = layers[first_candidate:-1]
+    total = sum(_round_sizes(len(candidates), num_removed, num_candidates))
     input_ids, positions, _ = collate(texts)
     target = _completion_logits(teacher, input_ids, positions)
     removals: list[Removal] = []
-    candidates = layers[first_candidate:-1]
-    total = len(candidates) + (num_removed - 1) * num_candidates
     done = 0
     for _ in range(num_removed):
         costs = {}
@@ -64,6 +65,19 @@ def rank_layers(
         candidates = sorted(costs, key=costs.__getitem__)[1 : num_candidates + 1]
     teacher.model.layers = all_layers
     return removals
+
+
+def _round_sizes(num_first: int, num_removed: int, num_candidates: int) -> list[int]:
+    """Return how many layers each round tries."""
+    sizes: list[int] = []
+    for _ in range(num_removed):
+        sizes.append(min(num_candidates, sizes[-1] - 1) if sizes else num_first)
+        if sizes[-1] < 1:
+            raise ExportError(
+                f"num_removed_layers {num_removed} is more than {num_first} first candidates and "
+                f"num_candidates {num_candidates} allow: remove fewer layers, or allow more of both"
+            )
+    return sizes
 
 
 def drop_layers(model: Any, kept: Sequence[int]) -> Any:

@@ -7,6 +7,7 @@ activations to int8, which is what makes the CPU kernels fast; the parity gate m
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import onnx
@@ -28,6 +29,8 @@ def quantize_weights(model: onnx.ModelProto, recipe: WeightOnly) -> onnx.ModelPr
         MatMulNBitsQuantizer,
     )
 
+    # It says two lines per node.
+    logging.getLogger(MatMulNBitsQuantizer.__module__).setLevel(logging.WARNING)
     quantizer = MatMulNBitsQuantizer(
         model,
         algo_config=DefaultWeightOnlyQuantConfig(

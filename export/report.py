@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -68,7 +69,8 @@ def choose_default(variants: Mapping[str, Variant]) -> str:
     passed = {name: v for name, v in variants.items() if v.is_passed}
     if not passed:
         failed = "; ".join(
-            f"{name}: {gate.name} {gate.measured} exceeds {gate.threshold} {gate.unit}"
+            f"{name}: {gate.name} {'nan' if gate.measured is None else gate.measured} "
+            f"exceeds {gate.threshold} {gate.unit}"
             for name, variant in variants.items()
             for gate in variant.gates
             if not gate.passed
@@ -116,7 +118,7 @@ def _gates(
 
 
 def _gate(name: str, measured: float, threshold: float) -> Gate:
-    is_number = measured == measured and abs(measured) != float("inf")
+    is_number = math.isfinite(measured)
     return Gate(
         name=name,
         measured=measured if is_number else None,
@@ -127,9 +129,10 @@ def _gate(name: str, measured: float, threshold: float) -> Gate:
 
 
 def _metrics(name: str, summary: Mapping[str, Any]) -> dict[str, float]:
+    """Return what was measured; what came out as NaN or infinity is left out, as by the gates."""
     quality, speed = summary["quality"], summary["speed"]
     tokens_per_s = speed[name]["decode_tokens_per_s"]
-    return {
+    metrics = {
         "kl_to_teacher": quality[TEACHER][name]["forward_kl"],
         "argmax_agreement_with_teacher": quality[TEACHER][name]["argmax_agreement"],
         "kl_to_student": quality[STUDENT][name]["forward_kl"],
@@ -139,3 +142,4 @@ def _metrics(name: str, summary: Mapping[str, Any]) -> dict[str, float]:
         "speedup_over_transformers": tokens_per_s / speed[TRANSFORMERS]["decode_tokens_per_s"],
         "speedup_over_torch_teacher": tokens_per_s / speed[TORCH]["decode_tokens_per_s"],
     }
+    return {key: value for key, value in metrics.items() if math.isfinite(value)}

@@ -15,16 +15,17 @@ from pathlib import Path
 import torch
 
 from bundle.hashing import hash_json
-from export.config import SampleConfig
+from export.config import ExportError, SampleConfig
 from export.distill import Example
 from export.tasks import Task
 from serve.engine import Engine
-from serve.sequence import Event, FinishedEvent, GenerationRequest, SamplingParams
-from serve.server import read_eos_token_ids
+from serve.loading import read_eos_token_ids
+from serve.sequence import Event, FinishedEvent, FinishReason, GenerationRequest, SamplingParams
 from serve.tokenization import Tokenizer
 from serve.torch_backend import TorchBackend
 
 ROWS_NAME = "completions.jsonl"
+_USABLE = (FinishReason.STOP.value, FinishReason.LENGTH.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,13 @@ def _answers(
         request = GenerationRequest(task.task_id, prompt, sampling)
         engine.submit(request, _sink(task, prompt, finished))
     for _ in tasks:
-        yield finished.get()
+        completion = finished.get()
+        if completion.finish_reason not in _USABLE:
+            raise ExportError(
+                f"the teacher's answer to task {completion.task_id} ended with "
+                f"{completion.finish_reason}: the log says why; rows that are finished are kept"
+            )
+        yield completion
 
 
 def _sink(

@@ -45,7 +45,8 @@ class Backend(Protocol):
         (lengths may differ); their keys and values are stored behind the cached ones.
         `logit_indices[i]` picks the positions within `new_token_ids[i]` whose logits are
         returned, row after row; by default the last one of each row. No other logits are
-        computed. The result is valid until the next call.
+        computed. The result is valid until the next call. The row behind the last one of the batch
+        is scratch: what it holds may be overwritten.
         """
         ...
 

@@ -14,8 +14,12 @@ from bundle.errors import UserError
 def serve(
     bundle: Annotated[Path, typer.Option(help="Folder of the bundle to serve.")],
     teacher: Annotated[
-        Path | None, typer.Option(help="Folder of the teacher; without it the student is alone.")
+        Path | None,
+        typer.Option(help="Folder of the teacher; by default the bundle's, where it still lies."),
     ] = None,
+    no_teacher: Annotated[
+        bool, typer.Option("--no-teacher", help="Serve the student alone.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     port: Annotated[int, typer.Option(help="gRPC port; 0 picks a free one.")] = 50051,
     metrics_port: Annotated[int, typer.Option(help="HTTP port; 0 picks a free one.")] = 9464,

@@ -19,7 +19,8 @@ class ServeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bundle: Path
-    teacher: Path | None = Field(default=None, description="the teacher's folder; none: not loaded")
+    teacher: Path | None = Field(default=None, description="its folder; none: the bundle's own")
+    no_teacher: bool = Field(default=False, description="the student alone")
     variant: str | None = Field(default=None, description="ONNX graph; none: the bundle's default")
     student_backend: Backend = "onnx"
     teacher_backend: Backend = "torch"
@@ -38,6 +39,12 @@ class ServeConfig(BaseModel):
     max_waiting: int = Field(default=1024, ge=0, description="samples queued per model")
     tasks: frozenset[str] = Field(default=frozenset(), description="task labels in metrics")
     drain_grace_s: float = Field(default=30.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_teacher(self) -> ServeConfig:
+        if self.no_teacher and self.teacher is not None:
+            raise ValueError("--teacher and --no-teacher contradict each other; give one of them")
+        return self
 
     @model_validator(mode="after")
     def _check_host(self) -> ServeConfig:

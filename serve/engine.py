@@ -6,11 +6,12 @@ engine's thread through one queue and take effect between steps.
 
 from __future__ import annotations
 
+import heapq
 import logging
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
@@ -113,7 +114,12 @@ class Engine:
         self._scores_in_one_pass = scores_in_one_pass
         self._scheduler = Scheduler(backend.info.max_num_seqs, MAX_PREFILL_TOKENS)
         self._scoring: deque[ScoringJob] = deque()
-        self._groups: dict[str, SequenceGroup] = {}
+        # A request id may name several: a generation, and the scoring of other samples.
+        self._groups: defaultdict[str, list[SequenceGroup]] = defaultdict(list)
+        # By `id` of the group: what ends before the next pass. A step looks at these, and at the
+        # top of the heap of (deadline, request id), never at everything that waits.
+        self._endings: dict[int, FinishReason] = {}
+        self._deadlines: list[tuple[float, str]] = []
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._admission_lock = threading.Lock()
         self._num_admitted = 0
@@ -133,7 +139,9 @@ class Engine:
         with self._admission_lock:
             self._is_stopping = True
         self._commands.put(lambda: None)
-        if self._thread.ident is not None:
+        if self._thread.ident is None:
+            self._end(FinishReason.SHUTDOWN, "")
+        else:
             self._thread.join()
 
     def submit(self, request: GenerationRequest, sink: EventSink) -> None:
@@ -143,20 +151,20 @@ class Engine:
 
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """End a request's unfinished sequences before the next step; unknown ids are ignored."""
-        self._commands.put(lambda: self._cancel_group(request_id, reason))
+        self._commands.put(lambda: self._end_request(request_id, reason))
 
     def score(self, request: ScoringRequest) -> Future[list[ScoredCompletion]]:
         """Queue completions for teacher-forced scoring. Raises like `submit`.
 
-        The future fails with TimeoutError past the deadline, with CancelledError when cancelled,
-        and with EngineStoppedError when the engine stops or fails.
+        The future fails with TimeoutError past the deadline, with CancelledError after `cancel`
+        (its own `cancel` does nothing), with EngineStoppedError when the engine stops or fails.
         """
         if not self._scores_in_one_pass:
             scores = ForcedScores(len(request.completions))
             self.submit(forced_request(request), scores.sink)
             return scores.future
-        job = ScoringJob(request, Future())
-        self._enqueue(1, lambda: self._scoring.append(job))
+        job = ScoringJob(request)
+        self._enqueue(1, lambda: self._add_job(job))
         return job.future
 
     def load(self) -> EngineLoad:
@@ -189,21 +197,39 @@ class Engine:
     # -- commands, on the engine's thread ---------------------------------------------------
 
     def _add_group(self, group: SequenceGroup) -> None:
-        self._groups[group.request.request_id] = group
+        request = group.request
+        self._groups[request.request_id].append(group)
         self._scheduler.add(make_sequences(group))
+        self._watch_deadline(request.request_id, request.deadline_s)
 
-    def _cancel_group(self, request_id: str, reason: FinishReason) -> None:
-        for key in (request_id, f"score:{request_id}"):
-            if group := self._groups.get(key):
-                group.cancel_reason = reason
+    def _add_job(self, job: ScoringJob) -> None:
+        self._scoring.append(job)
+        self._watch_deadline(job.request.request_id, job.request.deadline_s)
+
+    def _watch_deadline(self, request_id: str, deadline_s: float | None) -> None:
+        if deadline_s is not None:
+            heapq.heappush(self._deadlines, (deadline_s, request_id))
+
+    def _end_request(
+        self, request_id: str, reason: FinishReason, expired_by_s: float | None = None
+    ) -> None:
+        """Mark groups for their end and fail scoring jobs: all of a request, or the expired ones.
+
+        Keyed by request, not by group: an entry of the heap may outlive what it was made for.
+        """
+        for group in self._groups.get(request_id, ()):
+            if expired_by_s is None or _is_past(group.request.deadline_s, expired_by_s):
+                self._endings.setdefault(id(group), reason)
         for job in [j for j in self._scoring if j.request.request_id == request_id]:
-            self._scoring.remove(job)
-            self._fail(job, scoring_error(reason, ""))
+            if expired_by_s is None or _is_past(job.request.deadline_s, expired_by_s):
+                self._scoring.remove(job)
+                self._fail(job, scoring_error(reason, ""))
 
-    def _run_commands(self) -> None:
-        """Run what is queued; with nothing else to do, wait for it."""
+    def _wait_for_work(self) -> None:
         if not self._has_work() and not self._is_stopping:
             self._commands.get()()
+
+    def _run_commands(self) -> None:
         while True:
             try:
                 command = self._commands.get_nowait()
@@ -218,19 +244,33 @@ class Engine:
 
     def _loop(self) -> None:
         torch.set_grad_enabled(False)
-        while not self._is_stopping:
-            self._run_commands()
-            try:
-                self.step()
-            except Exception:
-                # The model failed: everything in flight ends with an error; new work may succeed.
-                logger.exception("the %s engine failed in a step", self.name)
-                self._end_all(FinishReason.ERROR, "the engine failed; see the server's log")
+        reason, error = FinishReason.ERROR, "the engine died; see the server's log"
+        try:
+            while not self._is_stopping:
+                self._wait_for_work()
+                self._try_step()
+            reason, error = FinishReason.SHUTDOWN, ""
+        finally:
+            self._end(reason, error)
+
+    def _try_step(self) -> None:
+        try:
+            self.step()
+        except Exception:
+            # The model failed: everything in flight ends with an error; new work may succeed.
+            logger.exception("the %s engine failed in a step", self.name)
+            self._end_all(FinishReason.ERROR, "the engine failed; see the server's log")
+
+    def _end(self, reason: FinishReason, error: str) -> None:
+        """Take no more work, and end what was taken."""
+        with self._admission_lock:
+            self._is_stopping = True
         self._run_commands()
-        self._end_all(FinishReason.SHUTDOWN, "")
+        self._end_all(reason, error)
 
     def step(self) -> None:
-        """End what is over, then run one prefill, decode or scoring pass."""
+        """Run commands, end what is over, then run one prefill, decode or scoring pass."""
+        self._run_commands()
         self._end_cancelled_and_expired()
         if self._scoring and (not self._has_generation() or not self._scored_last):
             self._scored_last = True
@@ -256,10 +296,16 @@ class Engine:
         prefilled_s = self.clock()
         for sequence in sequences:
             sequence.prefilled_s = prefilled_s
-        prefilled = [s.group for s in admission.prefills if not s.group.is_scoring]
-        self._observer.on_tokens(sum(len(g.request.prompt_token_ids) for g in prefilled), 0)
+        self._count_prompts([s.group for s in admission.prefills])
         self._accept(sequences, logits)
         self._finish_step("prefill", len(sequences), started_s)
+
+    def _count_prompts(self, groups: Sequence[SequenceGroup]) -> None:
+        """Report each request's prompt once, however often it is prefilled; scoring counts none."""
+        new = [g for g in groups if not g.is_prompt_counted and not g.is_scoring]
+        for group in new:
+            group.is_prompt_counted = True
+        self._observer.on_tokens(sum(len(g.request.prompt_token_ids) for g in new), 0)
 
     def _run_prefills(self, admission: Admission, first_row: int) -> torch.Tensor:
         """Prefill leaders, fork the others from them; returns next-token logits `(B, V)`."""
@@ -309,10 +355,13 @@ class Engine:
         """Sample a token for each sequence, emit it, and retire the sequences that end."""
         batch = sample(logits, sequences, self._eos_token_ids)
         now_s = self.clock()
-        self._observe_tokens(sequences, now_s)
+        drawn = [s for s, is_finite in zip(sequences, batch.is_finite, strict=True) if is_finite]
+        self._observe_tokens(drawn, now_s)
         finished = []
         for row, sequence in enumerate(sequences):
-            error = "" if batch.is_finite[row] else "the model returned non-finite logits"
+            # A score may be -inf or NaN, as in one pass: whoever asked for it judges.
+            is_usable = batch.is_finite[row] or sequence.group.is_scoring
+            error = "" if is_usable else "the model returned non-finite logits"
             reason: FinishReason | None = FinishReason.ERROR
             if not error:
                 if sequence.group.request.keep_logits:
@@ -344,20 +393,14 @@ class Engine:
 
     def _end_cancelled_and_expired(self) -> None:
         now_s = self.clock()
-        endings = {
-            id(group): reason
-            for group in self._groups.values()
-            if (reason := _ending(group, now_s)) is not None
-        }
-        if endings:
-            self._end_groups(endings, now_s)
-        for job in [j for j in self._scoring if _is_past(j.request.deadline_s, now_s)]:
-            self._scoring.remove(job)
-            self._fail(job, scoring_error(FinishReason.DEADLINE, ""))
-
-    def _end_groups(self, endings: dict[int, FinishReason], now_s: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            _, request_id = heapq.heappop(self._deadlines)
+            self._end_request(request_id, FinishReason.DEADLINE, expired_by_s=now_s)
+        if not self._endings:
+            return
+        endings, self._endings = self._endings, {}
         running = [s for s in self._scheduler.running if id(s.group) in endings]
-        waiting = self._scheduler.remove_waiting(lambda group: id(group) in endings)
+        waiting = self._scheduler.remove_waiting(endings.keys())
         self._retire(running)
         for sequence in (*running, *waiting):
             self._emit_finished(sequence, endings[id(sequence.group)], now_s, "")
@@ -367,8 +410,11 @@ class Engine:
         ended = [*self._scheduler.running, *self._scheduler.waiting]
         self._scheduler.running.clear()
         self._scheduler.waiting.clear()
+        self._endings.clear()
         for sequence in ended:
-            self._emit_finished(sequence, reason, now_s, error)
+            # A step may fail between a sequence's terminal event and its leaving the batch.
+            if not sequence.is_finished:
+                self._emit_finished(sequence, reason, now_s, error)
         while self._scoring:
             self._fail(self._scoring.popleft(), scoring_error(reason, error))
         self._flush_events()
@@ -395,13 +441,20 @@ class Engine:
         self, sequence: Sample, reason: FinishReason, now_s: float, error: str
     ) -> None:
         group = sequence.group
+        sequence.is_finished = True
         group.num_unfinished -= 1
         if group.num_unfinished == 0:
-            del self._groups[group.request.request_id]
+            self._forget(group)
         self._release()
         if not group.is_scoring:
             self._observer.on_finished(reason)
         self._emit(group, sequence.finished_event(reason, now_s, error))
+
+    def _forget(self, group: SequenceGroup) -> None:
+        request_id = group.request.request_id
+        others = [g for g in self._groups.pop(request_id) if g is not group]
+        if others:
+            self._groups[request_id] = others
 
     def _emit(self, group: SequenceGroup, event: Event) -> None:
         self._events.setdefault(id(group), (group.sink, []))[1].append(event)
@@ -409,7 +462,11 @@ class Engine:
     def _flush_events(self) -> None:
         events, self._events = self._events, {}
         for sink, group_events in events.values():
-            sink(group_events)
+            try:
+                sink(group_events)
+            except Exception:
+                # A reader that is gone is no reason to fail the others.
+                logger.exception("a reader of the %s engine's events failed", self.name)
 
     # -- timing -----------------------------------------------------------------------------
 
@@ -424,12 +481,6 @@ class Engine:
     def _finish_step(self, phase: str, batch_size: int, started_s: float) -> None:
         step_s = self.clock() - started_s
         self._observer.on_step(phase, batch_size, step_s, step_s - self._model_s)
-
-
-def _ending(group: SequenceGroup, now_s: float) -> FinishReason | None:
-    if group.cancel_reason is not None:
-        return group.cancel_reason
-    return FinishReason.DEADLINE if _is_past(group.request.deadline_s, now_s) else None
 
 
 def _is_past(deadline_s: float | None, now_s: float) -> bool:

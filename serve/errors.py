@@ -8,12 +8,15 @@
     ├── QueueFullError             more waiting work than the server accepts
     └── EngineStoppedError         the engine is draining or down
 
-`serve.service` maps them to status codes in one place; nothing below it knows about gRPC.
+`serve.service` maps them to status codes in one place; nothing below it knows about gRPC. One more
+is for the command line alone: DeviceMissingError, a UserError, at the start of a server.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from bundle.errors import UserError
 
 
 class TandemError(Exception):
@@ -69,3 +72,9 @@ class QueueFullError(TandemError):
 
 class EngineStoppedError(TandemError):
     """The engine is draining or down and takes no new work."""
+
+
+class DeviceMissingError(UserError):
+    """The asked device cannot be used here; the server does not fall back on another one."""
+
+    exit_code = 3

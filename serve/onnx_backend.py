@@ -114,7 +114,8 @@ class OnnxBackend:
         rows = zip(new_token_ids, past_lengths, wanted, strict=True)
         return torch.cat(
             [
-                self._run(row, [ids], [past], [indices]).clone()
+                # Two columns at least: a scratch row would be the next row of this batch.
+                self._run(row, [ids], [past], [indices], min_columns=2).clone()
                 for row, (ids, past, indices) in enumerate(rows, first_row)
             ]
         )
@@ -129,8 +130,9 @@ class OnnxBackend:
         new_token_ids: Sequence[Sequence[int]],
         past_lengths: Sequence[int],
         logit_indices: Sequence[Sequence[int]] | None,
+        min_columns: int = 1,
     ) -> torch.Tensor:
-        num_rows, num_columns = _even_shape(new_token_ids)
+        num_rows, num_columns = _even_shape(new_token_ids, min_columns)
         input_ids = np.zeros((num_rows, num_columns), dtype=np.int64)
         lengths = np.ones(num_rows, dtype=np.int64)
         for row, (ids, past) in enumerate(zip(new_token_ids, past_lengths, strict=True)):
@@ -187,9 +189,9 @@ class OnnxBackend:
         )
 
 
-def _even_shape(new_token_ids: Sequence[Sequence[int]]) -> tuple[int, int]:
+def _even_shape(new_token_ids: Sequence[Sequence[int]], min_columns: int) -> tuple[int, int]:
     """Return rows and columns of the padded batch such that their product is even."""
-    num_rows, num_columns = len(new_token_ids), max(map(len, new_token_ids))
+    num_rows, num_columns = len(new_token_ids), max(min_columns, *map(len, new_token_ids))
     if num_columns == 1:
         return num_rows + num_rows % 2, 1
     return num_rows, num_columns + num_rows * num_columns % 2

@@ -172,6 +172,7 @@ def to_model(model: ServedModel) -> pb.Model:
         tokenizer_hash=model.tokenizer.hash,
         bundle_id=model.bundle_id,
         manifest_sha256=model.manifest_sha256,
+        path_noise_nats=model.path_noise_nats,
     )
 
 

@@ -40,13 +40,17 @@ class Route(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """An engine, the tokenizer of its model, and where the model came from."""
+    """An engine, the tokenizer of its model, and where the model came from.
+
+    `path_noise_nats` is what `serve.scoring.measure_path_noise` found when it was loaded.
+    """
 
     role: Role
     engine: Engine
     tokenizer: Tokenizer
     bundle_id: str = ""
     manifest_sha256: str = ""
+    path_noise_nats: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,7 +227,7 @@ def _block_sums(weights: torch.Tensor) -> torch.Tensor:
 
 
 def _block(x: torch.Tensor, block: torch.Tensor, fill: float) -> torch.Tensor:
-    """Return block number `block` `(B, 1)` of each row, `(B, _BLOCK)`, with `fill` behind its end."""
+    """Return block `block` `(B, 1)` of each row, `(B, _BLOCK)`, with `fill` behind its end."""
     index = block * _BLOCK + torch.arange(_BLOCK, device=x.device)
     vocab_size = x.shape[-1]
     return x.gather(-1, index.clamp_max(vocab_size - 1)).masked_fill_(index >= vocab_size, fill)

@@ -7,10 +7,13 @@ ends, the last row moves into its place, so the cost of a step follows the numbe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
-from serve.sequence import Sequence, SequenceGroup
+from serve.sequence import Sequence
+
+# How long a free row may wait for company, in steps, while the queue is long.
+MAX_HELD_STEPS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class Scheduler:
         self.max_prefill_tokens = max_prefill_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._num_held_steps = 0
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         self.waiting.extend(sequences)
@@ -55,6 +59,10 @@ class Scheduler:
         Right padding makes a prefill cost (longest prompt) x (number of prompts); admission stops
         before that product exceeds `max_prefill_tokens`, but always takes the first.
         """
+        if self._is_holding():
+            self._num_held_steps += 1
+            return Admission()
+        self._num_held_steps = 0
         admission = Admission()
         owner = {id(s.group): s for s in self.running}
         num_free = self.max_num_seqs - len(self.running)
@@ -77,12 +85,26 @@ class Scheduler:
         self.running += [sequence for sequence, _ in admission.forks]
         return admission
 
-    def remove_waiting(self, is_ended: Callable[[SequenceGroup], bool]) -> list[Sequence]:
-        """Take every waiting sequence whose group has ended out of the queue and return them."""
-        ended = [s for s in self.waiting if is_ended(s.group)]
-        if ended:
-            self.waiting = deque(s for s in self.waiting if not is_ended(s.group))
-        return ended
+    def _is_holding(self) -> bool:
+        """Say whether to wait for more free rows, and then prefill several prompts together.
+
+        One prefill of many prompts reads the weights once and interrupts the running sequences
+        once. It is worth waiting for only while more wait than can run: then each of them waits
+        for many steps anyway, and a few more are not felt. At most an eighth of the rows is idle.
+        """
+        num_free = self.max_num_seqs - len(self.running)
+        return (
+            0 < num_free < self.max_num_seqs // 8
+            and len(self.waiting) > self.max_num_seqs
+            and self._num_held_steps < MAX_HELD_STEPS
+        )
+
+    def remove_waiting(self, group_ids: Set[int]) -> list[Sequence]:
+        """Take the waiting sequences of these groups (by `id`) out of the queue; return them."""
+        removed = [s for s in self.waiting if id(s.group) in group_ids]
+        if removed:
+            self.waiting = deque(s for s in self.waiting if id(s.group) not in group_ids)
+        return removed
 
     def retire(self, finished: list[Sequence]) -> list[RowMove]:
         """Free the rows of finished sequences; returns the copies that keep the rows compact."""

@@ -21,6 +21,9 @@ from serve.errors import EngineStoppedError
 from serve.sampling import token_logprobs
 from serve.sequence import Event, FinishedEvent, FinishReason, GenerationRequest, SamplingParams
 
+# Beyond it a teacher-forced pass is not what decoding would have given, and k3 no estimate.
+MAX_PATH_NOISE_NATS = 1e-3
+
 
 @dataclass(frozen=True, slots=True)
 class ScoringRequest:
@@ -49,12 +52,23 @@ class ScoredCompletion:
     logits: NDArray[np.float32] | None = None
 
 
+def _uncancellable_future() -> Future[list[ScoredCompletion]]:
+    """Return a future that the engine alone resolves; `Engine.cancel` is how to give up on it.
+
+    Its `cancel` returns False. Otherwise another thread's cancel could come between any check and
+    `set_result`, which would then raise in the middle of a step.
+    """
+    future: Future[list[ScoredCompletion]] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
 @dataclass(slots=True, eq=False)
 class ScoringJob:
     """A scoring request under way: the engine scores one chunk of completions per step."""
 
     request: ScoringRequest
-    future: Future[list[ScoredCompletion]]
+    future: Future[list[ScoredCompletion]] = field(default_factory=_uncancellable_future)
     scored: list[ScoredCompletion] = field(default_factory=list)
 
     @property
@@ -108,7 +122,7 @@ def score(
 def forced_request(request: ScoringRequest) -> GenerationRequest:
     """Return the request that scores by decoding: greedy sampling, overruled token by token."""
     return GenerationRequest(
-        request_id=f"score:{request.request_id}",
+        request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
         sampling=SamplingParams(num_samples=len(request.completions), temperature=0.0),
         logprob_temperature=request.temperature,
@@ -122,7 +136,7 @@ class ForcedScores:
     """Collects the events of a forced request into its future."""
 
     def __init__(self, num_completions: int) -> None:
-        self.future: Future[list[ScoredCompletion]] = Future()
+        self.future = _uncancellable_future()
         self._scored: dict[int, ScoredCompletion] = {}
         self._num_completions = num_completions
 
@@ -153,8 +167,10 @@ def scoring_error(reason: FinishReason, error: str) -> Exception:
 def measure_path_noise(backend: Backend, num_tokens: int = 24) -> float:
     """Return the largest difference, in nats, between one-pass and decoded log-probabilities.
 
-    A pseudo-random text is scored both ways; 0 means bit for bit the same.
+    A pseudo-random text is scored both ways; 0 means bit for bit the same. It runs the backend
+    for the first time, so it warms it up, too. NaN when the model's logits are not finite.
     """
+    num_tokens = min(num_tokens, backend.info.max_model_len)
     rng = np.random.default_rng(0)
     text = [int(t) for t in rng.integers(0, backend.info.vocab_size, num_tokens)]
     half = num_tokens // 2

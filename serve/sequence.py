@@ -142,6 +142,7 @@ class SequenceGroup:
     """A request while the engine works on it.
 
     `prompt_logits`, `(V,)`, are kept from the prefill until every sample has drawn its first token.
+    A prompt is prefilled again when its early samples end before its queued ones start.
     """
 
     request: GenerationRequest
@@ -150,7 +151,7 @@ class SequenceGroup:
     num_unfinished: int
     num_unstarted: int
     prompt_logits: torch.Tensor | None = None
-    cancel_reason: FinishReason | None = None
+    is_prompt_counted: bool = False
 
     @property
     def is_scoring(self) -> bool:
@@ -171,6 +172,7 @@ class Sequence:
     prefilled_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
+    is_finished: bool = False
 
     @property
     def forced_token_ids(self) -> tuple[int, ...] | None:

@@ -12,32 +12,20 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_health.v1.health import aio as health  # type: ignore[import-untyped]
 from prometheus_client import CollectorRegistry
 
-from bundle.errors import BundleError, UserError
-from bundle.hashing import hash_file
-from bundle.manifest import MANIFEST_NAME, Manifest
-from bundle.verify import verify_bundle
-from serve.arbiter import StepArbiter
 from serve.config import ServeConfig
 from serve.coordinator import Coordinator
-from serve.engine import Engine
+from serve.loading import build_engines
 from serve.metrics import MetricsServer, ServerMetrics
-from serve.routing import Engines, Role, ServedModel
+from serve.routing import Engines
 from serve.service import SERVICE_NAME, InferenceService
 from serve.specs import Limits
-from serve.tokenization import Tokenizer
-
-if TYPE_CHECKING:
-    from serve.backend import Backend
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -46,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 # After the engines have stopped, handlers only have to send what they hold.
 _LAST_WORDS_S = 5.0
+# How soon health notices that an engine died; its status is answered from memory.
+_HEALTH_PERIOD_S = 0.25
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),  # otherwise two servers share a port silently
@@ -68,6 +58,8 @@ class Server:
         self._config = config
         self._metrics = metrics
         self._health = health.HealthServicer()
+        self._health_shown: dict[str, bool] = {}
+        self._health_watch: asyncio.Task[None] | None = None
         self._is_draining = False
         self._coordinator = Coordinator(engines, limits_of(engines, config), metrics)
         self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
@@ -93,12 +85,15 @@ class Server:
         self._engines.start()
         await self._server.start()
         self._metrics_server.start()
-        await self._set_health(_SERVING, "liveness", *self._services())
+        await self._show_health()
+        self._health_watch = asyncio.create_task(self._watch_health())
 
     async def stop(self) -> None:
         """Drain, end what is left with SHUTDOWN, and close everything."""
         self._is_draining = True
-        await self._set_health(_NOT_SERVING, *self._services())
+        if self._health_watch is not None:
+            self._health_watch.cancel()
+        await self._show_health()
         await self._coordinator.drain(self._config.drain_grace_s)
         # Joins the engines' threads, which still hand their last events to this loop.
         await asyncio.to_thread(self._engines.stop)
@@ -108,17 +103,34 @@ class Server:
 
     def is_healthy(self) -> bool:
         """Whether new work is taken: not draining, and every engine's thread lives."""
-        engines = [model.engine for model in self._engines.loaded]
-        return not self._is_draining and all(engine.load().is_alive for engine in engines)
+        return all(self._health_by_name().values())
 
-    def _services(self) -> list[str]:
-        """The health names that say whether new work is taken; `liveness` is not among them."""
-        models = [f"model.{model.role.value}" for model in self._engines.loaded]
-        return ["", "readiness", SERVICE_NAME, *models]
+    def _health_by_name(self) -> dict[str, bool]:
+        """Whether each health name but `liveness` is serving.
 
-    async def _set_health(self, status: int, *services: str) -> None:
-        for service in services:
-            await self._health.set(service, status)
+        A model that died takes readiness with it, not the other model, which goes on answering.
+        """
+        models = {
+            f"model.{model.role.value}": not self._is_draining and model.engine.load().is_alive
+            for model in self._engines.loaded
+        }
+        is_ready = all(models.values())
+        return {"": is_ready, "readiness": is_ready, SERVICE_NAME: is_ready, **models}
+
+    async def _show_health(self) -> None:
+        """Tell the health service what has changed since the last time."""
+        current = {"liveness": True, **self._health_by_name()}
+        changed = {n: ok for n, ok in current.items() if self._health_shown.get(n) is not ok}
+        for name, is_serving in changed.items():
+            await self._health.set(name, _SERVING if is_serving else _NOT_SERVING)
+            if not is_serving and not self._is_draining:
+                logger.error("health: %r is not serving, an engine died", name)
+        self._health_shown = current
+
+    async def _watch_health(self) -> None:
+        while True:
+            await asyncio.sleep(_HEALTH_PERIOD_S)
+            await self._show_health()
 
 
 def _version() -> str:
@@ -173,127 +185,3 @@ def write_ready_file(path: Path, server: Server) -> None:
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-# Loading. Torch and onnxruntime are imported here alone.
-
-
-def build_engines(config: ServeConfig, metrics: ServerMetrics) -> Engines:
-    """Load the bundle's student, and the teacher where one is given.
-
-    Raises:
-        BundleError: the bundle is damaged, or `variant` is not in it.
-        UserError: a model cannot be served: device, architecture or context length.
-    """
-    import torch
-
-    manifest = verify_bundle(config.bundle)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    # On one CPU two engines take turns, the student first; on CUDA the device schedules.
-    arbiter = StepArbiter() if device == "cpu" and config.teacher is not None else None
-
-    def engine(role: Role, backend: Backend, folder: Path) -> Engine:
-        return Engine(
-            backend,
-            eos_token_ids=read_eos_token_ids(folder),
-            max_waiting=config.max_waiting,
-            name=role.value,
-            observer=metrics.observer(role),
-            arbiter=arbiter,
-            priority=0 if role is Role.STUDENT else 1,
-        )
-
-    folder = config.bundle / "student"
-    tokenizer = Tokenizer.load(folder)
-    with _loading(config.bundle):
-        student = engine(Role.STUDENT, _load_student(config, manifest, device), folder)
-    origin = {
-        "bundle_id": config.bundle.resolve().name,
-        "manifest_sha256": hash_file(config.bundle / MANIFEST_NAME),
-    }
-    served = ServedModel(Role.STUDENT, student, tokenizer, **origin)
-    if config.teacher is None:
-        return Engines(served)
-    with _loading(config.teacher):
-        teacher = engine(
-            Role.TEACHER, _load_teacher(config, config.teacher, device), config.teacher
-        )
-    # One vocabulary, one tokenizer: both models must see the very same prompt.
-    own = Tokenizer.load(config.teacher)
-    shared = tokenizer if own.hash == tokenizer.hash else own
-    return Engines(served, ServedModel(Role.TEACHER, teacher, shared))
-
-
-@contextmanager
-def _loading(folder: Path) -> Iterator[None]:
-    """Say which model a runtime refused; it says why."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot load {folder}: {error}") from error
-
-
-def _load_student(config: ServeConfig, manifest: Manifest, device: str) -> Backend:
-    if config.student_backend == "torch":
-        return _load_torch(config.bundle / "student", "float32", config, device)
-    variant = config.variant or manifest.default_variant
-    if variant not in manifest.variants:
-        raise BundleError(f"variant {variant!r} is none of {', '.join(sorted(manifest.variants))}")
-    return _load_onnx(
-        config.bundle / "onnx" / variant,
-        config,
-        device,
-        precision=manifest.variants[variant].precision,
-        num_parameters=manifest.student.num_parameters,
-    )
-
-
-def _load_teacher(config: ServeConfig, folder: Path, device: str) -> Backend:
-    if config.teacher_backend == "torch":
-        return _load_torch(folder, config.teacher_dtype, config, device)
-    return _load_onnx(folder, config, device)
-
-
-def _load_torch(folder: Path, dtype: str, config: ServeConfig, device: str) -> Backend:
-    import torch
-
-    from serve.torch_backend import TorchBackend
-
-    return TorchBackend.load(
-        folder,
-        device=device,
-        dtype=getattr(torch, dtype),
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=config.max_model_len,
-    )
-
-
-def _load_onnx(folder: Path, config: ServeConfig, device: str, **described: Any) -> Backend:
-    from serve.onnx_backend import OnnxBackend
-
-    return OnnxBackend.load(
-        folder,
-        device=device,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=config.max_model_len,
-        num_threads=config.threads,
-        **described,
-    )
-
-
-def read_eos_token_ids(folder: Path) -> frozenset[int]:
-    """Return `eos_token_id` (an id or a list of them) of generation_config.json, else config.json.
-
-    Raises:
-        ValueError: neither file names one, so that no completion would ever end.
-    """
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        ids = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.exists() else None
-        if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    raise ValueError(f"{folder}: neither generation_config.json nor config.json has eos_token_id")

@@ -92,6 +92,60 @@ class FakeBackend:
         """There is no cache."""
 
 
+class HistoryBackend:
+    """Next-token logits depend on every token before, read from rows of its cache.
+
+    So a row that was moved, forked or cut wrongly shows in the tokens that come out.
+    """
+
+    VOCAB_SIZE = 40
+    EOS = 3
+
+    def __init__(self, *, max_num_seqs: int = 4, max_model_len: int = 64) -> None:
+        self.info = ModelInfo("fake", "cpu", "float32", 1, self.VOCAB_SIZE, max_model_len,
+                              max_num_seqs)  # fmt: skip
+        self.rows: list[list[int]] = [[] for _ in range(max_num_seqs)]
+        self.calls: list[tuple[int, list[int], list[int]]] = []
+        self.error: BaseException | None = None
+        self.nan_after: int | None = None
+        generator = torch.Generator().manual_seed(0)
+        self._table = torch.randn(997, self.VOCAB_SIZE, generator=generator)
+        self._table[:, self.EOS] -= 1
+
+    def forward(
+        self,
+        first_row: int,
+        new_token_ids: Sequence[Sequence[int]],
+        past_lengths: Sequence[int],
+        logit_indices: Sequence[Sequence[int]] | None = None,
+    ) -> torch.Tensor:
+        if self.error is not None:
+            raise self.error
+        self.calls.append((first_row, [len(ids) for ids in new_token_ids], list(past_lengths)))
+        wanted = logit_indices or [[len(ids) - 1] for ids in new_token_ids]
+        logits = []
+        for i, (ids, past, indices) in enumerate(
+            zip(new_token_ids, past_lengths, wanted, strict=True)
+        ):
+            row = self.rows[first_row + i]
+            assert past <= len(row), "the cache holds fewer tokens than the engine thinks"
+            row[past:] = ids
+            assert len(row) <= self.info.max_model_len
+            logits += [self.logits_after(row[: past + j + 1]) for j in indices]
+        return torch.stack(logits)
+
+    def logits_after(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Return `(V,)` for the token behind `token_ids`; NaN behind the token `nan_after`."""
+        state = 0
+        for token_id in token_ids:
+            state = (state * 31 + token_id + 1) % 997
+        logits = self._table[state]
+        return logits * torch.nan if token_ids[-1] == self.nan_after else logits
+
+    def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
+        self.rows[target_row] = self.rows[source_row][:length]
+
+
 def random_logits(seed: int) -> torch.Tensor:
     """A model that likes digits and sometimes ends; teachers differ from students by the seed."""
     vocab_size = TOKENIZER.vocab_size
@@ -223,6 +277,11 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., Tokenizer]:
     return build_tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_backend() -> type[HistoryBackend]:
+    return HistoryBackend
 
 
 @pytest.fixture(scope="session")

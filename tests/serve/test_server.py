@@ -7,35 +7,22 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
-from datetime import UTC, datetime
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from bundle.errors import UserError
-from bundle.manifest import (
-    Evaluation,
-    Gate,
-    Manifest,
-    StudentInfo,
-    TeacherReference,
-    Variant,
-    write_manifest,
-)
-from bundle.verify import list_entries
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client
 from serve.config import ServeConfig
-from serve.metrics import ServerMetrics
 from serve.routing import Role
-from serve.server import build_engines, limits_of, read_eos_token_ids
+from serve.server import limits_of
 from serve.service import SERVICE_NAME
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -96,6 +83,39 @@ def test_what_outlasts_the_grace_ends_with_shutdown(serving: Any, make_pair: Any
     assert events[-1].HasField("usage")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_dead_engine_takes_readiness_off_and_the_other_model_serves_on(
+    serving: Any, make_pair: Any
+) -> None:
+    with serving(make_pair()) as live:
+        watched = watch(live, "model.teacher")
+        assert next(watched) == SERVING
+        live.pair.backends[Role.TEACHER].error = SystemExit()
+        with pytest.raises(grpc.RpcError):
+            live.client.score(pb.ScoreRequest(prompt="x", completions=[{"text": "y"}]))
+        started_s = time.monotonic()
+        assert next(watched) == NOT_SERVING
+        assert time.monotonic() - started_s < 1
+        assert {health(live, name) for name in ("", "readiness", SERVICE_NAME)} == {NOT_SERVING}
+        assert {health(live, name) for name in ("model.student", "liveness")} == {SERVING}
+        divergence = pb.DivergenceOptions(enabled=False)
+        events = live.client.generate(pb.GenerateRequest(prompt="x", divergence=divergence))
+        assert any(event.HasField("complete") for event in events)
+        watched.close()
+        live.stop_soon().result(30)
+
+
+def watch(live: Any, name: str) -> Generator[int, None, None]:
+    """Yield a health status, and then each change of it."""
+    stub = health_pb2_grpc.HealthStub(live.channel)
+    call = stub.Watch(health_pb2.HealthCheckRequest(service=name), timeout=20)
+    try:
+        for reply in call:
+            yield reply.status
+    finally:
+        call.cancel()
+
+
 def test_limits_are_the_lesser_models(make_pair: Any) -> None:
     engines = make_pair(max_model_len=77).engines
     limits = limits_of(engines, ServeConfig(bundle="x", tasks=frozenset({"a"})))
@@ -151,108 +171,11 @@ def test_listening_to_the_world_needs_a_flag() -> None:
     assert ServeConfig(bundle="x", host="0.0.0.0", insecure_listen=True).host == "0.0.0.0"
 
 
+def test_teacher_and_no_teacher_contradict_each_other() -> None:
+    with pytest.raises(ValidationError, match="--no-teacher contradict"):
+        ServeConfig(bundle="x", teacher="y", no_teacher=True)
+
+
 def test_unknown_settings_are_refused_by_name() -> None:
     with pytest.raises(ValidationError, match="max_seqs"):
         ServeConfig(bundle="x", max_seqs=3)
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"config.json": 2}, {2}),
-        ({"generation_config.json": [2, 5], "config.json": 1}, {2, 5}),
-        ({"generation_config.json": None, "config.json": 1}, {1}),
-    ],
-)
-def test_eos_comes_from_the_generation_config_first(
-    tmp_path: Path, files: dict[str, Any], expected: set[int]
-) -> None:
-    for name, value in files.items():
-        (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
-    assert read_eos_token_ids(tmp_path) == expected
-
-
-def test_model_without_an_eos_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="eos_token_id"):
-        read_eos_token_ids(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A bundle with a tiny random Llama as its student; its ONNX graph is none."""
-    folder = tmp_path_factory.mktemp("bundle")
-    config = LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "student")
-    tokenizer._tokenizer.save(str(folder / "student" / "tokenizer.json"))
-    (folder / "onnx" / "int8").mkdir(parents=True)
-    (folder / "onnx" / "int8" / "model.onnx").write_text("not a graph")
-    write_manifest(folder, manifest_of(folder))
-    return folder
-
-
-def manifest_of(folder: Path) -> Manifest:
-    gate = Gate(name="kl", measured=0.0, threshold=1.0, passed=True, unit="nats/token")
-    return Manifest(
-        created_at=datetime(2026, 1, 2, tzinfo=UTC),
-        tandem_version="0",
-        files=list_entries(folder),
-        tokenizer_sha256="0" * 64,
-        chat_template_sha256="0" * 64,
-        teacher=TeacherReference(
-            source="x", weights_sha256="0" * 64, architecture="x", num_parameters=1, dtype="x"
-        ),
-        student=StudentInfo(num_parameters=1, num_layers=1, kept_layers=(0,), dtype="float32"),
-        lineage=(),
-        variants={
-            "int8": Variant(
-                precision="int8", opset=21, inputs=(), outputs=(), size_bytes=1, num_nodes=1,
-                gates=(gate,),
-            )
-        },
-        default_variant="int8",
-        metrics=Evaluation(num_prompts=0, num_samples=1, k=(), temperature=0, seed=0, values={}),
-    )  # fmt: skip
-
-
-def load(bundle: Path, **settings: Any) -> Any:
-    settings = {"student_backend": "torch", "max_model_len": 64, "device": "cpu", **settings}
-    metrics = ServerMetrics(CollectorRegistry())
-    return build_engines(ServeConfig(bundle=bundle, **settings), metrics)
-
-
-def test_bundle_and_teacher_become_two_engines(bundle: Path) -> None:
-    engines = load(bundle, teacher=bundle / "student", teacher_dtype="float32", max_num_seqs=2)
-    student, teacher = engines.loaded
-    assert (student.role, teacher.role) == (Role.STUDENT, Role.TEACHER)
-    assert student.engine.info.max_num_seqs == 2
-    assert student.manifest_sha256 and not teacher.manifest_sha256
-    assert teacher.tokenizer is student.tokenizer
-
-
-def test_without_a_teacher_the_student_is_alone(bundle: Path) -> None:
-    assert load(bundle).teacher is None
-
-
-@pytest.mark.parametrize(
-    ("settings", "text"),
-    [
-        ({"student_backend": "onnx", "variant": "int2"}, "variant 'int2' is none of int8"),
-        ({"max_model_len": 4096}, "max_model_len 4096 exceeds the 128"),
-        ({"bundle": Path("/nowhere")}, "is not a bundle"),
-    ],
-)
-def test_what_cannot_be_served_is_a_user_error(
-    bundle: Path, settings: dict[str, Any], text: str
-) -> None:
-    with pytest.raises(UserError, match=text):
-        load(**{"bundle": bundle, **settings})

@@ -1,0 +1,239 @@
+"""From a config to engines: the bundle's student, its teacher where it can be had, on a device.
+
+Torch and onnxruntime are imported when a model needs them, not before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bundle.errors import BundleError, UserError
+from bundle.hashing import hash_file, hash_weights
+from bundle.manifest import MANIFEST_NAME, Manifest, TeacherReference
+from bundle.verify import verify_bundle
+from serve.arbiter import StepArbiter
+from serve.config import Device, ServeConfig
+from serve.engine import Engine
+from serve.errors import DeviceMissingError
+from serve.metrics import ServerMetrics
+from serve.routing import Engines, Role, ServedModel
+from serve.scoring import MAX_PATH_NOISE_NATS, measure_path_noise
+from serve.tokenization import Tokenizer
+
+if TYPE_CHECKING:
+    from serve.backend import Backend
+
+logger = logging.getLogger(__name__)
+
+
+def build_engines(config: ServeConfig, metrics: ServerMetrics) -> Engines:
+    """Load the bundle's student, and the teacher that `find_teacher` names.
+
+    Raises:
+        BundleError: the bundle is damaged, or `variant` is not in it.
+        DeviceMissingError: CUDA is asked for and a runtime cannot use it.
+        UserError: a model cannot be served: architecture or context length.
+    """
+    manifest = verify_bundle(config.bundle)
+    teacher = find_teacher(config, manifest.teacher)
+    runtimes = {config.student_backend, *([config.teacher_backend] if teacher else [])}
+    device = choose_device(config.device, runtimes)
+    # On one CPU two engines take turns, the student first; on CUDA the device schedules.
+    arbiter = StepArbiter() if device == "cpu" and teacher is not None else None
+    loader = _Loader(config, manifest, metrics, device, arbiter)
+    student = loader.load_student()
+    return Engines(student, None if teacher is None else loader.load_teacher(teacher, student))
+
+
+def find_teacher(config: ServeConfig, reference: TeacherReference) -> Path | None:
+    """Return the folder of the teacher to serve; None, with a warning, when there is none.
+
+    Without `--teacher` it is the one that the student was distilled from, as long as it still lies
+    where the exporter saw it. Another one must be asked for, and is served with a warning.
+    """
+    if config.no_teacher:
+        return None
+    if config.teacher is not None:
+        if hash_weights(config.teacher) != reference.weights_sha256 and config.teacher.is_dir():
+            logger.warning(
+                "%s is not the teacher that the student was distilled from (%s): its weights have "
+                "another hash, and divergences are from this other model",
+                config.teacher,
+                reference.source,
+            )
+        return config.teacher
+    if problem := _why_not_there(reference):
+        logger.warning("serving the student alone: %s; give --teacher or --no-teacher", problem)
+        return None
+    return Path(reference.local_path or "")
+
+
+def _why_not_there(reference: TeacherReference) -> str:
+    """Say why the distilled-from teacher cannot be served; empty when it can."""
+    if reference.local_path is None:
+        return "the bundle does not say where its teacher lies"
+    folder = Path(reference.local_path)
+    if not folder.is_dir():
+        return f"its teacher is no longer at {folder}"
+    if hash_weights(folder) != reference.weights_sha256:
+        return f"the weights in {folder} have changed since the student was distilled from them"
+    return ""
+
+
+def choose_device(asked: Device, runtimes: Set[str]) -> str:
+    """Return cpu or cuda; auto is cuda only where every one of `runtimes` (onnx, torch) can.
+
+    Raises:
+        DeviceMissingError: cuda is asked for, and one of them cannot.
+    """
+    if asked == "cpu":
+        return asked
+    problem = next(filter(None, map(_why_no_cuda, sorted(runtimes))), "")
+    if not problem:
+        return "cuda"
+    if asked == "cuda":
+        raise DeviceMissingError(f"--device cuda: {problem}; use cpu or auto")
+    logger.info("on the CPU: %s", problem)
+    return "cpu"
+
+
+def _why_no_cuda(runtime: str) -> str:
+    if runtime == "torch":
+        import torch
+
+        return "" if torch.cuda.is_available() else "torch finds no CUDA device"
+    import onnxruntime  # type: ignore[import-untyped, unused-ignore]
+
+    available = onnxruntime.get_available_providers()
+    if "CUDAExecutionProvider" in available:
+        return ""
+    return f"onnxruntime has {', '.join(available)} and not CUDAExecutionProvider (extra `gpu`)"
+
+
+@dataclass(frozen=True, slots=True)
+class _Loader:
+    config: ServeConfig
+    manifest: Manifest
+    metrics: ServerMetrics
+    device: str
+    arbiter: StepArbiter | None
+
+    def load_student(self) -> ServedModel:
+        bundle = self.config.bundle
+        with _loading(bundle):
+            engine, noise = self._build_engine(
+                Role.STUDENT, self._student_backend(), bundle / "student"
+            )
+        return ServedModel(
+            Role.STUDENT,
+            engine,
+            Tokenizer.load(bundle / "student"),
+            bundle_id=bundle.resolve().name,
+            manifest_sha256=hash_file(bundle / MANIFEST_NAME),
+            path_noise_nats=noise,
+        )
+
+    def load_teacher(self, folder: Path, student: ServedModel) -> ServedModel:
+        with _loading(folder):
+            engine, noise = self._build_engine(Role.TEACHER, self._teacher_backend(folder), folder)
+        # One vocabulary, one tokenizer: both models must see the very same prompt.
+        own = Tokenizer.load(folder)
+        shared = student.tokenizer if own.hash == student.tokenizer.hash else own
+        return ServedModel(Role.TEACHER, engine, shared, path_noise_nats=noise)
+
+    def _build_engine(self, role: Role, backend: Backend, folder: Path) -> tuple[Engine, float]:
+        """Return the engine and its backend's path noise, whose measuring warms the backend up."""
+        noise = measure_path_noise(backend)
+        # On CUDA one pass differs by rounding alone, and decoding instead would cost too much.
+        in_one_pass = self.device != "cpu" or noise <= MAX_PATH_NOISE_NATS
+        info = backend.info
+        logger.info(
+            "%s: %s %s on %s; one pass and decoding differ by %.1e nats at most, so it scores %s",
+            *(role.value, info.backend, info.precision, info.device, noise),
+            "in one pass" if in_one_pass else "by forced decoding",
+        )
+        engine = Engine(
+            backend,
+            eos_token_ids=read_eos_token_ids(folder),
+            max_waiting=self.config.max_waiting,
+            name=role.value,
+            observer=self.metrics.observer(role),
+            arbiter=self.arbiter,
+            priority=0 if role is Role.STUDENT else 1,
+            scores_in_one_pass=in_one_pass,
+        )
+        return engine, noise
+
+    def _student_backend(self) -> Backend:
+        config, variants = self.config, self.manifest.variants
+        if config.student_backend == "torch":
+            return self._load_torch(config.bundle / "student", "float32")
+        name = config.variant or self.manifest.default_variant
+        if name not in variants:
+            raise BundleError(f"variant {name!r} is none of {', '.join(sorted(variants))}")
+        return self._load_onnx(
+            config.bundle / "onnx" / name,
+            precision=variants[name].precision,
+            num_parameters=self.manifest.student.num_parameters,
+        )
+
+    def _teacher_backend(self, folder: Path) -> Backend:
+        if self.config.teacher_backend == "torch":
+            return self._load_torch(folder, self.config.teacher_dtype)
+        return self._load_onnx(folder)
+
+    def _load_torch(self, folder: Path, dtype: str) -> Backend:
+        import torch
+
+        from serve.torch_backend import TorchBackend
+
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        return TorchBackend.load(
+            folder,
+            device=self.device,
+            dtype=getattr(torch, dtype),
+            max_num_seqs=self.config.max_num_seqs,
+            max_model_len=self.config.max_model_len,
+        )
+
+    def _load_onnx(self, folder: Path, **described: Any) -> Backend:
+        from serve.onnx_backend import OnnxBackend
+
+        return OnnxBackend.load(
+            folder,
+            device=self.device,
+            max_num_seqs=self.config.max_num_seqs,
+            max_model_len=self.config.max_model_len,
+            num_threads=self.config.threads,
+            **described,
+        )
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """Say which model a runtime refused; it says why."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot load {folder}: {error}") from error
+
+
+def read_eos_token_ids(folder: Path) -> frozenset[int]:
+    """Return `eos_token_id` (an id or a list of them) of generation_config.json, else config.json.
+
+    Raises:
+        ValueError: neither file names one, so that no completion would ever end.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        ids = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.exists() else None
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    raise ValueError(f"{folder}: neither generation_config.json nor config.json has eos_token_id")

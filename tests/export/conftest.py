@@ -1,0 +1,136 @@
+"""Random models small enough to train and export in well under a second each."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from export.distill import Example
+from export.onnx_graph import export_onnx, load_untied, save_onnx
+from export.package import write_variant_files
+from export.quantize import WeightOnly, quantize_weights
+
+VOCAB_SIZE = 97
+MAX_MODEL_LEN = 160
+# Name -> class, configuration, heads per KV head, tied. Heads of 16: the least that
+# GroupQueryAttention takes. Five layers: the least for which 12 nodes per layer + 10 suffice.
+ARCHITECTURES: dict[str, tuple[Any, Any, int, bool]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig, 2, True),
+    "llama-untied": (LlamaForCausalLM, LlamaConfig, 1, False),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, 2, True),
+    "qwen2-untied": (Qwen2ForCausalLM, Qwen2Config, 1, False),
+}
+
+
+def random_model(architecture: str = "llama", *, num_layers: int = 5, seed: int = 0) -> Any:
+    model_class, config_class, queries_per_key, is_tied = ARCHITECTURES[architecture]
+    torch.manual_seed(seed)
+    config = config_class(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=2 // queries_per_key,
+        max_position_embeddings=256,
+        tie_word_embeddings=is_tied,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    model = model_class(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):  # all alike they would be stored once
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    return model
+
+
+def random_examples(lengths: list[tuple[int, int]], seed: int = 0) -> list[Example]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(VOCAB_SIZE, (count,), generator=generator).tolist())
+
+    return [Example(tokens(prompt), tokens(completion)) for prompt, completion in lengths]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A student's folder and its graphs by variant name, as the pipeline lays them out."""
+
+    student_dir: Path
+    variants: dict[str, Path]
+
+
+def export_model(
+    model: Any, teacher_files: Path, target: Path, **recipes: WeightOnly
+) -> Exported:
+    student_dir = target / "student"
+    variants = {name: target / name for name in ("fp32", *recipes)}
+    for folder in (student_dir, *variants.values()):
+        folder.mkdir()
+    model.save_pretrained(student_dir)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (student_dir / name).write_bytes((teacher_files / name).read_bytes())
+    export_onnx(copy.deepcopy(model), variants["fp32"], max_model_len=MAX_MODEL_LEN)
+    for name, recipe in recipes.items():
+        save_onnx(quantize_weights(load_untied(variants["fp32"]), recipe), variants[name])
+    for folder in variants.values():
+        write_variant_files(student_dir, folder, MAX_MODEL_LEN)
+    return Exported(student_dir, variants)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Any]:
+    return random_model
+
+
+@pytest.fixture(scope="session")
+def make_examples() -> Callable[..., list[Example]]:
+    return random_examples
+
+
+@pytest.fixture(scope="session")
+def export_to(tiny_teacher: Path) -> Callable[..., Exported]:
+    """`export_to(folder, model, int8=WeightOnly(8, 128))`: every variant, the tokenizer beside."""
+
+    def export(target: Path, model: Any, **recipes: WeightOnly) -> Exported:
+        return export_model(model, tiny_teacher, target, **recipes)
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def export_once(
+    tmp_path_factory: pytest.TempPathFactory, export_to: Callable[..., Exported]
+) -> Callable[[str], Exported]:
+    """Export and quantize an architecture, once for all tests."""
+
+    @functools.cache
+    def export(architecture: str) -> Exported:
+        recipes = {"int8": WeightOnly(8, 32), "int4": WeightOnly(4, 32)}
+        return export_to(tmp_path_factory.mktemp("graphs"), random_model(architecture), **recipes)
+
+    return export
+
+
+@pytest.fixture(scope="session", params=list(ARCHITECTURES))
+def exported(
+    request: pytest.FixtureRequest, export_once: Callable[[str], Exported]
+) -> Exported:
+    """Every architecture in turn."""
+    return export_once(request.param)
+
+
+@pytest.fixture(scope="session")
+def exported_llama(export_once: Callable[[str], Exported]) -> Exported:
+    return export_once("llama")

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from export.config import ExportError
+from export.distill import Example
+from export.losses import exact_forward_kl
+from export.prune import drop_layers, rank_layers
+
+MakeModel = Callable[..., Any]
+INPUT_IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+@pytest.fixture(scope="session")
+def texts(make_examples: Callable[..., list[Example]]) -> list[Example]:
+    return make_examples([(4, 6), (5, 9)])
+
+
+@pytest.fixture
+def teacher(make_model: MakeModel) -> Any:
+    return make_model("llama", num_layers=6)
+
+
+def silence(model: Any, layer: int) -> None:
+    """Make a layer add nothing to the hidden states."""
+    block = model.model.layers[layer]
+    block.self_attn.o_proj.weight.data.zero_()
+    block.mlp.down_proj.weight.data.zero_()
+
+
+def rank(teacher: Any, texts: list[Example], num_removed: int, **changes: Any) -> list[int]:
+    settings = {"first_candidate": 1, "num_candidates": 6} | changes
+    return [r.layer for r in rank_layers(teacher, texts, num_removed, **settings)]
+
+
+@torch.inference_mode()
+def completion_logits(text: Example, *models: Any) -> list[torch.Tensor]:
+    ids = torch.tensor([text.prompt_token_ids + text.completion_token_ids])
+    start = len(text.prompt_token_ids) - 1
+    return [model(ids).logits[0, start:-1] for model in models]
+
+
+def cost(teacher: Any, texts: list[Example], kept: list[int]) -> float:
+    """KL(teacher ‖ teacher with the layers `kept`), per token."""
+    student = drop_layers(teacher, kept)
+    kls = [exact_forward_kl(*completion_logits(text, student, teacher)) for text in texts]
+    return float(torch.cat(kls).mean())
+
+
+@torch.inference_mode()
+def logits(model: Any) -> torch.Tensor:
+    return model(INPUT_IDS).logits[0]
+
+
+# --- which layers go
+
+
+@pytest.mark.parametrize("layer", [1, 3, 4])
+def test_layer_that_does_nothing_goes_first(teacher: Any, texts: list[Example], layer: int) -> None:
+    silence(teacher, layer)
+    first, second = rank_layers(teacher, texts, 2, first_candidate=1, num_candidates=6)
+    assert (first.layer, first.kl) == (layer, 0.0)
+    assert second.kl > 0.01
+
+
+def test_kl_is_of_the_completion_positions_with_all_removed_layers_gone(
+    teacher: Any, texts: list[Example]
+) -> None:
+    kept = list(range(6))
+    for removal in rank_layers(teacher, texts, 2, first_candidate=1, num_candidates=6):
+        kept.remove(removal.layer)
+        assert removal.kl == pytest.approx(cost(teacher, texts, kept), rel=1e-4)
+
+
+def test_the_cheapest_layer_goes_in_every_round(teacher: Any, texts: list[Example]) -> None:
+    kept = list(range(6))
+    for removed in rank(teacher, texts, 2):
+        costs = {
+            layer: cost(teacher, texts, [i for i in kept if i != layer]) for layer in kept[1:-1]
+        }
+        assert removed == min(costs, key=costs.__getitem__)
+        kept.remove(removed)
+
+
+@pytest.mark.parametrize("first_candidate", [0, 2, 4])
+def test_layers_below_the_first_candidate_and_the_last_one_stay(
+    teacher: Any, texts: list[Example], first_candidate: int
+) -> None:
+    for layer in (1, 5):
+        silence(teacher, layer)
+    num_removed = min(3, 5 - first_candidate)
+    removed = rank(teacher, texts, num_removed, first_candidate=first_candidate)
+    assert len(set(removed)) == num_removed
+    assert all(first_candidate <= layer < 5 for layer in removed)
+
+
+def test_nothing_to_remove_removes_nothing(teacher: Any, texts: list[Example]) -> None:
+    assert rank(teacher, texts, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("num_removed", "num_candidates", "expected"),
+    [(1, 6, [4]), (3, 6, [4, 3, 2]), (2, 2, [4, 2]), (2, 9, [4, 3])],
+)
+def test_progress_ends_at_its_total(
+    teacher: Any,
+    texts: list[Example],
+    num_removed: int,
+    num_candidates: int,
+    expected: list[int],
+) -> None:
+    shown: list[tuple[int, int]] = []
+    rank_layers(
+        teacher, texts, num_removed,
+        first_candidate=1, num_candidates=num_candidates,
+        progress=lambda done, total: shown.append((done, total)),
+    )  # fmt: skip
+    assert shown == [(done, sum(expected)) for done in range(1, sum(expected) + 1)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_removed": 5},
+        {"num_removed": 3, "first_candidate": 3},
+        {"num_removed": 3, "num_candidates": 1},
+        {"num_removed": 1, "first_candidate": 5},
+    ],
+)
+def test_removing_more_layers_than_there_are_candidates_fails_before_any_work(
+    teacher: Any, texts: list[Example], settings: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.prune.forward_kl", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ExportError, match=r"num_removed_layers.*candidates"):
+        rank(teacher, texts, settings.pop("num_removed"), **settings)
+
+
+def test_ranking_leaves_the_teacher_as_it_was(teacher: Any, texts: list[Example]) -> None:
+    layers, before = list(teacher.model.layers), logits(teacher)
+    rank(teacher, texts, 2)
+    assert all(a is b for a, b in zip(teacher.model.layers, layers, strict=True))
+    assert logits(teacher).equal(before)
+
+
+# --- the student
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-untied", "qwen2"])
+def test_student_has_the_kept_layers_and_all_else(
+    make_model: MakeModel, architecture: str
+) -> None:
+    teacher = make_model(architecture, num_layers=5)
+    student, kept = drop_layers(teacher, [0, 3, 4]), {0: 0, 1: 3, 2: 4}
+    weights = teacher.state_dict()
+    for name, value in student.state_dict().items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            parts[2] = str(kept[int(parts[2])])
+        assert value.equal(weights[".".join(parts)]), name
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_student_config_and_layer_indices_fit_its_layers(
+    make_model: MakeModel, architecture: str
+) -> None:
+    student = drop_layers(make_model(architecture, num_layers=5), [0, 3, 4])
+    assert student.config.num_hidden_layers == 3
+    assert len(getattr(student.config, "layer_types", None) or [None] * 3) == 3
+    assert [layer.self_attn.layer_idx for layer in student.model.layers] == [0, 1, 2]
+
+
+def test_dropping_layers_leaves_the_teacher_as_it_was(teacher: Any) -> None:
+    before = logits(teacher)
+    student = drop_layers(teacher, [0, 2, 5])
+    for parameter in student.parameters():
+        parameter.data.zero_()
+    assert logits(teacher).equal(before)
+    assert teacher.config.num_hidden_layers == 6
+    assert [layer.self_attn.layer_idx for layer in teacher.model.layers] == list(range(6))
+
+
+def test_tied_embedding_stays_tied(teacher: Any) -> None:
+    student = drop_layers(teacher, [0, 5])
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+
+
+def test_student_without_the_layers_that_do_nothing_is_the_teacher(teacher: Any) -> None:
+    for layer in (1, 4):
+        silence(teacher, layer)
+    torch.testing.assert_close(logits(drop_layers(teacher, [0, 2, 3, 5])), logits(teacher))
+
+
+def test_student_decodes_with_its_cache(teacher: Any) -> None:
+    student = drop_layers(teacher, [0, 2, 5])
+    tokens = student.generate(INPUT_IDS, do_sample=False, max_new_tokens=6, use_cache=True)
+    uncached = student.generate(INPUT_IDS, do_sample=False, max_new_tokens=6, use_cache=False)
+    assert tokens.tolist() == uncached.tolist()

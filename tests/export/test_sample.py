@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export import sample
+from export.config import ExportError, SampleConfig
+from export.sample import (
+    ROWS_NAME,
+    Completion,
+    read_completions,
+    sample_teacher,
+    task_seed,
+    write_completions,
+)
+from export.tasks import Task, builtin_tasks
+from serve.torch_backend import TorchBackend
+
+CONFIG = SampleConfig(max_tokens=12, max_num_seqs=4, max_model_len=256)
+TASKS = builtin_tasks()[:6]
+
+
+def row(task_id: str, *token_ids: int) -> Completion:
+    return Completion(task_id, "train", (1, 2, 3), token_ids, "stop")
+
+
+def silent(done: int, total: int) -> None:
+    """Show no progress."""
+
+
+@pytest.fixture(scope="session")
+def rows(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Completion]:
+    return sample_teacher(tiny_teacher, TASKS, CONFIG, tmp_path_factory.mktemp("rows"), silent)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let every answer be the token 7, and list the tasks that were asked."""
+    asked: list[str] = []
+
+    def generate(folder: Path, tasks: list[Task], config: SampleConfig) -> Iterable[Completion]:
+        for task in tasks:
+            asked.append(task.task_id)
+            yield row(task.task_id, 7)
+
+    monkeypatch.setattr(sample, "_generate", generate)
+    return asked
+
+
+# --- what the teacher says
+
+
+def test_every_task_gets_one_row_in_the_tasks_order(rows: list[Completion]) -> None:
+    assert [row.task_id for row in rows] == [task.task_id for task in TASKS]
+    assert [row.split for row in rows] == [task.split for task in TASKS]
+
+
+def test_prompts_are_chat_messages(rows: list[Completion], tiny_teacher: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    for completion, task in zip(rows, TASKS, strict=True):
+        chat = [{"role": "user", "content": task.prompt}]
+        expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+        assert list(completion.prompt_token_ids) == expected
+
+
+def test_completion_ends_with_eos_or_at_max_tokens(rows: list[Completion]) -> None:
+    assert {row.finish_reason for row in rows} == {"stop", "length"}
+    for completion in rows:
+        if completion.finish_reason == "stop":
+            assert completion.token_ids.index(2) == len(completion.token_ids) - 1
+        else:
+            assert len(completion.token_ids) == 12
+            assert 2 not in completion.token_ids
+
+
+def test_example_is_prompt_and_completion(rows: list[Completion]) -> None:
+    example = rows[0].example
+    assert example.prompt_token_ids == rows[0].prompt_token_ids
+    assert example.completion_token_ids == rows[0].token_ids
+
+
+def test_sampling_again_is_byte_identical(
+    rows: list[Completion], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    paths = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        assert sample_teacher(tiny_teacher, TASKS, CONFIG, tmp_path / name, silent) == rows
+        paths.append(tmp_path / name / ROWS_NAME)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_row_does_not_depend_on_the_others(
+    rows: list[Completion], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    alone = sample_teacher(tiny_teacher, TASKS[2:3], CONFIG, tmp_path, silent)
+    assert alone == rows[2:3]
+
+
+def test_another_seed_gives_other_answers(
+    rows: list[Completion], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"seed": 1})
+    others = sample_teacher(tiny_teacher, TASKS, config, tmp_path, silent)
+    assert all(a.token_ids != b.token_ids for a, b in zip(rows, others, strict=True))
+
+
+def test_task_seed_follows_from_seed_and_task_alone() -> None:
+    assert task_seed(0, "a") == task_seed(0, "a")
+    seeds = {task_seed(seed, task) for seed in (0, 1) for task in ("a", "b")}
+    assert len(seeds) == 4
+    assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+def test_answer_that_failed_is_an_error_and_no_row(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = TorchBackend.forward
+
+    def fail_behind_the_prompt(self: Any, first_row: int, *args: Any) -> Any:
+        if args[1] != [0] * len(args[1]):
+            raise RuntimeError("out of memory")
+        return forward(self, first_row, *args)
+
+    monkeypatch.setattr(TorchBackend, "forward", fail_behind_the_prompt)
+    with pytest.raises(ExportError, match=r"answer to task \w+ ended with error"):
+        sample_teacher(tiny_teacher, TASKS, CONFIG, tmp_path, silent)
+    kept = read_completions(tmp_path / ROWS_NAME)
+    assert {row.token_ids for row in kept} <= {(2,)}, "what ended with the prompt"
+
+
+# --- rows on disk
+
+
+def test_rerun_asks_only_for_what_is_missing(asked: list[str], tmp_path: Path) -> None:
+    kept = [row(TASKS[1].task_id, 4, 5), row(TASKS[4].task_id, 6)]
+    write_completions(tmp_path / ROWS_NAME, kept)
+    rows = sample_teacher(Path("unused"), TASKS, CONFIG, tmp_path, silent)
+    assert asked == [TASKS[i].task_id for i in (0, 2, 3, 5)]
+    assert [rows[1], rows[4]] == kept
+    assert read_completions(tmp_path / ROWS_NAME) == rows
+
+
+def test_finished_run_asks_for_nothing(asked: list[str], tmp_path: Path) -> None:
+    first = sample_teacher(Path("unused"), TASKS, CONFIG, tmp_path, silent)
+    asked.clear()
+    assert sample_teacher(Path("unused"), TASKS, CONFIG, tmp_path, silent) == first
+    assert asked == []
+
+
+def test_line_that_a_kill_cut_short_is_drawn_again(asked: list[str], tmp_path: Path) -> None:
+    path = tmp_path / ROWS_NAME
+    write_completions(path, [row(task.task_id, 4) for task in TASKS])
+    path.write_bytes(path.read_bytes()[:-5])
+    assert len(read_completions(path)) == len(TASKS) - 1
+    rows = sample_teacher(Path("unused"), TASKS, CONFIG, tmp_path, silent)
+    assert asked == [TASKS[-1].task_id]
+    assert read_completions(path) == rows
+
+
+def test_every_row_is_on_disk_when_its_progress_is_shown(
+    asked: list[str], tmp_path: Path
+) -> None:
+    shown: list[tuple[int, int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        shown.append((done, total, len(read_completions(tmp_path / ROWS_NAME))))
+
+    write_completions(tmp_path / ROWS_NAME, [row(TASKS[0].task_id, 4)])
+    sample_teacher(Path("unused"), TASKS, CONFIG, tmp_path, progress)
+    assert shown == [(done, 6, done) for done in range(2, 7)]
+
+
+def test_rows_survive_the_disk(tmp_path: Path) -> None:
+    rows = [row("a", 1, 2), row("b")]
+    write_completions(tmp_path / ROWS_NAME, rows)
+    assert read_completions(tmp_path / ROWS_NAME) == rows
+    lines = (tmp_path / ROWS_NAME).read_text().splitlines()
+    assert json.loads(lines[0]).keys() == {f.name for f in dataclasses.fields(Completion)}
+    assert [path.name for path in tmp_path.iterdir()] == [ROWS_NAME]

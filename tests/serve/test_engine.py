@@ -1,0 +1,512 @@
+"""One engine on a fake model: every sequence ends exactly once, whatever happens.
+
+Most tests drive `Engine.step` by hand; the thread is for the tests of the thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from serve.engine import Engine, EngineObserver
+from serve.errors import EngineStoppedError, QueueFullError
+from serve.sampling import sample
+from serve.scoring import ScoringRequest
+from serve.sequence import (
+    Event,
+    FinishedEvent,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    TokenEvent,
+    make_group,
+    make_sequences,
+)
+
+PROMPT = (5, 6, 7)
+MakeEngine = Callable[..., Engine]
+
+
+class Reader:
+    """A sink, and what it was told; reading it checks the order of events.
+
+    It checks late, because the engine logs what a sink raises and goes on.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def __call__(self, events: list[Event]) -> None:
+        self.events += events
+
+    @property
+    def tokens(self) -> dict[int, list[int]]:
+        """Token ids by sample, which must come from position 0 on without a gap."""
+        tokens: defaultdict[int, list[int]] = defaultdict(list)
+        for event in self.events:
+            if isinstance(event, TokenEvent):
+                assert event.position == len(tokens[event.index])
+                tokens[event.index].append(event.token_id)
+        return tokens
+
+    @property
+    def endings(self) -> dict[int, FinishedEvent]:
+        """Terminal events by sample: one each, the last, with the tokens that were emitted."""
+        endings: dict[int, FinishedEvent] = {}
+        for event in self.events:
+            assert event.index not in endings, "an event after the terminal one"
+            if isinstance(event, FinishedEvent):
+                assert list(event.token_ids) == self.tokens[event.index]
+                assert len(event.logprobs) == len(event.token_ids)
+                endings[event.index] = event
+        return endings
+
+    @property
+    def reasons(self) -> list[FinishReason]:
+        return [self.endings[index].finish_reason for index in sorted(self.endings)]
+
+    @property
+    def completions(self) -> list[tuple[int, ...]]:
+        return [self.endings[index].token_ids for index in sorted(self.endings)]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Observed(EngineObserver):
+    def __init__(self) -> None:
+        self.prompt_tokens = self.generation_tokens = 0
+        self.reasons: list[FinishReason] = []
+        self.phases: list[str] = []
+        self.intervals = 0
+
+    def on_step(self, phase: str, batch_size: int, step_s: float, host_s: float) -> None:
+        assert 0 <= host_s <= step_s
+        self.phases.append(phase)
+
+    def on_tokens(self, prompt_tokens: int, generation_tokens: int) -> None:
+        self.prompt_tokens += prompt_tokens
+        self.generation_tokens += generation_tokens
+
+    def on_token_interval(self, itl_s: float, count: int) -> None:
+        self.intervals += count
+
+    def on_finished(self, finish_reason: FinishReason) -> None:
+        self.reasons.append(finish_reason)
+
+
+@pytest.fixture
+def make_engine(make_backend: Any) -> MakeEngine:
+    def make(*, max_num_seqs: int = 4, max_model_len: int = 64, **settings: Any) -> Engine:
+        backend = make_backend(max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+        settings = {"eos_token_ids": frozenset({backend.EOS}), **settings}
+        return Engine(backend, **settings)
+
+    return make
+
+
+def submit(
+    engine: Engine, request_id: str = "r", prompt: tuple[int, ...] = PROMPT, **settings: Any
+) -> Reader:
+    fields = {"deadline_s", "make_stop_check", "num_top_logprobs"} & settings.keys()
+    request = {name: settings.pop(name) for name in fields}
+    params = SamplingParams(**{"max_tokens": 8, **settings})
+    reader = Reader()
+    engine.submit(GenerationRequest(request_id, prompt, params, **request), reader)
+    return reader
+
+
+def run(engine: Engine, max_steps: int = 500) -> None:
+    """Step until nothing is left; `load` must say so."""
+    for _ in range(max_steps):
+        engine.step()
+        if is_idle(engine):
+            return
+    raise AssertionError(f"still busy: {engine.load()}")
+
+
+def is_idle(engine: Engine) -> bool:
+    load = engine.load()
+    return (load.num_running, load.num_waiting) == (0, 0)
+
+
+def slow_completion(backend: Any, index: int, params: SamplingParams) -> tuple[int, ...]:
+    """Decode one sample alone, without cache, rows or engine."""
+    group = make_group(GenerationRequest("r", PROMPT, params), lambda events: None, 0.0)
+    sequence = list(make_sequences(group))[index]
+    eos = frozenset({backend.EOS})
+    while True:
+        logits = backend.logits_after([*PROMPT, *sequence.token_ids])
+        batch = sample(logits[None], [sequence], eos)
+        sequence.append(batch.token_ids[0], batch.logprobs[0])
+        if sequence.finish_reason(eos):
+            return tuple(sequence.token_ids)
+
+
+# What comes out
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 8])
+def test_completions_are_those_of_decoding_alone(
+    make_engine: MakeEngine, max_num_seqs: int, temperature: float
+) -> None:
+    engine = make_engine(max_num_seqs=max_num_seqs)
+    params = SamplingParams(num_samples=6, max_tokens=20, temperature=temperature, seed=3)
+    reader = Reader()
+    engine.submit(GenerationRequest("r", PROMPT, params), reader)
+    run(engine)
+    expected = [slow_completion(engine._backend, index, params) for index in range(6)]
+    assert reader.completions == expected
+
+
+def test_same_seed_gives_the_same_tokens_alone_and_among_others(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    alone = submit(engine, num_samples=2, seed=9, max_tokens=15)
+    run(engine)
+    crowd = [submit(engine, f"o{i}", (i + 10,) * (i + 1), seed=i, max_tokens=i + 2)
+             for i in range(9)]  # fmt: skip
+    engine.step()
+    again = submit(engine, num_samples=2, seed=9, max_tokens=15)
+    run(engine)
+    assert again.completions == alone.completions
+    assert all(len(reader.endings) == 1 for reader in crowd)
+
+
+def test_more_samples_than_rows_all_end(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_num_seqs=2)
+    reader = submit(engine, num_samples=7)
+    run(engine)
+    assert sorted(reader.endings) == list(range(7))
+
+
+def test_prompt_is_prefilled_once_for_all_its_samples(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    submit(engine, num_samples=4, max_tokens=2, ignore_eos=True)
+    run(engine)
+    assert [lengths for _, lengths, _ in engine._backend.calls] == [[3], [1, 1, 1, 1]]
+
+
+def test_newest_token_decides_about_eos_length_and_stop_strings(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    stops = submit(engine, "a", make_stop_check=lambda: lambda ids: len(ids) == 3, ignore_eos=True)
+    length = submit(engine, "b", max_tokens=5, ignore_eos=True)
+    run(engine)
+    assert stops.reasons == [FinishReason.STOP] and len(stops.tokens[0]) == 3
+    assert length.reasons == [FinishReason.LENGTH] and len(length.tokens[0]) == 5
+
+
+def test_completion_may_fill_the_context_to_its_last_token(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_model_len=10)
+    reader = submit(engine, max_tokens=7, ignore_eos=True, num_samples=2)
+    run(engine)
+    assert [len(ids) for ids in reader.completions] == [7, 7]
+
+
+def test_scoring_and_generation_take_turns(make_engine: MakeEngine) -> None:
+    observed = Observed()
+    engine = make_engine(observer=observed)
+    alone = submit(engine, seed=4, max_tokens=12, ignore_eos=True)
+    run(engine)
+    observed.phases.clear()
+    reader = submit(engine, seed=4, max_tokens=12, ignore_eos=True)
+    futures = [engine.score(ScoringRequest(f"s{i}", PROMPT, ((1, 2),))) for i in range(4)]
+    run(engine)
+    assert reader.completions == alone.completions
+    assert observed.phases[:4] == ["score", "prefill", "score", "decode"]
+    assert all(future.result(0) for future in futures)
+
+
+def test_scoring_waits_for_a_free_row(make_engine: MakeEngine) -> None:
+    observed = Observed()
+    engine = make_engine(max_num_seqs=1, observer=observed)
+    submit(engine, max_tokens=3, ignore_eos=True)
+    engine.step()
+    future = engine.score(ScoringRequest("s", PROMPT, ((1, 2),)))
+    run(engine)
+    assert observed.phases == ["prefill", "decode", "decode", "score"]
+    assert future.done()
+
+
+# Endings
+
+
+def test_cancelled_request_ends_before_the_next_pass_and_frees_its_rows(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine()
+    reader = submit(engine, num_samples=6, max_tokens=50, ignore_eos=True)
+    other = submit(engine, "other", max_tokens=3, ignore_eos=True)
+    engine.step()
+    engine.cancel("r")
+    run(engine, max_steps=4)
+    assert reader.reasons == [FinishReason.CANCELLED] * 6
+    assert [len(reader.tokens[index]) for index in range(6)] == [1, 1, 1, 1, 0, 0]
+    assert other.reasons == [FinishReason.LENGTH]
+
+
+def test_unknown_request_id_cancels_nothing(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    reader = submit(engine, max_tokens=2, ignore_eos=True)
+    engine.cancel("nobody")
+    run(engine)
+    engine.cancel("r")
+    engine.step()
+    assert reader.reasons == [FinishReason.LENGTH]
+
+
+def test_request_that_is_late_while_queued_never_reaches_the_model(
+    make_engine: MakeEngine,
+) -> None:
+    clock = Clock()
+    engine = make_engine(clock=clock)
+    reader = submit(engine, deadline_s=101.0, num_samples=2)
+    clock.now_s = 101.0
+    engine.step()
+    assert reader.reasons == [FinishReason.DEADLINE] * 2
+    assert reader.endings[0].timings.queue_s == 1.0
+    assert engine._backend.calls == [] and is_idle(engine)
+
+
+def test_request_that_is_late_while_running_keeps_its_tokens(make_engine: MakeEngine) -> None:
+    clock = Clock()
+    engine = make_engine(clock=clock)
+    reader = submit(engine, deadline_s=101.0, max_tokens=50, ignore_eos=True)
+    timeless = submit(engine, "t", max_tokens=9, ignore_eos=True)
+    for _ in range(3):
+        engine.step()
+    clock.now_s = 102.0
+    run(engine)
+    assert reader.reasons == [FinishReason.DEADLINE]
+    assert len(reader.tokens[0]) == 3
+    assert timeless.reasons == [FinishReason.LENGTH]
+
+
+def test_deadline_of_an_earlier_request_spares_a_later_one_of_the_same_id(
+    make_engine: MakeEngine,
+) -> None:
+    clock = Clock()
+    engine = make_engine(clock=clock)
+    submit(engine, deadline_s=101.0, max_tokens=1)
+    run(engine)
+    reader = submit(engine, deadline_s=200.0, max_tokens=2, ignore_eos=True)
+    clock.now_s = 150.0
+    run(engine)
+    assert reader.reasons == [FinishReason.LENGTH]
+
+
+def test_nonfinite_logits_end_their_sequence_alone(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine._backend.nan_after = 30
+    observed = engine._observer = Observed()
+    bad = submit(engine, "bad", (5, 30))
+    good = submit(engine, "good", (5, 31), temperature=0.0, max_tokens=1)
+    run(engine)
+    assert bad.reasons == [FinishReason.ERROR] and bad.tokens[0] == []
+    assert "non-finite" in bad.endings[0].error
+    assert good.reasons == [FinishReason.LENGTH]
+    assert observed.generation_tokens == 1
+
+
+def test_failing_model_ends_all_in_flight_with_an_error_and_serves_on(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(max_num_seqs=2)
+    readers = [submit(engine, str(i), max_tokens=50, ignore_eos=True) for i in range(3)]
+    engine.step()
+    future = engine.score(ScoringRequest("s", PROMPT, ((1,),)))
+    engine._backend.error = RuntimeError("out of memory")
+    engine._try_step()
+    assert [reader.reasons for reader in readers] == [[FinishReason.ERROR]] * 3
+    assert "out of memory" not in readers[0].endings[0].error
+    assert isinstance(future.exception(0), EngineStoppedError) and is_idle(engine)
+    engine._backend.error = None
+    after = submit(engine, max_tokens=2, ignore_eos=True)
+    run(engine)
+    assert after.reasons == [FinishReason.LENGTH]
+
+
+def test_step_that_fails_half_way_ends_nobody_twice(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+
+    def fail(ids: list[int]) -> bool:
+        raise RuntimeError("a bug in a stop check")
+
+    done = submit(engine, "done", max_tokens=1)
+    broken = submit(engine, "broken", make_stop_check=lambda: fail, ignore_eos=True)
+    engine._try_step()
+    assert done.reasons == [FinishReason.LENGTH]
+    assert broken.reasons == [FinishReason.ERROR]
+    assert is_idle(engine)
+
+
+def test_reader_that_fails_disturbs_no_other(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+
+    def gone(events: list[Event]) -> None:
+        raise RuntimeError("the loop is closed")
+
+    engine.submit(GenerationRequest("gone", PROMPT, SamplingParams(max_tokens=3)), gone)
+    reader = submit(engine, max_tokens=3, ignore_eos=True)
+    run(engine)
+    assert reader.reasons == [FinishReason.LENGTH]
+
+
+# The door
+
+
+def test_full_queue_refuses_and_takes_again_when_there_is_room(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_num_seqs=2, max_waiting=3)
+    submit(engine, "a", num_samples=4)
+    with pytest.raises(QueueFullError, match="holds 4 sequences and takes at most 3") as caught:
+        submit(engine, "b", num_samples=2)
+    assert caught.value.retry_after_s > 0
+    assert engine.load().num_waiting == 4
+    run(engine)
+    submit(engine, "b", num_samples=2)
+    run(engine)
+
+
+def test_load_counts_running_and_waiting_and_returns_to_zero(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_num_seqs=2)
+    submit(engine, num_samples=5, max_tokens=3, ignore_eos=True)
+    engine.score(ScoringRequest("s", PROMPT, ((1,),)))
+    engine.step()
+    engine.step()
+    load = engine.load()
+    assert (load.num_running, load.num_waiting, load.max_num_seqs) == (2, 3, 2)
+    run(engine)
+    assert engine._groups == {}
+
+
+# What is reported
+
+
+def test_prompt_is_counted_once_even_when_it_is_prefilled_again(make_engine: MakeEngine) -> None:
+    observed = Observed()
+    engine = make_engine(max_num_seqs=1, observer=observed)
+    submit(engine, num_samples=3, max_tokens=2, ignore_eos=True)
+    run(engine)
+    assert observed.phases.count("prefill") == 3
+    assert observed.prompt_tokens == len(PROMPT)
+
+
+def test_tokens_endings_and_intervals_are_reported(make_engine: MakeEngine) -> None:
+    observed = Observed()
+    engine = make_engine(observer=observed)
+    submit(engine, num_samples=3, max_tokens=4, ignore_eos=True)
+    run(engine)
+    assert (observed.generation_tokens, observed.intervals) == (12, 9)
+    assert observed.reasons == [FinishReason.LENGTH] * 3
+
+
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_scoring_counts_no_tokens_and_no_endings(
+    make_engine: MakeEngine, in_one_pass: bool
+) -> None:
+    observed = Observed()
+    engine = make_engine(observer=observed, scores_in_one_pass=in_one_pass)
+    engine.score(ScoringRequest("s", PROMPT, ((1, 2), (3,))))
+    run(engine)
+    assert (observed.prompt_tokens, observed.generation_tokens, observed.reasons) == (0, 0, [])
+
+
+def test_timings_run_from_arrival(make_engine: MakeEngine) -> None:
+    clock = Clock()
+    engine = make_engine(clock=clock)
+    reader = submit(engine, max_tokens=2, ignore_eos=True)
+    clock.now_s += 2
+    engine.step()
+    clock.now_s += 3
+    engine.step()
+    timings = reader.endings[0].timings
+    assert (timings.queue_s, timings.ttft_s, timings.decode_s) == (2.0, 2.0, 3.0)
+
+
+# The thread
+
+
+def test_thread_serves_sleeps_and_serves_again(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.start()
+    for seed in (1, 2):
+        ended = threading.Event()
+        reader = Reader()
+
+        def sink(events: list[Event], reader: Reader = reader, ended: Any = ended) -> None:
+            reader(events)
+            if reader.endings:
+                ended.set()
+
+        engine.submit(GenerationRequest("r", PROMPT, SamplingParams(seed=seed)), sink)
+        assert ended.wait(10)
+    assert engine.load().is_alive
+    engine.stop()
+    assert not engine.load().is_alive
+
+
+def test_stop_ends_everything_with_shutdown_and_refuses_more(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_num_seqs=2, max_model_len=100_000)
+    readers = [submit(engine, str(i), max_tokens=90_000, ignore_eos=True) for i in range(4)]
+    engine.start()
+    engine.stop()
+    assert [reader.reasons for reader in readers] == [[FinishReason.SHUTDOWN]] * 4
+    with pytest.raises(EngineStoppedError, match="engine is stopping"):
+        submit(engine)
+    assert is_idle(engine)
+
+
+def test_engine_that_never_started_ends_what_it_took(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    reader = submit(engine)
+    engine.stop()
+    assert reader.reasons == [FinishReason.SHUTDOWN]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_dying_thread_ends_what_it_took_and_is_seen(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    reader = submit(engine)
+    engine._backend.error = SystemExit()
+    engine.start()
+    engine._thread.join(10)
+    assert reader.reasons == [FinishReason.ERROR]
+    assert not engine.load().is_alive
+    with pytest.raises(EngineStoppedError):
+        submit(engine)
+
+
+def test_random_traffic_ends_every_sequence_exactly_once(make_engine: MakeEngine) -> None:
+    clock = Clock()
+    engine = make_engine(max_num_seqs=3, clock=clock, max_waiting=1000)
+    generator = torch.Generator().manual_seed(0)
+    readers: dict[str, tuple[Reader, int]] = {}
+
+    def below(n: int) -> int:
+        return int(torch.randint(n, (1,), generator=generator))
+
+    for number in range(80):
+        num_samples, request_id = 1 + below(5), str(number)
+        deadline_s = clock.now_s + below(30) if below(3) == 0 else None
+        prompt = tuple(10 + below(20) for _ in range(1 + below(6)))
+        settings = {"num_samples": num_samples, "max_tokens": 1 + below(12), "seed": number}
+        reader = submit(engine, request_id, prompt, deadline_s=deadline_s, **settings)
+        readers[request_id] = reader, num_samples
+        if below(4) == 0:
+            engine.cancel(str(below(number + 1)))
+        for _ in range(below(4)):
+            engine.step()
+            clock.now_s += 1
+    run(engine, max_steps=5000)
+    assert all(len(reader.endings) == count for reader, count in readers.values())
+    assert engine._groups == {}

@@ -1,0 +1,44 @@
+"""Rows of keys and values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from serve.kv_cache import KVCache
+
+SHAPE = (3, 2, 5, 4)
+
+
+@pytest.fixture
+def cache() -> KVCache:
+    return KVCache(2, SHAPE, torch.float32, torch.device("cpu"))
+
+
+def test_cache_starts_zeroed_with_one_pair_per_layer(cache: KVCache) -> None:
+    assert [t.shape for t in (*cache.keys, *cache.values)] == [SHAPE] * 4
+    assert not any(t.any() for t in (*cache.keys, *cache.values))
+
+
+def test_size_is_that_of_all_tensors(cache: KVCache) -> None:
+    assert cache.size_bytes == 2 * 2 * 3 * 2 * 5 * 4 * 4
+    assert cache.max_len == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_have_the_asked_dtype_and_can_be_written(dtype: torch.dtype) -> None:
+    cache = KVCache(1, SHAPE, dtype, torch.device("cpu"))
+    cache.keys[0].fill_(1.5)
+    assert cache.keys[0].dtype is dtype
+    assert (cache.keys[0] == 1.5).all() and not cache.values[0].any()
+
+
+def test_copy_takes_the_first_tokens_of_every_layer_and_leaves_the_rest(cache: KVCache) -> None:
+    for tensor in (*cache.keys, *cache.values):
+        tensor.copy_(torch.randn(SHAPE))
+    before = [t.clone() for t in (*cache.keys, *cache.values)]
+    cache.copy_row(0, 2, 3)
+    for tensor, old in zip((*cache.keys, *cache.values), before, strict=True):
+        assert torch.equal(tensor[2, :, :3], old[0, :, :3])
+        assert torch.equal(tensor[2, :, 3:], old[2, :, 3:])
+        assert torch.equal(tensor[:2], old[:2])

@@ -1,0 +1,281 @@
+"""What is loaded for a config: models, device, and the teacher that nobody named."""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tandem
+from bundle.errors import UserError
+from bundle.hashing import hash_weights
+from bundle.manifest import (
+    Evaluation,
+    Gate,
+    Manifest,
+    StudentInfo,
+    TeacherReference,
+    Variant,
+    write_manifest,
+)
+from bundle.verify import list_entries
+from serve.config import ServeConfig
+from serve.errors import DeviceMissingError
+from serve.loading import build_engines, choose_device, find_teacher, read_eos_token_ids
+from serve.metrics import ServerMetrics
+from serve.replies import to_model
+from serve.routing import Role
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"config.json": 2}, {2}),
+        ({"generation_config.json": [2, 5], "config.json": 1}, {2, 5}),
+        ({"generation_config.json": None, "config.json": 1}, {1}),
+    ],
+)
+def test_eos_comes_from_the_generation_config_first(
+    tmp_path: Path, files: dict[str, Any], expected: set[int]
+) -> None:
+    for name, value in files.items():
+        (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
+    assert read_eos_token_ids(tmp_path) == expected
+
+
+def test_model_without_an_eos_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="eos_token_id"):
+        read_eos_token_ids(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A bundle with a tiny random Llama as its student; its ONNX graph is none."""
+    folder = tmp_path_factory.mktemp("bundle")
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "student")
+    tokenizer._tokenizer.save(str(folder / "student" / "tokenizer.json"))
+    (folder / "onnx" / "int8").mkdir(parents=True)
+    (folder / "onnx" / "int8" / "model.onnx").write_text("not a graph")
+    write_manifest(folder, manifest_of(folder))
+    return folder
+
+
+def manifest_of(folder: Path) -> Manifest:
+    gate = Gate(name="kl", measured=0.0, threshold=1.0, passed=True, unit="nats/token")
+    return Manifest(
+        created_at=datetime(2026, 1, 2, tzinfo=UTC),
+        tandem_version="0",
+        files=list_entries(folder),
+        tokenizer_sha256="0" * 64,
+        chat_template_sha256="0" * 64,
+        teacher=TeacherReference(
+            source="x",
+            weights_sha256=hash_weights(folder / "student"),
+            architecture="x",
+            num_parameters=1,
+            dtype="x",
+        ),
+        student=StudentInfo(num_parameters=1, num_layers=1, kept_layers=(0,), dtype="float32"),
+        lineage=(),
+        variants={
+            "int8": Variant(
+                precision="int8", opset=21, inputs=(), outputs=(), size_bytes=1, num_nodes=1,
+                gates=(gate,),
+            )
+        },
+        default_variant="int8",
+        metrics=Evaluation(num_prompts=0, num_samples=1, k=(), temperature=0, seed=0, values={}),
+    )  # fmt: skip
+
+
+def load(bundle: Path, **settings: Any) -> Any:
+    settings = {"student_backend": "torch", "max_model_len": 64, "device": "cpu", **settings}
+    metrics = ServerMetrics(CollectorRegistry())
+    return build_engines(ServeConfig(bundle=bundle, **settings), metrics)
+
+
+def test_bundle_and_teacher_become_two_engines(bundle: Path) -> None:
+    engines = load(bundle, teacher=bundle / "student", teacher_dtype="float32", max_num_seqs=2)
+    student, teacher = engines.loaded
+    assert (student.role, teacher.role) == (Role.STUDENT, Role.TEACHER)
+    assert student.engine.info.max_num_seqs == 2
+    assert student.manifest_sha256 and not teacher.manifest_sha256
+    assert teacher.tokenizer is student.tokenizer
+
+
+def test_without_a_teacher_the_student_is_alone(bundle: Path) -> None:
+    assert load(bundle).teacher is None
+
+
+def test_path_noise_is_measured_at_load_logged_and_published(
+    bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="serve.loading"):
+        student = load(bundle).student
+    assert 0 <= student.path_noise_nats < 1e-4
+    assert to_model(student).path_noise_nats == student.path_noise_nats
+    assert "student: torch float32 on cpu" in caplog.text
+    assert "it scores in one pass" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("noise", "in_one_pass"), [(0.0, True), (1e-3, True), (2e-3, False), (float("nan"), False)]
+)
+def test_noisy_model_scores_by_forced_decoding(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, noise: float, in_one_pass: bool
+) -> None:
+    monkeypatch.setattr("serve.loading.measure_path_noise", lambda backend: noise)
+    assert load(bundle).student.engine._scores_in_one_pass is in_one_pass
+
+
+# Which teacher
+
+
+def reference_to(folder: Path, **fields: Any) -> TeacherReference:
+    described = {"source": "org/model", "architecture": "x", "num_parameters": 1, "dtype": "x"}
+    given = {"weights_sha256": hash_weights(folder), "local_path": str(folder), **fields}
+    return TeacherReference(**{**described, **given})
+
+
+@pytest.fixture
+def teacher_folder(bundle: Path) -> Path:
+    return bundle / "student"
+
+
+def test_teacher_that_still_lies_there_is_served_unasked(
+    teacher_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = ServeConfig(bundle="x")
+    assert find_teacher(config, reference_to(teacher_folder)) == teacher_folder
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"local_path": None}, "does not say where its teacher lies"),
+        ({"local_path": "/nowhere"}, "no longer at /nowhere"),
+        ({"weights_sha256": "1" * 64}, "have changed"),
+    ],
+)
+def test_teacher_that_cannot_be_had_leaves_the_student_alone_with_one_warning(
+    teacher_folder: Path, caplog: pytest.LogCaptureFixture, fields: dict[str, Any], text: str
+) -> None:
+    config = ServeConfig(bundle="x")
+    assert find_teacher(config, reference_to(teacher_folder, **fields)) is None
+    (record,) = caplog.records
+    assert text in record.getMessage() and record.levelno == logging.WARNING
+
+
+def test_no_teacher_is_silent(teacher_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = ServeConfig(bundle="x", no_teacher=True)
+    assert find_teacher(config, reference_to(teacher_folder)) is None
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(("sha256", "num_warnings"), [("1" * 64, 1), (None, 0)])
+def test_another_teacher_is_served_with_a_warning(
+    teacher_folder: Path, caplog: pytest.LogCaptureFixture, sha256: str | None, num_warnings: int
+) -> None:
+    reference = reference_to(teacher_folder)
+    if sha256 is not None:
+        reference = reference.model_copy(update={"weights_sha256": sha256})
+    config = ServeConfig(bundle="x", teacher=teacher_folder)
+    assert find_teacher(config, reference) == teacher_folder
+    assert len(caplog.records) == num_warnings
+    assert all("distilled from (org/model)" in r.getMessage() for r in caplog.records)
+
+
+# Which device
+
+
+@pytest.fixture
+def set_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def set_cuda(*, torch_has: bool, onnx_has: bool) -> None:
+        providers = ["CUDAExecutionProvider"] * onnx_has + ["CPUExecutionProvider"]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_has)
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+
+    return set_cuda
+
+
+@pytest.mark.parametrize(
+    ("asked", "torch_has", "onnx_has", "runtimes", "expected"),
+    [
+        ("cpu", True, True, {"torch", "onnx"}, "cpu"),
+        ("auto", True, True, {"torch", "onnx"}, "cuda"),
+        ("auto", True, False, {"torch", "onnx"}, "cpu"),
+        ("auto", False, True, {"torch", "onnx"}, "cpu"),
+        ("auto", False, True, {"onnx"}, "cuda"),
+        ("cuda", True, False, {"torch"}, "cuda"),
+    ],
+)
+def test_device_is_one_that_every_runtime_can_use(
+    set_cuda: Any, asked: Any, torch_has: bool, onnx_has: bool, runtimes: set[str], expected: str
+) -> None:
+    set_cuda(torch_has=torch_has, onnx_has=onnx_has)
+    assert choose_device(asked, runtimes) == expected
+
+
+@pytest.mark.parametrize(
+    ("torch_has", "onnx_has", "text"),
+    [
+        (False, True, "torch finds no CUDA device"),
+        (True, False, "has CPUExecutionProvider and not CUDA"),
+    ],
+)
+def test_missing_cuda_is_no_reason_to_use_the_cpu(
+    set_cuda: Any, torch_has: bool, onnx_has: bool, text: str
+) -> None:
+    set_cuda(torch_has=torch_has, onnx_has=onnx_has)
+    with pytest.raises(DeviceMissingError, match=text):
+        choose_device("cuda", {"torch", "onnx"})
+
+
+def test_missing_cuda_ends_the_command_with_3_and_one_line(
+    bundle: Path, set_cuda: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_cuda(torch_has=False, onnx_has=False)
+    words = ["serve", "--bundle", str(bundle), "--device", "cuda", "--no-teacher"]
+    with pytest.raises(SystemExit) as caught:
+        tandem.main(words)
+    assert caught.value.code == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("tandem: --device cuda: onnxruntime has")
+
+
+# What cannot be served
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"student_backend": "onnx", "variant": "int2"}, "variant 'int2' is none of int8"),
+        ({"max_model_len": 4096}, "max_model_len 4096 exceeds the 128"),
+        ({"bundle": Path("/nowhere")}, "is not a bundle"),
+    ],
+)
+def test_what_cannot_be_served_is_a_user_error(
+    bundle: Path, settings: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(UserError, match=text):
+        load(**{"bundle": bundle, **settings})

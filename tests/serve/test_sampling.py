@@ -1,0 +1,379 @@
+"""From logits to tokens: every rule against a slow, obvious version."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve import sampling
+from serve.sampling import SampledBatch, sample, token_logprobs, uniforms
+from serve.sequence import (
+    GenerationRequest,
+    SamplingParams,
+    Sequence,
+    make_group,
+    make_sequences,
+)
+
+EOS = frozenset({2})
+# One block of the inverse CDF, several, and several with a rest.
+VOCAB_SIZES = (40, 256, 1024, 1000)
+
+
+def make_sequence(
+    *,
+    index: int = 0,
+    token_ids: SequenceOf[int] = (),
+    prompt: tuple[int, ...] = (1,),
+    logprob_temperature: float | None = None,
+    num_top_logprobs: int = 0,
+    forced: tuple[int, ...] = (),
+    **settings: Any,
+) -> Sequence:
+    params = SamplingParams(**settings)
+    request = GenerationRequest(
+        "r",
+        prompt,
+        params,
+        logprob_temperature=logprob_temperature or params.temperature or 1.0,
+        num_top_logprobs=num_top_logprobs,
+        forced_completions=(forced,) if forced else (),
+    )
+    sequence = next(iter(make_sequences(make_group(request, lambda events: None, 0.0))))
+    sequence.index = index
+    for token_id in token_ids:
+        sequence.append(token_id, 0.0)
+    return sequence
+
+
+def random_logits(num_rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
+    return 3 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_one(logits: torch.Tensor, **settings: Any) -> SampledBatch:
+    return sample(logits[None], [make_sequence(**settings)], EOS)
+
+
+def drawn_tokens(logits: torch.Tensor, num_draws: int = 300, **settings: Any) -> set[int]:
+    """Return which tokens come out of many seeds."""
+    sequences = [make_sequence(seed=seed, **settings) for seed in range(num_draws)]
+    return set(sample(logits.expand(num_draws, -1), sequences, EOS).token_ids)
+
+
+# Uniforms
+
+
+def test_mixing_is_splitmix64() -> None:
+    """The first output of the public reference implementation for these two seeds."""
+    mixed = sampling._mix64(np.array([0, 1234567], dtype=np.uint64))
+    assert mixed.tolist() == [0xE220A8397B1DCDAF, 6457827717110365317]
+
+
+def slow_uniform(*key: int) -> float:
+    state = 0
+    for word in key:
+        z = ((state ^ word) + 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        state = z ^ (z >> 31)
+    return (state >> 11) / 2**53
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 63), st.integers(0, 2**20))
+def test_uniform_is_three_rounds_of_splitmix64(seed: int, index: int, position: int) -> None:
+    (u,) = uniforms([seed], [index], [position])
+    assert u == slow_uniform(seed, index, position)
+    assert 0.0 <= u < 1.0
+
+
+def test_uniforms_are_different_for_every_seed_index_and_position() -> None:
+    seeds, indices, positions = (a.ravel().tolist() for a in np.mgrid[:10, :10, :10])
+    u = uniforms(seeds, indices, positions)
+    assert len(set(u.tolist())) == 1000
+    assert abs(u.mean() - 0.5) < 0.03
+
+
+# Inverse CDF
+
+
+def inverse_cdf(weights: torch.Tensor, u: torch.Tensor) -> list[int]:
+    tokens: list[int] = sampling._inverse_cdf(weights, sampling._block_sums(weights), u).tolist()
+    return tokens
+
+
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+def test_sweep_over_u_draws_every_token_exactly_as_often_as_it_weighs(vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randint(0, 3, (vocab_size,), generator=generator)
+    total = int(weights.sum())
+    u = (torch.arange(total, dtype=torch.float64) + 0.5) / total
+    tokens = inverse_cdf(weights.float().expand(total, -1), u)
+    assert tokens == sorted(tokens)
+    assert torch.equal(torch.tensor(tokens).bincount(minlength=vocab_size), weights)
+
+
+@given(st.data())
+def test_inverse_cdf_is_a_walk_along_the_cumulative_weights(data: st.DataObject) -> None:
+    weights = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=600).filter(any))
+    u = data.draw(st.floats(0, 1, exclude_max=True))
+    (token,) = inverse_cdf(torch.tensor([weights]).float(), torch.tensor([u], dtype=torch.float64))
+    cumulative = itertools.accumulate(weights)
+    assert token == next(i for i, c in enumerate(cumulative) if c > u * sum(weights))
+
+
+@pytest.mark.parametrize("u", [0.0, 0.25, 0.5, 0.999999, 1 - 2**-53])
+@pytest.mark.parametrize("only", [0, 255, 256, 700, 999])
+def test_token_of_weight_zero_is_never_drawn(only: int, u: float) -> None:
+    weights = torch.zeros(1, 1000)
+    weights[0, only] = 1e-30
+    assert inverse_cdf(weights, torch.tensor([u], dtype=torch.float64)) == [only]
+
+
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+def test_largest_uniform_draws_a_token_that_has_weight(vocab_size: int) -> None:
+    weights = torch.rand(64, vocab_size, generator=torch.Generator().manual_seed(3))
+    weights[:, -20:] = 0.0
+    tokens = inverse_cdf(weights, torch.full((64,), 1 - 2**-53, dtype=torch.float64))
+    assert set(tokens) == {vocab_size - 21}
+
+
+# Log-probabilities
+
+
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 2.5])
+def test_logprob_is_log_softmax_at_the_temperature(vocab_size: int, temperature: float) -> None:
+    logits = random_logits(16, vocab_size)
+    sequences = [make_sequence(seed=i, temperature=temperature) for i in range(16)]
+    batch = sample(logits, sequences, EOS)
+    expected = torch.log_softmax(logits.double() / temperature, -1)
+    expected = expected.gather(1, torch.tensor(batch.token_ids)[:, None])[:, 0]
+    assert batch.logprobs == pytest.approx(expected.tolist(), abs=2e-6)
+
+
+def test_logprob_is_on_its_own_basis_when_that_differs() -> None:
+    logits = random_logits(1, 300)[0]
+    batch = draw_one(logits, temperature=0.5, logprob_temperature=1.0)
+    expected = torch.log_softmax(logits.double(), -1)[batch.token_ids[0]]
+    assert batch.logprobs == pytest.approx([float(expected)], abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 2},
+        {"top_p": 0.3},
+        {"min_p": 0.5},
+        {"repetition_penalty": 3.0, "prompt": tuple(range(40))},
+        {"min_tokens": 5},
+    ],
+)
+def test_logprob_is_of_the_distribution_before_any_filter(settings: dict[str, Any]) -> None:
+    logits = random_logits(1, 300)[0]
+    batch = draw_one(logits, seed=4, **settings)
+    expected = torch.log_softmax(logits.double(), -1)[batch.token_ids[0]]
+    assert batch.logprobs == pytest.approx([float(expected)], abs=2e-6)
+
+
+def test_unlikely_token_has_a_finite_logprob_where_its_probability_underflows() -> None:
+    logits = torch.zeros(1, 300)
+    logits[0, 7] = -500.0
+    (logprob,) = token_logprobs(logits, torch.tensor([7]), 1.0).tolist()
+    assert logprob == pytest.approx(-500 - math.log(299))
+
+
+def test_impossible_token_has_logprob_minus_infinity() -> None:
+    logits = torch.zeros(1, 300)
+    logits[0, 7] = -torch.inf
+    assert token_logprobs(logits, torch.tensor([7]), 1.0).tolist() == [-math.inf]
+
+
+def test_logprob_is_never_positive() -> None:
+    logits = random_logits(64, 1000) * torch.logspace(-2, 2, 64)[:, None]
+    assert (token_logprobs(logits, logits.argmax(-1), 1.0) <= 0).all()
+
+
+def test_scoring_gives_the_bits_that_sampling_reported() -> None:
+    logits = random_logits(8, 1000)
+    sequences = [make_sequence(seed=i, temperature=0.7) for i in range(8)]
+    batch = sample(logits, sequences, EOS)
+    assert token_logprobs(logits, torch.tensor(batch.token_ids), 0.7).tolist() == batch.logprobs
+
+
+def test_top_logprobs_are_the_likeliest_tokens_on_the_basis() -> None:
+    logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
+    (tops,) = draw_one(logits, num_top_logprobs=2, logprob_temperature=0.5).top_logprobs
+    expected = torch.log_softmax(logits.double() / 0.5, -1)
+    assert [token for token, _ in tops] == [1, 3]
+    assert [logprob for _, logprob in tops] == pytest.approx(expected[[1, 3]].tolist())
+
+
+# Batches
+
+
+def mixed_sequences() -> list[Sequence]:
+    return [
+        make_sequence(seed=1),
+        make_sequence(seed=2, temperature=0.0),
+        make_sequence(seed=3, temperature=0.6, top_p=0.9),
+        make_sequence(seed=4, top_k=7, logprob_temperature=2.0),
+        make_sequence(seed=5, min_p=0.1, min_tokens=4),
+        make_sequence(seed=6, repetition_penalty=1.3, prompt=(3, 4), token_ids=(5,)),
+        make_sequence(forced=(11,)),
+        make_sequence(seed=1, index=3, token_ids=(9, 9)),
+    ]
+
+
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+def test_row_gives_the_same_bits_alone_and_among_others(vocab_size: int) -> None:
+    logits, sequences = random_logits(8, vocab_size), mixed_sequences()
+    batch = sample(logits, sequences, EOS)
+    for row, sequence in enumerate(sequences):
+        alone = sample(logits[row : row + 1], [sequence], EOS)
+        assert (alone.token_ids[0], alone.logprobs[0]) == (
+            batch.token_ids[row],
+            batch.logprobs[row],
+        )
+
+
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_nonfinite_row_is_flagged_and_disturbs_no_other(vocab_size: int, poison: float) -> None:
+    logits, sequences = random_logits(8, vocab_size), mixed_sequences()
+    clean = sample(logits, sequences, EOS)
+    for bad in range(8):
+        poisoned = logits.clone()
+        poisoned[bad] = poison
+        batch = sample(poisoned, sequences, EOS)
+        assert [row for row in range(8) if not batch.is_finite[row]] == [bad]
+        assert 0 <= batch.token_ids[bad] < vocab_size
+        for row in set(range(8)) - {bad}:
+            assert batch.token_ids[row] == clean.token_ids[row]
+            assert batch.logprobs[row] == clean.logprobs[row]
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_single_nonfinite_logit_flags_its_row(poison: float) -> None:
+    logits = random_logits(1, 1000)[0]
+    logits[999] = poison
+    assert [draw_one(logits, temperature=t).is_finite for t in (0.0, 1.0)] == [[False], [False]]
+
+
+def test_logits_are_left_as_they_were() -> None:
+    logits = random_logits(8, 300)
+    before = logits.clone()
+    sample(logits, mixed_sequences(), EOS)
+    assert torch.equal(logits, before)
+
+
+def test_same_seed_draws_the_same_and_another_seed_another() -> None:
+    logits = random_logits(1, 1000)[0]
+    draws = [draw_one(logits, seed=seed).token_ids[0] for seed in (1, 1, 2, 3)]
+    assert draws[0] == draws[1]
+    assert len(set(draws)) > 1
+
+
+# Greedy, forced, and the filters
+
+
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+def test_temperature_zero_takes_the_first_of_the_largest(vocab_size: int) -> None:
+    logits = random_logits(6, vocab_size).round()
+    sequences = [make_sequence(temperature=0.0) for _ in range(6)]
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert sample(logits, sequences, EOS).token_ids == expected
+
+
+def test_forced_sequence_takes_its_token() -> None:
+    logits = random_logits(2, 300)
+    sequences = [make_sequence(forced=(7, 8), token_ids=(7,)), make_sequence(temperature=0.0)]
+    batch = sample(logits, sequences, EOS)
+    assert batch.token_ids == [8, int(logits[1].argmax())]
+
+
+def slow_kept(weights: list[int], top_k: int, top_p: float, min_p: float) -> set[int]:
+    """Walk from the heaviest token down; of equal ones the lower id comes first."""
+    kept, mass = set(), 0
+    order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
+    for rank, token in enumerate(order):
+        is_in_top_k = top_k == 0 or rank < top_k
+        is_in_top_p = mass < top_p * sum(weights)
+        if is_in_top_k and is_in_top_p and weights[token] >= min_p * max(weights):
+            kept.add(token)
+        mass += weights[token]
+    return kept
+
+
+@given(
+    st.lists(st.integers(0, 20), min_size=1, max_size=50).filter(any),
+    st.integers(0, 60),
+    st.integers(1, 16).map(lambda n: n / 16),
+    st.integers(0, 8).map(lambda n: n / 8),
+)
+def test_filters_keep_what_a_walk_down_the_ranks_keeps(
+    weights: list[int], top_k: int, top_p: float, min_p: float
+) -> None:
+    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
+    kept = sampling._kept(torch.tensor(weights).float(), params).tolist()
+    has_weight = {token for token, weight in enumerate(weights) if weight > 0}
+    assert len(kept) == len(set(kept))
+    assert has_weight & set(kept) == has_weight & slow_kept(weights, top_k, top_p, min_p)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"top_k": 1}, {0}),
+        ({"top_k": 3}, {0, 1, 2}),
+        ({"top_k": 99}, {0, 1, 2, 3}),
+        ({"top_p": 0.5}, {0, 1}),  # 0.4 is not enough
+        ({"top_p": 0.39}, {0}),
+        ({"top_p": 1e-9}, {0}),
+        ({"min_p": 0.5}, {0, 1}),  # at least 0.2
+        ({"min_p": 1.0}, {0}),
+        ({"top_k": 3, "top_p": 0.99, "min_p": 0.3}, {0, 1, 2}),
+    ],
+)
+def test_only_kept_tokens_are_drawn_and_all_of_them(
+    settings: dict[str, Any], kept: set[int]
+) -> None:
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    assert drawn_tokens(logits, **settings) == kept
+
+
+def test_filters_apply_after_the_temperature() -> None:
+    logits = torch.tensor([0.6, 0.4]).log()
+    assert drawn_tokens(logits, top_p=0.65) == {0, 1}
+    assert drawn_tokens(logits, top_p=0.65, temperature=0.1) == {0}
+
+
+@given(
+    st.lists(st.floats(-5, 5, width=32), min_size=8, max_size=8),
+    st.sets(st.integers(0, 7)),
+    st.sampled_from([0.5, 1.0, 1.5]),
+)
+def test_penalty_shrinks_the_logits_of_what_was_said(
+    values: list[float], said: set[int], penalty: float
+) -> None:
+    prompt = (0, *sorted(said))
+    sequence = make_sequence(prompt=prompt, token_ids=(7,), repetition_penalty=penalty)
+    logits = torch.tensor([values])
+    processed = sampling._process(logits, [sequence], EOS)[0].tolist()
+    for token, (before, after) in enumerate(zip(values, processed, strict=True)):
+        factor = 1.0 if token not in {*prompt, 7} else 1 / penalty if before > 0 else penalty
+        assert after == pytest.approx(before * factor, abs=1e-6)
+
+
+def test_no_stop_token_before_min_tokens() -> None:
+    logits = torch.zeros(6)
+    settings = {"min_tokens": 2, "stop_token_ids": frozenset({4})}
+    assert drawn_tokens(logits, token_ids=(1,), **settings) == {0, 1, 3, 5}
+    assert drawn_tokens(logits, token_ids=(1, 1), **settings) == {0, 1, 2, 3, 4, 5}

@@ -1,0 +1,176 @@
+"""Who runs next: admission, rows, and what it costs to import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence as SequenceOf
+
+import pytest
+
+from serve.scheduler import MAX_HELD_STEPS, RowMove, Scheduler
+from serve.sequence import (
+    GenerationRequest,
+    SamplingParams,
+    Sequence,
+    make_group,
+    make_sequences,
+)
+
+
+def samples(prompt_length: int = 1, num_samples: int = 1) -> list[Sequence]:
+    sampling = SamplingParams(num_samples=num_samples)
+    request = GenerationRequest("r", (1,) * prompt_length, sampling)
+    return list(make_sequences(make_group(request, lambda events: None, 0.0)))
+
+
+def waiting(scheduler: Scheduler, *prompt_lengths: int) -> list[Sequence]:
+    """Queue one request per prompt length."""
+    sequences = [s for length in prompt_lengths for s in samples(length)]
+    scheduler.add(sequences)
+    return sequences
+
+
+def test_first_come_is_first_admitted() -> None:
+    scheduler = Scheduler(2, 100)
+    first, second, third = waiting(scheduler, 5, 1, 1)
+    assert scheduler.admit().prefills == [first, second]
+    scheduler.retire([first])
+    assert scheduler.admit().prefills == [third]
+
+
+def test_no_more_run_than_there_are_rows() -> None:
+    scheduler = Scheduler(3, 100)
+    waiting(scheduler, *[1] * 5)
+    scheduler.admit()
+    assert (len(scheduler.running), len(scheduler.waiting)) == (3, 2)
+    assert not scheduler.admit()
+
+
+@pytest.mark.parametrize(
+    ("prompt_lengths", "num_admitted"),
+    [
+        ((4, 4), 2),  # 2 * 4 = 8
+        ((2, 4, 1), 2),  # a third row would pad all to 3 * 4
+        ((2, 2, 2, 9), 3),  # the long one would pad all to 4 * 9
+        ((9, 1), 1),  # always the first, whatever its length
+    ],
+)
+def test_padded_prefill_stays_within_its_budget(
+    prompt_lengths: SequenceOf[int], num_admitted: int
+) -> None:
+    scheduler = Scheduler(8, 8)
+    waiting(scheduler, *prompt_lengths)
+    assert len(scheduler.admit().prefills) == num_admitted
+
+
+def test_budget_never_lets_a_later_prompt_overtake() -> None:
+    scheduler = Scheduler(8, 8)
+    _, long, short = waiting(scheduler, 2, 9, 1)
+    scheduler.admit()
+    assert list(scheduler.waiting) == [long, short]
+
+
+def test_samples_of_one_request_prefill_once_and_fork_behind_the_leaders() -> None:
+    scheduler = Scheduler(8, 100)
+    group, other = samples(num_samples=3), samples()
+    scheduler.add([*group, *other])
+    admission = scheduler.admit()
+    assert admission.prefills == [group[0], *other]
+    assert admission.forks == [(group[1], group[0]), (group[2], group[0])]
+    assert scheduler.running == [group[0], *other, group[1], group[2]]
+
+
+def test_forks_do_not_count_towards_the_prefill_budget() -> None:
+    scheduler = Scheduler(8, 10)
+    scheduler.add(samples(10, num_samples=6))
+    assert len(scheduler.admit().forks) == 5
+
+
+def test_late_samples_fork_from_one_that_still_runs() -> None:
+    scheduler = Scheduler(2, 100)
+    group = samples(num_samples=3)
+    scheduler.add(group)
+    scheduler.admit()
+    scheduler.retire([group[0]])
+    assert scheduler.admit().forks == [(group[2], group[1])]
+
+
+def test_prompt_is_prefilled_again_when_nobody_holds_it() -> None:
+    scheduler = Scheduler(1, 100)
+    group = samples(num_samples=2)
+    scheduler.add(group)
+    scheduler.admit()
+    scheduler.retire([group[0]])
+    assert scheduler.admit().prefills == [group[1]]
+
+
+def test_last_row_moves_into_the_place_of_a_finished_one() -> None:
+    scheduler = Scheduler(4, 100)
+    a, b, c = waiting(scheduler, 5, 6, 7)
+    scheduler.admit()
+    c.append(1, 0.0)
+    c.append(1, 0.0)
+    assert scheduler.retire([a]) == [RowMove(source=2, target=0, length=8)]
+    assert scheduler.running == [c, b]
+
+
+def test_finished_last_row_moves_nothing() -> None:
+    scheduler = Scheduler(4, 100)
+    a, b = waiting(scheduler, 5, 6)
+    scheduler.admit()
+    assert scheduler.retire([b]) == []
+    assert scheduler.running == [a]
+
+
+def test_rows_stay_compact_when_several_finish_at_once() -> None:
+    scheduler = Scheduler(6, 100)
+    sequences = waiting(scheduler, *range(1, 7))
+    scheduler.admit()
+    rows: list[Sequence | None] = list(sequences)
+    for move in scheduler.retire([sequences[i] for i in (0, 4, 5, 2)]):
+        rows[move.target] = rows[move.source]
+    assert set(scheduler.running) == {sequences[1], sequences[3]}
+    assert rows[:2] == scheduler.running
+
+
+def test_ended_groups_leave_the_queue_and_the_others_keep_their_order() -> None:
+    scheduler = Scheduler(1, 100)
+    a, b, c, d = waiting(scheduler, 1, 1, 1, 1)
+    assert scheduler.remove_waiting({id(b.group), id(d.group)}) == [b, d]
+    assert list(scheduler.waiting) == [a, c]
+
+
+def test_free_row_waits_for_company_while_the_queue_is_long() -> None:
+    scheduler = Scheduler(16, 1000)
+    running = waiting(scheduler, *[1] * 40)[:16]
+    scheduler.admit()
+    scheduler.retire(running[:1])
+    assert not scheduler.admit()
+    scheduler.retire(running[1:2])
+    assert len(scheduler.admit().prefills) == 2
+
+
+def test_free_row_waits_a_bounded_number_of_steps() -> None:
+    scheduler = Scheduler(16, 1000)
+    running = waiting(scheduler, *[1] * 40)[:16]
+    scheduler.admit()
+    scheduler.retire(running[:1])
+    assert [bool(scheduler.admit()) for _ in range(MAX_HELD_STEPS + 1)][-2:] == [False, True]
+
+
+def test_free_row_is_filled_at_once_while_the_queue_is_short() -> None:
+    scheduler = Scheduler(16, 1000)
+    running = waiting(scheduler, *[1] * 20)[:16]
+    scheduler.admit()
+    scheduler.retire(running[:1])
+    assert len(scheduler.admit().prefills) == 1
+
+
+def test_importing_the_scheduler_loads_no_runtime() -> None:
+    code = (
+        "import sys, serve.scheduler;"
+        "print(sorted({'torch', 'onnxruntime', 'grpc', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr

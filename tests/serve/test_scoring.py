@@ -1,0 +1,219 @@
+"""Teacher-forced log-probabilities: in one pass, in chunks, and by forced decoding."""
+
+from __future__ import annotations
+
+from concurrent.futures import CancelledError
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from serve.engine import Engine
+from serve.errors import EngineStoppedError
+from serve.scoring import (
+    ForcedScores,
+    ScoringJob,
+    ScoringRequest,
+    forced_request,
+    measure_path_noise,
+    score,
+    scoring_error,
+)
+from serve.sequence import FinishedEvent, FinishReason, Timings
+
+PROMPT = (5, 6, 7)
+COMPLETIONS = ((1, 2, 3, 4), (9,), (8, 8, 8), (3, 2))
+
+
+def make_request(**fields: Any) -> ScoringRequest:
+    return ScoringRequest("r", PROMPT, **{"completions": COMPLETIONS, **fields})
+
+
+def slow_logprobs(backend: Any, completion: tuple[int, ...], temperature: float) -> list[float]:
+    logprobs = []
+    for position, token_id in enumerate(completion):
+        logits = backend.logits_after([*PROMPT, *completion[:position]])
+        logprobs.append(float(torch.log_softmax(logits.double() / temperature, -1)[token_id]))
+    return logprobs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_scores_are_log_softmax_at_the_temperature(make_backend: Any, temperature: float) -> None:
+    backend = make_backend()
+    scored = list(score(backend, 0, make_request(temperature=temperature), COMPLETIONS))
+    for one, completion in zip(scored, COMPLETIONS, strict=True):
+        expected = slow_logprobs(backend, completion, temperature)
+        assert one.logprobs.tolist() == pytest.approx(expected, abs=1e-6)
+        assert one.logprobs.dtype == np.float64 and one.logits is None
+
+
+def test_logits_of_every_completion_position_come_when_asked_for(make_backend: Any) -> None:
+    backend = make_backend()
+    first, *_ = score(backend, 0, make_request(with_logits=True), COMPLETIONS[:1])
+    assert first.logits is not None and first.logits.shape == (4, backend.VOCAB_SIZE)
+    assert np.array_equal(first.logits[2], backend.logits_after([*PROMPT, 1, 2]).numpy())
+
+
+def test_last_token_of_a_completion_is_not_run(make_backend: Any) -> None:
+    backend = make_backend()
+    list(score(backend, 0, make_request(), COMPLETIONS))
+    assert backend.calls == [(0, [6, 3, 5, 4], [0, 0, 0, 0])]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "max_tokens", "sizes"),
+    [
+        (4, 1000, [4]),
+        (3, 1000, [3, 1]),
+        (1, 1000, [1, 1, 1, 1]),
+        (4, 14, [2, 2]),  # 2 * 7, then 2 * 6
+        (4, 13, [1, 2, 1]),  # 7, 2 * 6, 5
+        (4, 1, [1, 1, 1, 1]),  # always one, whatever its length
+    ],
+)
+def test_chunks_respect_rows_and_padded_tokens(
+    make_backend: Any, num_rows: int, max_tokens: int, sizes: list[int]
+) -> None:
+    backend, job = make_backend(), ScoringJob(make_request())
+    while not job.is_done:
+        job.score_chunk(backend, 0, num_rows, max_tokens)
+    assert [len(lengths) for _, lengths, _ in backend.calls] == sizes
+    assert [len(one.logprobs) for one in job.scored] == [4, 1, 3, 2]
+
+
+def test_chunk_reports_its_tokens_without_padding(make_backend: Any) -> None:
+    assert ScoringJob(make_request()).score_chunk(make_backend(), 0, 4, 1000) == 4 * 3 + 10
+
+
+def make_engine(backend: Any, *, in_one_pass: bool) -> Engine:
+    eos = frozenset({backend.EOS})
+    return Engine(backend, eos_token_ids=eos, scores_in_one_pass=in_one_pass)
+
+
+def scores_of(engine: Engine, request: ScoringRequest) -> list[Any]:
+    future = engine.score(request)
+    while not future.done():
+        engine.step()
+    return future.result()
+
+
+def test_forced_decoding_gives_the_bits_of_one_pass(make_backend: Any) -> None:
+    request = make_request(temperature=0.7, with_logits=True)
+    one_pass, forced = (
+        scores_of(make_engine(make_backend(max_num_seqs=2), in_one_pass=is_one), request)
+        for is_one in (True, False)
+    )
+    for mine, other in zip(one_pass, forced, strict=True):
+        assert np.array_equal(mine.logprobs, other.logprobs)
+        assert np.array_equal(mine.logits, other.logits)
+
+
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_nonfinite_logits_are_scored_as_nan(make_backend: Any, in_one_pass: bool) -> None:
+    backend = make_backend()
+    backend.nan_after = 2
+    scored = scores_of(make_engine(backend, in_one_pass=in_one_pass), make_request())
+    assert np.isnan(scored[0].logprobs).tolist() == [False, False, True, False]
+    assert all(np.isfinite(one.logprobs).all() for one in scored[1:])
+
+
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_scoring_past_its_deadline_fails_with_timeout_and_runs_nothing(
+    make_backend: Any, in_one_pass: bool
+) -> None:
+    backend = make_backend()
+    engine = make_engine(backend, in_one_pass=in_one_pass)
+    future = engine.score(make_request(deadline_s=engine.clock() - 1))
+    engine.step()
+    with pytest.raises(TimeoutError, match="deadline"):
+        future.result(0)
+    assert backend.calls == [] and engine.load().num_waiting == 0
+
+
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_cancelled_scoring_fails_with_cancelled(make_backend: Any, in_one_pass: bool) -> None:
+    engine = make_engine(make_backend(), in_one_pass=in_one_pass)
+    future = engine.score(make_request())
+    engine.cancel("r")
+    engine.step()
+    with pytest.raises(CancelledError):
+        future.result(0)
+    assert engine.load().num_waiting == 0
+
+
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_future_that_somebody_else_cancels_fails_nobody(
+    make_backend: Any, in_one_pass: bool
+) -> None:
+    engine = make_engine(make_backend(), in_one_pass=in_one_pass)
+    assert engine.score(make_request()).cancel() is False
+    assert len(scores_of(engine, make_request())) == 4
+    assert engine.load().num_waiting == 0
+
+
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_stopped_engine_fails_its_scoring(make_backend: Any, in_one_pass: bool) -> None:
+    engine = make_engine(make_backend(), in_one_pass=in_one_pass)
+    future = engine.score(make_request())
+    engine.stop()
+    with pytest.raises(EngineStoppedError):
+        future.result(0)
+    with pytest.raises(EngineStoppedError):
+        engine.score(make_request())
+
+
+def test_two_scorings_may_share_a_request_id(make_backend: Any) -> None:
+    """A Compare scores the student's samples and, sample by sample, its own: under one id."""
+    engine = make_engine(make_backend(), in_one_pass=False)
+    futures = [engine.score(make_request()), engine.score(make_request(completions=((4, 4),)))]
+    while not all(future.done() for future in futures):
+        engine.step()
+    assert [len(future.result()) for future in futures] == [4, 1]
+
+
+def test_forced_request_takes_every_completion_as_a_sample() -> None:
+    request = forced_request(make_request(temperature=0.7))
+    assert request.forced_completions == COMPLETIONS
+    assert (request.sampling.num_samples, request.logprob_temperature) == (4, 0.7)
+
+
+def test_first_failure_of_a_forced_scoring_is_its_failure() -> None:
+    scores = ForcedScores(2)
+    failed = [FinishedEvent(i, FinishReason.ERROR, (), (), Timings(), f"no {i}") for i in (0, 1)]
+    scores.sink(list(failed))
+    with pytest.raises(EngineStoppedError, match="no 0"):
+        scores.future.result(0)
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        (FinishReason.DEADLINE, TimeoutError),
+        (FinishReason.CANCELLED, CancelledError),
+        (FinishReason.SHUTDOWN, EngineStoppedError),
+        (FinishReason.ERROR, EngineStoppedError),
+    ],
+)
+def test_scoring_error_by_reason(reason: FinishReason, kind: type[Exception]) -> None:
+    assert type(scoring_error(reason, "")) is kind
+
+
+@pytest.mark.parametrize("fields", [{"completions": ((1,), ())}, {"prompt_token_ids": ()}])
+def test_nothing_to_score_is_our_own_fault(fields: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError, match="nothing to score"):
+        ScoringRequest(**{"request_id": "r", "prompt_token_ids": (1,), "completions": (), **fields})
+
+
+@pytest.mark.parametrize("max_model_len", [2, 3, 24, 64])
+def test_backend_without_rounding_has_no_path_noise(make_backend: Any, max_model_len: int) -> None:
+    assert measure_path_noise(make_backend(max_model_len=max_model_len)) == 0.0
+
+
+def test_path_noise_is_the_largest_difference_in_nats(make_backend: Any) -> None:
+    class Noisy(make_backend):  # type: ignore[misc]
+        def forward(self, first_row: int, new_token_ids: Any, *rest: Any) -> torch.Tensor:
+            logits: torch.Tensor = super().forward(first_row, new_token_ids, *rest)
+            return logits * 1.1 if len(new_token_ids[0]) == 1 else logits
+
+    assert 0.01 < measure_path_noise(Noisy()) < 1.0
