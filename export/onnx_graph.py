@@ -38,7 +38,7 @@ EXTERNAL_DATA_THRESHOLD_BYTES = 1024
 
 _MASK = "tandem_gqa"
 _MAX_NODES_PER_LAYER = 12
-_MAX_OTHER_NODES = 14
+_MAX_OTHER_NODES = 10
 
 
 def export_onnx(model: Any, target_dir: Path, *, max_model_len: int) -> Path:
@@ -52,7 +52,10 @@ def export_onnx(model: Any, target_dir: Path, *, max_model_len: int) -> Path:
     with tempfile.TemporaryDirectory(dir=target_dir) as scratch:
         traced = Path(scratch) / "model.onnx"
         _trace(model, traced, max_model_len)
-        graph_model = _fuse(onnx.load(traced))
+        graph_model = onnx.load(traced)
+    _inline_constants(graph_model.graph)
+    _derive_lengths_from_mask(graph_model.graph)
+    graph_model = _fuse(graph_model)
     _drop_unused_inputs(graph_model.graph)
     _add_logit_rows(graph_model.graph)
     check_node_count(graph_model, num_layers)
@@ -66,11 +69,13 @@ def load_untied(folder: Path) -> onnx.ModelProto:
     model = onnx.load(folder / "model.onnx")
     graph = model.graph
     head = _head_node(graph)
-    for node in [n for n in graph.node if n.output[0] == head.input[1]]:
-        embedding = numpy_helper.to_array(_initializer(graph, node.input[0]))
-        weight = numpy_helper.from_array(np.ascontiguousarray(embedding.T), node.output[0])
+    if head.op_type == "FusedMatMul":
+        embedding = numpy_helper.to_array(_initializer(graph, head.input[1]))
+        weight = numpy_helper.from_array(np.ascontiguousarray(embedding.T), "head_weight")
         graph.initializer.append(weight)
-        graph.node.remove(node)
+        head.op_type, head.domain = "MatMul", ""
+        head.input[1] = weight.name
+        del head.attribute[:]
     return model
 
 
@@ -227,7 +232,8 @@ def _sequence_lengths(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """In the place of a mask: what GroupQueryAttention wants, derived once for all layers.
 
-    Last position of each row `(B,)` and the mask's width `()`, both int32.
+    Last position of each row `(B,)` and the mask's width `()`, both int32. transformers casts the
+    mask to bool on its way here; `_derive_lengths_from_mask` takes that out again.
     """
     last_positions = (attention_mask.to(torch.int64).sum(1) - 1).to(torch.int32)
     width = shape_as_tensor(attention_mask)[1].to(torch.int32)
@@ -296,7 +302,6 @@ def _fuse(model: onnx.ModelProto) -> onnx.ModelProto:
     )
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    _constants_to_initializers(model.graph)
     wrapped = OnnxModel(model)
     FusionSimplifiedLayerNormalization(wrapped).apply()
     FusionSkipSimplifiedLayerNormalization(wrapped).apply()
@@ -305,12 +310,45 @@ def _fuse(model: onnx.ModelProto) -> onnx.ModelProto:
     return wrapped.model
 
 
-def _constants_to_initializers(graph: onnx.GraphProto) -> None:
+def _inline_constants(graph: onnx.GraphProto) -> None:
+    """Make initializers of constants, and read an initializer where the tracer copies it."""
     for node in [n for n in graph.node if n.op_type == "Constant"]:
         (value,) = [a.t for a in node.attribute if a.name == "value"]
         value.name = node.output[0]
         graph.initializer.append(value)
         graph.node.remove(node)
+    initializers = {i.name for i in graph.initializer}
+    copies = [n for n in graph.node if n.op_type == "Identity" and n.input[0] in initializers]
+    for copied in copies:
+        _rename_input(graph, copied.output[0], copied.input[0])
+        graph.node.remove(copied)
+
+
+def _rename_input(graph: onnx.GraphProto, old: str, new: str) -> None:
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name == old:
+                node.input[index] = new
+
+
+def _derive_lengths_from_mask(graph: onnx.GraphProto) -> None:
+    """Compute what GroupQueryAttention wants straight from the mask, without the tracer's casts."""
+    attention = next(n for n in graph.node if n.op_type == "GroupQueryAttention")
+    _rename_input(graph, attention.input[5], "last_positions")
+    _rename_input(graph, attention.input[6], "mask_width")
+    one = numpy_helper.from_array(np.array([1], dtype=np.int64), "one")
+    graph.initializer.append(one)
+    nodes = [
+        helper.make_node("ReduceSum", ["attention_mask", "one"], ["mask_sum"], keepdims=0),
+        helper.make_node("Sub", ["mask_sum", "one"], ["last_positions_int64"]),
+        helper.make_node(
+            "Cast", ["last_positions_int64"], ["last_positions"], to=TensorProto.INT32
+        ),
+        helper.make_node("Shape", ["attention_mask"], ["mask_width_int64"], start=1, end=2),
+        helper.make_node("Cast", ["mask_width_int64"], ["mask_width"], to=TensorProto.INT32),
+    ]
+    for node in reversed(nodes):
+        graph.node.insert(0, node)
 
 
 def _drop_unused_inputs(graph: onnx.GraphProto) -> None:
@@ -361,22 +399,20 @@ def _add_logit_rows(graph: onnx.GraphProto) -> None:
 
 
 def _tie_head(graph: onnx.GraphProto) -> None:
-    """Store a tied embedding once: the head transposes it, which onnxruntime does at load."""
+    """Store a tied embedding once: the head multiplies by its transpose."""
     head = _head_node(graph)
     (embedding,) = [
         n.input[0] for n in graph.node if n.op_type == "Gather" and "input_ids" in n.input
     ]
-    weight = _initializer(graph, head.input[1])
-    graph.initializer.remove(weight)
-    transpose = helper.make_node(
-        "Transpose", [embedding], [weight.name], name="tied_head", perm=[1, 0]
-    )
-    graph.node.insert(list(graph.node).index(head), transpose)
+    graph.initializer.remove(_initializer(graph, head.input[1]))
+    head.op_type, head.domain = "FusedMatMul", "com.microsoft"
+    head.input[1] = embedding
+    head.attribute.append(helper.make_attribute("transB", 1))
 
 
 def _head_node(graph: onnx.GraphProto) -> onnx.NodeProto:
     (head,) = [node for node in graph.node if "logits" in node.output]
-    assert head.op_type == "MatMul", f"the head is a {head.op_type}"
+    assert head.op_type in ("MatMul", "FusedMatMul"), f"the head is a {head.op_type}"
     return head
 
 

@@ -1,35 +1,55 @@
-"""Steps of engines that share the same cores, one at a time.
+"""Steps of engines that share the same cores, one at a time, the more urgent engine first.
 
-Two thread pools that spin on the same cores ruin each other. An engine takes the turn for one
-step; among those that wait, the lowest priority number goes first.
+Two thread pools that spin on the same cores ruin each other, so an engine takes the turn for one
+step. An engine that has work claims its priority for as long as it has: between two of its steps
+the others then leave the cores to it, but never for longer than `max_wait_s`.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+MAX_WAIT_S = 0.25
 
 
 class StepArbiter:
-    """A lock that is handed to the waiting engine with the lowest priority number."""
+    """Hands out turns. Lower priority numbers are more urgent; each engine has its own."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, max_wait_s: float = MAX_WAIT_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._condition = threading.Condition()
-        self._waiting: list[tuple[int, int]] = []
-        self._arrivals = itertools.count()
+        self._max_wait_s = max_wait_s
+        self._clock = clock
+        self._waiting: dict[int, float] = {}
+        self._claims: set[int] = set()
         self._is_taken = False
+
+    def claim(self, priority: int) -> None:
+        """Say that the engine has work, also between its steps."""
+        with self._condition:
+            self._claims.add(priority)
+
+    def unclaim(self, priority: int) -> None:
+        """Say that the engine has no work any more."""
+        with self._condition:
+            self._claims.discard(priority)
+            self._condition.notify_all()
 
     @contextmanager
     def turn(self, priority: int) -> Iterator[None]:
         """Hold the turn for the duration of the block."""
         with self._condition:
-            ticket = (priority, next(self._arrivals))
-            heapq.heappush(self._waiting, ticket)
-            self._condition.wait_for(lambda: not self._is_taken and self._waiting[0] == ticket)
-            heapq.heappop(self._waiting)
+            overdue_s = self._clock() + self._max_wait_s
+            self._waiting[priority] = overdue_s
+            while not self._is_next(priority):
+                # Nobody may tell this engine that its patience is over.
+                left_s = overdue_s - self._clock()
+                self._condition.wait(left_s if left_s > 0 else None)
+            del self._waiting[priority]
             self._is_taken = True
         try:
             yield
@@ -37,3 +57,12 @@ class StepArbiter:
             with self._condition:
                 self._is_taken = False
                 self._condition.notify_all()
+
+    def _is_next(self, priority: int) -> bool:
+        if self._is_taken:
+            return False
+        now_s = self._clock()
+        overdue = [(since_s, p) for p, since_s in self._waiting.items() if since_s <= now_s]
+        if overdue:
+            return min(overdue)[1] == priority
+        return priority == min({*self._waiting, *self._claims})

@@ -226,8 +226,13 @@ class Engine:
                 self._fail(job, scoring_error(reason, ""))
 
     def _wait_for_work(self) -> None:
+        """Sleep while there is nothing to do; between steps, keep the claim on the cores."""
         if not self._has_work() and not self._is_stopping:
+            if self._arbiter:
+                self._arbiter.unclaim(self._priority)
             self._commands.get()()
+            if self._arbiter:
+                self._arbiter.claim(self._priority)
 
     def _run_commands(self) -> None:
         while True:
@@ -263,6 +268,8 @@ class Engine:
 
     def _end(self, reason: FinishReason, error: str) -> None:
         """Take no more work, and end what was taken."""
+        if self._arbiter:
+            self._arbiter.unclaim(self._priority)
         with self._admission_lock:
             self._is_stopping = True
         self._run_commands()

@@ -18,39 +18,63 @@ def wait_until(is_true: Callable[[], bool]) -> None:
     raise AssertionError("it never came true")
 
 
-def test_turn_goes_to_the_lowest_priority_number_then_to_the_first_that_came() -> None:
-    arbiter, order = StepArbiter(), list[str]()
+def start(target: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=target)
+    thread.start()
+    return thread
 
-    def take(priority: int, name: str) -> None:
+
+def taker(arbiter: StepArbiter, priority: int, order: list[int]) -> Callable[[], None]:
+    def take() -> None:
         with arbiter.turn(priority):
-            order.append(name)
+            order.append(priority)
 
-    waiters = [(1, "teacher"), (0, "student"), (0, "student again"), (1, "teacher again")]
-    threads = [threading.Thread(target=take, args=waiter) for waiter in waiters]
-    with arbiter.turn(1):
-        for count, thread in enumerate(threads, 1):
-            thread.start()
-            wait_until(lambda count=count: len(arbiter._waiting) == count)
+    return take
+
+
+def test_turn_goes_to_the_lowest_priority_number() -> None:
+    arbiter, order = StepArbiter(max_wait_s=60), list[int]()
+    with arbiter.turn(3):
+        threads = [start(taker(arbiter, priority, order)) for priority in (2, 0, 1)]
+        wait_until(lambda: len(arbiter._waiting) == 3)
         assert order == []
     for thread in threads:
         thread.join(10)
-    assert order == ["student", "student again", "teacher", "teacher again"]
+    assert order == [0, 1, 2]
+
+
+def test_claim_keeps_the_less_urgent_away_between_two_turns() -> None:
+    arbiter, order = StepArbiter(max_wait_s=60), list[int]()
+    arbiter.claim(0)
+    thread = start(taker(arbiter, 1, order))
+    wait_until(lambda: len(arbiter._waiting) == 1)
+    taker(arbiter, 0, order)()
+    taker(arbiter, 0, order)()
+    assert order == [0, 0]
+    arbiter.unclaim(0)
+    thread.join(10)
+    assert order == [0, 0, 1]
+
+
+def test_patience_ends_after_max_wait_whatever_is_claimed() -> None:
+    arbiter, order = StepArbiter(max_wait_s=0.01), list[int]()
+    arbiter.claim(0)
+    start(taker(arbiter, 1, order)).join(10)
+    assert order == [1]
 
 
 def test_turns_never_overlap() -> None:
     arbiter, inside, most = StepArbiter(), 0, 0
 
-    def work() -> None:
+    def work(priority: int) -> None:
         nonlocal inside, most
         for _ in range(200):
-            with arbiter.turn(0):
+            with arbiter.turn(priority):
                 inside += 1
                 most = max(most, inside)
                 inside -= 1
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
+    threads = [start(lambda priority=priority: work(priority)) for priority in range(4)]
     for thread in threads:
         thread.join(10)
     assert (most, inside) == (1, 0)
