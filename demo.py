@@ -39,6 +39,14 @@ SHOWN_METRICS = (
     "tandem_pass_at_k_prompts_total",
 )
 
+# Every series of these is one that an answer speaks of.
+WHOLE_METRICS = (
+    "tandem_samples_total",
+    "tandem_generation_tokens_total",
+    "tandem_consensus_total",
+    "tandem_pass_at_k_sum_total",
+)
+
 
 def demo(
     recipe: Annotated[Path, typer.Option(help="The recipe to run.")] = RECIPE,
@@ -188,10 +196,17 @@ def _show_metrics(console: Any, metrics: Series) -> None:
 
 def compare_with_responses(metrics: Series, responses: list[pb.CompareResponse]) -> list[str]:
     """Return what `/metrics` counts otherwise than the responses do; empty when they agree."""
-    return [
+    expected = expected_metrics(responses)
+    differences = [
         f"{name}{dict(labels)} is {_total(metrics, name, labels):g}, the answers say {said:g}"
-        for (name, labels), said in expected_metrics(responses).items()
+        for (name, labels), said in expected.items()
         if abs(_total(metrics, name, labels) - said) > 1e-6 * max(1.0, abs(said))
+    ]
+    return differences + [
+        f"{name}{dict(labels)} is {value:g}, of which the answers say nothing"
+        for (name, labels), value in metrics.items()
+        if value and name in WHOLE_METRICS
+        if not any(name == known and said <= labels for known, said in expected)
     ]
 
 
@@ -212,12 +227,12 @@ def expected_metrics(responses: list[pb.CompareResponse]) -> Series:
             add("tandem_generation_tokens_total", len(sample.token_ids), role=role)
             divergence = sample.divergence
             add("tandem_divergence_nats_sum_total", divergence.k3_sum, estimator="k3", policy=role)
-            add(
-                "tandem_divergence_tokens_total", divergence.num_tokens, estimator="k3", policy=role
-            )
+            num_finite = divergence.num_tokens - divergence.nonfinite_tokens
+            add("tandem_divergence_tokens_total", num_finite, estimator="k3", policy=role)
         if response.HasField("agreement"):
             agreement = response.agreement
-            add("tandem_consensus_total", 1, outcome=_outcome(agreement))
+            if agreement.HasField("student") and agreement.HasField("teacher"):
+                add("tandem_consensus_total", 1, outcome=_outcome(agreement))
             for role in ("student", "teacher"):
                 for k, value in getattr(agreement, f"{role}_pass_at_k").items():
                     add("tandem_pass_at_k_sum_total", value, role=role, k=str(k))

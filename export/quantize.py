@@ -51,5 +51,5 @@ def float_matmuls(model: onnx.ModelProto) -> list[str]:
     return [
         node.name
         for node in model.graph.node
-        if node.op_type in ("MatMul", "Gemm") and weights.intersection(node.input)
+        if node.op_type in ("MatMul", "FusedMatMul", "Gemm") and weights.intersection(node.input)
     ]

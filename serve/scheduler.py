@@ -12,9 +12,6 @@ from dataclasses import dataclass, field
 
 from serve.sequence import Sequence
 
-# How long a free row may wait for company, in steps, while the queue is long.
-MAX_HELD_STEPS = 8
-
 
 @dataclass(frozen=True, slots=True)
 class RowMove:
@@ -48,7 +45,6 @@ class Scheduler:
         self.max_prefill_tokens = max_prefill_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._num_held_steps = 0
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         self.waiting.extend(sequences)
@@ -59,10 +55,6 @@ class Scheduler:
         Right padding makes a prefill cost (longest prompt) x (number of prompts); admission stops
         before that product exceeds `max_prefill_tokens`, but always takes the first.
         """
-        if self._is_holding():
-            self._num_held_steps += 1
-            return Admission()
-        self._num_held_steps = 0
         admission = Admission()
         owner = {id(s.group): s for s in self.running}
         num_free = self.max_num_seqs - len(self.running)
@@ -84,20 +76,6 @@ class Scheduler:
         self.running += admission.prefills
         self.running += [sequence for sequence, _ in admission.forks]
         return admission
-
-    def _is_holding(self) -> bool:
-        """Say whether to wait for more free rows, and then prefill several prompts together.
-
-        One prefill of many prompts reads the weights once and interrupts the running sequences
-        once. It is worth waiting for only while more wait than can run: then each of them waits
-        for many steps anyway, and a few more are not felt. At most an eighth of the rows is idle.
-        """
-        num_free = self.max_num_seqs - len(self.running)
-        return (
-            0 < num_free < self.max_num_seqs // 8
-            and len(self.waiting) > self.max_num_seqs
-            and self._num_held_steps < MAX_HELD_STEPS
-        )
 
     def remove_waiting(self, group_ids: Set[int]) -> list[Sequence]:
         """Take the waiting sequences of these groups (by `id`) out of the queue; return them."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence as SequenceOf
 
 import pytest
 
-from serve.scheduler import MAX_HELD_STEPS, RowMove, Scheduler
+from serve.scheduler import RowMove, Scheduler
 from serve.sequence import (
     GenerationRequest,
     SamplingParams,
@@ -139,32 +139,6 @@ def test_ended_groups_leave_the_queue_and_the_others_keep_their_order() -> None:
     a, b, c, d = waiting(scheduler, 1, 1, 1, 1)
     assert scheduler.remove_waiting({id(b.group), id(d.group)}) == [b, d]
     assert list(scheduler.waiting) == [a, c]
-
-
-def test_free_row_waits_for_company_while_the_queue_is_long() -> None:
-    scheduler = Scheduler(16, 1000)
-    running = waiting(scheduler, *[1] * 40)[:16]
-    scheduler.admit()
-    scheduler.retire(running[:1])
-    assert not scheduler.admit()
-    scheduler.retire(running[1:2])
-    assert len(scheduler.admit().prefills) == 2
-
-
-def test_free_row_waits_a_bounded_number_of_steps() -> None:
-    scheduler = Scheduler(16, 1000)
-    running = waiting(scheduler, *[1] * 40)[:16]
-    scheduler.admit()
-    scheduler.retire(running[:1])
-    assert [bool(scheduler.admit()) for _ in range(MAX_HELD_STEPS + 1)][-2:] == [False, True]
-
-
-def test_free_row_is_filled_at_once_while_the_queue_is_short() -> None:
-    scheduler = Scheduler(16, 1000)
-    running = waiting(scheduler, *[1] * 20)[:16]
-    scheduler.admit()
-    scheduler.retire(running[:1])
-    assert len(scheduler.admit().prefills) == 1
 
 
 def test_importing_the_scheduler_loads_no_runtime() -> None:

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import demo
+from bundle.errors import UserError
+from demo import _outcome, compare_with_responses, expected_metrics, scrape, serving
+from protos.tandem.v1 import inference_pb2 as pb
+
+PAGE = b"""\
+# HELP tandem_samples_total Samples by how they ended.
+# TYPE tandem_samples_total counter
+tandem_samples_total{role="student",finish_reason="stop"} 3.0
+tandem_samples_total{role="student",finish_reason="length"} 1.0
+# HELP tandem_draining 1 while the server takes no new work.
+# TYPE tandem_draining gauge
+tandem_draining 0.0
+"""
+
+
+def sample(role: int, num_tokens: int, k3_sum: float, **fields: Any) -> pb.Sample:
+    divergence = pb.Divergence(k3_sum=k3_sum, num_tokens=num_tokens)
+    settings = {"finish_reason": pb.FINISH_REASON_STOP, "divergence": divergence} | fields
+    return pb.Sample(role=role, token_ids=range(num_tokens), **settings)
+
+
+def make_responses() -> list[pb.CompareResponse]:
+    """Two questions: one without answers, one with votes that agree."""
+    vote = pb.Vote(answer="9", share=1.0, num_valid=2, num_samples=2)
+    free = pb.CompareResponse(
+        samples=[sample(pb.ROLE_STUDENT, 5, 0.5), sample(pb.ROLE_TEACHER, 4, 0.25)]
+    )
+    judged = pb.CompareResponse(
+        samples=[
+            sample(pb.ROLE_STUDENT, 3, 0.125, finish_reason=pb.FINISH_REASON_LENGTH),
+            sample(pb.ROLE_TEACHER, 2, 0.0),
+        ],
+        agreement=pb.Agreement(
+            student=vote,
+            teacher=vote,
+            same_answer=True,
+            student_pass_at_k={1: 0.5, 8: 1.0},
+            teacher_pass_at_k={1: 0.75, 8: 1.0},
+        ),
+    )
+    return [free, judged]
+
+
+def series(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
+    return f"tandem_{name}", frozenset(labels.items())
+
+
+def make_metrics() -> demo.Series:
+    """What a server counts for `make_responses`; labels that the demo ignores are there, too."""
+    task = {"task": "other"}
+    k3 = {"estimator": "k3", "task": "other"}
+    gold = {"reference": "gold", "task": "other"}
+    return {
+        series("samples_total", role="student", finish_reason="stop"): 1,
+        series("samples_total", role="student", finish_reason="length"): 1,
+        series("samples_total", role="student", finish_reason="error"): 0,
+        series("samples_total", role="teacher", finish_reason="stop"): 2,
+        series("generation_tokens_total", role="student"): 8,
+        series("generation_tokens_total", role="teacher"): 6,
+        series("divergence_nats_sum_total", policy="student", **k3): 0.625,
+        series("divergence_nats_sum_total", policy="teacher", **k3): 0.25,
+        series("divergence_tokens_total", policy="student", **k3): 8,
+        series("divergence_tokens_total", policy="teacher", **k3): 6,
+        series("consensus_total", outcome="agree", **task): 1,
+        series("pass_at_k_sum_total", role="student", k="1", **gold): 0.5,
+        series("pass_at_k_sum_total", role="student", k="8", **gold): 1.0,
+        series("pass_at_k_sum_total", role="teacher", k="1", **gold): 0.75,
+        series("pass_at_k_sum_total", role="teacher", k="8", **gold): 1.0,
+        series("requests_total", rpc="Compare", code="OK", route="both", **task): 2,
+    }
+
+
+# --- metrics against answers
+
+
+def test_metrics_that_say_what_the_answers_say_have_no_differences() -> None:
+    assert compare_with_responses(make_metrics(), make_responses()) == []
+
+
+def checked_series() -> list[Any]:
+    return [key for key in make_metrics() if key[0] != "tandem_requests_total"]
+
+
+@pytest.mark.parametrize("key", checked_series(), ids=lambda k: f"{k[0]}-{sorted(k[1])[-1][1]}")
+@pytest.mark.parametrize("change", [1.0, -0.125])
+def test_wrong_counter_is_noticed(key: Any, change: float) -> None:
+    metrics = make_metrics()
+    metrics[key] += change
+    (difference,) = compare_with_responses(metrics, make_responses())
+    assert difference.startswith(f"{key[0]}{{")
+
+
+@pytest.mark.parametrize("key", [key for key, value in make_metrics().items() if value][:-1])
+def test_missing_counter_is_noticed(key: Any) -> None:
+    metrics = make_metrics()
+    del metrics[key]
+    (difference,) = compare_with_responses(metrics, make_responses())
+    assert " is 0, the answers say " in difference
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        series("samples_total", role="teacher", finish_reason="shutdown"),
+        series("consensus_total", outcome="no_majority", task="other"),
+        series("pass_at_k_sum_total", role="student", k="4", reference="gold", task="other"),
+    ],
+)
+def test_counter_of_what_no_answer_said_is_noticed(key: Any) -> None:
+    assert len(compare_with_responses(make_metrics() | {key: 1.0}, make_responses())) == 1
+
+
+def test_missing_answer_is_noticed() -> None:
+    assert compare_with_responses(make_metrics(), make_responses()[:1]) != []
+
+
+def test_exact_divergences_are_not_mistaken_for_k3() -> None:
+    exact = series("divergence_nats_sum_total", estimator="exact", policy="student", task="other")
+    assert compare_with_responses(make_metrics() | {exact: 5.0}, make_responses()) == []
+
+
+def test_rounding_is_no_difference() -> None:
+    metrics = {key: value * (1 + 1e-9) for key, value in make_metrics().items()}
+    assert compare_with_responses(metrics, make_responses()) == []
+
+
+def test_tokens_without_a_finite_estimate_are_not_in_the_sums() -> None:
+    """The server's counter is of the tokens that its sum is over."""
+    divergence = pb.Divergence(k3_sum=0.5, num_tokens=5, nonfinite_tokens=2)
+    response = pb.CompareResponse(
+        samples=[sample(pb.ROLE_STUDENT, 5, 0.5, divergence=divergence)]
+    )
+    tokens = series("divergence_tokens_total", estimator="k3", policy="student")
+    assert expected_metrics([response])[tokens] == 3
+
+
+def test_sample_without_a_divergence_adds_none() -> None:
+    response = pb.CompareResponse(samples=[pb.Sample(role=pb.ROLE_TEACHER, token_ids=[1, 2])])
+    expected = expected_metrics([response])
+    assert expected[series("generation_tokens_total", role="teacher")] == 2
+    assert not expected[series("divergence_tokens_total", estimator="k3", policy="teacher")]
+
+
+# --- outcome of two votes
+
+SURE = pb.Vote(answer="9", num_valid=2)
+TIED = pb.Vote(tie=True, num_valid=2)
+EMPTY = pb.Vote(num_valid=0)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "same_answer", "outcome"),
+    [
+        (SURE, SURE, True, "agree"),
+        (SURE, pb.Vote(answer="8", num_valid=1), False, "disagree"),
+        (SURE, TIED, None, "no_majority"),
+        (TIED, TIED, None, "no_majority"),
+        (SURE, EMPTY, None, "invalid"),
+        (EMPTY, TIED, None, "invalid"),
+    ],
+)
+def test_outcome_of_two_votes(
+    student: pb.Vote, teacher: pb.Vote, same_answer: bool | None, outcome: str
+) -> None:
+    agreement = pb.Agreement(student=student, teacher=teacher)
+    if same_answer is not None:
+        agreement.same_answer = same_answer
+    assert _outcome(agreement) == outcome
+
+
+def test_model_without_a_vote_makes_no_outcome() -> None:
+    """The server compares two votes or none: a model that failed has none."""
+    response = pb.CompareResponse(agreement=pb.Agreement(student=SURE))
+    expected = expected_metrics([response])
+    assert not any(value for (name, _), value in expected.items() if "consensus" in name)
+
+
+# --- the metrics page
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(PAGE)
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            """Requests are not news."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/metrics"
+        server.shutdown()
+        thread.join()
+
+
+def test_scrape_reads_every_sample_by_name_and_labels(url: str) -> None:
+    assert scrape(url) == {
+        series("samples_total", role="student", finish_reason="stop"): 3.0,
+        series("samples_total", role="student", finish_reason="length"): 1.0,
+        series("draining"): 0.0,
+    }
+
+
+# --- the server's process
+
+
+def test_server_that_cannot_start_is_an_error_with_its_words(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)did not become ready: .*is not a bundle"):
+        with serving(tmp_path):
+            pytest.fail("there is nothing to serve")
