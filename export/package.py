@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bundle.errors import BundleError
 from bundle.hashing import hash_file
 from bundle.manifest import (
     Evaluation,
@@ -24,7 +25,7 @@ from bundle.manifest import (
     Variant,
     write_manifest,
 )
-from bundle.verify import list_entries
+from bundle.verify import list_entries, verify_bundle
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -64,6 +65,21 @@ def write_bundle(
     )
     write_manifest(target, manifest)
     return manifest
+
+
+def is_packaged(
+    target: Path,
+    lineage: tuple[StageRecord, ...],
+    variants: Mapping[str, Variant],
+    default_variant: str,
+) -> bool:
+    """Say whether an intact bundle of just these stages and verdicts lies at `target`."""
+    try:
+        manifest = verify_bundle(target)
+    except BundleError:
+        return False
+    found = (manifest.lineage, manifest.variants, manifest.default_variant)
+    return found == (lineage, dict(variants), default_variant)
 
 
 def copy_variant(source: Path, target: Path) -> None:

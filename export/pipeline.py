@@ -18,7 +18,7 @@ from export.config import FLOAT_VARIANT, ExportConfig
 from export.distill import Example, Pair, StepRecord, TrainingPlan, train
 from export.evaluate import evaluate
 from export.losses import DistillationLoss
-from export.package import TOKENIZER_FILES, write_bundle, write_variant_files
+from export.package import TOKENIZER_FILES, is_packaged, write_bundle, write_variant_files
 from export.parity import measure_in_fresh_process
 from export.prune import drop_layers, rank_layers
 from export.report import (
@@ -265,6 +265,10 @@ class _Run:
         }
         default = choose_default(variants)
         target = self._config.output_dir / "bundle"
+        records = tuple(stage.record for stage in lineage)
+        if is_packaged(target, records, variants, default):
+            self._reporter.say(f"bundle: finished before, {target}, default variant {default}")
+            return target
         partial = fresh(target.with_name("bundle.partial"))
         removed = _removed_layers(lineage[1])
         config = _read_json(distilled.path / "config.json")
@@ -284,7 +288,7 @@ class _Run:
                 kept_layers=tuple(kept),
                 dtype="float32",
             ),
-            lineage=tuple(stage.record for stage in lineage),
+            lineage=records,
             variants=variants,
             default_variant=default,
             metrics=describe_evaluation(self._config, summary),

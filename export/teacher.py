@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bundle.errors import UserError
-from bundle.hashing import hash_file, hash_json
+from bundle.hashing import hash_file, hash_json, hash_weights
 from bundle.manifest import TeacherReference
 
 if TYPE_CHECKING:
@@ -86,20 +86,17 @@ def resolve_teacher(
 
 
 def open_folder(folder: Path, source: str) -> TeacherFolder:
-    """Check a plain model folder and hash its weights (seconds per GB).
-
-    With one weights file `weights_sha256` is that file's own hash, with several the hash over
-    their names and hashes.
-    """
+    """Check a plain model folder and hash its weights (seconds per GB)."""
     check_folder(folder)
     weights = sorted(folder.glob("*.safetensors"))
-    hashes = {path.name: hash_file(path) for path in weights}
     num_parameters, dtype = count_parameters(weights)
     config = _read_json(folder / "config.json")
     architecture = next(iter(config.get("architectures") or []), config.get("model_type", ""))
+    weights_sha256 = hash_weights(folder)
+    assert weights_sha256 is not None, "check_folder refuses a folder without safetensors"
     reference = TeacherReference(
         source=source,
-        weights_sha256=hash_json(hashes) if len(hashes) > 1 else hashes[weights[0].name],
+        weights_sha256=weights_sha256,
         architecture=architecture,
         num_parameters=num_parameters,
         dtype=dtype,

@@ -13,7 +13,7 @@ from export.tasks import builtin_tasks
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 512
-EOS, EOS_WEIGHT = 2, 44.0
+EOS, EOS_WEIGHT = 2, 16.0
 NUM_LAYERS = 4
 SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 # SmolLM2's own.
@@ -64,12 +64,12 @@ def _save_model(folder: Path) -> None:
 
 @torch.no_grad()
 def _let_it_end(model: Any) -> None:
-    """Keep hidden channel 0 constant, and have EOS read it: about one answer in three then ends."""
+    """Keep hidden channel 0 constant, and have EOS read it: one answer in three then ends."""
     for layer in model.model.layers:
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
             linear.weight *= 0.3
             linear.weight[0] = 0
-    model.model.embed_tokens.weight[:, 0] = 1
+    model.model.embed_tokens.weight[:, 0] = 4
     model.model.embed_tokens.weight[EOS, 0] = EOS_WEIGHT
 
 
