@@ -89,10 +89,20 @@ def serving(bundle: Path) -> Iterator[dict[str, str]]:
         try:
             yield _wait_ready(server, ready_file, log_path)
         finally:
-            server.send_signal(signal.SIGTERM)
-            code = server.wait(STOP_TIMEOUT_S)
+            code = _stop(server)
         if code != 0:
             raise UserError(f"the server ended with exit code {code}: {log_path.read_text()}")
+
+
+def _stop(server: subprocess.Popen[bytes]) -> int:
+    """Return the exit code; a server that does not stop is killed, and a UserError."""
+    server.send_signal(signal.SIGTERM)
+    try:
+        return server.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+        raise UserError(f"the server did not stop within {STOP_TIMEOUT_S} s") from None
 
 
 def _wait_ready(server: subprocess.Popen[bytes], ready_file: Path, log: Path) -> dict[str, str]:

@@ -328,8 +328,17 @@ def _load_model(path: Path, dtype: torch.dtype) -> Any:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the teacher's tokenizer and generation config to where its student was saved.
+
+    Older folders have the chat template in tokenizer_config.json; the student gets it as a file.
+    """
     for name in (*TOKENIZER_FILES, "generation_config.json"):
-        (target / name).write_bytes((source / name).read_bytes())
+        if (source / name).exists():
+            (target / name).write_bytes((source / name).read_bytes())
+    template = target / "chat_template.jinja"
+    if not template.exists():
+        config = _read_json(source / "tokenizer_config.json")
+        template.write_text(config["chat_template"], encoding="utf-8")
 
 
 def _read_json(path: Path) -> Any:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import http.server
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +140,7 @@ def test_rounding_is_no_difference() -> None:
 def test_tokens_without_a_finite_estimate_are_not_in_the_sums() -> None:
     """The server's counter is of the tokens that its sum is over."""
     divergence = pb.Divergence(k3_sum=0.5, num_tokens=5, nonfinite_tokens=2)
-    response = pb.CompareResponse(
-        samples=[sample(pb.ROLE_STUDENT, 5, 0.5, divergence=divergence)]
-    )
+    response = pb.CompareResponse(samples=[sample(pb.ROLE_STUDENT, 5, 0.5, divergence=divergence)])
     tokens = series("divergence_tokens_total", estimator="k3", policy="student")
     assert expected_metrics([response])[tokens] == 3
 
@@ -216,10 +216,79 @@ def test_scrape_reads_every_sample_by_name_and_labels(url: str) -> None:
     }
 
 
+def test_demo_fails_when_the_metrics_are_not_what_the_answers_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ready = {"address": "a:1", "metrics_url": "m"}
+    monkeypatch.setattr("export.config.load_config", lambda recipe: None)
+    monkeypatch.setattr("export.pipeline.run_export", lambda config, reporter: tmp_path)
+    monkeypatch.setattr(demo, "_show_bundle", lambda console, bundle: None)
+    monkeypatch.setattr(demo, "serving", lambda bundle: contextlib.nullcontext(ready))
+    monkeypatch.setattr(demo, "_ask_all", lambda console, address: make_responses()[:1])
+    monkeypatch.setattr(demo, "scrape", lambda url: make_metrics())
+    with pytest.raises(UserError, match=r"not what the answers said: .*tandem_consensus_total"):
+        demo.demo()
+    assert "tandem_pass_at_k_sum_total{" in capsys.readouterr().out
+
+
 # --- the server's process
 
 
 def test_server_that_cannot_start_is_an_error_with_its_words(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"(?s)did not become ready: .*is not a bundle"):
-        with serving(tmp_path):
-            pytest.fail("there is nothing to serve")
+    message = r"(?s)did not become ready: .*is not a bundle"
+    with pytest.raises(UserError, match=message), serving(tmp_path):
+        pytest.fail("there is nothing to serve")
+
+
+@pytest.fixture
+def fake_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Put a shell script in the place of `tandem serve`; returns the file with its process id."""
+
+    def install(script: str) -> Path:
+        executable, pid_file = tmp_path / "server", tmp_path / "pid"
+        executable.write_text(
+            f"#!/bin/sh\necho $$ > {pid_file}\n{script.splitlines()[0]}\n"
+            "for ready_file; do :; done\n"
+            'echo \'{"address": "a:1", "metrics_url": "m"}\' > "$ready_file.tmp"\n'
+            f'mv "$ready_file.tmp" "$ready_file"\n{script.splitlines()[1]}\n'
+        )
+        executable.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(executable))
+        return pid_file
+
+    return install
+
+
+def test_server_is_told_to_stop_and_its_addresses_are_given(
+    fake_server: Callable[[str], Path], tmp_path: Path
+) -> None:
+    fake_server("trap 'exit 0' TERM\nwhile :; do sleep 0.02; done")
+    with serving(tmp_path) as ready:
+        assert ready == {"address": "a:1", "metrics_url": "m"}
+
+
+def test_server_that_ends_badly_is_an_error(
+    fake_server: Callable[[str], Path], tmp_path: Path
+) -> None:
+    fake_server("trap 'echo too bad; exit 7' TERM\nwhile :; do sleep 0.02; done")
+    with pytest.raises(UserError, match="ended with exit code 7: too bad"), serving(tmp_path):
+        pass
+
+
+def test_server_is_stopped_when_the_caller_fails(
+    fake_server: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pid_file = fake_server("trap 'exit 0' TERM\nwhile :; do sleep 0.02; done")
+    with pytest.raises(ZeroDivisionError), serving(tmp_path):
+        raise ZeroDivisionError
+    assert not Path(f"/proc/{pid_file.read_text().strip()}").exists()
+
+
+def test_server_that_does_not_stop_is_killed(
+    fake_server: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "STOP_TIMEOUT_S", 0.1)
+    pid_file = fake_server("trap '' TERM\nexec sleep 60")
+    with pytest.raises(UserError, match=r"did not stop within 0\.1 s"), serving(tmp_path):
+        pass
+    assert not Path(f"/proc/{pid_file.read_text().strip()}").exists()

@@ -71,9 +71,7 @@ class Exported:
     variants: dict[str, Path]
 
 
-def export_model(
-    model: Any, teacher_files: Path, target: Path, **recipes: WeightOnly
-) -> Exported:
+def export_model(model: Any, teacher_files: Path, target: Path, **recipes: WeightOnly) -> Exported:
     student_dir = target / "student"
     variants = {name: target / name for name in ("fp32", *recipes)}
     for folder in (student_dir, *variants.values()):
@@ -124,9 +122,7 @@ def export_once(
 
 
 @pytest.fixture(scope="session", params=list(ARCHITECTURES))
-def exported(
-    request: pytest.FixtureRequest, export_once: Callable[[str], Exported]
-) -> Exported:
+def exported(request: pytest.FixtureRequest, export_once: Callable[[str], Exported]) -> Exported:
     """Every architecture in turn."""
     return export_once(request.param)
 

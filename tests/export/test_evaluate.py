@@ -48,7 +48,9 @@ def examples() -> list[Example]:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 9, (10, 2), generator=generator).tolist()
     return [
-        Example(*(tuple(torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist()) for n in pair))
+        Example(
+            *(tuple(torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist()) for n in pair)
+        )
         for pair in lengths
     ]
 

@@ -69,7 +69,12 @@ def engine_tokens(folder: Path, prompt: list[int], max_tokens: int) -> list[int]
 @pytest.mark.parametrize("num_layers", [1, 2, 5])
 @pytest.mark.parametrize(
     ("architecture", "limit"),
-    [("llama", (11, 11)), ("llama-untied", (11, 11)), ("qwen2", (12, 11)), ("qwen2-untied", (12, 11))],
+    [
+        ("llama", (11, 11)),
+        ("llama-untied", (11, 11)),
+        ("qwen2", (12, 11)),
+        ("qwen2-untied", (12, 11)),
+    ],
 )
 def test_node_count_is_11_per_layer_and_11_and_a_bias_is_one_more_per_layer(
     make_model: Callable[..., Any],

@@ -19,7 +19,13 @@ from bundle.manifest import (
     load_manifest,
 )
 from bundle.verify import verify_bundle
-from export.package import genai_config, model_card, write_bundle, write_variant_files
+from export.package import (
+    genai_config,
+    is_packaged,
+    model_card,
+    write_bundle,
+    write_variant_files,
+)
 
 LLAMA = {
     "vocab_size": 49152,
@@ -40,9 +46,7 @@ TEACHER = TeacherReference(
     num_parameters=134_515_008,
     dtype="F32",
 )
-STUDENT = StudentInfo(
-    num_parameters=120_000_000, num_layers=2, kept_layers=(0, 3), dtype="float32"
-)
+STUDENT = StudentInfo(num_parameters=120_000_000, num_layers=2, kept_layers=(0, 3), dtype="float32")
 METRICS = Evaluation(num_prompts=48, num_samples=1, k=(), temperature=0.8, seed=0, values={})
 
 
@@ -239,3 +243,18 @@ def test_student_of_the_bundle_opens_in_transformers(
     AutoModelForCausalLM.from_pretrained(target / "student")
     tokenizer = AutoTokenizer.from_pretrained(target / "student")
     assert tokenizer.chat_template is not None
+
+
+def test_bundle_is_packaged_when_it_is_intact_and_of_just_these_stages_and_verdicts(
+    write: Callable[[], tuple[Path, Manifest]], tmp_path: Path
+) -> None:
+    target, manifest = write()
+    lineage = manifest.lineage
+    better = VARIANTS | {"int4": make_variant(0.01)}
+    assert is_packaged(target, lineage, VARIANTS, "int8")
+    assert not is_packaged(target, (), VARIANTS, "int8")
+    assert not is_packaged(target, lineage, better, "int8")
+    assert not is_packaged(target, lineage, better, "int4")
+    assert not is_packaged(tmp_path / "nowhere", lineage, VARIANTS, "int8")
+    (target / "README.md").write_text("damaged")
+    assert not is_packaged(target, lineage, VARIANTS, "int8")

@@ -58,4 +58,3 @@ def test_fresh_process_measures_the_same(exported_llama: Any) -> None:
 def test_failed_measurement_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)measurement failed.*no_such_folder"):
         measure_in_fresh_process(tmp_path / "no_such_folder", tmp_path)
-

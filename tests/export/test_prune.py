@@ -150,9 +150,7 @@ def test_ranking_leaves_the_teacher_as_it_was(teacher: Any, texts: list[Example]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-untied", "qwen2"])
-def test_student_has_the_kept_layers_and_all_else(
-    make_model: MakeModel, architecture: str
-) -> None:
+def test_student_has_the_kept_layers_and_all_else(make_model: MakeModel, architecture: str) -> None:
     teacher = make_model(architecture, num_layers=5)
     student, kept = drop_layers(teacher, [0, 3, 4]), {0: 0, 1: 3, 2: 4}
     weights = teacher.state_dict()

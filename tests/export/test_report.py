@@ -146,9 +146,7 @@ def test_measurement_above_its_threshold_fails_its_gate_alone(
 
 
 @pytest.mark.parametrize("value", NOT_A_NUMBER)
-def test_what_is_not_a_number_never_passes(
-    describe: Callable[..., Variant], value: float
-) -> None:
+def test_what_is_not_a_number_never_passes(describe: Callable[..., Variant], value: float) -> None:
     for name, changes in [
         ("fp32", {"parity_kl": value}),
         ("fp32", {"kl_to_teacher": value}),

@@ -21,7 +21,7 @@ from export.sample import (
 from export.tasks import Task, builtin_tasks
 from serve.torch_backend import TorchBackend
 
-CONFIG = SampleConfig(max_tokens=12, max_num_seqs=4, max_model_len=256)
+CONFIG = SampleConfig(max_tokens=12, dtype="float32", max_num_seqs=4, max_model_len=256)
 TASKS = builtin_tasks()[:6]
 
 
@@ -165,9 +165,7 @@ def test_line_that_a_kill_cut_short_is_drawn_again(asked: list[str], tmp_path: P
     assert read_completions(path) == rows
 
 
-def test_every_row_is_on_disk_when_its_progress_is_shown(
-    asked: list[str], tmp_path: Path
-) -> None:
+def test_every_row_is_on_disk_when_its_progress_is_shown(asked: list[str], tmp_path: Path) -> None:
     shown: list[tuple[int, int, int]] = []
 
     def progress(done: int, total: int) -> None:
