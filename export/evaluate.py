@@ -47,20 +47,14 @@ def evaluate(
         if name != reference
     }  # fmt: skip
     batch_size = min(backend.info.max_num_seqs for backend in backends.values())
-    for engine in engines.values():
-        engine.start()
-    try:
-        done = 0
-        for batch in _batches(examples, batch_size):
-            logits = {name: _logits(engine, batch) for name, engine in engines.items()}
-            for (reference, name), total in totals.items():
-                for expected, actual in zip(logits[reference], logits[name], strict=True):
-                    total.add(expected, actual)
-            done += len(batch)
-            progress(done, len(examples))
-    finally:
-        for engine in engines.values():
-            engine.stop()
+    done = 0
+    for batch in _batches(examples, batch_size):
+        logits = {name: _logits(engine, batch) for name, engine in engines.items()}
+        for (reference, name), total in totals.items():
+            for expected, actual in zip(logits[reference], logits[name], strict=True):
+                total.add(expected, actual)
+        done += len(batch)
+        progress(done, len(examples))
     return {pair: total.agreement() for pair, total in totals.items()}
 
 
@@ -86,6 +80,8 @@ def _logits(engine: Engine, batch: Sequence[Example]) -> list[torch.Tensor]:
         )
         for index, example in enumerate(batch)
     ]
+    for _ in engine.run():
+        pass
     logits = []
     for future in futures:
         (scored,) = future.result()

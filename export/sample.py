@@ -7,7 +7,6 @@ completion depends on its prompt and seed alone, so it does not matter which run
 from __future__ import annotations
 
 import json
-import queue
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,17 +101,13 @@ def _generate(
         max_waiting=len(tasks),
         name="sampling teacher",
     )
-    engine.start()
-    try:
-        yield from _answers(engine, tokenizer, tasks, config)
-    finally:
-        engine.stop()
+    yield from _answers(engine, tokenizer, tasks, config)
 
 
 def _answers(
     engine: Engine, tokenizer: Tokenizer, tasks: Sequence[Task], config: SampleConfig
 ) -> Iterable[Completion]:
-    finished: queue.SimpleQueue[Completion] = queue.SimpleQueue()
+    finished: list[Completion] = []
     for task in tasks:
         prompt = tokenizer.encode_chat([("user", task.prompt)])
         sampling = SamplingParams(
@@ -122,24 +117,27 @@ def _answers(
         )
         request = GenerationRequest(task.task_id, prompt, sampling)
         engine.submit(request, _sink(task, prompt, finished))
-    for _ in tasks:
-        completion = finished.get()
-        if completion.finish_reason not in _USABLE:
-            raise ExportError(
-                f"the teacher's answer to task {completion.task_id} ended with "
-                f"{completion.finish_reason}: the log says why; rows that are finished are kept"
-            )
-        yield completion
+    for _ in engine.run():
+        for completion in finished:
+            if completion.finish_reason not in _USABLE:
+                raise ExportError(
+                    f"the teacher's answer to task {completion.task_id} ended with "
+                    f"{completion.finish_reason}: the log says why; finished rows are kept"
+                )
+            yield completion
+        finished.clear()
 
 
 def _sink(
-    task: Task, prompt: tuple[int, ...], finished: queue.SimpleQueue[Completion]
+    task: Task, prompt: tuple[int, ...], finished: list[Completion]
 ) -> Callable[[list[Event]], None]:
     def sink(events: list[Event]) -> None:
         for event in events:
             if isinstance(event, FinishedEvent):
                 reason = event.finish_reason.value
-                finished.put(Completion(task.task_id, task.split, prompt, event.token_ids, reason))
+                finished.append(
+                    Completion(task.task_id, task.split, prompt, event.token_ids, reason)
+                )
 
     return sink
 

@@ -86,7 +86,8 @@ class Engine:
     """Serves one model.
 
     `priority` orders engines that share an arbiter: lower goes first. `scores_in_one_pass` False
-    scores by forced decoding (`serve.scoring` says when).
+    scores by forced decoding (`serve.scoring` says when). `num_torch_threads` is for the engine's
+    own thread: OpenMP pools that exceed the cores together stop spinning and lose half the speed.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Engine:
         arbiter: StepArbiter | None = None,
         priority: int = 0,
         scores_in_one_pass: bool = True,
+        num_torch_threads: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.info = backend.info
@@ -112,6 +114,7 @@ class Engine:
         self._arbiter = arbiter
         self._priority = priority
         self._scores_in_one_pass = scores_in_one_pass
+        self._num_torch_threads = num_torch_threads
         self._scheduler = Scheduler(backend.info.max_num_seqs, MAX_PREFILL_TOKENS)
         self._scoring: deque[ScoringJob] = deque()
         # A request id may name several: a generation, and the scoring of other samples.
@@ -133,6 +136,16 @@ class Engine:
 
     def start(self) -> None:
         self._thread.start()
+
+    def run(self) -> Iterator[None]:
+        """Work on the calling thread until nothing is left, yielding after each step.
+
+        Instead of `start`, for callers that have nothing else to do meanwhile.
+        """
+        self._run_commands()
+        while self._has_work():
+            self.step()
+            yield
 
     def stop(self) -> None:
         """End everything with SHUTDOWN and wait for the thread; a stopped engine stays stopped."""
@@ -249,6 +262,9 @@ class Engine:
 
     def _loop(self) -> None:
         torch.set_grad_enabled(False)
+        if self._num_torch_threads is not None:
+            torch.get_num_threads()  # initialises this thread's own count, which is set next
+            torch.set_num_threads(self._num_torch_threads)
         reason, error = FinishReason.ERROR, "the engine died; see the server's log"
         try:
             while not self._is_stopping:

@@ -173,6 +173,8 @@ class _Loader:
             arbiter=self.arbiter,
             priority=0 if role is Role.STUDENT else 1,
             scores_in_one_pass=in_one_pass,
+            # The student's matrix products are onnxruntime's; torch only samples for it.
+            num_torch_threads=1 if info.backend == "onnx" else self.config.threads,
         )
         return engine, noise
 

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -155,7 +156,10 @@ def limits_of(engines: Engines, config: ServeConfig) -> Limits:
 def serve(config: ServeConfig) -> None:
     """Load, serve until SIGTERM or SIGINT, drain, return."""
     metrics = ServerMetrics(CollectorRegistry())
-    engines = build_engines(config, metrics)
+    # In a thread of its own, whose OpenMP pool ends with it: the engines' pools shall be the only
+    # ones, since pools that exceed the cores together stop spinning (docs/log.md).
+    with ThreadPoolExecutor(max_workers=1) as loader:
+        engines = loader.submit(build_engines, config, metrics).result()
     asyncio.run(serve_until_signal(engines, config, metrics))
 
 
