@@ -3,8 +3,8 @@
 Only the package of the command that was asked for is imported, so that help is instant and a
 broken GPU library does not keep `tandem doctor` from saying so.
 
-Exit codes: 0 done, 1 an expected error (one line on stderr) or a failed gate, 2 wrong usage,
-3 a device that was asked for and is not there.
+Exit codes: 0 done, 1 an expected error (one line on stderr), 2 wrong usage, 3 what was asked for
+cannot be had: for `export` a gate failed, for `serve` the device is not there.
 """
 
 from __future__ import annotations
