@@ -163,6 +163,12 @@ class TorchBackend:
         """Load a transformers folder. Raises ValueError when the architecture is not supported."""
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         check_supported(config)
+        window = getattr(config, "sliding_window", None)
+        if window is not None and max_model_len > window:
+            raise ValueError(
+                f"max_model_len {max_model_len} exceeds the sliding window of {window} tokens of "
+                f"{path}: the slot attention is exact up to the window only"
+            )
         if max_model_len > config.max_position_embeddings:
             raise ValueError(
                 f"max_model_len {max_model_len} exceeds the {config.max_position_embeddings} "

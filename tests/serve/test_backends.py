@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from serve.engine import Engine
 from serve.onnx_backend import OnnxBackend, make_session
@@ -300,6 +300,12 @@ def test_context_beyond_the_models_positions_is_refused(model_dir: Path, kind: s
             )
         else:
             OnnxBackend.load(model_dir / kind, device="cpu", max_num_seqs=1, max_model_len=257)
+
+
+def test_context_beyond_a_sliding_window_is_refused(tmp_path: Path) -> None:
+    MistralConfig(sliding_window=32, max_position_embeddings=64).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="max_model_len 48 exceeds the sliding window of 32"):
+        TorchBackend.load(tmp_path, device="cpu", dtype=torch.float32, **LIMITS)
 
 
 def test_unsupported_architecture_is_refused_by_name() -> None:
