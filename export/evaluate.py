@@ -12,12 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from export.distill import Example
-from export.losses import exact_forward_kl
+from export.losses import exact_logprobs, forward_kl_of_logprobs
 from serve.backend import Backend
 from serve.engine import Engine
-from serve.scoring import ScoringRequest, measure_path_noise
-
-MAX_PATH_NOISE = 1e-3
+from serve.scoring import MAX_PATH_NOISE_NATS, ScoringRequest, measure_path_noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +47,11 @@ def evaluate(
     batch_size = min(backend.info.max_num_seqs for backend in backends.values())
     done = 0
     for batch in _batches(examples, batch_size):
-        logits = {name: _logits(engine, batch) for name, engine in engines.items()}
-        for (reference, name), total in totals.items():
-            for expected, actual in zip(logits[reference], logits[name], strict=True):
-                total.add(expected, actual)
+        logits = [_logits(engine, batch) for engine in engines.values()]
+        for of_one_prompt in zip(*logits, strict=True):
+            logprobs = dict(zip(engines, map(exact_logprobs, of_one_prompt), strict=True))
+            for (reference, name), total in totals.items():
+                total.add(logprobs[reference], logprobs[name])
         done += len(batch)
         progress(done, len(examples))
     return {pair: total.agreement() for pair, total in totals.items()}
@@ -63,7 +62,7 @@ def _engine(name: str, backend: Backend) -> Engine:
         backend,
         eos_token_ids=frozenset(),
         name=name,
-        scores_in_one_pass=measure_path_noise(backend) <= MAX_PATH_NOISE,
+        scores_in_one_pass=measure_path_noise(backend) <= MAX_PATH_NOISE_NATS,
     )
 
 
@@ -102,7 +101,7 @@ class _Totals:
         self._num_tokens = 0
 
     def add(self, expected: torch.Tensor, actual: torch.Tensor) -> None:
-        self._kl += float(exact_forward_kl(actual, expected).sum())
+        self._kl += float(forward_kl_of_logprobs(actual, expected).sum())
         self._num_agreeing += int((expected.argmax(-1) == actual.argmax(-1)).sum())
         self._num_tokens += len(expected)
 

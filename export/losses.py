@@ -52,7 +52,17 @@ def forward_kl(
     """Return KL(teacher_T ‖ student_T) per token: `(N, V)`, `(N, V)` -> `(N,)` float32, in nats."""
     student = F.log_softmax(student_logits.float() / temperature, -1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, -1)
+    return forward_kl_of_logprobs(student, teacher)
+
+
+def forward_kl_of_logprobs(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Return KL(teacher ‖ student) per token from log-probabilities: `(N, V)` -> `(N,)`."""
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+def exact_logprobs(logits: torch.Tensor) -> torch.Tensor:
+    """Return log softmax in float64: `(N, V)` -> `(N, V)`."""
+    return F.log_softmax(logits.double(), -1)
 
 
 def exact_forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
@@ -61,6 +71,4 @@ def exact_forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor)
     The same number as `estimators.divergence.exact_kl(teacher_logits, student_logits)`, several
     times as fast; a test holds the two together.
     """
-    student = F.log_softmax(student_logits.double(), -1)
-    teacher = F.log_softmax(teacher_logits.double(), -1)
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    return forward_kl_of_logprobs(exact_logprobs(student_logits), exact_logprobs(teacher_logits))

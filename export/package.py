@@ -26,6 +26,7 @@ from bundle.manifest import (
     write_manifest,
 )
 from bundle.verify import list_entries, verify_bundle
+from export.stages import RECORD_NAME
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -44,10 +45,10 @@ def write_bundle(
     metrics: Evaluation,
 ) -> Manifest:
     """Write a bundle into the empty folder `target` and return its manifest."""
-    shutil.copytree(student_dir, target / "student", ignore=shutil.ignore_patterns("stage.json"))
+    _copy_stage(student_dir, target / "student")
     for name, folder in variant_dirs.items():
-        copy_variant(folder, target / "onnx" / name)
-    shutil.copytree(eval_dir, target / "eval", ignore=shutil.ignore_patterns("stage.json"))
+        _copy_stage(folder, target / "onnx" / name)
+    _copy_stage(eval_dir, target / "eval")
     card = model_card(teacher, student, variants, default_variant, metrics)
     (target / "README.md").write_text(card, encoding="utf-8")
     manifest = Manifest(
@@ -82,8 +83,8 @@ def is_packaged(
     return found == (lineage, dict(variants), default_variant)
 
 
-def copy_variant(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("stage.json"))
+def _copy_stage(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(RECORD_NAME))
 
 
 def write_variant_files(student_dir: Path, variant_dir: Path, max_model_len: int) -> None:

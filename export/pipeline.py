@@ -79,7 +79,7 @@ class _Run:
             graphs[name] = self._quantized(name, distilled, graphs[FLOAT_VARIANT])
         evaluated = self._evaluated(sampled, distilled, graphs)
         lineage = (sampled, pruned, distilled, *graphs.values(), evaluated)
-        return self._packaged(distilled, graphs, evaluated, lineage)
+        return self._packaged(pruned, distilled, graphs, evaluated, lineage)
 
     # -- stages -----------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class _Run:
             fresh(folder)
             teacher = _load_model(self._teacher.path, torch.float32)
             removed = _removed_layers(pruned)
-            kept = [i for i in range(teacher.config.num_hidden_layers) if i not in removed]
+            kept = _kept_layers(removed, teacher.config.num_hidden_layers)
             student = drop_layers(teacher, kept)
             num_shared = min(removed, default=0) if config.freeze_shared_layers else 0
             pair = Pair(student, teacher.to(torch.bfloat16), num_shared)
@@ -253,6 +253,7 @@ class _Run:
 
     def _packaged(
         self,
+        pruned: Stage,
         distilled: Stage,
         graphs: dict[str, Stage],
         evaluated: Stage,
@@ -270,10 +271,8 @@ class _Run:
             self._reporter.say(f"bundle: finished before, {target}, default variant {default}")
             return target
         partial = fresh(target.with_name("bundle.partial"))
-        removed = _removed_layers(lineage[1])
-        config = _read_json(distilled.path / "config.json")
-        num_layers = config["num_hidden_layers"]
-        kept = [i for i in range(num_layers + len(removed)) if i not in removed]
+        removed = _removed_layers(pruned)
+        num_layers = _read_json(distilled.path / "config.json")["num_hidden_layers"]
         write_bundle(
             partial,
             student_dir=distilled.path,
@@ -285,7 +284,7 @@ class _Run:
             student=StudentInfo(
                 num_parameters=count_parameters([distilled.path / "model.safetensors"])[0],
                 num_layers=num_layers,
-                kept_layers=tuple(kept),
+                kept_layers=tuple(_kept_layers(removed, num_layers + len(removed))),
                 dtype="float32",
             ),
             lineage=records,
@@ -318,6 +317,10 @@ def _examples(sampled: Stage, split: str) -> list[Example]:
 
 def _removed_layers(pruned: Stage) -> list[int]:
     return [removal["layer"] for removal in _read_json(pruned.path / "removals.json")]
+
+
+def _kept_layers(removed: Sequence[int], num_teacher_layers: int) -> list[int]:
+    return [layer for layer in range(num_teacher_layers) if layer not in removed]
 
 
 def _load_model(path: Path, dtype: torch.dtype) -> Any:

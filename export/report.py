@@ -26,6 +26,8 @@ KL_UNIT = "nats per token"
 class GateError(ExportError):
     """No variant passed its gates, so there is no bundle to serve."""
 
+    exit_code = 3
+
 
 def summarize(
     quality: Mapping[tuple[str, str], Agreement], speed: Mapping[str, Speed], num_prompts: int
