@@ -7,10 +7,19 @@ option reruns that stage and what follows, and nothing else.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from bundle.errors import UserError
 from bundle.manifest import VariantName
@@ -22,21 +31,67 @@ class ExportError(UserError):
     """An export cannot go on; the text says why and what to do."""
 
 
+class ConfigError(ExportError):
+    """A recipe is wrong; the text names the key, its value and what is allowed."""
+
+    exit_code = 2
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class TasksConfig(_Section):
-    """Which prompts: the built-in set, cut to so many of each split."""
+class BuiltinSource(_Section):
+    """The built-in task set (`export.tasks`); `families` keeps only those."""
 
+    kind: Literal["builtin"] = "builtin"
+    families: tuple[str, ...] | None = None
+
+
+class JsonlSource(_Section):
+    """Prompts of the user's own: one JSON object per line.
+
+    Keys: `prompt`; optional `answer`, `answer_format`, `id`, `family` and `split`. Rows without a
+    split are divided by the hash of their prompt.
+    """
+
+    kind: Literal["jsonl"]
+    path: Path
+
+
+class ReasoningGymSource(_Section):
+    """Generated tasks of the package reasoning-gym (extra `reasoning-gym`)."""
+
+    kind: Literal["reasoning_gym"]
+    dataset: str
+    size: int = Field(default=500, gt=0)
     seed: int = 0
-    max_train: int = Field(default=1000, gt=0)
-    max_test: int = Field(default=48, gt=0)
+    options: dict[str, JsonValue] = Field(default={}, description="given to create_dataset")
+
+
+TaskSource = Annotated[
+    BuiltinSource | JsonlSource | ReasoningGymSource, Field(discriminator="kind")
+]
+
+
+class TasksConfig(_Section):
+    """Which prompts: every source, cut to so many of each split."""
+
+    sources: tuple[TaskSource, ...] = Field(default=(BuiltinSource(),), min_length=1)
+    seed: int = 0
+    max_train: int = Field(default=1600, gt=0)
+    max_test: int = Field(default=64, gt=0)
 
 
 class SampleConfig(_Section):
-    """How the teacher answers: one completion per prompt, `max_num_seqs` at a time."""
+    """How the teacher answers; `max_num_seqs` completions at a time.
 
+    Prompts whose answer can be checked get `num_verifiable_samples`, so that rejection sampling
+    has a choice and pass rates mean something.
+    """
+
+    num_samples: int = Field(default=1, gt=0)
+    num_verifiable_samples: int = Field(default=1, gt=0)
     temperature: float = Field(default=0.8, ge=0)
     max_tokens: int = Field(default=96, gt=0)
     seed: int = 0
@@ -45,41 +100,160 @@ class SampleConfig(_Section):
     max_model_len: int = Field(default=1024, gt=1)
 
 
+class AcceptConfig(_Section):
+    """Which of the teacher's completions are trained on (`export.accept`; DeepSeek-R1, 2.3.3)."""
+
+    require_correct: bool = Field(default=True, description="where the answer can be checked")
+    drop_truncated: bool = Field(default=True, description="completions cut at max_tokens")
+    max_repetition: float = Field(
+        default=0.5, gt=0, le=1, description="largest share of repeated 4-grams of tokens"
+    )
+    max_foreign_letters: float = Field(
+        default=0.1, ge=0, le=1, description="largest share of letters in scripts not in the prompt"
+    )
+    max_per_prompt: int = Field(default=2, gt=0)
+    min_pass_rate: float = Field(default=0.0, ge=0, le=1)
+    max_pass_rate: float = Field(default=1.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _check_band(self) -> AcceptConfig:
+        if self.min_pass_rate > self.max_pass_rate:
+            raise ValueError(
+                f"min_pass_rate {self.min_pass_rate} exceeds max_pass_rate {self.max_pass_rate}"
+            )
+        return self
+
+
+class CacheConfig(_Section):
+    """The teacher's logits on disk (`export.logits_cache`), for every student that follows."""
+
+    kind: Literal["none", "dense", "top_k", "random_sampling"] = "none"
+    top_k: int = Field(default=64, gt=0)
+    num_draws: int = Field(default=64, gt=0, description="of random_sampling, per position")
+    seed: int = 0
+
+
 class PruneConfig(_Section):
-    """How many layers to drop, and how hard to look for those that matter least."""
+    """How a student is cut out of the teacher (`export.prune`)."""
 
     num_removed_layers: int = Field(default=4, ge=0)
     first_candidate: int = Field(default=1, ge=0, description="layers below it are kept")
     num_candidates: int = Field(default=6, gt=0, description="tried after the first round")
     num_texts: int = Field(default=8, gt=0)
+    kept_mlp_share: float = Field(
+        default=1.0, gt=0, le=1, description="share of MLP channels kept, by activation importance"
+    )
 
 
-class DistillConfig(_Section):
-    """Loss α·T²·KL + (1 − α)·CE, and the optimizer's settings (`export.distill`)."""
+class LossConfig(_Section):
+    """α·T²·D(teacher_T, student_T) + (1 − α)·CE, plus matching terms (`export.losses`)."""
 
-    num_epochs: int = Field(default=1, gt=0)
-    alpha: float = Field(default=0.5, ge=0, le=1)
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1, description="weight of the teacher in jsd")
+    alpha: float = Field(default=0.5, ge=0, le=1, description="0: plain fine-tuning on text")
     temperature: float = Field(default=2.0, gt=0)
+    hidden_weight: float = Field(default=0.0, ge=0, description="hidden-state matching")
+    attention_weight: float = Field(default=0.0, ge=0, description="attention-map matching, nats")
+
+
+class PhaseConfig(LossConfig):
+    """One phase of training: whose text, which loss, which optimizer settings."""
+
+    data: Literal["teacher", "student"] = Field(
+        default="teacher", description="whose completions; student: on-policy"
+    )
+    teacher_logits: Literal["live", "cache"] = "live"
+    num_epochs: int = Field(default=1, gt=0)
     learning_rate: float = Field(default=3e-4, gt=0)
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     tokens_per_step: int = Field(default=1024, gt=0)
     tokens_per_micro_batch: int = Field(default=2048, gt=0)
+    num_prompts_per_round: int = Field(
+        default=64, gt=0, description="on-policy: prompts answered between two updates of the text"
+    )
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> PhaseConfig:
+        if self.data == "student" and self.teacher_logits == "cache":
+            raise ValueError("teacher_logits 'cache' has no logits of what the student samples")
+        if self.teacher_logits == "cache" and (self.hidden_weight or self.attention_weight):
+            raise ValueError("teacher_logits 'cache' has neither hidden states nor attention maps")
+        return self
+
+
+class DistillConfig(_Section):
+    """The phases of training, one after the other."""
+
+    phases: tuple[PhaseConfig, ...] = Field(default=(PhaseConfig(),), min_length=1)
     freeze_shared_layers: bool = Field(
         default=False,
         description="keep the embedding, the head and the layers below the first removed one as "
         "the teacher has them; they then run once for both models",
     )
-    seed: int = 0
+    checkpoint_every_s: float = Field(
+        default=120.0, gt=0, description="seconds between checkpoints"
+    )
 
 
-class VariantConfig(_Section):
-    """A weight-only quantized graph (`export.quantize`)."""
+class WeightOnlyVariant(_Section):
+    """MatMulNBits: blocks of integer weights that share a scale (`export.quantize`)."""
 
+    method: Literal["rtn", "hqq", "gptq"] = "rtn"
     bits: Literal[4, 8]
     block_size: Literal[16, 32, 64, 128, 256]
-    accuracy_level: int = Field(default=4, ge=0, le=4)
+    accuracy_level: int = Field(default=4, ge=0, le=4, description="4: int8 activations")
+    symmetric: bool = True
+    head_bits: Literal[4, 8] | None = Field(default=None, description="of lm_head; else as bits")
+    head_block_size: Literal[16, 32, 64, 128, 256] | None = None
+    num_calibration_texts: int = Field(default=128, gt=0, description="for gptq")
+    train: PhaseConfig | None = Field(
+        default=None, description="quantization-aware distillation from the float student"
+    )
+
+    @model_validator(mode="after")
+    def _check_train(self) -> WeightOnlyVariant:
+        if self.train and (self.method == "hqq" or not self.symmetric):
+            raise ValueError("train: only symmetric rtn and gptq grids can be trained on")
+        return self
+
+
+class DynamicVariant(_Section):
+    """int8 weights and activations by optimum's ORTQuantizer, ranges found at run time."""
+
+    method: Literal["dynamic"]
+    per_channel: bool = True
+
+
+class StaticVariant(_Section):
+    """QDQ int8, activation ranges calibrated on the teacher's answers."""
+
+    method: Literal["static"]
+    per_channel: bool = True
+    calibration: Literal["minmax", "entropy", "percentile"] = "minmax"
+    num_calibration_texts: int = Field(default=16, gt=0)
+
+
+class HalfVariant(_Section):
+    """The float graph in half precision, for CUDA; the head stays in float32."""
+
+    method: Literal["float16", "bfloat16"]
+
+
+def _method(value: Any) -> str:
+    method = value.get("method", "rtn") if isinstance(value, dict) else value.method
+    return {"hqq": "rtn", "gptq": "rtn", "bfloat16": "float16"}.get(method, method)
+
+
+VariantConfig = Annotated[
+    Annotated[WeightOnlyVariant, Tag("rtn")]
+    | Annotated[DynamicVariant, Tag("dynamic")]
+    | Annotated[StaticVariant, Tag("static")]
+    | Annotated[HalfVariant, Tag("float16")],
+    Discriminator(_method),
+]
 
 
 class OnnxConfig(_Section):
@@ -87,19 +261,42 @@ class OnnxConfig(_Section):
 
 
 class EvaluateConfig(_Section):
-    """The measurements: held-out prompts, and tokens per timed decode."""
+    """The measurements: held-out text, sampled answers to tasks, and timed decoding."""
 
     max_num_seqs: int = Field(default=16, gt=0)
+    num_samples: int = Field(default=8, gt=0, description="n of pass@k and maj@k, per task")
+    k: tuple[int, ...] = (1, 8)
+    max_task_prompts: int = Field(default=32, ge=0, description="verifiable test prompts answered")
+    task_max_tokens: int = Field(default=48, gt=0)
+    temperature: float = Field(default=0.8, ge=0)
     num_timed_tokens: int = Field(default=48, gt=1)
     num_rounds: int = Field(default=3, gt=0)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check_k(self) -> EvaluateConfig:
+        wrong = [k for k in self.k if not 1 <= k <= self.num_samples]
+        if wrong:
+            raise ValueError(f"k {wrong[0]} is outside 1 to num_samples {self.num_samples}")
+        return self
 
 
 class GatesConfig(_Section):
-    """The largest mean KL, in nats per token, that each hop may cost."""
+    """What each hop may cost: mean KL in nats per token; logits as they are."""
 
     onnx_kl: float = Field(default=1e-6, ge=0)
+    onnx_logit_difference: float = Field(default=1e-3, ge=0)
     quantized_kl: float = Field(default=0.02, ge=0)
     student_kl: float = Field(default=0.40, ge=0, description="KL(teacher ‖ student), held out")
+
+
+class SelectConfig(_Section):
+    """How the default is chosen among the variants that passed their gates (`export.select`)."""
+
+    rule: Literal["fastest", "lowest_kl", "knee"] = "fastest"
+    max_kl_excess: float | None = Field(
+        default=None, ge=0, description="over the lowest KL(teacher ‖ variant), nats per token"
+    )
 
 
 class ExportConfig(_Section):
@@ -110,15 +307,21 @@ class ExportConfig(_Section):
     cache_dir: Path = Path("runs/cache")
     tasks: TasksConfig = TasksConfig()
     sample: SampleConfig = SampleConfig()
+    accept: AcceptConfig = AcceptConfig()
+    cache: CacheConfig = CacheConfig()
+    student: str | None = Field(
+        default=None, description="a compatible pretrained checkpoint, instead of pruning"
+    )
     prune: PruneConfig = PruneConfig()
     distill: DistillConfig = DistillConfig()
     onnx: OnnxConfig = OnnxConfig()
     variants: dict[VariantName, VariantConfig] = {
-        "int8": VariantConfig(bits=8, block_size=128),
-        "int4": VariantConfig(bits=4, block_size=32),
+        "int8": WeightOnlyVariant(bits=8, block_size=128),
+        "int4": WeightOnlyVariant(bits=4, block_size=32),
     }
     evaluate: EvaluateConfig = EvaluateConfig()
     gates: GatesConfig = GatesConfig()
+    select: SelectConfig = SelectConfig()
 
     @model_validator(mode="after")
     def _check_variants(self) -> ExportConfig:
@@ -135,18 +338,29 @@ class ExportConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_cache(self) -> ExportConfig:
+        if self.cache.kind == "none":
+            for index, phase in enumerate(self.distill.phases):
+                if phase.teacher_logits == "cache":
+                    raise ValueError(
+                        f"distill.phases.{index}.teacher_logits is 'cache', but cache.kind is "
+                        "'none': choose dense, top_k or random_sampling"
+                    )
+        return self
+
 
 def load_config(path: Path) -> ExportConfig:
-    """Read a recipe. ExportError names the first key that is wrong, or what YAML cannot parse."""
+    """Read a recipe. ConfigError names the first key that is wrong, or what YAML cannot parse."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ExportError(f"{path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ExportError(f"{path} is not YAML: {error}") from None
+        raise ConfigError(f"{path} is not YAML: {error}") from None
     try:
         return ExportConfig.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the file"
-        raise ExportError(f"{path}: {key}: {first['msg']}, got {first['input']!r}") from None
+        raise ConfigError(f"{path}: {key}: {first['msg']}, got {first['input']!r}") from None
