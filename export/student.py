@@ -1,0 +1,92 @@
+"""A pretrained checkpoint as the student, where it is compatible with the teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+from transformers import AutoModelForCausalLM as AutoModel
+
+from bundle.hashing import hash_file
+from export.config import ExportError
+from export.teacher import check_folder
+from serve.torch_backend import check_supported
+
+MAX_COMPRESSION = 10.0
+"""Teacher parameters per student parameter up to which distillation is known to work well."""
+
+
+def load_student(student_folder: Path, teacher_folder: Path) -> Any:
+    """Return the checkpoint in `student_folder` in float32, ready to be trained.
+
+    Its tokenizer.json must be the teacher's, byte for byte; the vocabularies of the two models may
+    be padded beyond it to different sizes. ExportError when the tokenizers differ, a vocabulary is
+    too small, the architecture is not supported or weights are missing; TeacherError when the
+    folder is not plain safetensors (`export.teacher.check_folder`).
+    """
+    check_folder(student_folder)
+    _check_same_tokenizer(student_folder, teacher_folder)
+    num_tokens = count_real_tokens(teacher_folder)
+    for folder in (student_folder, teacher_folder):
+        _check_vocabulary(folder, num_tokens)
+    _check_architecture(student_folder)
+    model, loading = AutoModel.from_pretrained(
+        student_folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    )
+    if loading["missing_keys"]:
+        raise ExportError(
+            f"student {student_folder} lacks weights of its architecture, "
+            f"{sorted(loading['missing_keys'])[0]} first: they would be random"
+        )
+    return model
+
+
+def count_real_tokens(folder: Path) -> int:
+    """Return the size of a folder's tokenizer: logits from this column on are padding."""
+    from tokenizers import Tokenizer
+
+    vocabulary: dict[str, int] = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    return max(vocabulary.values()) + 1
+
+
+def compression_warning(num_teacher_parameters: int, num_student_parameters: int) -> str | None:
+    """Return what to tell a user whose student is very small for its teacher, None otherwise.
+
+    >>> compression_warning(1_000, 100)
+    >>> compression_warning(134_500_000, 8_000_000)[:53]
+    'the student has 16.8 times fewer parameters than the '
+    """
+    ratio = num_teacher_parameters / num_student_parameters
+    if ratio <= MAX_COMPRESSION:
+        return None
+    return (
+        f"the student has {ratio:.1f} times fewer parameters than the teacher; above "
+        f"{MAX_COMPRESSION:.0f}, distillation loses much: remove less, or distil in two steps, "
+        "through a model of a size between"
+    )
+
+
+def _check_same_tokenizer(student_folder: Path, teacher_folder: Path) -> None:
+    student, teacher = (hash_file(f / "tokenizer.json") for f in (student_folder, teacher_folder))
+    if student != teacher:
+        raise ExportError(
+            f"student {student_folder} has another tokenizer than the teacher: its tokenizer.json "
+            f"has sha256 {student}, the teacher's {teacher}; token ids would mean different text"
+        )
+
+
+def _check_vocabulary(folder: Path, num_tokens: int) -> None:
+    vocab_size = AutoConfig.from_pretrained(folder, trust_remote_code=False).vocab_size
+    if vocab_size < num_tokens:
+        raise ExportError(
+            f"{folder} has vocab_size {vocab_size}, but its tokenizer has {num_tokens} tokens"
+        )
+
+
+def _check_architecture(folder: Path) -> None:
+    try:
+        check_supported(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except ValueError as error:
+        raise ExportError(f"student {folder}: {error}") from None
