@@ -1,7 +1,8 @@
 """The teacher answers every prompt, through the same engine that serves it.
 
 One JSON row per completion, written as it finishes; a rerun keeps the rows that are there. A
-completion depends on its prompt and seed alone, so it does not matter which run drew it.
+completion depends on its prompt, seed and sample index alone, so it does not matter which run drew
+it. The samples of a prompt are one request: the prompt is prefilled once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from export.config import ExportError, SampleConfig
 from export.distill import Example
 from export.tasks import Task
 from serve.engine import Engine
+from serve.errors import InvalidFieldError
 from serve.loading import read_eos_token_ids
 from serve.sequence import Event, FinishedEvent, FinishReason, GenerationRequest, SamplingParams
 from serve.tokenization import Tokenizer
@@ -27,15 +29,24 @@ ROWS_NAME = "completions.jsonl"
 _USABLE = (FinishReason.STOP.value, FinishReason.LENGTH.value)
 
 
+RowKey = tuple[str, int]
+"""Task id and sample index."""
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The teacher's answer to one task."""
+    """The teacher's answer to one task; `sample_index` counts the task's answers from 0."""
 
     task_id: str
     split: str
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     finish_reason: str
+    sample_index: int = 0
+
+    @property
+    def key(self) -> RowKey:
+        return self.task_id, self.sample_index
 
     @property
     def example(self) -> Example:
@@ -49,21 +60,38 @@ def sample_teacher(
     target_dir: Path,
     progress: Callable[[int, int], None],
 ) -> list[Completion]:
-    """Write `completions.jsonl` with one row per task and return the rows in the tasks' order."""
+    """Write `completions.jsonl` and return its rows, in order of the tasks and sample indices.
+
+    A task whose answer can be checked gets `num_verifiable_samples` rows, another `num_samples`;
+    `progress` is told how many rows there are, and of how many.
+
+    Raises:
+        ExportError: the chat template refuses a prompt, it is too long for `max_model_len`, or
+            the teacher failed at an answer.
+    """
     path = target_dir / ROWS_NAME
-    rows = {row.task_id: row for row in read_completions(path)} if path.exists() else {}
-    missing = [task for task in tasks if task.task_id not in rows]
-    if missing:
+    keys = [(task.task_id, i) for task in tasks for i in range(num_samples_of(task, config))]
+    rows = {row.key: row for row in read_completions(path)} if path.exists() else {}
+    rows = {key: rows[key] for key in keys if key in rows}
+    unfinished = {task_id for task_id, index in keys if (task_id, index) not in rows}
+    if unfinished:
+        missing = [task for task in tasks if task.task_id in unfinished]
         write_completions(path, rows.values())
         with path.open("a", encoding="utf-8") as file:
             for row in _generate(teacher_dir, missing, config):
+                if row.key in rows:  # redrawn with a sibling that is missing: the same tokens
+                    continue
                 file.write(json.dumps(asdict(row)) + "\n")
                 file.flush()
-                rows[row.task_id] = row
-                progress(len(rows), len(tasks))
-    ordered = [rows[task.task_id] for task in tasks]
+                rows[row.key] = row
+                progress(len(rows), len(keys))
+    ordered = [rows[key] for key in keys]
     write_completions(path, ordered)
     return ordered
+
+
+def num_samples_of(task: Task, config: SampleConfig) -> int:
+    return config.num_verifiable_samples if task.is_verifiable else config.num_samples
 
 
 def read_completions(path: Path) -> list[Completion]:
@@ -98,7 +126,7 @@ def _generate(
             max_model_len=config.max_model_len,
         ),
         eos_token_ids=read_eos_token_ids(teacher_dir),
-        max_waiting=len(tasks),
+        max_waiting=sum(num_samples_of(task, config) for task in tasks),
         name="sampling teacher",
     )
     yield from _answers(engine, tokenizer, tasks, config)
@@ -109,8 +137,9 @@ def _answers(
 ) -> Iterable[Completion]:
     finished: list[Completion] = []
     for task in tasks:
-        prompt = tokenizer.encode_chat([("user", task.prompt)])
+        prompt = _encode(tokenizer, task, config)
         sampling = SamplingParams(
+            num_samples=num_samples_of(task, config),
             temperature=config.temperature,
             max_tokens=config.max_tokens,
             seed=task_seed(config.seed, task.task_id),
@@ -128,6 +157,19 @@ def _answers(
         finished.clear()
 
 
+def _encode(tokenizer: Tokenizer, task: Task, config: SampleConfig) -> tuple[int, ...]:
+    try:
+        prompt = tokenizer.encode_chat([("user", task.prompt)])
+    except InvalidFieldError as error:
+        raise ExportError(f"the teacher cannot be asked task {task.task_id}: {error}") from None
+    if len(prompt) + config.max_tokens > config.max_model_len:
+        raise ExportError(
+            f"task {task.task_id}: {len(prompt)} prompt tokens + sample.max_tokens "
+            f"{config.max_tokens} exceed sample.max_model_len {config.max_model_len}"
+        )
+    return prompt
+
+
 def _sink(
     task: Task, prompt: tuple[int, ...], finished: list[Completion]
 ) -> Callable[[list[Event]], None]:
@@ -136,7 +178,9 @@ def _sink(
             if isinstance(event, FinishedEvent):
                 reason = event.finish_reason.value
                 finished.append(
-                    Completion(task.task_id, task.split, prompt, event.token_ids, reason)
+                    Completion(
+                        task.task_id, task.split, prompt, event.token_ids, reason, event.index
+                    )
                 )
 
     return sink

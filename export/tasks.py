@@ -29,6 +29,21 @@ Split = Literal["train", "validation", "test"]
 TEST_SHARE = 0.10
 VALIDATION_SHARE = 0.05
 MAX_DRAFTS_PER_TASK = 20  # a family that repeats itself ends with fewer tasks
+_WORDS_AND_SYMBOLS = re.compile(r"""\d+\.\d+|\w+|[^\w\s.,:;!?'"‘’“”]""")
+
+
+@dataclass(frozen=True, slots=True)
+class GymEntry:
+    """Where a task comes from in reasoning-gym: enough to generate it again and score answers.
+
+    `options` is the JSON of what `create_dataset` is given besides size and seed.
+    """
+
+    dataset: str
+    size: int
+    seed: int
+    options: str
+    index: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +51,8 @@ class Task:
     """One prompt to put to a model as a user message.
 
     `answer` is canonical under `estimators.answers.canonicalise`; `answer_format` names the
-    extractor that finds the answer in a completion, "none" for a free-form prompt.
+    extractor that finds the answer in a completion, "none" for a free-form prompt. With a
+    `gym_entry` the dataset's own scorer judges: `export.accept.is_correct` asks the right one.
     """
 
     task_id: str
@@ -45,6 +61,11 @@ class Task:
     answer_format: str
     family: str
     split: Split
+    gym_entry: GymEntry | None = None
+
+    @property
+    def is_verifiable(self) -> bool:
+        return self.answer is not None or self.gym_entry is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +97,19 @@ def builtin_tasks(seed: int = 0) -> list[Task]:
 
 
 def normalise_prompt(prompt: str) -> str:
-    """Return the prompt with only its words and operators, so that equal questions are equal.
+    """Return the prompt without case, spacing and the marks of a sentence: equal if so read.
 
-    >>> normalise_prompt("What is  2 + 3?") == normalise_prompt("what is 2 + 3")
+    >>> normalise_prompt("What is  2 + 3?") == normalise_prompt("what is 2+3")
     True
+    >>> normalise_prompt("(1 + 2) * 3") == normalise_prompt("1 + (2 * 3)")
+    False
     """
-    return " ".join(re.findall(r"\w+|[+*/<>-]", prompt.casefold()))
+    return " ".join(_WORDS_AND_SYMBOLS.findall(prompt.casefold()))
+
+
+def prompt_id(prompt: str) -> str:
+    """Return 16 hex digits that stand for the normalised prompt."""
+    return hashlib.sha256(normalise_prompt(prompt).encode()).hexdigest()[:16]
 
 
 def split_of(key: str) -> Split:
@@ -93,9 +121,8 @@ def split_of(key: str) -> Split:
 
 
 def _to_task(family: str, draft: _Draft) -> Task:
-    digest = hashlib.sha256(normalise_prompt(draft.prompt).encode()).hexdigest()
     return Task(
-        task_id=digest[:16],
+        task_id=prompt_id(draft.prompt),
         prompt=draft.prompt,
         answer=draft.answer,
         answer_format=draft.answer_format,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from export.config import ExportError, SampleConfig
 from export.sample import (
     ROWS_NAME,
     Completion,
+    num_samples_of,
     read_completions,
     sample_teacher,
     task_seed,
@@ -23,10 +25,16 @@ from serve.torch_backend import TorchBackend
 
 CONFIG = SampleConfig(max_tokens=12, dtype="float32", max_num_seqs=4, max_model_len=256)
 TASKS = builtin_tasks()[:6]
+SEVERAL = CONFIG.model_copy(update={"num_samples": 2, "num_verifiable_samples": 3})
 
 
-def row(task_id: str, *token_ids: int) -> Completion:
-    return Completion(task_id, "train", (1, 2, 3), token_ids, "stop")
+def row(task_id: str, *token_ids: int, sample_index: int = 0) -> Completion:
+    return Completion(task_id, "train", (1, 2, 3), token_ids, "stop", sample_index)
+
+
+def keys_of(config: SampleConfig) -> list[tuple[str, int]]:
+    """Every row's key, in order."""
+    return [(t.task_id, i) for t in TASKS for i in range(num_samples_of(t, config))]
 
 
 def silent(done: int, total: int) -> None:
@@ -38,6 +46,22 @@ def rows(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[C
     return sample_teacher(tiny_teacher, TASKS, CONFIG, tmp_path_factory.mktemp("rows"), silent)
 
 
+@pytest.fixture(scope="session")
+def several(
+    tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Completion], bytes, bytes]:
+    """Rows of several samples each, the file before they were put in order, and behind it."""
+    folder = tmp_path_factory.mktemp("several")
+    appended = b""
+
+    def progress(done: int, total: int) -> None:
+        nonlocal appended
+        appended = (folder / ROWS_NAME).read_bytes()
+
+    rows = sample_teacher(tiny_teacher, TASKS, SEVERAL, folder, progress)
+    return rows, appended, (folder / ROWS_NAME).read_bytes()
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let every answer be the token 7, and list the tasks that were asked."""
@@ -46,7 +70,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def generate(folder: Path, tasks: list[Task], config: SampleConfig) -> Iterable[Completion]:
         for task in tasks:
             asked.append(task.task_id)
-            yield row(task.task_id, 7)
+            for index in range(num_samples_of(task, config)):
+                yield row(task.task_id, 7, sample_index=index)
 
     monkeypatch.setattr(sample, "_generate", generate)
     return asked
@@ -135,6 +160,74 @@ def test_answer_that_failed_is_an_error_and_no_row(
     assert {row.token_ids for row in kept} <= {(2,)}, "what ended with the prompt"
 
 
+def test_prompt_that_does_not_fit_is_refused_by_task(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"max_model_len": 20})
+    with pytest.raises(ExportError, match=rf"task {TASKS[0].task_id}: \d+ .*max_model_len 20"):
+        sample_teacher(tiny_teacher, TASKS, config, tmp_path, silent)
+
+
+def test_teacher_without_chat_template_is_refused(tiny_teacher: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher, teacher)
+    (teacher / "chat_template.jinja").unlink()
+    with pytest.raises(ExportError, match=rf"asked task {TASKS[0].task_id}: .*no chat template"):
+        sample_teacher(teacher, TASKS, CONFIG, tmp_path, silent)
+
+
+# --- several samples per prompt
+
+
+def test_checkable_and_free_prompts_have_their_own_number_of_samples(
+    several: tuple[list[Completion], bytes, bytes],
+) -> None:
+    rows, _, _ = several
+    assert [(row.task_id, row.sample_index) for row in rows] == keys_of(SEVERAL)
+    assert {task.is_verifiable for task in TASKS} == {True, False}
+    for task in TASKS:
+        count = sum(row.task_id == task.task_id for row in rows)
+        assert count == (3 if task.answer is not None else 2)
+
+
+def test_samples_of_a_prompt_differ_and_the_first_is_the_only_one_of_a_single_run(
+    rows: list[Completion], several: tuple[list[Completion], bytes, bytes]
+) -> None:
+    of_several, _, _ = several
+    assert [row for row in of_several if row.sample_index == 0] == rows
+    for task in TASKS:
+        texts = [row.token_ids for row in of_several if row.task_id == task.task_id]
+        assert len(set(texts)) > 1
+
+
+def test_prompt_of_several_samples_is_prefilled_once(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = TorchBackend.forward
+    prefilled: list[tuple[int, ...]] = []
+
+    def spy(self: Any, first_row: int, token_ids: Any, starts: Any) -> Any:
+        prefilled.extend(p for p, start in zip(token_ids, starts, strict=True) if start == 0)
+        return forward(self, first_row, token_ids, starts)
+
+    monkeypatch.setattr(TorchBackend, "forward", spy)
+    config = SEVERAL.model_copy(update={"max_num_seqs": 32})
+    sample_teacher(tiny_teacher, TASKS, config, tmp_path, silent)
+    assert len(prefilled) == len(set(prefilled)) == len(TASKS)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.5, 0.77, 0.999, 1.0])
+def test_killed_at_any_byte_a_rerun_ends_with_the_same_bytes(
+    share: float,
+    several: tuple[list[Completion], bytes, bytes],
+    tiny_teacher: Path,
+    tmp_path: Path,
+) -> None:
+    rows, appended, final = several
+    assert sorted(appended.splitlines()) == sorted(final.splitlines())
+    (tmp_path / ROWS_NAME).write_bytes(appended[: round(share * len(appended))])
+    assert sample_teacher(tiny_teacher, TASKS, SEVERAL, tmp_path, silent) == rows
+    assert (tmp_path / ROWS_NAME).read_bytes() == final
+
+
 # --- rows on disk
 
 
@@ -145,6 +238,24 @@ def test_rerun_asks_only_for_what_is_missing(asked: list[str], tmp_path: Path) -
     assert asked == [TASKS[i].task_id for i in (0, 2, 3, 5)]
     assert [rows[1], rows[4]] == kept
     assert read_completions(tmp_path / ROWS_NAME) == rows
+
+
+def test_missing_sample_is_drawn_again_and_its_siblings_stay(
+    asked: list[str], tmp_path: Path
+) -> None:
+    kept = [row(task_id, 4, sample_index=i) for task_id, i in keys_of(SEVERAL)]
+    missing = kept.pop(1)
+    write_completions(tmp_path / ROWS_NAME, kept)
+    rows = sample_teacher(Path("unused"), TASKS, SEVERAL, tmp_path, silent)
+    assert asked == [missing.task_id]
+    assert [r for r in rows if r.token_ids == (4,)] == kept
+    assert rows[1] == dataclasses.replace(missing, token_ids=(7,))
+
+
+def test_rows_of_other_tasks_are_left_out(asked: list[str], tmp_path: Path) -> None:
+    write_completions(tmp_path / ROWS_NAME, [row("other", 4), row(TASKS[0].task_id, 4)])
+    rows = sample_teacher(Path("unused"), TASKS, CONFIG, tmp_path, silent)
+    assert [r.key for r in rows] == keys_of(CONFIG)
 
 
 def test_finished_run_asks_for_nothing(asked: list[str], tmp_path: Path) -> None:
@@ -171,12 +282,13 @@ def test_every_row_is_on_disk_when_its_progress_is_shown(asked: list[str], tmp_p
         shown.append((done, total, len(read_completions(tmp_path / ROWS_NAME))))
 
     write_completions(tmp_path / ROWS_NAME, [row(TASKS[0].task_id, 4)])
-    sample_teacher(Path("unused"), TASKS, CONFIG, tmp_path, progress)
-    assert shown == [(done, 6, done) for done in range(2, 7)]
+    sample_teacher(Path("unused"), TASKS, SEVERAL, tmp_path, progress)
+    total = len(keys_of(SEVERAL))
+    assert shown == [(done, total, done) for done in range(2, total + 1)]
 
 
 def test_rows_survive_the_disk(tmp_path: Path) -> None:
-    rows = [row("a", 1, 2), row("b")]
+    rows = [row("a", 1, 2), row("a", 3, sample_index=1), row("b")]
     write_completions(tmp_path / ROWS_NAME, rows)
     assert read_completions(tmp_path / ROWS_NAME) == rows
     lines = (tmp_path / ROWS_NAME).read_text().splitlines()

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, defaultdict
 
 import pytest
 
 from estimators.answers import ANSWER_FORMATS, canonicalise, extract, is_correct
-from export.tasks import builtin_tasks, normalise_prompt, split_of
+from export.tasks import GymEntry, Task, builtin_tasks, normalise_prompt, prompt_id, split_of
 
 TASKS = builtin_tasks()
 VERIFIABLE = [task for task in TASKS if task.answer is not None]
@@ -87,3 +88,31 @@ def test_prompts_are_short_plain_sentences() -> None:
         assert "{" not in task.prompt
         assert task.prompt == task.prompt.strip()
         assert not task.prompt[0].islower(), task
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "are_equal"),
+    [
+        ("What is 2 + 3?", " what is 2+3 ", True),
+        ("Say “hello”.", "say hello", True),
+        ("(1 + 2) * 3", "1 + (2 * 3)", False),
+        ("Round 2.5", "Round 2 5", False),
+        ("Is x = y?", "Is x ≠ y?", False),
+        ("10 - 3", "10 + 3", False),
+    ],
+)
+def test_prompts_that_read_the_same_are_one(one: str, other: str, are_equal: bool) -> None:
+    assert (normalise_prompt(one) == normalise_prompt(other)) is are_equal
+    assert (prompt_id(one) == prompt_id(other)) is are_equal
+
+
+def test_ids_are_those_of_the_prompts() -> None:
+    assert all(task.task_id == prompt_id(task.prompt) for task in TASKS)
+
+
+def test_task_is_verifiable_by_its_answer_or_by_reasoning_gym() -> None:
+    task = Task("id", "Hello?", None, "none", "chat", "train")
+    entry = GymEntry("graph_color", 10, 0, "{}", 3)
+    assert not task.is_verifiable
+    assert dataclasses.replace(task, answer="4").is_verifiable
+    assert dataclasses.replace(task, gym_entry=entry).is_verifiable
