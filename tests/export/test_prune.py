@@ -1,15 +1,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from export.config import ExportError
+from export.config import ExportError, PruneConfig
 from export.distill import Example
 from export.losses import exact_forward_kl
-from export.prune import drop_layers, rank_layers
+from export.prune import (
+    check_removable,
+    drop_layers,
+    kept_mlp_width,
+    rank_channels,
+    rank_layers,
+    shrink_mlp,
+)
 
 MakeModel = Callable[..., Any]
 INPUT_IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -139,6 +148,28 @@ def test_removing_more_layers_than_there_are_candidates_fails_before_any_work(
         rank(teacher, texts, settings.pop("num_removed"), **settings)
 
 
+@pytest.mark.parametrize("num_removed", [0, 1, 2, 5])
+@pytest.mark.parametrize(("first_candidate", "num_candidates"), [(1, 6), (1, 2), (9, 1)])
+def test_check_before_any_sampling_tells_what_ranking_would(
+    teacher: Any, texts: list[Example], num_removed: int, first_candidate: int, num_candidates: int
+) -> None:
+    settings = {"first_candidate": first_candidate, "num_candidates": num_candidates}
+    config = PruneConfig(num_removed_layers=num_removed, **settings)
+    try:
+        check_removable(6, config)
+    except ExportError as error:
+        with pytest.raises(ExportError, match=str(error)):
+            rank(teacher, texts[:1], num_removed, **settings)
+    else:
+        assert len(rank(teacher, texts[:1], num_removed, **settings)) == num_removed
+
+
+def test_more_layers_than_can_go_are_refused_with_the_numbers() -> None:
+    check_removable(6, PruneConfig(num_removed_layers=4))
+    with pytest.raises(ExportError, match=r"num_removed_layers 5 is more than 4 first candidates"):
+        check_removable(6, PruneConfig(num_removed_layers=5))
+
+
 def test_ranking_leaves_the_teacher_as_it_was(teacher: Any, texts: list[Example]) -> None:
     layers, before = list(teacher.model.layers), logits(teacher)
     rank(teacher, texts, 2)
@@ -197,3 +228,110 @@ def test_student_decodes_with_its_cache(teacher: Any) -> None:
     tokens = student.generate(INPUT_IDS, do_sample=False, max_new_tokens=6, use_cache=True)
     uncached = student.generate(INPUT_IDS, do_sample=False, max_new_tokens=6, use_cache=False)
     assert tokens.tolist() == uncached.tolist()
+
+
+# --- MLP channels
+
+
+def test_importance_of_a_channel_is_its_mean_size_times_the_norm_of_its_column(
+    teacher: Any, texts: list[Example]
+) -> None:
+    importances = rank_channels(teacher, texts)
+    assert [tuple(i.shape) for i in importances] == [(64,)] * 6
+    seen: list[torch.Tensor] = []
+    mlp = teacher.model.layers[2].mlp
+    for text in texts:
+        ids = torch.tensor([text.prompt_token_ids + text.completion_token_ids])
+        with torch.inference_mode():
+            positions = torch.arange(ids.shape[1])[None]
+            layers = teacher.model(ids, output_hidden_states=True, use_cache=False)
+            block = teacher.model.layers[2]
+            hidden = layers.hidden_states[2]
+            attended = (
+                hidden
+                + block.self_attn(
+                    block.input_layernorm(hidden),
+                    position_embeddings=teacher.model.rotary_emb(hidden, positions),
+                    attention_mask=None,
+                )[0]
+            )
+            x = block.post_attention_layernorm(attended)
+            product = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        seen.append(product[0, len(text.prompt_token_ids) - 1 : -1])
+    expected = torch.cat(seen).abs().mean(0) * mlp.down_proj.weight.norm(dim=0)
+    torch.testing.assert_close(importances[2], expected.detach())
+
+
+def test_channels_that_do_nothing_go_first_and_the_student_is_the_teacher(
+    teacher: Any, texts: list[Example]
+) -> None:
+    idle = [torch.randperm(64, generator=torch.Generator().manual_seed(i))[:32] for i in range(6)]
+    for index, (layer, channels) in enumerate(zip(teacher.model.layers, idle, strict=True)):
+        if index % 2:
+            layer.mlp.down_proj.weight.data[:, channels] = 0
+        else:
+            layer.mlp.up_proj.weight.data[channels] = 0
+    student = shrink_mlp(teacher, rank_channels(teacher, texts), kept_share=0.5)
+    assert student.config.intermediate_size == 32
+    torch.testing.assert_close(logits(student), logits(teacher))
+
+
+def test_ranking_channels_leaves_no_hook(teacher: Any, texts: list[Example]) -> None:
+    rank_channels(teacher, texts)
+    assert all(not layer.mlp.down_proj._forward_pre_hooks for layer in teacher.model.layers)
+
+
+def test_shrinking_leaves_the_teacher_as_it_was(teacher: Any, texts: list[Example]) -> None:
+    before = logits(teacher)
+    student = shrink_mlp(teacher, rank_channels(teacher, texts), kept_share=0.5)
+    for parameter in student.parameters():
+        parameter.data.zero_()
+    assert logits(teacher).equal(before)
+    assert teacher.config.intermediate_size == 64
+
+
+def test_biases_are_cut_with_their_channels(texts: list[Example]) -> None:
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, mlp_bias=True,
+    )  # fmt: skip
+    teacher = LlamaForCausalLM(config).eval()
+    for layer in teacher.model.layers:
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+            torch.nn.init.normal_(linear.bias)
+        layer.mlp.down_proj.weight.data[:, ::2] = 0
+    student = shrink_mlp(teacher, rank_channels(teacher, texts), kept_share=0.5)
+    assert student.model.layers[0].mlp.up_proj.bias.shape == (32,)
+    torch.testing.assert_close(logits(student), logits(teacher))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2-untied"])
+def test_narrow_student_is_saved_trained_and_loaded_like_any_other(
+    make_model: MakeModel, texts: list[Example], tmp_path: Path, architecture: str
+) -> None:
+    teacher = make_model(architecture)
+    student = shrink_mlp(teacher, rank_channels(teacher, texts), kept_share=0.5)
+    student(INPUT_IDS).logits.sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in student.parameters())
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert logits(loaded).equal(logits(student))
+    assert loaded.num_parameters() < teacher.num_parameters()
+
+
+def test_layers_and_channels_can_both_go(teacher: Any, texts: list[Example]) -> None:
+    shallow = drop_layers(teacher, [0, 2, 5])
+    student = shrink_mlp(shallow, rank_channels(shallow, texts), kept_share=0.5)
+    assert logits(student).isfinite().all()
+    assert (student.config.num_hidden_layers, student.config.intermediate_size) == (3, 32)
+
+
+@pytest.mark.parametrize(
+    ("width", "share", "expected"),
+    [(64, 0.5, 32), (64, 0.1, 32), (1536, 0.5, 768), (1536, 0.51, 768), (1536, 0.99, 1536),
+     (100, 0.99, 96), (100, 1.0, 100), (24, 0.5, 24)],
+)  # fmt: skip
+def test_kept_width_is_a_multiple_of_32_within_the_teachers(
+    width: int, share: float, expected: int
+) -> None:
+    assert kept_mlp_width(width, share) == expected
