@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bundle.manifest import Gate, Variant
@@ -62,6 +62,7 @@ def test_equal_in_one_and_worse_in_the_other_is_beaten(worse: Variant) -> None:
 points = st.tuples(st.integers(1, 9), st.integers(0, 9))
 
 
+@settings(deadline=None)
 @given(st.lists(points, min_size=1, max_size=8))
 def test_every_variant_off_the_front_is_beaten_by_one_on_it(found: list[tuple[int, int]]) -> None:
     variants = {f"v{i}": variant(speed, kl) for i, (speed, kl) in enumerate(found)}
