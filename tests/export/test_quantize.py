@@ -552,6 +552,14 @@ def test_all_weights_but_the_heads_are_rounded_to_half(
             np.testing.assert_array_equal(value.astype(np.float32), expected.numpy())
 
 
+def test_float16_runs_in_any_architecture(
+    exported: Any, held_out: list[Example], tmp_path: Path
+) -> None:
+    quantize_variant(exported.variants["fp32"], tmp_path, VARIANTS["float16"], [])
+    shutil.copy(exported.variants["fp32"] / "config.json", tmp_path)
+    assert kl(exported.variants["fp32"], tmp_path, held_out) < 1e-3
+
+
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_norms_keep_their_epsilon(variants: dict[str, Path], name: str) -> None:
     def epsilons(folder: Path) -> list[float]:
