@@ -1,9 +1,14 @@
 """A transformers decoder as an ONNX graph that onnxruntime runs fast: about 11 nodes per layer.
 
+`export.architecture` says which decoders, and how many nodes.
+
 optimum's exporter does the tracing and names the inputs and outputs as the ecosystem does. Before
 it runs, each attention block is replaced by one that is a single `com.microsoft` operator,
 GroupQueryAttention (packed QKV projection, rotary embedding inside). Afterwards onnxruntime's own
 fusions join residual additions and RMS norms, and the head learns to skip rows nobody reads.
+
+A protobuf ends at 2 GB, and its Python classes serialise themselves whole to copy themselves: the
+fusions see a graph without its weights, which are handed over tensor by tensor.
 
 The file is `model.onnx` with its weights in `model.onnx.data`. Inputs: `input_ids`,
 `attention_mask`, `past_key_values.N.key|value`; outputs: `logits`, `present.N.key|value`. One more
@@ -17,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,35 +36,38 @@ from torch.onnx.operators import shape_as_tensor
 from torch.onnx.utils import register_custom_op_symbolic, unregister_custom_op_symbolic
 from transformers import AttentionMaskInterface
 
+from export.architecture import check_exportable, expected_num_nodes
+from serve.torch_backend import sliding_windows
+
 OPSET = 18
 LOGIT_ROWS = "logit_rows"
 DATA_FILE = "model.onnx.data"
 EXTERNAL_DATA_THRESHOLD_BYTES = 1024
 
 _MASK = "tandem_gqa"
-# 11 per layer and 11 others, and one more per layer where Q, K and V have a bias.
-_MAX_NODES_PER_LAYER = 12
-_MAX_OTHER_NODES = 11
 
 
 def export_onnx(model: Any, target_dir: Path, *, max_model_len: int) -> Path:
     """Write a float32 decoder as `target_dir/model.onnx` and return its path.
 
     `max_model_len` is how many positions the rotary tables cover. The model is changed in place
-    and of no further use.
+    and of no further use. ExportError when the graph would not compute what the model does.
     """
     assert model.dtype == torch.float32, model.dtype
-    num_layers = model.config.num_hidden_layers
+    check_exportable(model.config)
+    max_nodes = expected_num_nodes(model)
     with tempfile.TemporaryDirectory(dir=target_dir) as scratch:
         traced = Path(scratch) / "model.onnx"
         _trace(model, traced, max_model_len)
         graph_model = onnx.load(traced)
     _inline_constants(graph_model.graph)
     _derive_lengths_from_mask(graph_model.graph)
+    weights = _detach_weights(graph_model.graph)
     graph_model = _fuse(graph_model)
+    _attach_weights(graph_model.graph, weights)
     _drop_unused_inputs(graph_model.graph)
     _add_logit_rows(graph_model.graph)
-    check_node_count(graph_model, num_layers)
+    check_node_count(graph_model, max_nodes)
     if model.config.tie_word_embeddings:
         _tie_head(graph_model.graph)
     return save_onnx(graph_model, target_dir)
@@ -95,14 +103,13 @@ def save_onnx(model: onnx.ModelProto, target_dir: Path) -> Path:
     return path
 
 
-def check_node_count(model: onnx.ModelProto, num_layers: int) -> None:
+def check_node_count(model: onnx.ModelProto, max_nodes: int) -> None:
     """Raise RuntimeError when the fusions did not take: a slow graph is a wrong graph."""
     num_nodes = len(model.graph.node)
-    limit = _MAX_NODES_PER_LAYER * num_layers + _MAX_OTHER_NODES
-    if num_nodes > limit:
+    if num_nodes > max_nodes:
         raise RuntimeError(
-            f"the exported graph has {num_nodes} nodes for {num_layers} layers; "
-            f"at most {limit} were expected, so a fusion did not take"
+            f"the exported graph has {num_nodes} nodes, at most {max_nodes} were expected: "
+            "a fusion did not take"
         )
 
 
@@ -122,11 +129,14 @@ def _group_query_attention(
     kv_num_heads: int,
     head_dim: int,
     scale: float,
+    do_rotary: bool,
+    local_window_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Shapes only: the tracer needs outputs to follow, onnxruntime computes them.
 
     `qkv` is `(B, T, (Hq + 2 Hkv) D)`, the pasts `(B, Hkv, P, D)`, `cos` and `sin` `(positions,
     D / 2)`; returns the attention output `(B, T, Hq D)` and the presents `(B, Hkv, P + T, D)`.
+    `local_window_size` is how many keys a token sees, its own included; -1: all.
     """
     batch, num_tokens, _ = qkv.shape
     new = qkv.new_zeros(batch, kv_num_heads, num_tokens, head_dim)
@@ -137,7 +147,7 @@ def _group_query_attention(
     )
 
 
-@symbolic_helper.parse_args("v", "v", "v", "v", "v", "v", "v", "i", "i", "i", "f")
+@symbolic_helper.parse_args(*"vvvvvvviiifii")
 def _group_query_attention_symbolic(
     g: Any,
     qkv: Any,
@@ -151,15 +161,19 @@ def _group_query_attention_symbolic(
     kv_num_heads: int,
     head_dim: int,
     scale: float,
+    do_rotary: int,
+    local_window_size: int,
 ) -> Any:
     empty = symbolic_helper._optional_input_placeholder_tensor(g)
+    rotary_tables = (cos, sin) if do_rotary else ()
     output, key, value = g.op(
         "com.microsoft::GroupQueryAttention",
-        qkv, empty, empty, past_key, past_value, seqlens_k, total_sequence_length, cos, sin,
+        qkv, empty, empty, past_key, past_value, seqlens_k, total_sequence_length, *rotary_tables,
         num_heads_i=num_heads,
         kv_num_heads_i=kv_num_heads,
         scale_f=scale,
-        do_rotary_i=1,
+        do_rotary_i=do_rotary,
+        local_window_size_i=local_window_size,
         rotary_interleaved_i=0,
         outputs=3,
     )  # fmt: skip
@@ -170,10 +184,46 @@ def _group_query_attention_symbolic(
     return output, key, value
 
 
+@torch.library.custom_op("tandem::normalize_heads", mutates_args=())
+def _normalize_heads(
+    qkv: torch.Tensor, weight: torch.Tensor, kv_num_heads: int, epsilon: float
+) -> torch.Tensor:
+    """Shapes only: each head of Q and K in `qkv` divided by its RMS, times `(Hq + Hkv, D)`."""
+    return qkv.clone()
+
+
+@symbolic_helper.parse_args("v", "v", "i", "f")
+def _normalize_heads_symbolic(
+    g: Any, qkv: Any, weight: Any, kv_num_heads: int, epsilon: float
+) -> Any:
+    """One norm for all heads of Q and K, whose scale differs from head to head.
+
+    It is spelled out, since torch knows no such operator; `_fuse` makes one of it.
+    """
+    num_heads, head_dim = symbolic_helper._get_tensor_sizes(weight)
+    qk_size = num_heads * head_dim
+
+    def constant(value: float | list[int]) -> Any:
+        return g.op("Constant", value_t=torch.tensor(value))
+
+    sizes = constant([qk_size, kv_num_heads * head_dim])
+    qk, value = g.op("Split", qkv, sizes, axis_i=2, outputs=2)
+    heads = g.op("Reshape", qk, constant([0, -1, num_heads, head_dim]))
+    squares = g.op("ReduceMean", g.op("Pow", heads, constant(2.0)), constant([-1]), keepdims_i=1)
+    rms = g.op("Sqrt", g.op("Add", squares, constant(epsilon)))
+    normalized = g.op("Mul", weight, g.op("Mul", heads, g.op("Reciprocal", rms)))
+    flat = g.op("Reshape", normalized, constant([0, -1, qk_size]))
+    packed = g.op("Concat", flat, value, axis_i=2)
+    packed.setType(qkv.type())
+    return packed
+
+
 class _FusedAttention(nn.Module):
     """Stands in for a Llama-like attention block: packed projection, one operator, projection."""
 
-    def __init__(self, attention: Any, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    def __init__(
+        self, attention: Any, cos: torch.Tensor, sin: torch.Tensor, window: int | None
+    ) -> None:
         super().__init__()
         config = attention.config
         self.layer_idx: int = attention.layer_idx
@@ -181,8 +231,11 @@ class _FusedAttention(nn.Module):
         self.kv_num_heads: int = config.num_key_value_heads
         self.head_dim: int = attention.head_dim
         self.scale: float = attention.scaling
+        self.has_rope = bool(getattr(attention, "use_rope", True))
+        self.local_window_size = -1 if window is None else window
         self.qkv_proj = _packed([attention.q_proj, attention.k_proj, attention.v_proj])
         self.o_proj = attention.o_proj
+        self.head_norm = _HeadNorm(attention) if config.model_type == "qwen3" else nn.Identity()
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -196,11 +249,31 @@ class _FusedAttention(nn.Module):
         seqlens_k, total_sequence_length = attention_mask
         layer = past_key_values.layers[self.layer_idx]
         output, layer.keys, layer.values = _group_query_attention(
-            self.qkv_proj(hidden_states), layer.keys, layer.values,
+            self.head_norm(self.qkv_proj(hidden_states)), layer.keys, layer.values,
             seqlens_k, total_sequence_length, self.cos, self.sin,
             self.num_heads, self.kv_num_heads, self.head_dim, self.scale,
+            self.has_rope, self.local_window_size,
         )  # fmt: skip
         return self.o_proj(output), None
+
+
+class _HeadNorm(nn.Module):
+    """Qwen3's norms of the heads of Q and K, in front of the rotary embedding, as one."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        config = attention.config
+        self.kv_num_heads: int = config.num_key_value_heads
+        self.epsilon: float = config.rms_norm_eps
+        query, key = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
+        rows = [query] * config.num_attention_heads + [key] * self.kv_num_heads
+        self.weight = nn.Parameter(torch.stack(rows), requires_grad=False)
+
+    def forward(self, qkv: torch.Tensor) -> torch.Tensor:
+        normalized: torch.Tensor = _normalize_heads(
+            qkv, self.weight, self.kv_num_heads, self.epsilon
+        )
+        return normalized
 
 
 class _PlainRMSNorm(nn.Module):
@@ -255,7 +328,7 @@ def _trace(model: Any, target: Path, max_model_len: int) -> None:
         model_type=model.config.model_type,
         task="text-generation-with-past",
     )
-    with _registered_symbolic(), warnings.catch_warnings():
+    with _registered_symbolics(), warnings.catch_warnings():
         # The tracer warns about every Python branch in transformers; the parity gate decides.
         warnings.simplefilter("ignore")
         optimum_export(
@@ -275,21 +348,27 @@ def _replace_blocks(model: Any, max_model_len: int) -> None:
     cos, sin = decoder.rotary_emb(torch.zeros(1), positions)
     half = cos.shape[-1] // 2
     cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
-    for layer in decoder.layers:
-        layer.self_attn = _FusedAttention(layer.self_attn, cos, sin)
+    windows = sliding_windows(model.config)
+    for layer, window in zip(decoder.layers, windows, strict=True):
+        layer.self_attn = _FusedAttention(layer.self_attn, cos, sin, window)
         layer.input_layernorm = _PlainRMSNorm(layer.input_layernorm)
         layer.post_attention_layernorm = _PlainRMSNorm(layer.post_attention_layernorm)
     decoder.norm = _PlainRMSNorm(decoder.norm)
 
 
 @contextlib.contextmanager
-def _registered_symbolic() -> Iterator[None]:
-    name = "tandem::group_query_attention"
-    register_custom_op_symbolic(name, _group_query_attention_symbolic, OPSET)
+def _registered_symbolics() -> Iterator[None]:
+    symbolics: dict[str, Callable[..., Any]] = {
+        "tandem::group_query_attention": _group_query_attention_symbolic,
+        "tandem::normalize_heads": _normalize_heads_symbolic,
+    }
+    for name, symbolic in symbolics.items():
+        register_custom_op_symbolic(name, symbolic, OPSET)
     try:
         yield
     finally:
-        unregister_custom_op_symbolic(name, OPSET)
+        for name in symbolics:
+            unregister_custom_op_symbolic(name, OPSET)
 
 
 # -- graph surgery --------------------------------------------------------------------------------
@@ -309,6 +388,22 @@ def _fuse(model: onnx.ModelProto) -> onnx.ModelProto:
     wrapped.prune_graph()
     wrapped.topological_sort()
     return wrapped.model
+
+
+def _detach_weights(graph: onnx.GraphProto) -> dict[str, bytes]:
+    """Take the weights out of the graph; their names, types and shapes stay."""
+    weights = {}
+    for tensor in graph.initializer:
+        if len(tensor.raw_data) >= EXTERNAL_DATA_THRESHOLD_BYTES:
+            weights[tensor.name] = tensor.raw_data
+            tensor.ClearField("raw_data")
+    return weights
+
+
+def _attach_weights(graph: onnx.GraphProto, weights: dict[str, bytes]) -> None:
+    for tensor in graph.initializer:
+        if tensor.name in weights:
+            tensor.raw_data = weights.pop(tensor.name)
 
 
 def _inline_constants(graph: onnx.GraphProto) -> None:
@@ -334,9 +429,8 @@ def _rename_input(graph: onnx.GraphProto, old: str, new: str) -> None:
 
 def _derive_lengths_from_mask(graph: onnx.GraphProto) -> None:
     """Compute what GroupQueryAttention wants straight from the mask, without the tracer's casts."""
-    attention = next(n for n in graph.node if n.op_type == "GroupQueryAttention")
-    _rename_input(graph, attention.input[5], "last_positions")
-    _rename_input(graph, attention.input[6], "mask_width")
+    for attention in [n for n in graph.node if n.op_type == "GroupQueryAttention"]:
+        attention.input[5:7] = ["last_positions", "mask_width"]
     one = numpy_helper.from_array(np.array([1], dtype=np.int64), "one")
     graph.initializer.append(one)
     nodes = [

@@ -104,7 +104,8 @@ def genai_config(config: Mapping[str, Any]) -> dict[str, Any]:
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return {
         "model": {
-            "type": "llama",
+            # It names its architectures as transformers does.
+            "type": config.get("model_type", "llama"),
             "vocab_size": config["vocab_size"],
             "context_length": config["max_position_embeddings"],
             "bos_token_id": config.get("bos_token_id"),

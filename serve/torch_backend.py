@@ -27,6 +27,10 @@ from serve.kv_cache import KVCache
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# The others (dynamic, longrope) turn by the longest sequence of the batch.
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
 _ATTENTION = "tandem_slots"
 _KEY_ALIGNMENT = 16
 _MIN_QUERY_ROWS = 8
@@ -36,14 +40,14 @@ _MIN_QUERY_ROWS = 8
 class _Slots:
     """Where this step's rows live in the cache, and what each new token may attend to.
 
-    `positions` is `(B, T)`; `mask` is additive, `(B, 1, R, L)`, where R is G*T (G query heads per
-    KV head) but at least `_MIN_QUERY_ROWS`.
+    `positions` is `(B, T)`; `masks` has one per layer, additive, `(B, 1, R, L)`, where R is G*T (G
+    query heads per KV head) but at least `_MIN_QUERY_ROWS`. Layers of one window share one.
     """
 
     cache: KVCache
     first_row: int
     positions: torch.Tensor
-    mask: torch.Tensor
+    masks: tuple[torch.Tensor, ...]
     is_first_prefill: bool
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -58,7 +62,7 @@ class _Slots:
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows = slice(self.first_row, self.first_row + len(self.positions))
-        length = self.mask.shape[-1]
+        length = self.masks[layer].shape[-1]
         return self.cache.keys[layer][rows, :, :length], self.cache.values[layer][rows, :, :length]
 
 
@@ -83,10 +87,10 @@ def _slot_attention(
     slots.write(layer, key, value)
     keys, values = slots.read(layer)
     folded = query.reshape(batch, keys.shape[1], -1, head_dim)
-    num_rows = folded.shape[2]
-    folded = nn.functional.pad(folded, (0, 0, 0, slots.mask.shape[2] - num_rows))
+    num_rows, mask = folded.shape[2], slots.masks[layer]
+    folded = nn.functional.pad(folded, (0, 0, 0, mask.shape[2] - num_rows))
     output = nn.functional.scaled_dot_product_attention(
-        folded, keys, values, attn_mask=slots.mask, scale=scaling
+        folded, keys, values, attn_mask=mask, scale=scaling
     )[:, :, :num_rows]
     return output.reshape(batch, num_heads, num_tokens, head_dim).transpose(1, 2), None
 
@@ -133,6 +137,7 @@ class TorchBackend:
         head_dim = getattr(config, "head_dim", None) or (
             config.hidden_size // config.num_attention_heads
         )
+        self._windows = sliding_windows(config)
         self._num_queries_per_key = config.num_attention_heads // config.num_key_value_heads
         # One column more than the context: padding tokens write there when a row is full.
         num_columns = _round_up(max_model_len + 1)
@@ -163,12 +168,6 @@ class TorchBackend:
         """Load a transformers folder. Raises ValueError when the architecture is not supported."""
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         check_supported(config)
-        window = getattr(config, "sliding_window", None)
-        if window is not None and max_model_len > window:
-            raise ValueError(
-                f"max_model_len {max_model_len} exceeds the sliding window of {window} tokens of "
-                f"{path}: the slot attention is exact up to the window only"
-            )
         if max_model_len > config.max_position_embeddings:
             raise ValueError(
                 f"max_model_len {max_model_len} exceeds the {config.max_position_embeddings} "
@@ -212,26 +211,60 @@ class TorchBackend:
         positions = past + torch.arange(num_tokens, device=self._device)
         positions = positions.clamp_max(self.cache.max_len - 1)
         num_keys = min(_round_up(max(past_lengths) + num_tokens), self.cache.max_len)
-        is_hidden = torch.arange(num_keys, device=self._device) > positions[..., None]
-        mask = torch.zeros(is_hidden.shape, dtype=self._dtype, device=self._device)
-        mask = mask.masked_fill_(is_hidden, -torch.inf).repeat(1, self._num_queries_per_key, 1)
-        num_padding_rows = max(_MIN_QUERY_ROWS - mask.shape[1], 0)
+        masks = {w: self._mask(positions, num_keys, w) for w in set(self._windows)}
         return _Slots(
             self.cache,
             first_row,
             positions,
-            nn.functional.pad(mask, (0, 0, 0, num_padding_rows))[:, None],
+            tuple(masks[window] for window in self._windows),
             is_first_prefill=not any(past_lengths),
         )
 
+    def _mask(self, positions: torch.Tensor, num_keys: int, window: int | None) -> torch.Tensor:
+        """See `_Slots`: every token sees the `window` newest keys, its own included, or all."""
+        age = positions[..., None] - torch.arange(num_keys, device=self._device)
+        is_hidden = age < 0 if window is None else (age < 0) | (age >= window)
+        mask = torch.zeros(is_hidden.shape, dtype=self._dtype, device=self._device)
+        mask = mask.masked_fill_(is_hidden, -torch.inf).repeat(1, self._num_queries_per_key, 1)
+        num_padding_rows = max(_MIN_QUERY_ROWS - mask.shape[1], 0)
+        return nn.functional.pad(mask, (0, 0, 0, num_padding_rows))[:, None]
+
 
 def check_supported(config: Any) -> None:
-    """Raise ValueError unless the slot attention is exact for this architecture."""
+    """Raise ValueError unless a row's logits depend on its own tokens and positions alone."""
     if config.model_type not in SUPPORTED_MODEL_TYPES:
         raise ValueError(
             f"model type {config.model_type!r} is not supported; "
             f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
+    other = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if other:
+        raise ValueError(
+            f"model type {config.model_type!r}: layer_types has {min(other)!r}; "
+            f"supported are {', '.join(sorted(_LAYER_TYPES))}"
+        )
+    scaling = getattr(config, "rope_scaling", None) or {}
+    rope_type = "mrope" if "mrope_section" in scaling else scaling.get("rope_type", "default")
+    if rope_type not in _ROPE_TYPES:
+        raise ValueError(
+            f"model type {config.model_type!r}: rope_scaling is of type {rope_type!r}; "
+            f"supported are {', '.join(_ROPE_TYPES)}"
+        )
+
+
+def sliding_windows(config: Any) -> tuple[int | None, ...]:
+    """Return how many keys a token sees in each layer, its own included; None: all.
+
+    As transformers' masks have it: Mistral's window holds for all layers, the others' for those
+    that `layer_types` names.
+    """
+    num_layers: int = config.num_hidden_layers
+    if config.model_type == "mistral":
+        is_sliding = [True] * num_layers
+    else:
+        layer_types = getattr(config, "layer_types", None) or ["full_attention"] * num_layers
+        is_sliding = [layer_type == "sliding_attention" for layer_type in layer_types]
+    return tuple(config.sliding_window if sliding else None for sliding in is_sliding)
 
 
 def _right_padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:

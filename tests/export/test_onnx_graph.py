@@ -13,9 +13,6 @@ import torch
 from onnx import numpy_helper
 
 from export.onnx_graph import DATA_FILE, OPSET, check_node_count, export_onnx, load_untied
-from serve.engine import Engine
-from serve.onnx_backend import OnnxBackend
-from serve.sequence import Event, FinishedEvent, GenerationRequest, SamplingParams
 
 NUM_LAYERS = 5
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35]
@@ -51,43 +48,15 @@ def torch_logits(folder: Path, rows: list[list[int]]) -> np.ndarray:
     return logits
 
 
-def engine_tokens(folder: Path, prompt: list[int], max_tokens: int) -> list[int]:
-    """Return what Tandem's engine decodes greedily."""
-    backend = OnnxBackend.load(folder, device="cpu", max_num_seqs=1, max_model_len=64)
-    engine = Engine(backend, eos_token_ids=frozenset({2}))
-    events: list[Event] = []
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    engine.submit(GenerationRequest("greedy", tuple(prompt), sampling), events.extend)
-    while not any(isinstance(event, FinishedEvent) for event in events):
-        engine.step()
-    return list(events[-1].token_ids)  # type: ignore[union-attr]
-
-
 # --- the graph
 
 
-@pytest.mark.parametrize("num_layers", [1, 2, 5])
-@pytest.mark.parametrize(
-    ("architecture", "limit"),
-    [
-        ("llama", (11, 11)),
-        ("llama-untied", (11, 11)),
-        ("qwen2", (12, 11)),
-        ("qwen2-untied", (12, 11)),
-    ],
-)
-def test_node_count_is_11_per_layer_and_11_and_a_bias_is_one_more_per_layer(
-    make_model: Callable[..., Any],
-    tmp_path: Path,
-    architecture: str,
-    num_layers: int,
-    limit: tuple[int, int],
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_graph_and_weights_are_all_that_is_written(
+    make_model: Callable[..., Any], tmp_path: Path, num_layers: int
 ) -> None:
-    export_onnx(make_model(architecture, num_layers=num_layers), tmp_path, max_model_len=64)
-    num_nodes = len(read_graph(tmp_path).node)
-    assert num_nodes <= limit[0] * num_layers + limit[1]
-    if limit[0] == 11:
-        assert num_nodes <= 12 * num_layers + 10
+    export_onnx(make_model("llama", num_layers=num_layers), tmp_path, max_model_len=64)
+    assert len(read_graph(tmp_path).node) == 11 * num_layers + 11
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", DATA_FILE]
 
 
@@ -126,8 +95,10 @@ def test_only_float32_is_exported(make_model: Callable[..., Any], tmp_path: Path
 
 def test_graph_with_too_many_nodes_is_refused(exported: Any) -> None:
     model = onnx.load(exported.variants["fp32"] / "model.onnx", load_external_data=False)
-    with pytest.raises(RuntimeError, match=r"nodes for 3 layers; at most \d+ .* fusion"):
-        check_node_count(model, num_layers=3)
+    num_nodes = len(model.graph.node)
+    check_node_count(model, num_nodes)
+    with pytest.raises(RuntimeError, match=f"has {num_nodes} nodes, at most {num_nodes - 1} "):
+        check_node_count(model, num_nodes - 1)
 
 
 def test_fusion_that_does_not_take_fails_the_export(
@@ -188,33 +159,6 @@ def test_load_untied_writes_the_head_out(exported: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(exported.student_dir)
     np.testing.assert_array_equal(numpy_helper.to_array(weight), model.lm_head.weight.detach().T)
     assert (head.op_type, list(head.attribute)) == ("MatMul", [])
-
-
-# --- other runtimes
-
-
-def test_optimum_generates_the_tokens_of_the_engine(exported: Any) -> None:
-    from optimum.onnxruntime import ORTModelForCausalLM
-
-    folder = exported.variants["fp32"]
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    model = ORTModelForCausalLM.from_pretrained(folder, session_options=options)
-    ids = torch.tensor([PROMPT])
-    mask = torch.ones_like(ids)
-    tokens = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20)
-    assert tokens[0, len(PROMPT) :].tolist() == engine_tokens(folder, PROMPT, 20)
-
-
-def test_engine_decodes_the_tokens_of_transformers(exported: Any) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(exported.student_dir)
-    ids = torch.tensor([PROMPT])
-    mask = torch.ones_like(ids)
-    tokens = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20)
-    folder = exported.variants["fp32"]
-    assert tokens[0, len(PROMPT) :].tolist() == engine_tokens(folder, PROMPT, 20)
 
 
 def test_export_is_the_same_twice(make_model: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Both runtimes on one tiny Llama: rows are independent, and the cache changes nothing.
 
+The torch runtime also on the other architectures; test_architectures.py has their graphs.
+
 Float models compare within rounding. The int8 graph compares bit for bit, but only along one path:
 its kernels round a pass over many tokens differently from a decode step.
 """
@@ -13,13 +15,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from serve.engine import Engine
 from serve.onnx_backend import OnnxBackend, make_session
 from serve.scoring import ScoringRequest, measure_path_noise
 from serve.sequence import FinishedEvent, GenerationRequest, SamplingParams
-from serve.torch_backend import TorchBackend, check_supported
+from serve.torch_backend import TorchBackend, check_supported, sliding_windows
 
 VOCAB_SIZE = 300
 MAX_MODEL_LEN = 48
@@ -302,10 +312,117 @@ def test_context_beyond_the_models_positions_is_refused(model_dir: Path, kind: s
             OnnxBackend.load(model_dir / kind, device="cpu", max_num_seqs=1, max_model_len=257)
 
 
-def test_context_beyond_a_sliding_window_is_refused(tmp_path: Path) -> None:
-    MistralConfig(sliding_window=32, max_position_embeddings=64).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="max_model_len 48 exceeds the sliding window of 32"):
-        TorchBackend.load(tmp_path, device="cpu", dtype=torch.float32, **LIMITS)
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+OTHERS: dict[str, Callable[[], Any]] = {
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=6),
+    "mistral-full": lambda: MistralConfig(**SIZES, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=6, layer_types=SLIDING
+    ),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
+    "smollm3": lambda: SmolLM3Config(
+        **SIZES,
+        no_rope_layers=[1, 0, 0],
+        use_sliding_window=True,
+        sliding_window=6,
+        layer_types=SLIDING,
+        pad_token_id=0,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=list(OTHERS))
+def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A backend of another architecture, and transformers' own logits behind every token."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(OTHERS[request.param](), attn_implementation="eager")
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.eval().save_pretrained(folder)
+
+    @torch.no_grad()
+    def logits(token_ids: list[int]) -> torch.Tensor:
+        found: torch.Tensor = model(torch.tensor([token_ids]), use_cache=False).logits[0]
+        return found
+
+    return TorchBackend.load(folder, device="cpu", dtype=torch.float32, **LIMITS), logits
+
+
+def test_other_architectures_prefill_as_transformers_does(other: Any) -> None:
+    backend, reference = other
+    rows = [text(20, 1), text(3, 2), text(9, 3)]
+    logits = backend.forward(0, rows, [0] * 3, every_position(rows))
+    assert_close(logits, torch.cat([reference(row) for row in rows]))
+
+
+def test_other_architectures_decode_as_transformers_does(other: Any) -> None:
+    backend, reference = other
+    rows, pasts = [text(20, 1), text(8, 2)], [12, 3]
+    backend.forward(1, [row[:n] for row, n in zip(rows, pasts, strict=True)], [0, 0])
+    for step in range(5):
+        new = [[row[n + step]] for row, n in zip(rows, pasts, strict=True)]
+        logits = backend.forward(1, new, [n + step for n in pasts])
+        ends = [n + step + 1 for n in pasts]
+        expected = [reference(row[:end])[-1] for row, end in zip(rows, ends, strict=True)]
+        assert_close(logits, torch.stack(expected))
+
+
+def test_other_architectures_take_chunks_behind_cached_tokens(other: Any) -> None:
+    backend, reference = other
+    row = text(20, 4)
+    backend.forward(0, [row[:9]], [0])
+    logits = backend.forward(0, [row[9:]], [9], [range(11)])
+    assert_close(logits, reference(row)[9:])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mistral", (6, 6, 6)),
+        ("mistral-full", (None, None, None)),
+        ("qwen2", (6, None, 6)),
+        ("qwen3", (None, None, None)),
+        ("smollm3", (6, None, 6)),
+    ],
+)
+def test_sliding_windows_are_those_of_the_layers(
+    name: str, expected: tuple[int | None, ...]
+) -> None:
+    assert sliding_windows(OTHERS[name]()) == expected
+
+
+def test_llama_has_no_windows() -> None:
+    config = LlamaConfig(num_hidden_layers=2, sliding_window=4)
+    assert sliding_windows(config) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("layer_types", ["chunked_attention"], "'qwen2': layer_types has 'chunked_attention'"),
+        ("rope_scaling", {"rope_type": "dynamic"}, "'qwen2': rope_scaling is of type 'dynamic'"),
+        ("rope_scaling", {"mrope_section": [2, 3, 3]}, "rope_scaling is of type 'mrope'"),
+    ],
+)
+def test_what_depends_on_more_than_tokens_and_positions_is_refused(
+    key: str, value: Any, message: str
+) -> None:
+    config = Qwen2Config()
+    setattr(config, key, value)
+    with pytest.raises(ValueError, match=message):
+        check_supported(config)
 
 
 def test_unsupported_architecture_is_refused_by_name() -> None:
