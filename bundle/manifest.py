@@ -74,12 +74,14 @@ class StudentInfo(_Model):
 
     num_parameters: Count
     num_layers: Count
-    kept_layers: tuple[Count, ...] = Field(description="teacher layers, in the student's order")
+    kept_layers: tuple[Count, ...] | None = Field(
+        description="teacher layers, in the student's order; null: it was not cut out of it"
+    )
     dtype: str
 
     @model_validator(mode="after")
     def _check_layers(self) -> StudentInfo:
-        if len(self.kept_layers) != self.num_layers:
+        if self.kept_layers is not None and len(self.kept_layers) != self.num_layers:
             raise ValueError(
                 f"kept_layers lists {len(self.kept_layers)} layers, num_layers is {self.num_layers}"
             )
@@ -92,6 +94,8 @@ class StageRecord(_Model):
     name: str
     key: str
     seconds: float = Field(ge=0)
+    peak_memory_bytes: Count | None = None
+    size_bytes: Count | None = None
     summary: dict[str, JsonValue] = {}
 
 

@@ -1,32 +1,40 @@
-"""Train the student towards the teacher on the teacher's own completions.
+"""One optimizer step of distillation: text in, gradients on the student out.
 
-One optimizer step takes several micro-batches of right-padded rows. Losses are sums divided by the
-completion tokens of the whole step. Head and loss run in slices of positions, so that logits over
-a large vocabulary never exist for more than `HEAD_SLICE` tokens. bfloat16 autocast over float32
-weights; softmax and loss in float32.
+A step takes several micro-batches of right-padded rows. Losses are sums divided by the completion
+tokens of the whole step, over all processes. Head and loss run in slices of positions, so that
+logits over a large vocabulary never exist for more than `HEAD_SLICE` tokens. bfloat16 autocast
+over float32 weights unless told otherwise; softmax and loss in float32.
 
 Right padding needs no mask: attention is causal, and only completion positions enter the loss.
+`export.trainer` has the loop around this.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from export.losses import DistillationLoss, LossSums
+from export.distributed import World
+from export.losses import DistillationLoss, LossSums, Targets, forward_kl
+
+if TYPE_CHECKING:
+    from export.config import PhaseConfig
+    from export.logits_cache import LogitsCache
+    from export.matching import Matching, MatchingSums
 
 HEAD_SLICE = 256
+_MEASURED_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt and the teacher's completion of it, EOS included where the teacher emitted it."""
+    """A prompt and a completion of it, EOS included where the model emitted it."""
 
     prompt_token_ids: tuple[int, ...]
     completion_token_ids: tuple[int, ...]
@@ -36,43 +44,80 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingPlan:
-    """How to train. A step takes examples until it holds `tokens_per_step` completion tokens;
-    a micro-batch holds at most `tokens_per_micro_batch` tokens, padding included."""
+class Objective:
+    """What a step minimises: the loss on tokens, and how much of each matching term is added."""
 
-    num_epochs: int = 1
-    learning_rate: float = 3e-4
-    warmup_share: float = 0.05
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    tokens_per_step: int = 2048
-    tokens_per_micro_batch: int = 2048
     loss: DistillationLoss = field(default_factory=DistillationLoss)
-    seed: int = 0
+    hidden_weight: float = 0.0
+    attention_weight: float = 0.0
+
+    @classmethod
+    def of(cls, phase: PhaseConfig, num_real_tokens: int | None = None) -> Objective:
+        loss = DistillationLoss(
+            phase.alpha, phase.temperature, phase.divergence, phase.jsd_beta, num_real_tokens
+        )
+        return cls(loss, phase.hidden_weight, phase.attention_weight)
+
+    @property
+    def has_matching(self) -> bool:
+        return self.hidden_weight > 0 or self.attention_weight > 0
 
 
 @dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One optimizer step: mean loss terms over its completion tokens, in nats per token."""
+class StepSums:
+    """Sums over the `num_tokens` completion tokens of a step, in nats (`hidden` has no unit).
 
-    step: int
+    `total` is what was minimised; the others are its terms before they are weighted.
+    """
+
     total: float
     soft: float
     hard: float
+    hidden: float
+    attention: float
     num_tokens: int
-    learning_rate: float
+
+
+class Forward(Protocol):
+    """Student and teacher on the same micro-batch."""
+
+    @property
+    def student(self) -> Any: ...
+
+    def __call__(
+        self, batch: Sequence[Example], input_ids: torch.Tensor, positions: torch.Tensor
+    ) -> Outputs: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """The student's last hidden states `(N, H)` at N positions, and the teacher's side of them in
+    slices of `HEAD_SLICE`, made when they are asked for."""
+
+    hidden: torch.Tensor
+    targets: Iterator[Targets]
+    matching: MatchingSums | None = None
 
 
 class Pair:
-    """Student and teacher on the same input.
+    """A student and a live teacher.
 
     The lowest `num_shared_layers` layers of the student are the teacher's own and frozen, with the
-    embedding and the head (tied or not): they run once for both, and no gradient enters them.
+    embedding and the head (tied or not): they run once for both, and no gradient enters them. With
+    `matching` the layers in between are compared as well, which needs all of them: none is shared.
     """
 
-    def __init__(self, student: Any, teacher: Any, num_shared_layers: int = 0) -> None:
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        num_shared_layers: int = 0,
+        matching: Matching | None = None,
+    ) -> None:
+        assert not (matching and num_shared_layers), "refused by the recipe's schema"
         self.student = student
         self.teacher = teacher.eval()
+        self._matching = matching
         self._shared = None
         self._student_stack, self._teacher_stack = student.model, teacher.model
         if num_shared_layers:
@@ -84,6 +129,15 @@ class Pair:
             self._student_stack = _stack(student.model, num_shared_layers)
             self._teacher_stack = _stack(teacher.model, num_shared_layers)
 
+    def __call__(
+        self, batch: Sequence[Example], input_ids: torch.Tensor, positions: torch.Tensor
+    ) -> Outputs:
+        """See `Forward`."""
+        if self._matching is not None:
+            return self._compare(self._matching, input_ids, positions)
+        hidden, target = (h.flatten(0, 1)[positions] for h in self.hidden(input_ids))
+        return Outputs(hidden, self._targets(target))
+
     def hidden(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the last hidden states of student and teacher, `(B, T, H)` each."""
         if self._shared is None:
@@ -94,6 +148,43 @@ class Pair:
             shared = _run(self._shared, input_ids=input_ids)
             target = _run(self._teacher_stack, inputs_embeds=shared)
         return _run(self._student_stack, inputs_embeds=shared.float()), target
+
+    def _compare(
+        self, matching: Matching, input_ids: torch.Tensor, positions: torch.Tensor
+    ) -> Outputs:
+        wanted = {
+            "use_cache": False,
+            "output_hidden_states": True,
+            "output_attentions": self.student.config._attn_implementation == "eager",
+        }
+        with torch.no_grad():
+            target = self.teacher.model(input_ids=input_ids, **wanted)
+        outputs = self.student.model(input_ids=input_ids, **wanted)
+        hidden, target_hidden = (
+            o.last_hidden_state.flatten(0, 1)[positions] for o in (outputs, target)
+        )
+        return Outputs(hidden, self._targets(target_hidden), matching(outputs, target, positions))
+
+    def _targets(self, hidden: torch.Tensor) -> Iterator[Targets]:
+        for part in hidden.split(HEAD_SLICE):
+            with torch.no_grad():
+                yield self.teacher.lm_head(part)
+
+
+class CachedPair:
+    """A student and what a cache kept of its teacher's logits."""
+
+    def __init__(self, student: Any, cache: LogitsCache) -> None:
+        self.student = student
+        self._cache = cache
+
+    def __call__(
+        self, batch: Sequence[Example], input_ids: torch.Tensor, positions: torch.Tensor
+    ) -> Outputs:
+        """See `Forward`."""
+        hidden = _run(self.student.model, input_ids=input_ids).flatten(0, 1)[positions]
+        targets = self._cache.targets(batch).to(hidden.device)
+        return Outputs(hidden, iter(targets.split(HEAD_SLICE)))
 
 
 def _stack(decoder: Any, start: int, stop: int | None = None, norm: nn.Module | None = None) -> Any:
@@ -110,84 +201,96 @@ def _run(decoder: Any, **inputs: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-def train(
-    pair: Pair,
-    examples: Sequence[Example],
-    plan: TrainingPlan,
-    on_step: Callable[[StepRecord, int], None] = lambda record, num_steps: None,
-) -> list[StepRecord]:
-    """Train the student in place and return one record per step.
-
-    `on_step` gets each record and the total number of steps.
-    """
-    student = pair.student
-    steps = [step for epoch in range(plan.num_epochs) for step in plan_steps(examples, plan, epoch)]
-    trainable = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable, lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
-    )
-    records = []
-    student.train()
-    for index, micro_batches in enumerate(steps):
-        rate = plan.learning_rate * schedule(index, len(steps), plan.warmup_share)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        sums = accumulate(pair, micro_batches, plan.loss)
-        torch.nn.utils.clip_grad_norm_(trainable, plan.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        record = _record(index, sums, rate)
-        records.append(record)
-        on_step(record, len(steps))
-    student.eval()
-    return records
-
-
 def accumulate(
-    pair: Pair, micro_batches: Sequence[Sequence[Example]], loss: DistillationLoss
-) -> LossSums:
-    """Add one step's gradients to the student's parameters; returns the step's loss sums."""
-    device = next(pair.student.parameters()).device
+    forward: Forward,
+    micro_batches: Sequence[Sequence[Example]],
+    objective: Objective,
+    *,
+    world: World | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> StepSums:
+    """Add one step's gradients to the student's parameters, and return the step's sums.
+
+    Each process of `world` runs its share of the micro-batches; the sums are over all of them, the
+    gradients are not added up here (`World.add_up`). `dtype` is what autocast computes in.
+    """
+    world = world or World()
+    device = next(forward.student.parameters()).device
     num_tokens = sum(len(e.completion_token_ids) for batch in micro_batches for e in batch)
-    parts = []
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        for batch in micro_batches:
-            parts.append(_backward(pair, batch, loss, num_tokens, device))
-    return LossSums(
-        torch.stack([p.total for p in parts]).sum(),
-        torch.stack([p.soft for p in parts]).sum(),
-        torch.stack([p.hard for p in parts]).sum(),
-        num_tokens,
-    )
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        for batch in world.share(micro_batches):
+            sums += _backward(forward, batch, objective, num_tokens, device)
+    world.add_up([sums])
+    return StepSums(*sums.tolist(), num_tokens)
 
 
 def _backward(
-    pair: Pair,
+    forward: Forward,
     batch: Sequence[Example],
-    loss: DistillationLoss,
+    objective: Objective,
     num_tokens: int,
     device: torch.device,
-) -> LossSums:
-    """Run one micro-batch forwards and backwards, its loss divided by `num_tokens`."""
+) -> torch.Tensor:
+    """Run a micro-batch forwards and backwards, its loss divided by `num_tokens`: sums `(5,)`."""
     input_ids, positions, labels = (t.to(device) for t in collate(batch))
-    hidden, target = (h.flatten(0, 1)[positions] for h in pair.hidden(input_ids))
-    leaf = hidden.detach().requires_grad_()
+    outputs = forward(batch, input_ids, positions)
+    leaf = outputs.hidden.detach().requires_grad_()
     sums = []
-    for part, target_part, label_part in zip(
-        leaf.split(HEAD_SLICE), target.split(HEAD_SLICE), labels.split(HEAD_SLICE), strict=True
-    ):
-        with torch.no_grad():
-            teacher_logits = pair.teacher.lm_head(target_part)
-        slice_sums = loss(pair.student.lm_head(part), teacher_logits, label_part)
+    slices = zip(leaf.split(HEAD_SLICE), outputs.targets, labels.split(HEAD_SLICE), strict=True)
+    for part, target, label in slices:
+        slice_sums = objective.loss(forward.student.lm_head(part), target, label)
         (slice_sums.total / num_tokens).backward()
         sums.append(slice_sums)
-    hidden.backward(leaf.grad)
-    return LossSums(
+    roots, gradients = [outputs.hidden], [leaf.grad]
+    extra, matched = _weigh(outputs.matching, objective, leaf)
+    if outputs.matching is not None:
+        roots.append(extra / num_tokens)
+        gradients.append(None)
+    torch.autograd.backward(roots, gradients)
+    total, soft, hard = _add(sums)
+    return torch.stack([total + extra.detach(), soft, hard, *matched]).double()
+
+
+def _weigh(
+    matching: MatchingSums | None, objective: Objective, like: torch.Tensor
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Return what matching adds to the loss, and its two sums."""
+    if matching is None:
+        zero = torch.zeros((), device=like.device)
+        return zero, (zero, zero)
+    weighted = (
+        objective.hidden_weight * matching.hidden_sum
+        + objective.attention_weight * matching.attention_sum
+    )
+    return weighted, (matching.hidden_sum.detach(), matching.attention_sum.detach())
+
+
+def _add(sums: Sequence[LossSums]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
         torch.stack([s.total.detach() for s in sums]).sum(),
         torch.stack([s.soft for s in sums]).sum(),
         torch.stack([s.hard for s in sums]).sum(),
-        len(labels),
     )
+
+
+@torch.no_grad()
+def measure_kl(
+    forward: Forward, examples: Sequence[Example], *, dtype: torch.dtype = torch.bfloat16
+) -> float:
+    """Return KL(teacher ‖ student) over the completion tokens, in nats per token, in training's
+    arithmetic."""
+    device = next(forward.student.parameters()).device
+    total, num_tokens = 0.0, 0
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        for batch in _micro_batches(list(examples), _MEASURED_TOKENS):
+            input_ids, positions, labels = (t.to(device) for t in collate(batch))
+            outputs = forward(batch, input_ids, positions)
+            for part, target in zip(outputs.hidden.split(HEAD_SLICE), outputs.targets, strict=True):
+                assert isinstance(target, torch.Tensor), "measured against live teachers"
+                total += float(forward_kl(forward.student.lm_head(part), target).sum())
+            num_tokens += len(labels)
+    return total / num_tokens
 
 
 def collate(batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -209,20 +312,24 @@ def collate(batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def plan_steps(
-    examples: Sequence[Example], plan: TrainingPlan, epoch: int
-) -> Iterator[list[list[Example]]]:
-    """Yield optimizer steps, each a list of micro-batches of examples of similar length."""
-    generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + epoch)
-    step: list[Example] = []
-    num_tokens = 0
-    for index in torch.randperm(len(examples), generator=generator).tolist():
-        step.append(examples[index])
-        num_tokens += len(examples[index].completion_token_ids)
-        if num_tokens >= plan.tokens_per_step:
-            yield list(_micro_batches(step, plan.tokens_per_micro_batch))
-            step, num_tokens = [], 0
-    if step:
-        yield list(_micro_batches(step, plan.tokens_per_micro_batch))
+    examples: Sequence[Example], phase: PhaseConfig, round_index: int
+) -> list[list[list[Example]]]:
+    """Return the optimizer steps of a round: lists of micro-batches of examples of similar length.
+
+    A step takes examples in random order until it holds `tokens_per_step` completion tokens; a
+    micro-batch holds at most `tokens_per_micro_batch` tokens, padding included.
+    """
+    generator = torch.Generator().manual_seed(phase.seed * 1_000_003 + round_index)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    steps: list[list[Example]] = []
+    num_tokens = phase.tokens_per_step
+    for example in (examples[index] for index in order):
+        if num_tokens >= phase.tokens_per_step:
+            steps.append([])
+            num_tokens = 0
+        steps[-1].append(example)
+        num_tokens += len(example.completion_token_ids)
+    return [list(_micro_batches(step, phase.tokens_per_micro_batch)) for step in steps]
 
 
 def _micro_batches(step: list[Example], max_tokens: int) -> Iterator[list[Example]]:
@@ -235,21 +342,14 @@ def _micro_batches(step: list[Example], max_tokens: int) -> Iterator[list[Exampl
     yield batch
 
 
-def schedule(step: int, num_steps: int, warmup_share: float) -> float:
-    """Return the learning rate's factor: linear warm-up, then a cosine down to a tenth."""
-    warmup = max(round(num_steps * warmup_share), 1)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(num_steps - warmup, 1)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+def schedule(progress: float, warmup_share: float) -> float:
+    """Return the learning rate's factor at a share of the phase, 0 to 1: linear warm-up to 1, then
+    a cosine down to a tenth.
 
-
-def _record(step: int, sums: LossSums, rate: float) -> StepRecord:
-    return StepRecord(
-        step=step,
-        total=float(sums.total) / sums.num_tokens,
-        soft=float(sums.soft) / sums.num_tokens,
-        hard=float(sums.hard) / sums.num_tokens,
-        num_tokens=sums.num_tokens,
-        learning_rate=rate,
-    )
+    >>> [round(schedule(p, 0.1), 2) for p in (0.05, 0.1, 0.55, 1.0)]
+    [0.5, 1.0, 0.55, 0.1]
+    """
+    if progress < warmup_share:
+        return progress / warmup_share
+    decayed = (progress - warmup_share) / (1 - warmup_share)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * decayed))

@@ -1,42 +1,56 @@
-"""The stages of an export, one after the other: from a teacher's name to a verified bundle."""
+"""The stages of an export and what each depends on: from a teacher's name to a verified bundle.
+
+    sample → accept → (cache) → prune → distill → onnx-fp32 → (grid-V →) onnx-V → evaluate → package
+
+`Pipeline` describes every stage before anything runs (`export.stages.StageSpec`), which is what
+`plan` and `status` read; `run` builds what is missing. What a stage does is in the module that its
+build calls.
+"""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from bundle.hashing import hash_json
-from bundle.manifest import StudentInfo
-from bundle.verify import verify_bundle
-from export.config import FLOAT_VARIANT, ExportConfig
-from export.distill import Example, Pair, StepRecord, TrainingPlan, train
-from export.evaluate import evaluate
-from export.losses import DistillationLoss
-from export.package import TOKENIZER_FILES, is_packaged, write_bundle, write_variant_files
-from export.parity import measure_in_fresh_process
-from export.prune import drop_layers, rank_layers
-from export.report import (
-    STUDENT,
-    TEACHER,
-    TORCH,
-    TRANSFORMERS,
-    choose_default,
-    describe_evaluation,
-    describe_variant,
-    graph_size_bytes,
-    summarize,
+from bundle.hashing import hash_json, hash_weights
+from export.accept import accept, read_accepted, write_accepted
+from export.config import FLOAT_VARIANT, ExportConfig, HalfVariant, WeightOnlyVariant
+from export.distill import Example
+from export.distributed import World
+from export.grid import BlockGrid
+from export.logits_cache import LogitsCache, write_logits_cache
+from export.model_files import (
+    copy_tokenizer,
+    load_model,
+    read_json,
+    write_json,
+    write_variant_files,
 )
+from export.parity import measure_in_fresh_process
+from export.phases import Distillation, GridTraining, Text, linear_grids
+from export.prune import Removal, drop_layers, rank_channels, rank_layers, shrink_mlp
+from export.quantization_aware import load_grid_weights, save_grid_weights
+from export.report import PARITY_NAME
 from export.sample import ROWS_NAME, read_completions, sample_teacher
-from export.speed import PROMPT_TOKENS, race, tandem_contender, transformers_contender
-from export.stages import Stage, StageRunner, fresh
-from export.tasks import Task, builtin_tasks
-from export.teacher import TeacherFolder, count_parameters, resolve_teacher
+from export.stages import Stage, StageRunner, StageSpec, fresh
+from export.student import compression_warning, count_real_tokens, load_student
+from export.task_sources import load_tasks
+from export.tasks import Task
+from export.teacher import TeacherFolder, resolve_teacher
+from export.trainer import StepRecord, Trainer, Watch
+from serve.loading import read_eos_token_ids
+from serve.tokenization import Tokenizer
+
+TRAINING_NAME = "training.jsonl"
+PROBES_NAME = "probes.json"
+REMOVALS_NAME = "removals.json"
+GRID_NAME = "grid.safetensors"
 
 
 class Reporter(Protocol):
@@ -49,300 +63,414 @@ class Reporter(Protocol):
         ...
 
 
-def run_export(config: ExportConfig, reporter: Reporter) -> Path:
+def run_export(config: ExportConfig, reporter: Reporter, world: World | None = None) -> Path:
     """Run every stage that is not finished yet; returns the bundle's path.
 
     GateError when no variant passes its gates; ExportError and TeacherError name what to mend.
     """
+    return open_pipeline(config, reporter, world).package()
+
+
+def open_pipeline(config: ExportConfig, reporter: Reporter, world: World | None = None) -> Pipeline:
+    """Find (or fetch) the teacher and describe the stages."""
+    world = world or World()
+    if not world.is_main:
+        world.wait()
     teacher = resolve_teacher(config.teacher, config.cache_dir, reporter.say)
-    stages = StageRunner(config.output_dir / "work", reporter.say)
-    return _Run(config, teacher, stages, reporter).bundle()
+    if world.is_main:
+        world.wait()
+    return Pipeline(config, teacher, reporter, world)
 
 
-class _Run:
-    """One export: each method is a stage, and asks for the stages it needs."""
+class Pipeline:
+    """The stages of one recipe: each property describes one, each `_build` method makes it."""
 
     def __init__(
-        self, config: ExportConfig, teacher: TeacherFolder, stages: StageRunner, reporter: Reporter
-    ) -> None:
-        self._config = config
-        self._teacher = teacher
-        self._stages = stages
-        self._reporter = reporter
-
-    def bundle(self) -> Path:
-        sampled = self._sampled()
-        pruned = self._pruned(sampled)
-        distilled = self._distilled(sampled, pruned)
-        graphs = {FLOAT_VARIANT: self._exported(distilled)}
-        for name in self._config.variants:
-            graphs[name] = self._quantized(name, distilled, graphs[FLOAT_VARIANT])
-        evaluated = self._evaluated(sampled, distilled, graphs)
-        lineage = (sampled, pruned, distilled, *graphs.values(), evaluated)
-        return self._packaged(pruned, distilled, graphs, evaluated, lineage)
-
-    # -- stages -----------------------------------------------------------------------------
-
-    def _sampled(self) -> Stage:
-        tasks = select_tasks(self._config)
-        settings = {
-            "teacher": self._teacher.reference.weights_sha256,
-            "sample": self._config.sample.model_dump(),
-            "tasks": hash_json([asdict(task) for task in tasks]),
-        }
-
-        def build(folder: Path) -> dict[str, Any]:
-            rows = sample_teacher(
-                self._teacher.path, tasks, self._config.sample, folder,
-                self._reporter.track("teacher answers"),
-            )  # fmt: skip
-            return {
-                "completions": len(rows),
-                "completion_tokens": sum(len(row.token_ids) for row in rows),
-                "cut_at_max_tokens": sum(row.finish_reason == "length" for row in rows),
-            }
-
-        return self._stages.run("sample", settings, (), build)
-
-    def _pruned(self, sampled: Stage) -> Stage:
-        config = self._config.prune
-
-        def build(folder: Path) -> dict[str, Any]:
-            texts = random.Random(0).sample(_examples(sampled, "train"), config.num_texts)
-            removals = rank_layers(
-                _load_model(self._teacher.path, torch.bfloat16),
-                texts,
-                config.num_removed_layers,
-                first_candidate=config.first_candidate,
-                num_candidates=config.num_candidates,
-                progress=self._reporter.track("layers tried"),
-            )
-            ranking = [asdict(removal) for removal in removals]
-            (folder / "removals.json").write_text(json.dumps(ranking, indent=2) + "\n")
-            return {
-                "removed_layers": [removal.layer for removal in removals],
-                "kl_before_training": removals[-1].kl if removals else 0.0,
-            }
-
-        return self._stages.run("prune", config.model_dump(), (sampled,), build)
-
-    def _distilled(self, sampled: Stage, pruned: Stage) -> Stage:
-        config = self._config.distill
-
-        def build(folder: Path) -> dict[str, Any]:
-            fresh(folder)
-            teacher = _load_model(self._teacher.path, torch.float32)
-            removed = _removed_layers(pruned)
-            kept = _kept_layers(removed, teacher.config.num_hidden_layers)
-            student = drop_layers(teacher, kept)
-            num_shared = min(removed, default=0) if config.freeze_shared_layers else 0
-            pair = Pair(student, teacher.to(torch.bfloat16), num_shared)
-            records = self._train(pair, _examples(sampled, "train"))
-            student.save_pretrained(folder)
-            _copy_tokenizer(self._teacher.path, folder)
-            lines = "".join(json.dumps(asdict(r)) + "\n" for r in records)
-            (folder / "training.jsonl").write_text(lines)
-            tail = records[-max(len(records) // 10, 1) :]
-            return {
-                "layers": len(kept),
-                "parameters": student.num_parameters(),
-                "steps": len(records),
-                "final_soft_kl": sum(r.soft for r in tail) / len(tail),
-            }
-
-        return self._stages.run("distill", config.model_dump(), (sampled, pruned), build)
-
-    def _train(self, pair: Pair, examples: Sequence[Example]) -> list[StepRecord]:
-        config = self._config.distill
-        plan = TrainingPlan(
-            num_epochs=config.num_epochs,
-            learning_rate=config.learning_rate,
-            warmup_share=config.warmup_share,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            tokens_per_step=config.tokens_per_step,
-            tokens_per_micro_batch=config.tokens_per_micro_batch,
-            loss=DistillationLoss(config.alpha, config.temperature),
-            seed=config.seed,
-        )
-        show = self._reporter.track("training steps")
-        return train(pair, examples, plan, lambda record, total: show(record.step + 1, total))
-
-    def _exported(self, distilled: Stage) -> Stage:
-        config = self._config.onnx
-
-        def build(folder: Path) -> dict[str, Any]:
-            from export.onnx_graph import export_onnx
-
-            fresh(folder)
-            student = _load_model(distilled.path, torch.float32)
-            max_model_len = min(config.max_model_len, student.config.max_position_embeddings)
-            export_onnx(student, folder, max_model_len=max_model_len)
-            write_variant_files(distilled.path, folder, max_model_len)
-            parity = measure_in_fresh_process(distilled.path, folder)
-            (folder / "parity.json").write_text(json.dumps(asdict(parity)) + "\n")
-            return {"onnx_kl": parity.max_mean_kl, "logit_difference": parity.max_logit_difference}
-
-        return self._stages.run(f"onnx-{FLOAT_VARIANT}", config.model_dump(), (distilled,), build)
-
-    def _quantized(self, name: str, distilled: Stage, exported: Stage) -> Stage:
-        config = self._config.variants[name]
-
-        def build(folder: Path) -> dict[str, Any]:
-            from export.onnx_graph import load_untied, save_onnx
-            from export.quantize import WeightOnly, quantize_weights
-
-            fresh(folder)
-            recipe = WeightOnly(config.bits, config.block_size, config.accuracy_level)
-            save_onnx(quantize_weights(load_untied(exported.path), recipe), folder)
-            max_model_len = _read_json(exported.path / "config.json")["max_position_embeddings"]
-            write_variant_files(distilled.path, folder, max_model_len)
-            return {"size_bytes": graph_size_bytes(folder)}
-
-        return self._stages.run(f"onnx-{name}", config.model_dump(), (exported,), build)
-
-    def _evaluated(self, sampled: Stage, distilled: Stage, graphs: dict[str, Stage]) -> Stage:
-        config = self._config.evaluate
-        held_out = _examples(sampled, "test")
-
-        def build(folder: Path) -> dict[str, Any]:
-            from serve.onnx_backend import OnnxBackend
-            from serve.torch_backend import TorchBackend
-
-            fresh(folder)
-            longest = PROMPT_TOKENS + config.num_timed_tokens + 1
-            max_model_len = max(longest, *map(len, held_out))
-            size: dict[str, Any] = {
-                "device": "cpu",
-                "max_num_seqs": config.max_num_seqs,
-                "max_model_len": max_model_len,
-            }
-            backends: dict[str, Any] = {
-                name: OnnxBackend.load(stage.path, **size) for name, stage in graphs.items()
-            }
-            backends[STUDENT] = TorchBackend.load(distilled.path, dtype=torch.float32, **size)
-            backends[TEACHER] = TorchBackend.load(self._teacher.path, dtype=torch.float32, **size)
-            quality = evaluate(
-                backends, (TEACHER, STUDENT), held_out, self._reporter.track("held-out prompts")
-            )
-            del backends[STUDENT]
-            backends[TEACHER] = TorchBackend.load(self._teacher.path, dtype=torch.bfloat16, **size)
-            summary = summarize(quality, self._race(backends), len(held_out))
-            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-            student = quality[TEACHER, STUDENT]
-            return {
-                "student_kl": student.forward_kl,
-                "argmax_agreement": student.argmax_agreement,
-                "tokens": student.num_tokens,
-            }
-
-        return self._stages.run("evaluate", config.model_dump(), tuple(graphs.values()), build)
-
-    def _race(self, backends: dict[str, Any]) -> dict[str, Any]:
-        self._reporter.say("speed: every model in turn, one sequence")
-        contenders = {
-            TORCH if name == TEACHER else name: tandem_contender(backend)
-            for name, backend in backends.items()
-        }
-        contenders[TRANSFORMERS] = transformers_contender(
-            _load_model(self._teacher.path, torch.bfloat16)
-        )
-        config = self._config.evaluate
-        vocab_size = backends[TEACHER].info.vocab_size
-        return race(contenders, vocab_size, config.num_timed_tokens, config.num_rounds)
-
-    def _packaged(
         self,
-        pruned: Stage,
-        distilled: Stage,
-        graphs: dict[str, Stage],
-        evaluated: Stage,
-        lineage: tuple[Stage, ...],
-    ) -> Path:
-        summary = _read_json(evaluated.path / "summary.json")
-        variants = {
-            name: describe_variant(name, stage.path, self._config, summary)
-            for name, stage in graphs.items()
+        config: ExportConfig,
+        teacher: TeacherFolder,
+        reporter: Reporter,
+        world: World | None = None,
+    ) -> None:
+        self.config = config
+        self.teacher = teacher
+        self.reporter = reporter
+        self.world = world or World()
+        self.stages = StageRunner(config.output_dir / "work", reporter.say, self.world)
+
+    # -- what there is ----------------------------------------------------------------------
+
+    @property
+    def specs(self) -> list[StageSpec]:
+        """All stages in the order in which they run."""
+        cached = [self.cached] if self.config.cache.kind != "none" else []
+        variants = [
+            spec
+            for name in self.config.variants
+            for spec in (
+                *([self.trained(name)] if name in self.trained_variants else []),
+                self.quantized(name),
+            )
+        ]
+        return [
+            self.sampled, self.accepted, *cached, self.pruned, self.distilled, self.exported,
+            *variants, self.evaluated,
+        ]  # fmt: skip
+
+    @property
+    def trained_variants(self) -> list[str]:
+        """The variants for which the student is trained on the grid."""
+        return [
+            name
+            for name, config in self.config.variants.items()
+            if isinstance(config, WeightOnlyVariant) and config.train
+        ]
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        return load_tasks(self.config.tasks)
+
+    @cached_property
+    def sampled(self) -> StageSpec:
+        settings = {
+            "teacher": self.teacher.reference.weights_sha256,
+            "sample": self.config.sample.model_dump(),
+            "tasks": hash_json([asdict(task) for task in self.tasks]),
         }
-        default = choose_default(variants)
-        target = self._config.output_dir / "bundle"
-        records = tuple(stage.record for stage in lineage)
-        if is_packaged(target, records, variants, default):
-            self._reporter.say(f"bundle: finished before, {target}, default variant {default}")
-            return target
-        partial = fresh(target.with_name("bundle.partial"))
-        removed = _removed_layers(pruned)
-        num_layers = _read_json(distilled.path / "config.json")["num_hidden_layers"]
-        write_bundle(
-            partial,
-            student_dir=distilled.path,
-            variant_dirs={name: stage.path for name, stage in graphs.items()},
-            eval_dir=evaluated.path,
-            teacher=self._teacher.reference.model_copy(
-                update={"local_path": str(self._teacher.path.resolve())}
-            ),
-            student=StudentInfo(
-                num_parameters=count_parameters([distilled.path / "model.safetensors"])[0],
-                num_layers=num_layers,
-                kept_layers=tuple(_kept_layers(removed, num_layers + len(removed))),
-                dtype="float32",
-            ),
-            lineage=records,
-            variants=variants,
-            default_variant=default,
-            metrics=describe_evaluation(self._config, summary),
-        )
-        verify_bundle(partial)
-        fresh(target).rmdir()
-        partial.replace(target)
-        self._reporter.say(f"bundle: {target}, default variant {default}")
+        return StageSpec("sample", settings, (), self._build_sample, version=2, can_resume=True)
+
+    @cached_property
+    def accepted(self) -> StageSpec:
+        settings = self.config.accept.model_dump()
+        return StageSpec("accept", settings, (self.sampled,), self._build_accept)
+
+    @cached_property
+    def cached(self) -> StageSpec:
+        settings = self.config.cache.model_dump()
+        return StageSpec("cache", settings, (self.accepted,), self._build_cache, can_resume=True)
+
+    @cached_property
+    def pruned(self) -> StageSpec:
+        if self.config.student is None:
+            settings: dict[str, Any] = self.config.prune.model_dump()
+            return StageSpec("prune", settings, (self.accepted,), self._build_prune, version=2)
+        settings = {"student": self.config.student, "sha256": hash_weights(self._student_folder)}
+        return StageSpec("student", settings, (self.accepted,), self._build_pretrained)
+
+    @cached_property
+    def distilled(self) -> StageSpec:
+        reads_cache = any(p.teacher_logits == "cache" for p in self.config.distill.phases)
+        after = (self.accepted, self.pruned, *([self.cached] if reads_cache else []))
+        settings = self.config.distill.model_dump(exclude={"checkpoint_every_s"})
+        if any(phase.data == "student" for phase in self.config.distill.phases):
+            settings["sample"] = self.config.sample.model_dump()
+        return StageSpec(
+            "distill", settings, after, self._build_distill,
+            version=2, can_resume=True, is_distributed=True,
+        )  # fmt: skip
+
+    @cached_property
+    def exported(self) -> StageSpec:
+        settings = self.config.onnx.model_dump()
+        return StageSpec(f"onnx-{FLOAT_VARIANT}", settings, (self.distilled,), self._build_onnx)
+
+    def trained(self, name: str) -> StageSpec:
+        """Return the stage that trains the student on a variant's grid."""
+        config = self.config.variants[name]
+        assert isinstance(config, WeightOnlyVariant) and config.train, name
+        return StageSpec(
+            f"grid-{name}", config.model_dump(exclude={"accuracy_level"}),
+            (self.accepted, self.exported), lambda folder: self._build_trained(name, folder),
+            can_resume=True, is_distributed=True,
+        )  # fmt: skip
+
+    def quantized(self, name: str) -> StageSpec:
+        """Return the stage that writes a variant's graph."""
+        config = self.config.variants[name]
+        before = self.trained(name) if name in self.trained_variants else self.accepted
+        return StageSpec(
+            f"onnx-{name}", config.model_dump(), (self.exported, before),
+            lambda folder: self._build_variant(name, folder), version=2,
+        )  # fmt: skip
+
+    @property
+    def graphs(self) -> dict[str, StageSpec]:
+        """The stage of every variant's graph, the float one first."""
+        others = {name: self.quantized(name) for name in self.config.variants}
+        return {FLOAT_VARIANT: self.exported, **others}
+
+    @cached_property
+    def evaluated(self) -> StageSpec:
+        settings = self.config.evaluate.model_dump()
+        after = (self.accepted, *self.graphs.values())
+        return StageSpec("evaluate", settings, after, self._build_evaluation, version=2)
+
+    # -- running ----------------------------------------------------------------------------
+
+    def run(self, spec: StageSpec) -> Stage:
+        """Return a stage, building it and what comes before it where that is missing."""
+        return self.stages.run(spec)
+
+    def package(self) -> Path:
+        """Run what is missing and return the bundle's path; see `export.package`."""
+        from export.packaging import package
+
+        for spec in self.specs:
+            self.run(spec)
+        target = package(self) if self.world.is_main else self.config.output_dir / "bundle"
+        self.world.wait()
         return target
 
+    def path(self, spec: StageSpec) -> Path:
+        return self.stages.path(spec)
 
-def select_tasks(config: ExportConfig) -> list[Task]:
-    """Return the first `max_train` and `max_test` built-in tasks of their splits."""
-    tasks = builtin_tasks(config.tasks.seed)
-    limits = {"train": config.tasks.max_train, "test": config.tasks.max_test}
-    return [
-        task
-        for split, limit in limits.items()
-        for task in [t for t in tasks if t.split == split][:limit]
-    ]
+    def examples(self, split: str) -> list[Example]:
+        """Return the accepted ("train") or held-out ("test") completions."""
+        rows = read_accepted(self.path(self.accepted))
+        return [row.example for row in rows if row.split == split]
+
+    @property
+    def text(self) -> Text:
+        eos_token_ids = read_eos_token_ids(self.teacher.path)
+        return Text(self.examples("train"), self.examples("test"), eos_token_ids)
+
+    @property
+    def removed_layers(self) -> list[int]:
+        """The teacher's layers that the student lacks, in the order in which they went."""
+        return [removal.layer for removal in self.removals]
+
+    @property
+    def removals(self) -> list[Removal]:
+        path = self.path(self.pruned) / REMOVALS_NAME
+        return [Removal(**raw) for raw in read_json(path)] if path.exists() else []
+
+    # -- builds -----------------------------------------------------------------------------
+
+    def _build_sample(self, folder: Path) -> dict[str, Any]:
+        rows = sample_teacher(
+            self.teacher.path, self.tasks, self.config.sample, folder,
+            self.reporter.track("teacher answers"),
+        )  # fmt: skip
+        return {
+            "completions": len(rows),
+            "completion_tokens": sum(len(row.token_ids) for row in rows),
+            "cut_at_max_tokens": sum(row.finish_reason == "length" for row in rows),
+        }
+
+    def _build_accept(self, folder: Path) -> dict[str, Any]:
+        rows = read_completions(self.path(self.sampled) / ROWS_NAME)
+        tokenizer = Tokenizer.load(self.teacher.path)
+        accepted = accept(self.tasks, rows, self.config.accept, tokenizer)
+        write_accepted(folder, accepted)
+        return {
+            "accepted": accepted.summary.num_accepted,
+            "sampled": accepted.summary.num_sampled,
+            "held_out": accepted.summary.num_held_out,
+        }
+
+    def _build_cache(self, folder: Path) -> dict[str, Any]:
+        cache = write_logits_cache(
+            folder,
+            load_model(self.teacher.path, torch.bfloat16),
+            self.examples("train"),
+            self.config.cache,
+            teacher_sha256=self.teacher.reference.weights_sha256,
+            num_vocab_tokens=count_real_tokens(self.teacher.path),
+            progress=self.reporter.track("examples cached"),
+        )
+        return {"size_bytes": cache.size_bytes}
+
+    def _build_prune(self, folder: Path) -> dict[str, Any]:
+        config = self.config.prune
+        candidates = self.examples("train")
+        texts = random.Random(0).sample(candidates, min(config.num_texts, len(candidates)))
+        teacher = load_model(self.teacher.path, torch.bfloat16)
+        removals = rank_layers(
+            teacher,
+            texts,
+            config.num_removed_layers,
+            first_candidate=config.first_candidate,
+            num_candidates=config.num_candidates,
+            progress=self.reporter.track("layers tried"),
+        )
+        write_json(folder / REMOVALS_NAME, [asdict(removal) for removal in removals])
+        student = self._cut(load_model(self.teacher.path, torch.float32), removals, texts)
+        return self._save_student(student, folder) | {
+            "removed_layers": [removal.layer for removal in removals],
+            "kl_before_training": removals[-1].kl if removals else 0.0,
+        }
+
+    def _cut(self, teacher: Any, removals: Sequence[Removal], texts: Sequence[Example]) -> Any:
+        kept = _kept_layers([r.layer for r in removals], teacher.config.num_hidden_layers)
+        student = drop_layers(teacher, kept)
+        if self.config.prune.kept_mlp_share == 1.0:
+            return student
+        return shrink_mlp(student, rank_channels(student, texts), self.config.prune.kept_mlp_share)
+
+    def _build_pretrained(self, folder: Path) -> dict[str, Any]:
+        return self._save_student(load_student(self._student_folder, self.teacher.path), folder)
+
+    def _save_student(self, student: Any, folder: Path) -> dict[str, Any]:
+        student.save_pretrained(folder)
+        copy_tokenizer(self.teacher.path, folder)
+        num_parameters = student.num_parameters()
+        warning = compression_warning(self.teacher.reference.num_parameters, num_parameters)
+        if warning:
+            self.reporter.say(f"warning: {warning}")
+        return {"layers": student.config.num_hidden_layers, "parameters": num_parameters}
+
+    @cached_property
+    def _student_folder(self) -> Path:
+        assert self.config.student is not None
+        cache_dir = self.config.cache_dir
+        return resolve_teacher(self.config.student, cache_dir, self.reporter.say).path
+
+    def _build_distill(self, folder: Path) -> dict[str, Any]:
+        config = self.config
+        teacher = load_model(self.teacher.path, torch.bfloat16)
+        kept = None
+        if config.student is None:
+            kept = _kept_layers(self.removed_layers, teacher.config.num_hidden_layers)
+        distillation = Distillation(
+            load_model(self.path(self.pruned), torch.float32),
+            teacher,
+            self.text,
+            folder,
+            config=config.distill,
+            sample=config.sample,
+            kept_layers=kept,
+            cache=self._open_cache(),
+            num_real_tokens=count_real_tokens(self.teacher.path),
+            world=self.world,
+        )
+        trainer = self._trainer(folder, distillation.probe)
+        log = trainer.run(distillation.phases())
+        distillation.measure(len(config.distill.phases))
+        if not self.world.is_main:
+            return {}
+        distillation.student.save_pretrained(folder)
+        copy_tokenizer(self.teacher.path, folder)
+        log.write_steps(folder / TRAINING_NAME)
+        write_json(folder / PROBES_NAME, [asdict(probe) for probe in log.probes])
+        trainer.clear()
+        return {
+            "layers": distillation.student.config.num_hidden_layers,
+            "parameters": distillation.student.num_parameters(),
+            "steps": len(log.steps),
+            "held_out_kl": distillation.held_out.forward_kl[-1],
+        }
+
+    def _open_cache(self) -> LogitsCache | None:
+        if self.cached not in self.distilled.after:
+            return None
+        sha256 = self.teacher.reference.weights_sha256
+        return LogitsCache.open(self.path(self.cached), self.examples("train"), sha256)
+
+    def _trainer(self, folder: Path, probe: Callable[[], float] | None = None) -> Trainer:
+        show = self.reporter.track("training, per mille")
+
+        def on_step(record: StepRecord, progress: float) -> None:
+            show(round(1000 * progress), 1000)
+
+        return Trainer(
+            folder / "checkpoints",
+            checkpoint_every_s=self.config.distill.checkpoint_every_s,
+            world=self.world,
+            watch=Watch(on_step, probe, self.reporter.say),
+        )
+
+    def _build_onnx(self, folder: Path) -> dict[str, Any]:
+        max_model_len = self._export_graph(self.path(self.distilled), folder)
+        write_variant_files(self.path(self.distilled), folder, max_model_len)
+        parity = measure_in_fresh_process(self.path(self.distilled), folder)
+        write_json(folder / PARITY_NAME, asdict(parity))
+        return {"onnx_kl": parity.max_mean_kl, "logit_difference": parity.max_logit_difference}
+
+    def _export_graph(self, student_dir: Path, folder: Path) -> int:
+        """Write the float graph of a student; returns how many positions it covers."""
+        from export.onnx_graph import export_onnx
+
+        student = load_model(student_dir, torch.float32)
+        positions: int = student.config.max_position_embeddings
+        max_model_len = min(self.config.onnx.max_model_len, positions)
+        export_onnx(student, folder, max_model_len=max_model_len)
+        return max_model_len
+
+    def _build_trained(self, name: str, folder: Path) -> dict[str, Any]:
+        from export.quantize import gptq_weights, split_by_module
+
+        config = self.config.variants[name]
+        assert isinstance(config, WeightOnlyVariant) and config.train
+        source, text = self.path(self.distilled), self.text
+        student = load_model(source, torch.float32)
+        grids = linear_grids(
+            student, lambda linear: BlockGrid(*_grid_fields(config.grid_of(linear)))
+        )
+        initial_path = folder / f"initial-{GRID_NAME}"
+        if self.world.is_main and config.method == "gptq" and not initial_path.exists():
+            self.reporter.say("gptq, to start from")
+            weights = gptq_weights(self.path(self.exported), config, text.train)
+            sizes = {n: student.get_submodule(n).out_features for n in grids}
+            partial = initial_path.with_suffix(".tmp")
+            save_grid_weights(partial, split_by_module(weights, sizes.__getitem__))
+            partial.replace(initial_path)
+        self.world.wait()
+        initial = load_grid_weights(initial_path) if config.method == "gptq" else {}
+        training = GridTraining(
+            student, load_model(source, torch.bfloat16), grids, initial, config.train, text
+        )
+        trainer = self._trainer(folder)
+        log = trainer.run([training.phase])
+        held_out_kl = training.measure()
+        if not self.world.is_main:
+            return {}
+        save_grid_weights(folder / GRID_NAME, training.parameters.grid_weights())
+        training.student.save_pretrained(folder)
+        copy_tokenizer(source, folder)
+        log.write_steps(folder / TRAINING_NAME)
+        initial_path.unlink(missing_ok=True)
+        trainer.clear()
+        return {"steps": len(log.steps), "held_out_kl_to_student": held_out_kl}
+
+    def _build_variant(self, name: str, folder: Path) -> dict[str, Any]:
+        from export.quantize import quantize_trained, quantize_variant
+
+        config, source = self.config.variants[name], self.path(self.exported)
+        if isinstance(config, WeightOnlyVariant) and config.train:
+            trained = self.path(self.trained(name))
+            graph = fresh(folder / "float")
+            self._export_graph(trained, graph)
+            weights = load_grid_weights(trained / GRID_NAME)
+            quantize_trained(graph, folder, config, weights)
+            fresh(graph).rmdir()
+        else:
+            quantize_variant(source, folder, config, self.examples("train"))
+        max_model_len = read_json(source / "config.json")["max_position_embeddings"]
+        write_variant_files(self.path(self.distilled), folder, max_model_len)
+        return {"size_bytes": sum(path.stat().st_size for path in folder.glob("model.onnx*"))}
+
+    def _build_evaluation(self, folder: Path) -> dict[str, Any]:
+        from export.evaluation import run_evaluation
+
+        return run_evaluation(self, folder)
+
+    @property
+    def measured_graphs(self) -> dict[str, Path]:
+        """The folders of the variants that this machine can run: no bfloat16 on a CPU."""
+        return {
+            name: self.path(spec)
+            for name, spec in self.graphs.items()
+            if not _needs_gpu(self.config.variants.get(name)) or torch.cuda.is_available()
+        }
 
 
-def _examples(sampled: Stage, split: str) -> list[Example]:
-    rows = read_completions(sampled.path / ROWS_NAME)
-    return [row.example for row in rows if row.split == split]
+def _needs_gpu(config: Any) -> bool:
+    return isinstance(config, HalfVariant) and config.method == "bfloat16"
 
 
-def _removed_layers(pruned: Stage) -> list[int]:
-    return [removal["layer"] for removal in _read_json(pruned.path / "removals.json")]
+def _grid_fields(config: Any) -> tuple[int, int]:
+    return config.bits, config.block_size
 
 
 def _kept_layers(removed: Sequence[int], num_teacher_layers: int) -> list[int]:
     return [layer for layer in range(num_teacher_layers) if layer not in removed]
-
-
-def _load_model(path: Path, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
-    return model.eval()
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the teacher's tokenizer and generation config to where its student was saved.
-
-    Older folders have the chat template in tokenizer_config.json; the student gets it as a file.
-    """
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (source / name).exists():
-            (target / name).write_bytes((source / name).read_bytes())
-    template = target / "chat_template.jinja"
-    if not template.exists():
-        config = _read_json(source / "tokenizer_config.json")
-        template.write_text(config["chat_template"], encoding="utf-8")
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

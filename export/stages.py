@@ -1,26 +1,61 @@
 """Content-addressed stages: a folder per stage, named by the hash of all that it depends on.
 
-A stage builds in `<name>-<key>.partial` and renames it when it is whole, so a kill at any moment
-loses at most the stage in progress, and a stage that can resume finds its partial folder again.
+A `StageSpec` says what a stage is before anything runs: its name, settings, version of the code,
+and the stages before it. Its key, and so its folder, follow from these alone, which is how `plan`
+and `status` know what is finished. A stage builds in `<name>-<key>.partial` and renames it when it
+is whole: a kill at any moment loses at most the step in progress, and a stage that can resume
+finds its partial folder again.
 """
 
 from __future__ import annotations
 
+import enum
 import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from bundle.hashing import hash_json
 from bundle.manifest import StageRecord
+from export.distributed import World
+from export.resources import PeakMemory, folder_size_bytes
 
 RECORD_NAME = "stage.json"
 
 Build = Callable[[Path], dict[str, Any]]
 """Fills the folder it is given and returns a summary for people: small, JSON."""
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What a stage is. `version` is raised when its code changes what it writes.
+
+    `is_distributed` stages are built by all processes together (`export.distributed`), others by
+    the main one while the rest wait; one that `can_resume` gets its partial folder as it was left.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    after: tuple[StageSpec, ...]
+    build: Build = field(repr=False, compare=False)
+    version: int = 1
+    can_resume: bool = False
+    is_distributed: bool = False
+
+    @cached_property
+    def key(self) -> str:
+        return hash_json(
+            {
+                "name": self.name,
+                "version": self.version,
+                "settings": self.settings,
+                "after": [spec.key for spec in self.after],
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,36 +66,81 @@ class Stage:
     record: StageRecord
 
 
+class StageState(enum.Enum):
+    """How far a stage is."""
+
+    FINISHED = "finished"
+    PARTIAL = "begun"
+    MISSING = "to run"
+
+
 class StageRunner:
     """Runs stages below `root`, or finds them finished there."""
 
-    def __init__(self, root: Path, announce: Callable[[str], None]) -> None:
+    def __init__(
+        self, root: Path, announce: Callable[[str], None], world: World | None = None
+    ) -> None:
         self._root = root
         self._announce = announce
+        self._world = world or World()
 
-    def run(
-        self, name: str, settings: Mapping[str, Any], after: tuple[Stage, ...], build: Build
-    ) -> Stage:
-        """Return the stage `name` for these settings and predecessors, building it if need be."""
-        key = hash_json(
-            {"name": name, "settings": settings, "after": [s.record.key for s in after]}
-        )
-        path = self._root / f"{name}-{key[:12]}"
-        if path.exists():
-            self._announce(f"{name}: finished before, in {path}")
-            record = StageRecord.model_validate_json((path / RECORD_NAME).read_text())
-            return Stage(path, record)
-        self._announce(f"{name} …")
+    def path(self, spec: StageSpec) -> Path:
+        """Return the folder of a stage, finished or not."""
+        return self._root / f"{spec.name}-{spec.key[:12]}"
+
+    def partial_path(self, spec: StageSpec) -> Path:
+        """Return the folder in which the stage is being built."""
+        return self._root / f"{spec.name}-{spec.key[:12]}.partial"
+
+    def state(self, spec: StageSpec) -> StageState:
+        if self.path(spec).exists():
+            return StageState.FINISHED
+        return StageState.PARTIAL if self.partial_path(spec).exists() else StageState.MISSING
+
+    def find(self, spec: StageSpec) -> Stage | None:
+        """Return the stage if it is finished."""
+        path = self.path(spec)
+        if not path.exists():
+            return None
+        return Stage(path, StageRecord.model_validate_json((path / RECORD_NAME).read_text()))
+
+    def run(self, spec: StageSpec) -> Stage:
+        """Return the stage, building it and what comes before it where that is missing."""
+        found = self.find(spec)
+        if found is None:
+            for earlier in spec.after:
+                self.run(earlier)
+            if self._world.is_main or spec.is_distributed:
+                self._build(spec)
+            self._world.wait()
+            found = self.find(spec)
+            assert found is not None, f"{self.path(spec)} is not there: do all processes share it?"
+        return found
+
+    def _build(self, spec: StageSpec) -> None:
+        self._announce(f"{spec.name} …")
         started_s = time.monotonic()
-        partial = path.with_name(f"{path.name}.partial")
+        memory = PeakMemory()
+        partial = self.partial_path(spec)
+        if self._world.is_main and not spec.can_resume:
+            fresh(partial)
         partial.mkdir(parents=True, exist_ok=True)
-        summary = build(partial)
+        self._world.wait_if(spec.is_distributed)
+        summary = spec.build(partial)
+        if not self._world.is_main:
+            return
         seconds = round(time.monotonic() - started_s, 2)
-        record = StageRecord(name=name, key=key, seconds=seconds, summary=summary)
+        record = StageRecord(
+            name=spec.name,
+            key=spec.key,
+            seconds=seconds,
+            summary=summary,
+            peak_memory_bytes=memory.read_bytes(),
+            size_bytes=folder_size_bytes(partial),
+        )
         (partial / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n")
-        partial.replace(path)
-        self._announce(f"{name}: {seconds:.0f} s, {_shown(summary)}")
-        return Stage(path, record)
+        partial.replace(self.path(spec))
+        self._announce(f"{spec.name}: {seconds:.0f} s, {_shown(record)}")
 
 
 def fresh(folder: Path) -> Path:
@@ -70,10 +150,14 @@ def fresh(folder: Path) -> Path:
     return folder
 
 
-def _shown(summary: Mapping[str, Any]) -> str:
-    return ", ".join(
+def _shown(record: StageRecord) -> str:
+    shown = [
         f"{key.replace('_', ' ')} {value:.4g}"
         if isinstance(value, float)
         else f"{key.replace('_', ' ')} {json.dumps(value)}"
-        for key, value in summary.items()
-    )
+        for key, value in record.summary.items()
+        if not isinstance(value, dict)
+    ]
+    if record.peak_memory_bytes is not None:
+        shown.append(f"peak memory {record.peak_memory_bytes / 2**30:.1f} GiB")
+    return ", ".join(shown)

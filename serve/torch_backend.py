@@ -173,9 +173,17 @@ class TorchBackend:
                 f"max_model_len {max_model_len} exceeds the {config.max_position_embeddings} "
                 f"positions of {path}"
             )
-        model = AutoModel.from_pretrained(
-            path, dtype=dtype, attn_implementation=_ATTENTION, trust_remote_code=False
+        model = AutoModel.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        return cls.take(
+            model, device=device, max_num_seqs=max_num_seqs, max_model_len=max_model_len
         )
+
+    @classmethod
+    def take(
+        cls, model: Any, *, device: str, max_num_seqs: int, max_model_len: int
+    ) -> TorchBackend:
+        """Take over a transformers model, which is of no further use by itself."""
+        model.set_attn_implementation(_ATTENTION)
         return cls(
             model.eval().to(device),
             device=torch.device(device),

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from export.config import ExportConfig
-from export.package import write_variant_files
-from export.pipeline import _copy_tokenizer, select_tasks
+from export.model_files import copy_tokenizer, write_variant_files
 from export.tasks import builtin_tasks
 
 
@@ -56,7 +55,7 @@ def test_chat_template_is_found_in_either_place(tiny_teacher: Path, tmp_path: Pa
     template = (tiny_teacher / "chat_template.jinja").read_text()
     config = json.loads((tiny_teacher / "tokenizer_config.json").read_text())
     (source / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
-    _copy_tokenizer(source, target)
+    copy_tokenizer(source, target)
     assert (target / "chat_template.jinja").read_text() == template
 
 
@@ -72,7 +71,7 @@ def test_teacher_may_lack_a_generation_config(
         if is_there or path.name != "generation_config.json":
             (source / path.name).write_bytes(path.read_bytes())
     (target / "generation_config.json").write_text('{"eos_token_id": 99}')
-    _copy_tokenizer(source, target)
+    copy_tokenizer(source, target)
     eos = json.loads((target / "generation_config.json").read_text())["eos_token_id"]
     assert eos == (2 if is_there else 99)
 
@@ -80,7 +79,7 @@ def test_teacher_may_lack_a_generation_config(
 def test_tokenizer_files_of_the_student_are_those_of_the_teacher(
     tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    _copy_tokenizer(tiny_teacher, tmp_path)
+    copy_tokenizer(tiny_teacher, tmp_path)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (tiny_teacher / path.name).read_bytes()
     (tmp_path / "config.json").write_bytes((tiny_teacher / "config.json").read_bytes())

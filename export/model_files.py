@@ -1,0 +1,95 @@
+"""The files of a model's folder: weights, configuration, tokenizer, and what other runtimes want."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def load_model(path: Path, dtype: torch.dtype) -> Any:
+    """Return the model of a transformers folder, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+    return model.eval()
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a model's tokenizer and generation config to where its student was saved.
+
+    Older folders have the chat template in tokenizer_config.json; the student gets it as a file.
+    """
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (source / name).exists():
+            (target / name).write_bytes((source / name).read_bytes())
+    template = target / "chat_template.jinja"
+    if not template.exists():
+        config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+        template.write_text(config["chat_template"], encoding="utf-8")
+
+
+def write_variant_files(student_dir: Path, variant_dir: Path, max_model_len: int) -> None:
+    """Put beside a graph what other runtimes want there: configuration and tokenizer."""
+    config = json.loads((student_dir / "config.json").read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = max_model_len
+    write_json(variant_dir / "config.json", config)
+    write_json(variant_dir / "genai_config.json", genai_config(config))
+    shutil.copy(student_dir / "generation_config.json", variant_dir)
+    for name in TOKENIZER_FILES:
+        shutil.copy(student_dir / name, variant_dir)
+
+
+def genai_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return onnxruntime-genai's description of a graph, from a transformers configuration."""
+    pad_token_id = config.get("pad_token_id")
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return {
+        "model": {
+            # It names its architectures as transformers does.
+            "type": config.get("model_type", "llama"),
+            "vocab_size": config["vocab_size"],
+            "context_length": config["max_position_embeddings"],
+            "bos_token_id": config.get("bos_token_id"),
+            "eos_token_id": config["eos_token_id"],
+            "pad_token_id": config["eos_token_id"] if pad_token_id is None else pad_token_id,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": "model.onnx",
+                "hidden_size": config["hidden_size"],
+                "head_size": head_dim,
+                "num_attention_heads": config["num_attention_heads"],
+                "num_key_value_heads": config["num_key_value_heads"],
+                "num_hidden_layers": config["num_hidden_layers"],
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "max_length": config["max_position_embeddings"],
+            "past_present_share_buffer": True,
+        },
+    }
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,79 @@
+"""The last step of an export: judge the variants, write report and bundle, verify it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bundle.manifest import StudentInfo
+from export.evaluation import SUMMARY_NAME
+from export.html_report import write_report
+from export.model_files import read_json
+from export.package import is_packaged, write_bundle
+from export.report import describe_evaluation, describe_variant
+from export.report_data import collect_report
+from export.select import choose_default
+from export.stages import fresh
+from export.teacher import count_parameters
+from export.verify import verify_bundle_deep
+
+if TYPE_CHECKING:
+    from export.pipeline import Pipeline
+
+REPORT_NAME = "report.html"
+
+
+def package(pipeline: Pipeline) -> Path:
+    """Write `OUTPUT_DIR/bundle` from finished stages, unless it is there already.
+
+    GateError when no variant passed; the report of what failed is then in OUTPUT_DIR.
+    """
+    say, stages = pipeline.reporter.say, pipeline.stages
+    summary = read_json(pipeline.path(pipeline.evaluated) / SUMMARY_NAME)
+    variants = {
+        name: describe_variant(name, pipeline.path(spec), pipeline.config, summary)
+        for name, spec in pipeline.graphs.items()
+    }
+    report = pipeline.config.output_dir / REPORT_NAME
+    write_report(report, collect_report(pipeline, variants, summary, default=None))
+    default = choose_default(variants, pipeline.config.select)
+    target = pipeline.config.output_dir / "bundle"
+    records = tuple(stages.run(spec).record for spec in pipeline.specs)
+    if is_packaged(target, records, variants, default):
+        say(f"bundle: finished before, {target}, default variant {default}")
+        return target
+    partial = fresh(target.with_name("bundle.partial"))
+    write_report(report, collect_report(pipeline, variants, summary, default=default))
+    write_bundle(
+        partial,
+        student_dir=pipeline.path(pipeline.distilled),
+        variant_dirs={name: pipeline.path(spec) for name, spec in pipeline.graphs.items()},
+        eval_dir=pipeline.path(pipeline.evaluated),
+        report=report,
+        teacher=pipeline.teacher.reference.model_copy(
+            update={"local_path": str(pipeline.teacher.path.resolve())}
+        ),
+        student=_describe_student(pipeline),
+        lineage=records,
+        variants=variants,
+        default_variant=default,
+        metrics=describe_evaluation(pipeline.config, summary),
+    )
+    verify_bundle_deep(partial)
+    fresh(target).rmdir()
+    partial.replace(target)
+    say(f"bundle: {target}, default variant {default}; read {target / 'eval' / REPORT_NAME}")
+    return target
+
+
+def _describe_student(pipeline: Pipeline) -> StudentInfo:
+    folder = pipeline.path(pipeline.distilled)
+    num_layers: int = read_json(folder / "config.json")["num_hidden_layers"]
+    removed = pipeline.removed_layers
+    kept = [layer for layer in range(num_layers + len(removed)) if layer not in removed]
+    return StudentInfo(
+        num_parameters=count_parameters(sorted(folder.glob("*.safetensors")))[0],
+        num_layers=num_layers,
+        kept_layers=tuple(kept) if pipeline.config.student is None else None,
+        dtype="float32",
+    )

@@ -1,0 +1,53 @@
+"""What a stage used: peak memory of this process and its children, bytes on disk."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # proc_pid_clear_refs(5): reset the peak resident set size
+
+
+class PeakMemory:
+    """The peak resident memory from now on; of the whole process where Linux cannot reset it."""
+
+    def __init__(self) -> None:
+        self._children_bytes = _children_peak_bytes()
+        if _CLEAR_REFS.exists():
+            try:
+                _CLEAR_REFS.write_text(_RESET_PEAK)
+            except OSError:
+                # A container may forbid it; the peak is then the process's, which is no less.
+                return
+
+    def read_bytes(self) -> int:
+        """Return the larger one of this process's peak and that of a child that ended since."""
+        children = _children_peak_bytes()
+        return max(_peak_bytes(), children if children > self._children_bytes else 0)
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process now; its peak where there is no /proc."""
+    return _read_status("VmRSS")
+
+
+def _peak_bytes() -> int:
+    return _read_status("VmHWM")
+
+
+def _read_status(key: str) -> int:
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _children_peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+def folder_size_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,290 @@
+"""The training loop: phases, rounds, steps, and a checkpoint from which it goes on.
+
+A phase is an optimizer and a loss; its rounds are epochs over the teacher's completions or, on
+policy, fresh completions of the student's own (`export.on_policy`). What a step computes depends
+on the recipe and the step's place alone, so a run that was killed and resumed on the same CPU
+writes the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from export.checkpoint import Checkpoints
+from export.config import PhaseConfig
+from export.distill import Example, Forward, Objective, StepSums, accumulate, plan_steps, schedule
+from export.distributed import World
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step: mean loss terms over its completion tokens, in nats per token (`hidden`
+    is a relative squared error)."""
+
+    phase: int
+    step: int
+    total: float
+    soft: float
+    hard: float
+    hidden: float
+    attention: float
+    num_tokens: int
+    learning_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeRecord:
+    """What the student's greedy answers look like after `step` steps: see `export.on_policy`."""
+
+    phase: int
+    step: int
+    repeated_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What comes next: a step of a round of a phase, `done` steps of this phase behind it."""
+
+    phase: int = 0
+    round: int = 0
+    step: int = 0
+    done: int = 0
+
+
+class Parameters(Protocol):
+    """What the optimizer moves, and how it gets into the model."""
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups, `base_lr` in each."""
+        ...
+
+    def named(self) -> Mapping[str, torch.Tensor]:
+        """Return every moved tensor by a name that stays the same between runs."""
+        ...
+
+    def gather_gradients(self) -> None:
+        """Put gradients where the optimizer looks for them."""
+        ...
+
+    def publish(self) -> None:
+        """Write the moved tensors into the model."""
+        ...
+
+
+class PlainParameters:
+    """The trainable parameters of some modules, moved as they are."""
+
+    def __init__(self, **modules: torch.nn.Module | None) -> None:
+        self._named = {
+            f"{prefix}.{name}": parameter
+            for prefix, module in modules.items()
+            if module is not None
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """See `Parameters`."""
+        return [{"params": list(self._named.values()), "base_lr": learning_rate}]
+
+    def named(self) -> Mapping[str, torch.Tensor]:
+        """See `Parameters`."""
+        return self._named
+
+    def gather_gradients(self) -> None:
+        """See `Parameters`: they are there already."""
+
+    def publish(self) -> None:
+        """See `Parameters`: they are there already."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPhase:
+    """A phase ready to run: `text(round)` gives the examples of each of `num_rounds` rounds."""
+
+    config: PhaseConfig
+    forward: Forward
+    parameters: Parameters
+    num_rounds: int
+    text: Callable[[int], Sequence[Example]]
+    num_real_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Who looks on: `on_step` gets each record and the phase's progress from 0 to 1; `probe`, if
+    any, measures the student's own answers `num_probes` times a phase."""
+
+    on_step: Callable[[StepRecord, float], None] = lambda record, progress: None
+    probe: Callable[[], float] | None = None
+    num_probes: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Everything that was recorded, in order."""
+
+    steps: tuple[StepRecord, ...] = ()
+    probes: tuple[ProbeRecord, ...] = ()
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Log:
+        return cls(
+            tuple(StepRecord(**step) for step in raw["steps"]),
+            tuple(ProbeRecord(**probe) for probe in raw["probes"]),
+        )
+
+    def write_steps(self, path: Path) -> None:
+        """Write one JSON row per step."""
+        path.write_text("".join(json.dumps(asdict(step)) + "\n" for step in self.steps))
+
+
+class Trainer:
+    """Runs phases one after the other and keeps a checkpoint in `folder`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        checkpoint_every_s: float = 120.0,
+        world: World | None = None,
+        watch: Watch | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self._world = world or World()
+        self._checkpoints = Checkpoints(folder, is_writer=self._world.is_main)
+        self._every_s = checkpoint_every_s
+        self._watch = watch or Watch()
+        self._dtype = dtype
+        self._log = Log()
+
+    def run(self, phases: Sequence[Callable[[], TrainingPhase]]) -> Log:
+        """Train and return the log. A phase is built when its turn comes, and not if it is over.
+
+        A later phase's parameters are those that the earlier one left, so `phases` must share the
+        student.
+        """
+        place, saved = self._checkpoints.load()
+        start = Place(**place) if place else Place()
+        if place:
+            self._log = Log.from_json(saved.log)
+        for index in range(start.phase, len(phases)):
+            phase = phases[index]()
+            tensors = phase.parameters.named()
+            optimizer = _optimizer(phase)
+            if place and index == start.phase:
+                self._checkpoints.restore(saved, tensors, optimizer)
+                phase.parameters.publish()
+            begin = start if index == start.phase else Place(phase=index)
+            self._run_phase(phase, optimizer, begin)
+            if index + 1 < len(phases):
+                self._save(Place(phase=index + 1), tensors, None)
+        return self._log
+
+    def _run_phase(
+        self, phase: TrainingPhase, optimizer: torch.optim.Optimizer, place: Place
+    ) -> None:
+        phase.forward.student.train()
+        saved_s = time.monotonic()
+        while place.round < phase.num_rounds:
+            steps = plan_steps(phase.text(place.round), phase.config, place.round)
+            while place.step < len(steps):
+                self._probe_if_due(phase, place, len(steps))
+                self._step(phase, optimizer, place, steps)
+                place = replace(place, step=place.step + 1, done=place.done + 1)
+                if self._world.broadcast(time.monotonic() - saved_s >= self._every_s):
+                    self._save(place, phase.parameters.named(), optimizer)
+                    saved_s = time.monotonic()
+            place = replace(place, round=place.round + 1, step=0)
+        self._probe(phase, place)
+        phase.forward.student.eval()
+
+    def _step(
+        self,
+        phase: TrainingPhase,
+        optimizer: torch.optim.Optimizer,
+        place: Place,
+        steps: Sequence[Sequence[Sequence[Example]]],
+    ) -> None:
+        progress = (place.round + (place.step + 0.5) / len(steps)) / phase.num_rounds
+        factor = schedule(progress, phase.config.warmup_share)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        objective = Objective.of(phase.config, phase.num_real_tokens)
+        sums = accumulate(
+            phase.forward, steps[place.step], objective, world=self._world, dtype=self._dtype
+        )
+        phase.parameters.gather_gradients()
+        moved = list(phase.parameters.named().values())
+        self._world.add_up(_gradients(moved))
+        torch.nn.utils.clip_grad_norm_(moved, phase.config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        phase.parameters.publish()
+        record = _record(place, sums, phase.config.learning_rate * factor)
+        self._log = replace(self._log, steps=(*self._log.steps, record))
+        done = (place.round + (place.step + 1) / len(steps)) / phase.num_rounds
+        self._watch.on_step(record, done)
+
+    def _probe_if_due(self, phase: TrainingPhase, place: Place, num_steps: int) -> None:
+        total = phase.num_rounds * num_steps
+        at = place.round * num_steps + place.step
+        if at * self._watch.num_probes // total != (at - 1) * self._watch.num_probes // total:
+            self._probe(phase, place)
+
+    def _probe(self, phase: TrainingPhase, place: Place) -> None:
+        if self._watch.probe is None:
+            return
+        share = self._world.broadcast(self._watch.probe() if self._world.is_main else 0.0)
+        record = ProbeRecord(place.phase, place.done, share)
+        if record not in self._log.probes:  # a resumed run may come by here again
+            self._log = replace(self._log, probes=(*self._log.probes, record))
+        phase.forward.student.train()
+
+    def _save(
+        self,
+        place: Place,
+        tensors: Mapping[str, torch.Tensor],
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
+        self._checkpoints.save(asdict(place), asdict(self._log), tensors, optimizer)
+        self._world.wait()
+
+
+def _optimizer(phase: TrainingPhase) -> torch.optim.AdamW:
+    config = phase.config
+    return torch.optim.AdamW(
+        phase.parameters.groups(config.learning_rate),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def _gradients(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the gradient of each, zeros where this process had nothing to do with it."""
+    for tensor in tensors:
+        if tensor.grad is None:
+            tensor.grad = torch.zeros_like(tensor)
+    return [tensor.grad for tensor in tensors if tensor.grad is not None]
+
+
+def _record(place: Place, sums: StepSums, learning_rate: float) -> StepRecord:
+    return StepRecord(
+        phase=place.phase,
+        step=place.done,
+        total=sums.total / sums.num_tokens,
+        soft=sums.soft / sums.num_tokens,
+        hard=sums.hard / sums.num_tokens,
+        hidden=sums.hidden / sums.num_tokens,
+        attention=sums.attention / sums.num_tokens,
+        num_tokens=sums.num_tokens,
+        learning_rate=learning_rate,
+    )
