@@ -63,7 +63,7 @@ class _Evaluation:
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         self._config = pipeline.config.evaluate
-        self._test = [row for row in read_accepted(pipeline.path(pipeline.accepted))
+        self._test = [row for row in read_accepted(pipeline.path(pipeline.accepted)).completions
                       if row.split == "test"]  # fmt: skip
         self._tokenizer = Tokenizer.load(pipeline.teacher.path)
         self._eos_token_ids = read_eos_token_ids(pipeline.teacher.path)
@@ -122,7 +122,7 @@ class _Evaluation:
                 "prompt": by_id[row.task_id].prompt,
                 "teacher": self._tokenizer.decode(row.token_ids),
                 "student": self._tokenizer.decode(said.completion_token_ids),
-                "forward_kl": record.forward_kl[TEACHER][STUDENT],
+                "forward_kl": record.forward_kl[TEACHER, STUDENT],
             }
             for row, said, record in zip(self._test, answers, held_out.prompts, strict=True)
         ]

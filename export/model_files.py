@@ -1,4 +1,4 @@
-"""The files of a model's folder: weights, configuration, tokenizer, and what other runtimes want."""
+"""The files of a model's folder: weights, configuration, tokenizer, and for other runtimes."""
 
 from __future__ import annotations
 

@@ -83,7 +83,9 @@ def is_packaged(
 
 
 def _copy_stage(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(RECORD_NAME))
+    """Copy what a stage made, but not what it needed on the way."""
+    working = (RECORD_NAME, "checkpoints", "on-policy-*")
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*working))
 
 
 _CARD_METRICS = (

@@ -12,7 +12,7 @@ from export.model_files import read_json
 from export.package import is_packaged, write_bundle
 from export.report import describe_evaluation, describe_variant
 from export.report_data import collect_report
-from export.select import choose_default
+from export.select import GateError, choose_default
 from export.stages import fresh
 from export.teacher import count_parameters
 from export.verify import verify_bundle_deep
@@ -35,8 +35,12 @@ def package(pipeline: Pipeline) -> Path:
         for name, spec in pipeline.graphs.items()
     }
     report = pipeline.config.output_dir / REPORT_NAME
-    write_report(report, collect_report(pipeline, variants, summary, default=None))
-    default = choose_default(variants, pipeline.config.select)
+    try:
+        default = choose_default(variants, pipeline.config.select)
+    except GateError:
+        write_report(report, collect_report(pipeline, variants, summary, default=None))
+        say(f"what failed, and where the quality went: {report}")
+        raise
     target = pipeline.config.output_dir / "bundle"
     records = tuple(stages.run(spec).record for spec in pipeline.specs)
     if is_packaged(target, records, variants, default):

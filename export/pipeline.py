@@ -216,6 +216,8 @@ class Pipeline:
         from export.packaging import package
 
         for spec in self.specs:
+            if self.stages.find(spec):
+                self.reporter.say(f"{spec.name}: finished before, in {self.path(spec)}")
             self.run(spec)
         target = package(self) if self.world.is_main else self.config.output_dir / "bundle"
         self.world.wait()
@@ -226,7 +228,7 @@ class Pipeline:
 
     def examples(self, split: str) -> list[Example]:
         """Return the accepted ("train") or held-out ("test") completions."""
-        rows = read_accepted(self.path(self.accepted))
+        rows = read_accepted(self.path(self.accepted)).completions
         return [row.example for row in rows if row.split == split]
 
     @property

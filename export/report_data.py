@@ -133,7 +133,7 @@ def _estimate(value: float, interval: Mapping[str, float] | None) -> Estimate:
 
 
 def _flips(agreement: Mapping[str, Any]) -> Flips:
-    margins = agreement["flip_margins"]
+    margins = agreement["flip_margins"] or dict.fromkeys(("median", "p90", "max"))
     return Flips(
         agreement["num_flips"],
         agreement["num_tokens"],

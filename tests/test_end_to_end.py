@@ -31,17 +31,47 @@ SETTINGS: dict[str, Any] = {
     "tasks": {"max_train": 32, "max_test": 6},
     "sample": {"max_tokens": 16, "max_num_seqs": 16, "max_model_len": 256},
     "prune": {"num_removed_layers": 1, "num_texts": 4},
+    # Random weights answer nothing right, and end where they are cut.
+    "accept": {
+        "require_correct": False,
+        "drop_truncated": False,
+        "max_repetition": 1.0,
+        "max_foreign_letters": 1.0,
+    },  # fmt: skip
     "distill": {
-        "num_epochs": 2,
-        "learning_rate": 1e-3,
-        "tokens_per_step": 64,
+        "phases": [
+            {"num_epochs": 2, "learning_rate": 1e-3, "tokens_per_step": 64},
+            {
+                "data": "student",
+                "divergence": "reverse_kl",
+                "num_prompts_per_round": 16,
+                "learning_rate": 1e-4,
+                "tokens_per_step": 64,
+            },
+        ],
         "freeze_shared_layers": True,
     },
     "variants": {
         "int8": {"bits": 8, "block_size": 32},
         "int4": {"bits": 4, "block_size": 32},
+        "trained": {
+            "bits": 4,
+            "block_size": 32,
+            "method": "gptq",
+            "num_calibration_texts": 8,
+            "overrides": {"lm_head": {"bits": 8, "block_size": 32}},
+            "train": {"alpha": 1.0, "temperature": 1.0, "tokens_per_step": 64},
+        },
     },
-    "evaluate": {"max_num_seqs": 6, "num_timed_tokens": 8, "num_rounds": 1},
+    "evaluate": {
+        "max_num_seqs": 6,
+        "max_task_prompts": 3,
+        "num_samples": 2,
+        "k": [1, 2],
+        "task_max_tokens": 8,
+        "num_timed_tokens": 8,
+        "num_rounds": 1,
+    },
     # Random weights are no teacher to come near; what the runtimes do to them is held to account.
     "gates": {"student_kl": 20.0, "onnx_kl": 1e-6, "quantized_kl": 0.02},
 }
@@ -161,15 +191,18 @@ def test_training_brought_the_student_closer(exported: Exported) -> None:
 
 def test_gates_are_judged_and_the_default_passed(exported: Exported) -> None:
     variants = exported.manifest.variants
-    assert set(variants) == {"fp32", "int8", "int4"}
+    assert set(variants) == {"fp32", "int8", "int4", "trained"}
     passed = {(name, gate.name): gate.passed for name, v in variants.items() for gate in v.gates}
     assert passed == {
         ("fp32", "kl_to_teacher"): True,
         ("fp32", "parity_with_torch"): True,
+        ("fp32", "logit_difference"): True,
         ("int8", "kl_to_teacher"): True,
         ("int8", "kl_to_float_student"): True,
         ("int4", "kl_to_teacher"): True,
         ("int4", "kl_to_float_student"): False,
+        ("trained", "kl_to_teacher"): True,
+        ("trained", "kl_to_float_student"): True,
     }
     assert variants[exported.manifest.default_variant].is_passed
 
@@ -177,11 +210,14 @@ def test_gates_are_judged_and_the_default_passed(exported: Exported) -> None:
 def test_lineage_names_every_stage_in_order(exported: Exported) -> None:
     assert [stage.name for stage in exported.manifest.lineage] == [
         "sample",
+        "accept",
         "prune",
         "distill",
         "onnx-fp32",
         "onnx-int8",
         "onnx-int4",
+        "grid-trained",
+        "onnx-trained",
         "evaluate",
     ]
 
@@ -193,8 +229,9 @@ def test_every_progress_bar_ends_at_its_total(exported: Exported) -> None:
     assert set(exported.reporter.progress) == {
         "teacher answers",
         "layers tried",
-        "training steps",
+        "training, per mille",
         "held-out prompts",
+        "task answers",
     }
 
 
@@ -337,7 +374,7 @@ def test_demo_finds_the_recipe_finished_and_shows_it_all(
 ) -> None:
     demo(exported.recipe)
     shown = capsys.readouterr().out
-    assert shown.count("finished before") == 8
+    assert shown.count("finished before") == 11
     assert f"{exported.manifest.default_variant} (default)" in shown
     assert shown.count("k3, nats per token") == 5
     assert 'tandem_consensus_total{outcome="' in shown
