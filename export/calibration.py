@@ -15,9 +15,19 @@ import torch
 from onnxruntime import InferenceSession, SessionOptions
 from onnxruntime.quantization import CalibrationDataReader
 
+from export.config import ExportError, StaticVariant, WeightOnlyVariant
 from export.distill import Example
 
 Feed = dict[str, np.ndarray]
+
+
+def calibration_texts(
+    config: WeightOnlyVariant | StaticVariant, texts: Sequence[Example]
+) -> Sequence[Example]:
+    """Return as many of `texts` as `config` calibrates on. Raises ExportError if there is none."""
+    if not texts:
+        raise ExportError(f"{config.method}: there is no calibration text; at least one is needed")
+    return texts[: config.num_calibration_texts]
 
 
 def text_feeds(model: onnx.ModelProto, texts: Iterable[Example]) -> Iterator[Feed]:

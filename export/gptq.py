@@ -1,79 +1,99 @@
 """GPTQ on the grid of `MatMulNBits` (Frantar et al. 2023, "GPTQ", Algorithm 1).
 
 Inputs are quantized one after the other; what rounding one of them adds to the layer's output is
-taken out again by the inputs still to come, as far as the calibration text lets them.
+taken out again by the inputs still to come, as far as the calibration text lets them. The inputs
+with the most signal come first (`act_order` and `static_groups` of the authors' code): scales are
+chosen beforehand, so a block's inputs need not be neighbours in that order.
 """
 
 from __future__ import annotations
 
 import torch
 
-from export.grid import BlockGrid, GridWeight, least_squares_scales
+from export.grid import BlockGrid, GridWeight, absmax_scales, encode
 
 # Of the mean diagonal; the paper's section 3.3, step 3.
 DAMPENING = 0.01
-# Columns whose updates of later columns are done at once; B of the paper's section 3.3, step 2.
+# Inputs whose updates of later inputs are done at once; B of the paper's section 3.3, step 2.
 LAZY_BATCH_SIZE = 128
+SHRINKS = tuple(1 - 0.025 * step for step in range(15))
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: BlockGrid) -> GridWeight:
     """Quantize `(N, K)` so that the layer's output on the calibration text changes little.
 
-    `hessian` is 2 X Xᵀ, `(K, K)`, of the layer's inputs. A block's scales are chosen when its
-    first column is reached, from the weights as updated by then.
+    `hessian` is 2 X Xᵀ, `(K, K)`, of the layer's inputs.
     """
-    remaining = weight.to(torch.float32, copy=True)
-    factor = inverse_hessian_factor(hessian)
-    num_outputs, num_inputs = remaining.shape
-    codes = torch.zeros(num_outputs, num_inputs, dtype=torch.int8)
-    scales = torch.zeros(num_outputs, grid.num_blocks(num_inputs))
-    # A multiple of the block size: blocks never straddle two batches.
-    batch_size = max(LAZY_BATCH_SIZE, grid.block_size)
-    for start in range(0, num_inputs, batch_size):
-        batch = slice(start, min(start + batch_size, num_inputs))
-        blocks = slice(start // grid.block_size, -(-batch.stop // grid.block_size))
-        errors = _quantize_batch(
-            remaining[:, batch], factor[batch, batch], grid, codes[:, batch], scales[:, blocks]
+    damped = dampen(hessian)
+    signal = damped.diagonal()
+    scales = signal_weighted_scales(weight.float(), signal.float(), grid)
+    order = signal.argsort(descending=True, stable=True)
+    factor = inverse_factor(damped[order][:, order])
+    # A row per input, `(K, N)`: what is updated together lies together.
+    remaining = weight.float().T[order]
+    codes = torch.empty(remaining.shape, dtype=torch.int8)
+    for start in range(0, len(order), LAZY_BATCH_SIZE):
+        rows, later = slice(start, start + LAZY_BATCH_SIZE), slice(start + LAZY_BATCH_SIZE, None)
+        scales_of_rows = scales.T[order[rows] // grid.block_size]
+        codes[order[rows]], errors = _quantize_rows(
+            remaining[rows], scales_of_rows, factor[rows, rows], grid
         )
-        remaining[:, batch.stop :].addmm_(errors, factor[batch, batch.stop :], alpha=-1)
-    return GridWeight(grid, codes, scales)
+        remaining[later].addmm_(factor[rows, later].T, errors, alpha=-1)
+    return GridWeight(grid, codes.T.contiguous(), scales)
 
 
-def _quantize_batch(
-    weight: torch.Tensor,
-    factor: torch.Tensor,
-    grid: BlockGrid,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
+def _quantize_rows(
+    remaining: torch.Tensor, scales: torch.Tensor, factor: torch.Tensor, grid: BlockGrid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes of some inputs and the errors to be undone by later ones, `(inputs, N)`.
+
+    `remaining` and `scales` are `(inputs, N)`, the former changed; `factor` is the part of the
+    Hessian's for these inputs.
+    """
+    codes = torch.empty(remaining.shape, dtype=torch.int8)
+    errors = torch.empty_like(remaining)
+    inverse = torch.where(scales == 0, 0.0, 1 / scales)
+    for row, values in enumerate(remaining):
+        code = (values * inverse[row]).round_().clamp_(grid.min_code, grid.max_code)
+        codes[row] = code.to(torch.int8)
+        errors[row] = (values - code * scales[row]) / factor[row, row]
+        remaining[row:].addr_(factor[row, row:], errors[row], alpha=-1)
+    return codes, errors
+
+
+def signal_weighted_scales(
+    weight: torch.Tensor, signal: torch.Tensor, grid: BlockGrid
 ) -> torch.Tensor:
-    """Fill `codes` and `scales` of some columns; return the errors `(N, columns)` to be undone.
+    """Return for each block of `(N, K)` the `absmax_scales` times the best of `SHRINKS`.
 
-    `weight` is `(N, columns)` and changed; `factor` is the part of the Hessian's for the columns.
+    Best is the least squared error, each input's weighted by its `signal` `(K,)`: its part of the
+    layer's squared output error where inputs are uncorrelated.
     """
-    errors = torch.zeros_like(weight)
-    for column in range(weight.shape[1]):
-        block, offset = divmod(column, grid.block_size)
-        if offset == 0:
-            scale = least_squares_scales(weight[:, column : column + grid.block_size], grid)[:, 0]
-            inverse = torch.where(scale == 0, 0.0, 1 / scale)
-            scales[:, block] = scale
-        code = (weight[:, column] * inverse).round_().clamp_(grid.min_code, grid.max_code)
-        codes[:, column] = code.to(torch.int8)
-        errors[:, column] = (weight[:, column] - code * scale) / factor[column, column]
-        weight[:, column:].addr_(errors[:, column], factor[column, column:], alpha=-1)
-    return errors
+    full = absmax_scales(weight, grid)
+    best, least = full, torch.full_like(full, torch.inf)
+    for shrink in SHRINKS:
+        scales = full * shrink
+        rounded = GridWeight(grid, encode(weight, scales, grid), scales).dequantize()
+        error = grid.to_blocks((rounded - weight).square_() * signal).sum(-1)
+        best = torch.where(error < least, scales, best)
+        least = torch.minimum(error, least)
+    return best
 
 
-def inverse_hessian_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """Return the upper Cholesky factor of the damped Hessian's inverse, `(K, K)` float32.
+def dampen(hessian: torch.Tensor) -> torch.Tensor:
+    """Return the Hessian in float64 with `DAMPENING` times the mean of its diagonal added to it.
 
-    A channel that was always zero gets the mean diagonal (or 1), so it is rounded to the nearest
-    by itself.
+    A channel that was always zero gets the mean (or 1), so it is rounded to the nearest by itself.
     """
-    damped = hessian.double()
+    damped = hessian.to(torch.float64, copy=True)
     diagonal = damped.diagonal()
     mean = diagonal.mean().item() or 1.0
     diagonal += torch.where(diagonal == 0, mean, DAMPENING * mean)
+    return damped
+
+
+def inverse_factor(damped: torch.Tensor) -> torch.Tensor:
+    """Return the upper Cholesky factor of the inverse of a dampened Hessian, `(K, K)` float32."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor.float()

@@ -1,32 +1,26 @@
-"""The variants of a float32 graph: weight-only, int8 and half precision (`quantize_variant`).
+"""The variants of a float32 graph (`quantize_variant`), and which grid each weight is put on.
 
 * weight-only: every matrix product with a constant weight, the head included, becomes
-  `MatMulNBits`, blocks of `block_size` weights along the input dimension sharing a scale. Accuracy
-  level 4 also rounds the activations to int8, which is what makes the CPU kernels fast.
-* dynamic and static: int8 weights and activations in all matrix products; attention, norms and
-  the cache stay float32.
-* float16 and bfloat16: weights, activations and cache; the head stays float32.
+  `MatMulNBits`, blocks of weights along the input dimension sharing a scale. Accuracy level 4 also
+  rounds the activations to int8, which is what makes the CPU kernels fast.
+* dynamic and static int8: `export.int8`. float16 and bfloat16: `export.half_precision`.
 
-What each costs is for the gates to say (`export.evaluate`).
+The linear layer of a node is the last module in the node's name: `qkv_proj` of
+`/model/layers.0/self_attn/qkv_proj/MatMul`. What each variant costs is for the gates to say
+(`export.evaluate`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
-import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from export.config import (
     DynamicVariant,
@@ -36,10 +30,11 @@ from export.config import (
     WeightOnlyVariant,
 )
 from export.distill import Example
-from export.grid import BlockGrid, GridWeight, pack, unpack
-from export.onnx_graph import LOGIT_ROWS, load_untied, save_onnx
-
-MAX_HESSIAN_BYTES = 2**30
+from export.grid import BlockGrid, GridWeight
+from export.grid_graph import matmul_weight, matmuls_by_input, replace_matmuls
+from export.half_precision import to_half
+from export.int8 import quantize_dynamic, quantize_static, quiet
+from export.onnx_graph import load_untied, save_onnx
 
 _QUANTIZED_OPS = (
     "MatMulNBits",
@@ -50,23 +45,8 @@ _QUANTIZED_OPS = (
     "QuantizeLinear",
     "DequantizeLinear",
 )
-_HALF_TYPES = {
-    "float16": (TensorProto.FLOAT16, torch.float16),
-    "bfloat16": (TensorProto.BFLOAT16, torch.bfloat16),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class WeightOnly:
-    """How `MatMulNBits` nodes are made: `bits` 4 or 8, weights per scale, and onnxruntime's
-    accuracy level (0 to 4). hqq has zero points in float32 whatever `symmetric` says, which no
-    accuracy level makes faster."""
-
-    bits: int
-    block_size: int
-    accuracy_level: int = 4
-    symmetric: bool = True
-    method: Literal["rtn", "hqq", "gptq"] = "rtn"
+# What the graph computes in one product: `export.onnx_graph`.
+_PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
 
 def quantize_variant(
@@ -82,14 +62,30 @@ def quantize_variant(
     """
     target.mkdir(parents=True, exist_ok=True)
     match config:
+        case WeightOnlyVariant(method="gptq"):
+            model = load_untied(source)
+            replace_matmuls(model, gptq_weights(source, config, texts), config.accuracy_level)
         case WeightOnlyVariant():
-            model = _weight_only(source, config, texts)
+            model = quantize_by_rounding(load_untied(source), config)
         case DynamicVariant():
-            model = _dynamic(source, target, config)
+            model = quantize_dynamic(source, target, config)
         case StaticVariant():
-            model = _static(source, target, config, _calibration_texts(config, texts))
+            model = quantize_static(source, target, config, texts)
         case HalfVariant():
             model = to_half(onnx.load(source / "model.onnx"), config.method)
+    save_onnx(model, target)
+
+
+def quantize_trained(
+    source: Path, target: Path, config: WeightOnlyVariant, weights: Mapping[str, GridWeight]
+) -> None:
+    """Write the graph in `source` with the very codes and scales that its student was trained to.
+
+    `weights` are those of all linear layers by module name (`export.quantization_aware`).
+    """
+    model = load_untied(source)
+    replace_matmuls(model, pack_by_node(weights, float_matmuls(model)), config.accuracy_level)
+    target.mkdir(parents=True, exist_ok=True)
     save_onnx(model, target)
 
 
@@ -109,42 +105,44 @@ def quantized_node_counts(model: onnx.ModelProto) -> dict[str, int]:
     return dict(Counter(n.op_type for n in model.graph.node if n.op_type in _QUANTIZED_OPS))
 
 
-# -- weight-only ----------------------------------------------------------------------------------
+# -- rtn and hqq ----------------------------------------------------------------------------------
 
 
-def _weight_only(
-    source: Path, config: WeightOnlyVariant, texts: Sequence[Example]
-) -> onnx.ModelProto:
-    level, is_symmetric, method = config.accuracy_level, config.symmetric, config.method
-    body = WeightOnly(config.bits, config.block_size, level, is_symmetric, method)
-    head = replace(
-        body,
-        bits=config.head_bits or config.bits,
-        block_size=config.head_block_size or config.block_size,
-    )
-    if method != "gptq":
-        return quantize_weights(load_untied(source), body, head)
-    if not is_symmetric:
-        raise ExportError("gptq: symmetric is false; gptq quantizes to symmetric grids only")
-    return quantize_by_gptq(source, body, head, _calibration_texts(config, texts))
+@dataclass(frozen=True, slots=True)
+class WeightOnly:
+    """How some nodes are rounded: `bits` 4 or 8, weights per scale, onnxruntime's accuracy level
+    (0 to 4). hqq has zero points in float32 whatever `symmetric` says, which no accuracy level
+    makes faster."""
+
+    bits: int
+    block_size: int
+    accuracy_level: int = 4
+    symmetric: bool = True
+    method: Literal["rtn", "hqq"] = "rtn"
+
+
+def quantize_by_rounding(model: onnx.ModelProto, config: WeightOnlyVariant) -> onnx.ModelProto:
+    """Return `model` quantized by rtn or hqq, nodes of the same grid in one pass; consumes it."""
+    assert config.method != "gptq"
+    nodes: dict[WeightOnly, list[str]] = {}
+    for name in float_matmuls(model):
+        grid = grid_of_node(name, config)
+        recipe = WeightOnly(
+            grid.bits, grid.block_size, config.accuracy_level, config.symmetric, config.method
+        )
+        nodes.setdefault(recipe, []).append(name)
+    for recipe, names in nodes.items():
+        model = quantize_weights(model, recipe, names)
+    return model
 
 
 def quantize_weights(
-    model: onnx.ModelProto, body: WeightOnly, head: WeightOnly | None = None
+    model: onnx.ModelProto, recipe: WeightOnly, nodes: Collection[str] | None = None
 ) -> onnx.ModelProto:
-    """Return `model` with its matrix products quantized by rtn or hqq; consumes `model`.
+    """Return `model` with the matrix products in `nodes`, by default all, quantized.
 
-    The head is quantized as `head` says, by default as all others.
+    Consumes `model`. Raises ExportError for hqq with other than 4 bits.
     """
-    if head is None or head == body:
-        return _quantize_nodes(model, body)
-    model = _quantize_nodes(model, body, excluded=[_head(model.graph).name])
-    return _quantize_nodes(model, head)
-
-
-def _quantize_nodes(
-    model: onnx.ModelProto, recipe: WeightOnly, excluded: Sequence[str] = ()
-) -> onnx.ModelProto:
     from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
     if recipe.method == "hqq":
@@ -160,284 +158,93 @@ def _quantize_nodes(
             accuracy_level=recipe.accuracy_level,
             bits=recipe.bits,
         )
-    quantizer = nbits.MatMulNBitsQuantizer(
-        model, algo_config=algorithm, nodes_to_exclude=list(excluded)
-    )
-    with _quiet():
+    kept = [] if nodes is None else sorted({*float_matmuls(model)} - {*nodes})
+    quantizer = nbits.MatMulNBitsQuantizer(model, algo_config=algorithm, nodes_to_exclude=kept)
+    with quiet():
         quantizer.process()
     quantized: onnx.ModelProto = quantizer.model.model
     return quantized
 
 
-def quantize_by_gptq(
-    source: Path,
-    body: WeightOnly,
-    head: WeightOnly,
-    texts: Sequence[Example],
-    max_hessian_bytes: int = MAX_HESSIAN_BYTES,
-) -> onnx.ModelProto:
-    """Return the graph in `source` with its matrix products quantized by `export.gptq`.
+# -- gptq -----------------------------------------------------------------------------------------
 
-    The texts are read once per `max_hessian_bytes` of Hessians.
+
+def gptq_weights(
+    source: Path,
+    config: WeightOnlyVariant,
+    texts: Sequence[Example],
+    max_hessian_bytes: int = 2**30,
+) -> dict[str, GridWeight]:
+    """Quantize the matrix products of the graph in `source` by `export.gptq`: node name -> weight.
+
+    The first `num_calibration_texts` texts are read once per `max_hessian_bytes` of Hessians.
+    Raises ExportError without any text, and for a grid that is not symmetric.
     """
-    from export.calibration import collect_hessians, hessian_groups
+    from export.calibration import calibration_texts, collect_hessians, hessian_groups
     from export.gptq import gptq
 
+    if not config.symmetric:
+        raise ExportError("gptq: symmetric is false; gptq quantizes to symmetric grids only")
+    texts = calibration_texts(config, texts)
     model = load_untied(source)
-    graph = model.graph
-    head_name = _head(graph).name
-    names = float_matmuls(model)
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        if node.name in names:
-            readers.setdefault(node.input[0], []).append(node)
-    num_channels = {name: _weight(graph, nodes[0]).dims[0] for name, nodes in readers.items()}
+    products = matmuls_by_input(model.graph, float_matmuls(model))
+    num_channels = {name: matmul_weight(model.graph, p[0]).dims[0] for name, p in products.items()}
+    weights = {}
     for group in hessian_groups(num_channels, max_hessian_bytes):
         for name, hessian in collect_hessians(source, group, texts).items():
-            for node in readers[name]:
-                recipe = head if node.name == head_name else body
-                grid = BlockGrid(recipe.bits, recipe.block_size)
-                weight = torch.from_numpy(numpy_helper.to_array(_weight(graph, node)).T.copy())
-                replace_matmul(model, node, gptq(weight, hessian, grid), recipe.accuracy_level)
-    return model
-
-
-def replace_matmul(
-    model: onnx.ModelProto, node: onnx.NodeProto, weight: GridWeight, accuracy_level: int
-) -> None:
-    """Make `MatMulNBits` of `node`, a MatMul in `model` with a float weight, in place.
-
-    The node is renamed as onnxruntime's own quantizer does; codes and scales stay bit for bit.
-    """
-    graph, grid = model.graph, weight.grid
-    old = _weight(graph, node)
-    num_outputs, num_inputs = weight.codes.shape
-    assert list(old.dims) == [num_inputs, num_outputs], (node.name, old.dims, weight.codes.shape)
-    packed, scales = pack(weight)
-    name = old.name
-    if not any(name in other.input for other in graph.node if other.output != node.output):
-        graph.initializer.remove(old)
-    graph.initializer.extend(
-        [
-            numpy_helper.from_array(packed, f"{name}_Q{grid.bits}"),
-            numpy_helper.from_array(scales, f"{name}_scales"),
-        ]
-    )
-    node.op_type, node.domain = "MatMulNBits", "com.microsoft"
-    node.name = f"{node.name}_Q{grid.bits}"
-    node.input[:] = [node.input[0], f"{name}_Q{grid.bits}", f"{name}_scales"]
-    attributes = {
-        "K": num_inputs,
-        "N": num_outputs,
-        "bits": grid.bits,
-        "block_size": grid.block_size,
-        "accuracy_level": accuracy_level,
-    }
-    del node.attribute[:]
-    node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
-
-
-def read_grid_weights(model: onnx.ModelProto) -> dict[str, GridWeight]:
-    """Return the weight of every `MatMulNBits`, by the name that the node had in the float graph.
-
-    Raises ExportError for a node with zero points: such a weight is on no symmetric grid.
-    """
-    initializers = {i.name: i for i in model.graph.initializer}
-    weights = {}
-    for node in model.graph.node:
-        if node.op_type != "MatMulNBits":
-            continue
-        if len(node.input) > 3 and node.input[3]:
-            raise ExportError(f"{node.name} has zero points; only symmetric grids can be read")
-        attributes = {a.name: a.i for a in node.attribute}
-        grid = BlockGrid(attributes["bits"], attributes["block_size"])
-        packed, scales = (numpy_helper.to_array(initializers[name]) for name in node.input[1:3])
-        name = node.name.removesuffix(f"_Q{grid.bits}")
-        weights[name] = unpack(packed, scales, grid, attributes["K"])
+            for node in products[name]:
+                values = numpy_helper.to_array(matmul_weight(model.graph, node))
+                grid = grid_of_node(node.name, config)
+                weights[node.name] = gptq(torch.from_numpy(values.T.copy()), hessian, grid)
     return weights
 
 
-# -- int8 -----------------------------------------------------------------------------------------
+# -- names of nodes and modules -------------------------------------------------------------------
 
 
-def _dynamic(source: Path, target: Path, config: DynamicVariant) -> onnx.ModelProto:
-    from optimum.onnxruntime import AutoQuantizationConfig, ORTQuantizer
-    from transformers import PretrainedConfig
-
-    recipe = AutoQuantizationConfig.avx512_vnni(
-        is_static=False, per_channel=config.per_channel, operators_to_quantize=["MatMul"]
-    )
-    with tempfile.TemporaryDirectory(dir=target) as scratch:
-        path = save_onnx(_prepared(source), Path(scratch))
-        # It writes a configuration beside the graph; ours is written elsewhere.
-        quantizer = ORTQuantizer(path, config=PretrainedConfig())
-        with _quiet():
-            quantizer.quantize(
-                recipe,
-                save_dir=Path(scratch) / "quantized",
-                file_suffix=None,
-                use_external_data_format=True,
-            )
-        return onnx.load(Path(scratch) / "quantized" / "model.onnx")
+def grid_of_node(node_name: str, config: WeightOnlyVariant) -> BlockGrid:
+    """Return the grid that `config` has for a node's linear layer."""
+    grid = config.grid_of(PurePosixPath(node_name).parent.name)
+    return BlockGrid(grid.bits, grid.block_size)
 
 
-def _static(
-    source: Path, target: Path, config: StaticVariant, texts: Sequence[Example]
-) -> onnx.ModelProto:
-    """Quantize by onnxruntime itself: optimum refuses a static graph that has an If.
+def module_names(node_name: str) -> tuple[str, ...]:
+    """Return the modules of the transformers model that a node computes.
 
-    Products take uint8 activations and return float32, so nothing else changes its type.
+    >>> module_names("/model/layers.3/self_attn/qkv_proj/MatMul")[:2]
+    ('model.layers.3.self_attn.q_proj', 'model.layers.3.self_attn.k_proj')
+    >>> module_names("/lm_head/MatMul")
+    ('lm_head',)
     """
-    from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
-
-    from export.calibration import TextReader
-
-    methods = {
-        "minmax": CalibrationMethod.MinMax,
-        "entropy": CalibrationMethod.Entropy,
-        "percentile": CalibrationMethod.Percentile,
-    }
-    model = _prepared(source)
-    # A default that may be fed has onnxruntime warn in each of its sessions.
-    (logit_rows,) = [value for value in model.graph.input if value.name == LOGIT_ROWS]
-    model.graph.input.remove(logit_rows)
-    reader = TextReader(model, texts)
-    with tempfile.TemporaryDirectory(dir=target) as scratch:
-        path, quantized = save_onnx(model, Path(scratch)), Path(scratch) / "quantized.onnx"
-        with _quiet():
-            quantize_static(
-                path,
-                quantized,
-                reader,
-                op_types_to_quantize=["MatMul"],
-                per_channel=config.per_channel,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                use_external_data_format=True,
-                calibrate_method=methods[config.calibration],
-                extra_options={
-                    "OpTypesToExcludeOutputQuantization": ["MatMul"],
-                    "MatMulConstBOnly": True,
-                    # One text after the other: lengths differ, and memory stays small.
-                    "CalibStridedMinMax": 1,
-                },
-            )
-        model = onnx.load(quantized)
-    model.graph.input.append(logit_rows)
-    return model
+    *parents, linear = PurePosixPath(node_name).parts[1:-1]
+    return tuple(".".join([*parents, name]) for name in _PACKED.get(linear, (linear,)))
 
 
-def _prepared(source: Path) -> onnx.ModelProto:
-    """Load the graph with the types that onnxruntime's quantizers look for.
-
-    Their shape inference stops at onnxruntime's own operators; a product of unknown type is an
-    error for dynamic quantization, and left out by the static one.
-    """
-    model = load_untied(source)
-    graph = model.graph
-    known = {v.name for v in (*graph.value_info, *graph.output)}
-    matmuls = [node for node in graph.node if node.op_type == "MatMul"]
-    names = dict.fromkeys(name for node in matmuls for name in (node.input[0], node.output[0]))
-    graph.value_info.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
-        for name in names
-        if name not in known
-    )
-    return model
+def split_by_module(
+    weights: Mapping[str, GridWeight], sizes: Callable[[str], int]
+) -> dict[str, GridWeight]:
+    """Return the weights of nodes by module; `sizes` says how many outputs a module has."""
+    split = {}
+    for node_name, weight in weights.items():
+        names = module_names(node_name)
+        num_outputs = [sizes(name) for name in names]
+        parts = zip(weight.codes.split(num_outputs), weight.scales.split(num_outputs), strict=True)
+        for name, (codes, scales) in zip(names, parts, strict=True):
+            split[name] = GridWeight(weight.grid, codes.contiguous(), scales.contiguous())
+    return split
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep onnxruntime's quantizers from printing, logging lines per node, and torch's warning
-    about the read-only arrays that they make tensors of."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            yield
-    finally:
-        logging.disable(previous)
-
-
-# -- half precision -------------------------------------------------------------------------------
-
-
-def to_half(model: onnx.ModelProto, method: Literal["float16", "bfloat16"]) -> onnx.ModelProto:
-    """Return `model`, as `export_onnx` wrote it, in half precision; consumes it.
-
-    Norms keep their epsilon: it is an attribute in float32, and so is their arithmetic. The head
-    and a table tied to it stay float32. Raises ExportError for a weight beyond float16's range.
-    """
-    onnx_type, dtype = _HALF_TYPES[method]
-    graph = model.graph
-    head = _head(graph)
-    for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and tensor.name != head.input[1]:
-            tensor.CopyFrom(_half_tensor(tensor, onnx_type, dtype))
-    for value in _values(graph):
-        if value.name != "logits" and value.type.tensor_type.elem_type == TensorProto.FLOAT:
-            value.type.tensor_type.elem_type = onnx_type
-    _read_as_float32(graph, head)
-    for node in graph.node:
-        if node.op_type == "Gather" and node.input[0] == head.input[1]:
-            _write_as(graph, node, onnx_type)
-            break
-    return model
-
-
-def _half_tensor(tensor: onnx.TensorProto, onnx_type: int, dtype: torch.dtype) -> onnx.TensorProto:
-    half = torch.from_numpy(numpy_helper.to_array(tensor).copy()).to(dtype)
-    if not half.isfinite().all():
-        largest = np.abs(numpy_helper.to_array(tensor)).max()
-        raise ExportError(
-            f"{dtype}: {tensor.name} reaches {largest:g}, beyond {torch.finfo(dtype).max:g}; "
-            "use bfloat16"
-        )
-    # numpy has no bfloat16.
-    raw = half.view(torch.int16).numpy().tobytes()
-    return helper.make_tensor(tensor.name, onnx_type, tensor.dims, raw, raw=True)
-
-
-def _values(graph: onnx.GraphProto) -> Iterator[onnx.ValueInfoProto]:
-    """Yield the declared values of a graph and of the branches in it."""
-    yield from (*graph.input, *graph.output, *graph.value_info)
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _values(attribute.g)
-
-
-def _read_as_float32(graph: onnx.GraphProto, node: onnx.NodeProto) -> None:
-    name = f"{node.input[0]}_float32"
-    cast = helper.make_node("Cast", [node.input[0]], [name], to=TensorProto.FLOAT)
-    graph.node.insert(list(graph.node).index(node), cast)
-    node.input[0] = name
-
-
-def _write_as(graph: onnx.GraphProto, node: onnx.NodeProto, onnx_type: int) -> None:
-    name = f"{node.output[0]}_float32"
-    cast = helper.make_node("Cast", [name], [node.output[0]], to=onnx_type)
-    graph.node.insert(list(graph.node).index(node) + 1, cast)
-    node.output[0] = name
-
-
-# -- the graph's parts ----------------------------------------------------------------------------
-
-
-def _head(graph: onnx.GraphProto) -> onnx.NodeProto:
-    (head,) = [node for node in graph.node if "logits" in node.output]
-    return head
-
-
-def _weight(graph: onnx.GraphProto, node: onnx.NodeProto) -> onnx.TensorProto:
-    (weight,) = [i for i in graph.initializer if i.name == node.input[1]]
-    return weight
-
-
-def _calibration_texts(
-    config: WeightOnlyVariant | StaticVariant, texts: Sequence[Example]
-) -> Sequence[Example]:
-    if not texts:
-        raise ExportError(f"{config.method}: there is no calibration text; at least one is needed")
-    return texts[: config.num_calibration_texts]
+def pack_by_node(
+    weights: Mapping[str, GridWeight], node_names: Iterable[str]
+) -> dict[str, GridWeight]:
+    """Undo `split_by_module`: the weights of modules by node, no module left over."""
+    names = {node_name: module_names(node_name) for node_name in node_names}
+    modules = [name for group in names.values() for name in group]
+    assert sorted(modules) == sorted(weights), set(modules).symmetric_difference(weights)
+    packed = {}
+    for node_name, group in names.items():
+        parts = [weights[name] for name in group]
+        (grid,) = {part.grid for part in parts}
+        codes, scales = [p.codes for p in parts], [p.scales for p in parts]
+        packed[node_name] = GridWeight(grid, torch.cat(codes), torch.cat(scales))
+    return packed

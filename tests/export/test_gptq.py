@@ -4,22 +4,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from export.calibration import collect_hessians, hessian_groups
+from export.config import WeightOnlyVariant
 from export.distill import Example
-from export.gptq import DAMPENING, gptq, inverse_hessian_factor
+from export.gptq import DAMPENING, SHRINKS, dampen, gptq, inverse_factor, signal_weighted_scales
 from export.grid import (
     BlockGrid,
     GridWeight,
+    absmax_scales,
     encode,
-    least_squares_scales,
     round_to_nearest,
 )
-from export.quantize import WeightOnly, quantize_by_gptq, read_grid_weights
+from export.quantize import gptq_weights
 
 
 def correlated_layer(num_outputs: int = 24, num_inputs: int = 96) -> tuple[torch.Tensor, ...]:
@@ -38,22 +40,21 @@ def output_error(quantized: GridWeight, weight: torch.Tensor, inputs: torch.Tens
 
 
 def slow_gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """Optimal brain quantization in the order of the columns: equations 2 and 3 of the paper.
+    """Optimal brain quantization, the input with the most signal next: equations 2 and 3.
 
-    The inverse of what remains of the damped Hessian is computed anew for every column.
+    The inverse of what remains of the damped Hessian is computed anew for every input.
     """
     weight, hessian = weight.double().clone(), hessian.double().clone()
     hessian += DAMPENING * hessian.diagonal().mean() * torch.eye(len(hessian))
-    for column in range(weight.shape[1]):
-        block = slice(column - column % grid.block_size, None)
-        if column == block.start:
-            group = weight[:, column : column + grid.block_size].float()
-            scale = least_squares_scales(group, grid)[:, 0].double()
-        inverse = torch.linalg.inv(hessian[column:, column:])
-        code = (weight[:, column] / scale).round().clamp(grid.min_code, grid.max_code)
-        error = weight[:, column] - code * scale
-        weight[:, column:] -= error[:, None] * inverse[0] / inverse[0, 0]
-        weight[:, column] = code * scale
+    scales = signal_weighted_scales(weight.float(), hessian.diagonal().float(), grid).double()
+    left = hessian.diagonal().argsort(descending=True).tolist()
+    while left:
+        inverse = torch.linalg.inv(hessian[left][:, left])
+        scale = scales[:, left[0] // grid.block_size]
+        code = (weight[:, left[0]] / scale).round().clamp(grid.min_code, grid.max_code)
+        error = weight[:, left[0]] - code * scale
+        weight[:, left] -= error[:, None] * inverse[0] / inverse[0, 0]
+        weight[:, left.pop(0)] = code * scale
     return weight
 
 
@@ -109,13 +110,40 @@ def test_dead_channel_is_rounded_by_itself_and_disturbs_no_other() -> None:
     )
 
 
-def test_without_any_signal_it_is_plain_rounding() -> None:
+def test_without_any_signal_every_weight_is_rounded_by_itself() -> None:
     weight, _ = correlated_layer()
     grid = BlockGrid(4, 32)
     quantized = gptq(weight, torch.zeros(96, 96), grid)
-    scales = least_squares_scales(weight, grid)
+    scales = signal_weighted_scales(weight, torch.ones(96), grid)
     assert torch.equal(quantized.scales, scales)
     assert torch.equal(quantized.codes, encode(weight, scales, grid))
+
+
+def test_result_does_not_depend_on_how_inputs_are_ordered_within_their_blocks() -> None:
+    weight, inputs = correlated_layer()
+    grid, hessian = BlockGrid(4, 32), 2 * inputs.T @ inputs
+    generator = torch.Generator().manual_seed(1)
+    order = [32 * block + torch.randperm(32, generator=generator) for block in range(3)]
+    shuffled = torch.cat(order)
+    expected = gptq(weight, hessian, grid).codes[:, shuffled]
+    codes = gptq(weight[:, shuffled], hessian[shuffled][:, shuffled], grid).codes
+    assert (codes == expected).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(("bits", "block_size", "num_inputs"), [(4, 16, 40), (8, 32, 64)])
+def test_scales_have_the_least_weighted_error_of_all_shrinks(
+    bits: int, block_size: int, num_inputs: int
+) -> None:
+    weight, inputs = correlated_layer(num_outputs=5, num_inputs=num_inputs)
+    grid, signal = BlockGrid(bits, block_size), inputs.square().sum(0) ** 2
+    found = signal_weighted_scales(weight, signal, grid)
+    for row, block in np.ndindex(*found.shape):
+        columns = slice(block * block_size, (block + 1) * block_size)
+        values = weight[row, columns]
+        scales = torch.tensor(SHRINKS)[:, None] * absmax_scales(values[None], grid)
+        codes = (values / scales).round().clamp(grid.min_code, grid.max_code)
+        errors = ((codes * scales - values) ** 2 * signal[columns]).sum(1)
+        torch.testing.assert_close(found[row, block], scales[errors.argmin(), 0])
 
 
 def test_block_of_zeros_stays_zero() -> None:
@@ -128,7 +156,7 @@ def test_block_of_zeros_stays_zero() -> None:
 def test_factor_is_that_of_the_damped_inverse() -> None:
     _, inputs = correlated_layer()
     hessian = 2 * inputs.T @ inputs
-    factor = inverse_hessian_factor(hessian)
+    factor = inverse_factor(dampen(hessian))
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(96)
     assert torch.equal(factor, factor.triu())
     torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(96), atol=1e-3, rtol=0)
@@ -178,11 +206,8 @@ def test_no_tensors_make_no_group() -> None:
 
 def test_groups_change_nothing(exported_llama: Any, texts: list[Example]) -> None:
     source: Path = exported_llama.variants["fp32"]
-    recipe = WeightOnly(4, 32, method="gptq")
-    at_once, one_by_one = (
-        read_grid_weights(quantize_by_gptq(source, recipe, recipe, texts, max_bytes))
-        for max_bytes in (2**30, 1)
-    )
+    config = WeightOnlyVariant(method="gptq", bits=4, block_size=32)
+    at_once, one_by_one = (gptq_weights(source, config, texts, size) for size in (2**30, 1))
     assert len(at_once) == 26
     assert at_once.keys() == one_by_one.keys()
     for name, weight in at_once.items():
