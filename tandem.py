@@ -3,8 +3,10 @@
 Only the package of the command that was asked for is imported, so that help is instant and a
 broken GPU library does not keep `tandem doctor` from saying so.
 
-Exit codes: 0 done, 1 an expected error (one line on stderr), 2 wrong usage, 3 what was asked for
-cannot be had: for `export` a gate failed, for `serve` the device is not there.
+Exit codes: 0 done, 1 an expected error (one line on stderr), 2 wrong usage or a wrong recipe, 3
+what was asked for cannot be had: for `export` a gate failed, for `serve` the device is not there.
+`export` alone: 4 an input changed since the run that is resumed, 5 interrupted (SIGINT, SIGTERM),
+with everything finished kept.
 """
 
 from __future__ import annotations

@@ -1,39 +1,232 @@
-"""`tandem export`: from a recipe to a bundle, with progress. Exit codes: 0, or 3: a gate failed."""
+"""`tandem export`: from a recipe to a bundle, whole or a stage at a time, and what became of it.
+
+Each command imports what it needs when it runs, so that help and a wrong recipe answer at once.
+"""
 
 from __future__ import annotations
 
+import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bundle.verify import verify_bundle
-from export.config import load_config
+from export.config import ConfigError, ExportConfig, ExportError, load_config
 
-app = typer.Typer(help="Turn a teacher into a verified bundle.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from export.distributed import World
+    from export.pipeline import Pipeline
+    from export.stages import StageSpec
+    from export.teacher import TeacherFolder
+
+HELP = """Turn a teacher into a verified bundle.
+
+Exit codes: 0 done; 1 an expected error, in one line; 2 wrong usage or a wrong recipe; 3 a gate
+failed; 4 resume: an input of the run has changed; 5 interrupted, finished stages are kept.
+"""
+
+app = typer.Typer(help=HELP, no_args_is_help=True)
+
+Recipe = Annotated[Path, typer.Argument(help="The YAML recipe.", exists=True, dir_okay=False)]
+Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False)]
+
+
+class InterruptedRunError(ExportError):
+    """A run was told to stop; the text says how it goes on."""
+
+    exit_code = 5
+
+
+# --- before and beside a run
 
 
 @app.command()
-def run(
-    recipe: Annotated[Path, typer.Argument(help="The YAML recipe.", exists=True, dir_okay=False)],
+def plan(recipe: Recipe) -> None:
+    """Print the whole recipe, and what its stages will take; nothing is fetched or written."""
+    config = load_config(recipe)
+    from export.estimates import Machine
+    from export.plan import make_plan, print_plan
+
+    print_plan(make_plan(config, Machine.measure()), _console())
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="A run's output folder, or a recipe.", exists=True)],
 ) -> None:
+    """Show how far each stage of a run is; it may be running."""
+    config, teacher = _find_run(run)
+    from export.status import read_status, render_status
+
+    _console().print(render_status(read_status(config, teacher)))
+
+
+def _find_run(path: Path) -> tuple[ExportConfig, TeacherFolder | None]:
+    if path.is_dir():
+        from export.run_record import read_run
+
+        record = read_run(path)
+        return record.config, record.teacher_folder
+    from export.teacher import find_teacher
+
+    config = load_config(path)
+    return config, find_teacher(config.teacher, config.cache_dir)
+
+
+# --- running
+
+
+@app.command()
+def run(recipe: Recipe) -> None:
     """Run every stage of a recipe that is not finished yet, and write the bundle."""
     config = load_config(recipe)
-    from export.pipeline import run_export
-
-    run_export(config, ConsoleReporter())
+    with _running("resume", config.output_dir) as (world, reporter):
+        _begin(recipe, config, reporter, world).package()
 
 
 @app.command()
-def verify(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.", exists=True)],
+def resume(output_dir: Folder) -> None:
+    """Go on with the run in a folder, provided that its inputs are what they were."""
+    from export.run_record import check_files, check_teacher, read_run
+
+    record = read_run(output_dir)
+    check_files(record)
+    with _running("resume", output_dir) as (world, reporter):
+        from export.pipeline import open_pipeline
+
+        pipeline = open_pipeline(record.config, reporter, world)
+        check_teacher(record, pipeline.teacher)
+        pipeline.package()
+
+
+def _begin(recipe: Path, config: ExportConfig, reporter: ConsoleReporter, world: World) -> Pipeline:
+    """Open a recipe's pipeline, check what can be checked before any work, and write run.json."""
+    from export.pipeline import open_pipeline
+    from export.plan import check_feasible
+    from export.run_record import record_run
+
+    pipeline = open_pipeline(config, reporter, world)
+    check_feasible(config, pipeline.teacher)
+    if world.is_main:
+        record_run(recipe, config, pipeline.teacher)
+    return pipeline
+
+
+# A stage's command: which stages it ends with, and its help.
+_STAGES: Mapping[str, tuple[Callable[[Pipeline], list[StageSpec]], str]] = {
+    "sample": (lambda p: [p.sampled], "Let the teacher answer every prompt."),
+    "accept": (lambda p: [p.accepted], "Choose the answers that are trained on."),
+    "cache": (lambda p: [p.cached], "Keep the teacher's logits on disk."),
+    "prune": (lambda p: [p.pruned], "Make the student, by pruning or from a checkpoint."),
+    "distill": (lambda p: [p.distilled], "Train the student."),
+    "onnx": (lambda p: [p.exported], "Write the student's float graph."),
+    "quantize": (lambda p: list(p.graphs.values()), "Write the graphs of all variants."),
+    "evaluate": (lambda p: [p.evaluated], "Measure every variant."),
+}
+
+
+def _add_stage_command(name: str) -> None:
+    select, summary = _STAGES[name]
+
+    @app.command(name, help=f"{summary} Runs what is missing before it, and no further.")
+    def run_stage(recipe: Recipe) -> None:
+        config = load_config(recipe)
+        if name == "cache" and config.cache.kind == "none":
+            raise ConfigError(
+                f"{recipe}: cache.kind is 'none', so there is nothing to cache: choose dense, "
+                "top_k or random_sampling"
+            )
+        with _running(name, recipe) as (world, reporter):
+            pipeline = _begin(recipe, config, reporter, world)
+            for spec in select(pipeline):
+                pipeline.run(spec)
+
+
+for _name in _STAGES:
+    _add_stage_command(_name)
+app.command("package", help="Write the bundle; the same as `run`.")(run)
+
+
+@contextmanager
+def _running(resume_by: str, path: Path) -> Iterator[tuple[World, ConsoleReporter]]:
+    """Join the processes of this run; SIGINT and SIGTERM become InterruptedRunError, whose text
+    names the command that goes on.
+
+    The processes that only help to train write nothing, so they end where they are: one that waits
+    for the others in C++ would not hear a Python handler.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        from export.distributed import World
+
+        world = World.from_environment()
+        if not world.is_main:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+        reporter = ConsoleReporter(is_quiet=not world.is_main)
+        try:
+            yield world, reporter
+        finally:
+            reporter.close()
+            world.close()
+    except KeyboardInterrupt:
+        command = shlex.join(["tandem", "export", resume_by, str(path)])
+        raise InterruptedRunError(
+            f"interrupted; everything finished is kept, `{command}` goes on from there"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+# --- bundles
+
+
+@app.command()
+def verify(bundle: Folder) -> None:
+    """Compare every file of a bundle with its manifest, and run every graph in a new process."""
+    from export.verify import verify_bundle_deep
+
+    manifest = verify_bundle_deep(bundle)
+    typer.echo(
+        f"{bundle}: {len(manifest.files)} files are what the manifest says, "
+        f"{len(manifest.variants)} graphs run"
+    )
+
+
+@app.command()
+def compare(
+    a: Folder,
+    b: Folder,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also where teachers, prompts or sampling differ.")
+    ] = False,
 ) -> None:
-    """Compare every file of a bundle with its manifest."""
-    manifest = verify_bundle(bundle)
-    typer.echo(f"{bundle}: {len(manifest.files)} files are what the manifest says")
+    """Compare what two bundles' exports measured: B minus A, with 95 % intervals."""
+    from export.compare import compare_bundles, render
+
+    typer.echo(render(compare_bundles(a, b, is_forced=force)), nl=False)
+
+
+# --- what people see
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 class ConsoleReporter:
@@ -41,15 +234,25 @@ class ConsoleReporter:
 
     _LINE_EVERY_S = 10.0
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_quiet: bool = False) -> None:
         self._started_s = time.monotonic()
+        self._is_quiet = is_quiet
+        self._bars: list[Progress] = []
 
     def say(self, message: str) -> None:
-        print(f"[{time.monotonic() - self._started_s:5.0f} s] {message}", flush=True)
+        if not self._is_quiet:
+            print(f"[{time.monotonic() - self._started_s:5.0f} s] {message}", flush=True)
 
     def track(self, label: str) -> Callable[[int, int], None]:
         """See `export.pipeline.Reporter`."""
-        return self._bar(label) if sys.stdout.isatty() else self._lines(label)
+        if self._is_quiet or not sys.stdout.isatty():
+            return self._lines(label)
+        return self._bar(label)
+
+    def close(self) -> None:
+        """Give the terminal its cursor back, where a bar did not come to its end."""
+        for bar in self._bars:
+            bar.stop()
 
     def _bar(self, label: str) -> Callable[[int, int], None]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -58,6 +261,7 @@ class ConsoleReporter:
             "          {task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         )
         task = progress.add_task(label)
+        self._bars.append(progress)
 
         def show(done: int, total: int) -> None:
             progress.start()

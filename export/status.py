@@ -1,0 +1,173 @@
+"""How far the stages of a run are: read from its folder alone, also while it is running."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from bundle.errors import BundleError
+from bundle.manifest import StageRecord, load_manifest
+from export.checkpoint import Checkpoints
+from export.config import FLOAT_VARIANT, ExportConfig, WeightOnlyVariant
+from export.pipeline import Pipeline
+from export.sample import ROWS_NAME, num_samples_of
+from export.stages import StageSpec, StageState
+from export.teacher import TeacherFolder, find_teacher
+
+PACKAGE = "package"
+
+
+@dataclass(frozen=True, slots=True)
+class StageStatus:
+    """How far a stage is: `record` of a finished one, `progress`, for people, of one begun."""
+
+    name: str
+    state: StageState = StageState.MISSING
+    record: StageRecord | None = None
+    progress: str = ""
+
+
+class QuietReporter:
+    """See `export.pipeline.Reporter`: says nothing."""
+
+    def say(self, message: str) -> None:
+        pass
+
+    def track(self, label: str) -> Callable[[int, int], None]:
+        return lambda done, total: None
+
+
+def stage_names(config: ExportConfig) -> list[str]:
+    """Return the names of all stages in the order in which they run, the bundle last."""
+    cached = ["cache"] if config.cache.kind != "none" else []
+    names = ["sample", "accept", *cached, "student" if config.student else "prune", "distill"]
+    names.append(f"onnx-{FLOAT_VARIANT}")
+    for name, variant in config.variants.items():
+        if isinstance(variant, WeightOnlyVariant) and variant.train:
+            names.append(f"grid-{name}")
+        names.append(f"onnx-{name}")
+    return [*names, "evaluate", PACKAGE]
+
+
+def read_status(config: ExportConfig, teacher: TeacherFolder | None) -> list[StageStatus]:
+    """Return the status of every stage, in order; nothing is fetched or written.
+
+    Without the teacher's hash no stage of its is known: all are to run. ExportError when a source
+    of tasks is broken.
+    """
+    found: dict[str, StageStatus] = {}
+    if teacher is not None:
+        pipeline = Pipeline(config, teacher, QuietReporter())
+        specs = _known_specs(pipeline)
+        found = {spec.name: _status_of(pipeline, spec) for spec in specs}
+        found[PACKAGE] = _package_status(config.output_dir / "bundle", specs)
+    return [found.get(name, StageStatus(name)) for name in stage_names(config)]
+
+
+def _known_specs(pipeline: Pipeline) -> list[StageSpec]:
+    """Return the stages whose keys are known: not those of a student that is yet to be fetched."""
+    config = pipeline.config
+    if config.student is None or find_teacher(config.student, config.cache_dir):
+        return pipeline.specs
+    cached = [pipeline.cached] if config.cache.kind != "none" else []
+    return [pipeline.sampled, pipeline.accepted, *cached]
+
+
+def _status_of(pipeline: Pipeline, spec: StageSpec) -> StageStatus:
+    state, stage = pipeline.stages.state(spec), pipeline.stages.find(spec)
+    if stage is not None:
+        return StageStatus(spec.name, StageState.FINISHED, stage.record)
+    progress = _progress(pipeline, spec) if state is StageState.PARTIAL else ""
+    return StageStatus(spec.name, state, progress=progress)
+
+
+def _progress(pipeline: Pipeline, spec: StageSpec) -> str:
+    folder = pipeline.stages.partial_path(spec)
+    try:
+        if spec.name == "sample":
+            total = sum(num_samples_of(task, pipeline.config.sample) for task in pipeline.tasks)
+            return f"{_count_lines(folder / ROWS_NAME)} of {total} completions"
+        saved = Checkpoints(folder / "checkpoints").load()
+    except FileNotFoundError:  # renamed or removed by the run since we looked
+        return ""
+    return f"checkpoint: {_format_place(saved.place)}" if saved else ""
+
+
+def _format_place(place: Mapping[str, int]) -> str:
+    return f"phase {place['phase']}, {place['done']} of its steps done"
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(line.endswith(b"\n") for line in file)
+
+
+def _package_status(bundle: Path, specs: Iterable[StageSpec]) -> StageStatus:
+    """Say whether a bundle of these stages is there; `gates` and `select` may still change it."""
+    try:
+        packaged = {record.key for record in load_manifest(bundle).lineage}
+    except BundleError:
+        return StageStatus(PACKAGE)
+    is_there = {spec.key for spec in specs} <= packaged
+    return StageStatus(PACKAGE, StageState.FINISHED if is_there else StageState.MISSING)
+
+
+# --- for people
+
+
+def render_status(stages: Sequence[StageStatus]) -> Table:
+    """Return the table of `tandem export status`."""
+    table = Table(box=None)
+    for header in ("stage", "state"):
+        table.add_column(header, no_wrap=True)
+    for header in ("time", "peak memory", "on disk"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("what came of it, or how far it is")
+    for stage in stages:
+        numbers, summary = ("", "", ""), stage.progress
+        if record := stage.record:
+            numbers = (
+                format_seconds(record.seconds),
+                format_bytes(record.peak_memory_bytes),
+                format_bytes(record.size_bytes),
+            )
+            summary = _format_summary(record)
+        table.add_row(stage.name, stage.state.value, *numbers, summary)
+    return table
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration to two or three digits.
+
+    >>> [format_seconds(s) for s in (0.31, 59.4, 754, 90_000)]
+    ['0.3 s', '59 s', '13 min', '25.0 h']
+    """
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def format_bytes(size_bytes: float | None) -> str:
+    """Return a size in a unit in which it has few digits.
+
+    >>> [format_bytes(b) for b in (None, 12_000, 253_000_000, 1_340_000_000)]
+    ['', '12 kB', '253 MB', '1.3 GB']
+    """
+    if size_bytes is None:
+        return ""
+    if size_bytes < 1e6:
+        return f"{size_bytes / 1e3:.0f} kB"
+    return f"{size_bytes / 1e6:.0f} MB" if size_bytes < 1e9 else f"{size_bytes / 1e9:.1f} GB"
+
+
+def _format_summary(record: StageRecord) -> str:
+    return ", ".join(
+        f"{key.replace('_', ' ')} "
+        + (f"{value:.4g}" if isinstance(value, float) else json.dumps(value))
+        for key, value in record.summary.items()
+        if not isinstance(value, dict)
+    )
