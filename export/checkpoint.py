@@ -21,30 +21,32 @@ from safetensors.torch import load_file, save_file
 
 _PREFIX = "checkpoint-"
 _STATE, _TENSORS = "state.json", "tensors.safetensors"
+_MOVED, _OPTIMIZER = "moved/", "optimizer/"
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint's folder and log; its tensors are read by `Checkpoints.restore`."""
+    """A checkpoint's place and log; its tensors are read by `Checkpoints.restore`."""
 
     folder: Path
+    place: dict[str, int]
     log: dict[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints below `folder`; only the writer (of several processes) writes."""
+    """The checkpoints in `folder`, which is theirs alone; of several processes one writes."""
 
     def __init__(self, folder: Path, *, is_writer: bool = True) -> None:
         self._folder = folder
         self._is_writer = is_writer
 
-    def load(self) -> tuple[dict[str, int], Saved] | tuple[None, None]:
-        """Return the place where the newest checkpoint stands, and the checkpoint."""
+    def load(self) -> Saved | None:
+        """Return the newest checkpoint, if there is one."""
         found = self._all()
         if not found:
-            return None, None
+            return None
         state = json.loads((found[-1] / _STATE).read_text(encoding="utf-8"))
-        return state["place"], Saved(found[-1], state["log"])
+        return Saved(found[-1], state["place"], state["log"])
 
     def restore(
         self,
@@ -52,35 +54,27 @@ class Checkpoints:
         tensors: Mapping[str, torch.Tensor],
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """Copy a checkpoint into `tensors`, and into the optimizer if it has its state.
+        """Copy a checkpoint into `tensors`, and into the optimizer where it has its state.
 
-        A tensor that the checkpoint does not know stays as it is: a phase may begin with new ones.
+        The tensors must be those that were saved, by name and shape.
         """
         stored = load_file(saved.folder / _TENSORS)
+        names = {key.removeprefix(_MOVED) for key in stored if key.startswith(_MOVED)}
+        assert names == set(tensors), sorted(names ^ set(tensors))
         with torch.no_grad():
             for name, tensor in tensors.items():
-                if f"moved/{name}" in stored:
-                    tensor.copy_(stored[f"moved/{name}"])
-        for name, tensor in tensors.items():
-            prefix = f"optimizer/{name}/"
-            state = {
-                key.removeprefix(prefix): value
-                for key, value in stored.items()
-                if key.startswith(prefix)
-            }
-            if state:
-                # A step counter stays on the CPU in float32, as AdamW wants it.
-                optimizer.state[tensor] = {
-                    key: value if key == "step" else value.to(tensor.device)
-                    for key, value in state.items()
-                }
+                tensor.copy_(stored.pop(f"{_MOVED}{name}"))
+        for key, value in stored.items():
+            # "step" too: the fused AdamW counts where the parameter is.
+            name, _, slot = key.removeprefix(_OPTIMIZER).rpartition("/")
+            optimizer.state[tensors[name]][slot] = value.to(tensors[name].device)
 
     def save(
         self,
         place: dict[str, int],
         log: dict[str, Any],
         tensors: Mapping[str, torch.Tensor],
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: torch.optim.Optimizer,
     ) -> None:
         """Write a checkpoint and remove the older ones."""
         if not self._is_writer:
@@ -99,9 +93,14 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove every checkpoint: training is over."""
-        if self._is_writer:
-            for folder in self._folder.glob(f"{_PREFIX}*"):
-                shutil.rmtree(folder)
+        if not self._is_writer:
+            return
+        # Renamed first: a kill while files are removed must not leave half a checkpoint.
+        removed = self._folder.with_suffix(".removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        if self._folder.exists():
+            self._folder.replace(removed)
+            shutil.rmtree(removed)
 
     def _all(self) -> list[Path]:
         """Return the whole checkpoints, oldest first."""
@@ -109,10 +108,10 @@ class Checkpoints:
 
 
 def _to_store(
-    tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer | None
+    tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
-    stored = {f"moved/{name}": tensor.detach().contiguous() for name, tensor in tensors.items()}
+    stored = {f"{_MOVED}{name}": tensor.detach().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
-        for key, value in (optimizer.state.get(tensor, {}) if optimizer else {}).items():
-            stored[f"optimizer/{name}/{key}"] = value.contiguous()
+        for slot, value in optimizer.state.get(tensor, {}).items():
+            stored[f"{_OPTIMIZER}{name}/{slot}"] = value.contiguous()
     return stored

@@ -58,10 +58,6 @@ class Objective:
         )
         return cls(loss, phase.hidden_weight, phase.attention_weight)
 
-    @property
-    def has_matching(self) -> bool:
-        return self.hidden_weight > 0 or self.attention_weight > 0
-
 
 @dataclass(frozen=True, slots=True)
 class StepSums:
@@ -114,7 +110,7 @@ class Pair:
         num_shared_layers: int = 0,
         matching: Matching | None = None,
     ) -> None:
-        assert not (matching and num_shared_layers), "refused by the recipe's schema"
+        assert not (matching and num_shared_layers), num_shared_layers
         self.student = student
         self.teacher = teacher.eval()
         self._matching = matching
@@ -168,7 +164,9 @@ class Pair:
     def _targets(self, hidden: torch.Tensor) -> Iterator[Targets]:
         for part in hidden.split(HEAD_SLICE):
             with torch.no_grad():
-                yield self.teacher.lm_head(part)
+                logits = self.teacher.lm_head(part)
+            # Outside: a generator would leave its consumer without gradients.
+            yield logits
 
 
 class CachedPair:
@@ -222,7 +220,8 @@ def accumulate(
         for batch in world.share(micro_batches):
             sums += _backward(forward, batch, objective, num_tokens, device)
     world.add_up([sums])
-    return StepSums(*sums.tolist(), num_tokens)
+    total, soft, hard, hidden, attention = sums.tolist()
+    return StepSums(total, soft, hard, hidden, attention, num_tokens)
 
 
 def _backward(
@@ -276,10 +275,14 @@ def _add(sums: Sequence[LossSums]) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 @torch.no_grad()
 def measure_kl(
-    forward: Forward, examples: Sequence[Example], *, dtype: torch.dtype = torch.bfloat16
+    forward: Forward,
+    examples: Sequence[Example],
+    *,
+    num_real_tokens: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> float:
     """Return KL(teacher ‖ student) over the completion tokens, in nats per token, in training's
-    arithmetic."""
+    arithmetic. Columns from `num_real_tokens` on are padding of the vocabulary and left out."""
     device = next(forward.student.parameters()).device
     total, num_tokens = 0.0, 0
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -288,7 +291,8 @@ def measure_kl(
             outputs = forward(batch, input_ids, positions)
             for part, target in zip(outputs.hidden.split(HEAD_SLICE), outputs.targets, strict=True):
                 assert isinstance(target, torch.Tensor), "measured against live teachers"
-                total += float(forward_kl(forward.student.lm_head(part), target).sum())
+                student = forward.student.lm_head(part)[:, :num_real_tokens]
+                total += float(forward_kl(student, target[:, :num_real_tokens]).sum())
             num_tokens += len(labels)
     return total / num_tokens
 

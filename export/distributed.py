@@ -51,10 +51,6 @@ class World:
         if self.size > 1:
             distributed.barrier()
 
-    def wait_if(self, is_needed: bool) -> None:
-        if is_needed:
-            self.wait()
-
     def add_up(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes."""
         if self.size > 1:

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from export.config import DistillConfig, PhaseConfig, SampleConfig
+from export.config import DistillConfig, ExportError, PhaseConfig, SampleConfig
 from export.distill import CachedPair, Example, Forward, Pair, measure_kl
 from export.distributed import World
 from export.grid import BlockGrid, GridWeight
 from export.logits_cache import LogitsCache
 from export.matching import LayerMap, Matching
 from export.on_policy import AnswerSettings, answer, repetition
-from export.quantization_aware import GridParameters, untie_head
+from export.quantization_aware import GridParameters, check_block_sizes, untie_head
 from export.trainer import PlainParameters, TrainingPhase
 
 # Prompts answered greedily to see whether the student still speaks.
@@ -66,7 +66,10 @@ class HeldOutLog:
 
 
 class Distillation:
-    """The phases of a recipe over one student and one teacher (both are changed by training)."""
+    """The phases of a recipe over one student and one teacher, whose attention they may switch.
+
+    ExportError when shared layers are to be frozen and there are none.
+    """
 
     def __init__(
         self,
@@ -93,7 +96,9 @@ class Distillation:
         self._num_real_tokens = num_real_tokens
         self._world = world
         self.held_out = HeldOutLog.open(folder)
-        num_shared = _num_shared(kept_layers) if config.freeze_shared_layers else 0
+        num_shared = 0
+        if config.freeze_shared_layers:
+            num_shared = _count_shared_layers(student, teacher, kept_layers)
         self._plain = Pair(student, teacher, num_shared)
 
     def phases(self) -> list[Callable[[], TrainingPhase]]:
@@ -104,8 +109,13 @@ class Distillation:
         ]
 
     def measure(self, number: int) -> None:
-        """Add the held-out KL `number` phases in (`HeldOutLog`)."""
-        self.held_out.add(number, lambda: measure_kl(self._plain, self._text.held_out))
+        """Add the held-out KL `number` phases in (`HeldOutLog`); the main process does."""
+        if self._world.is_main:
+            self.held_out.add(number, self._measure)
+
+    def _measure(self) -> float:
+        held_out, num_real_tokens = self._text.held_out, self._num_real_tokens
+        return measure_kl(self._plain, held_out, num_real_tokens=num_real_tokens)
 
     def probe(self) -> float:
         """Return the share of repeated 4-grams in the student's greedy answers."""
@@ -119,7 +129,9 @@ class Distillation:
         return repetition(answer(self.student, prompts, settings))
 
     def _build(self, index: int, phase: PhaseConfig) -> TrainingPhase:
-        self.measure(index)
+        # Whatever the phase before had: a resumed run starts here.
+        for model in (self.student, self._teacher):
+            model.set_attn_implementation("eager" if phase.attention_weight else "sdpa")
         matching = self._matching(phase)
         return TrainingPhase(
             config=phase,
@@ -128,15 +140,13 @@ class Distillation:
             num_rounds=self._num_rounds(phase),
             text=self._text_of(index, phase),
             num_real_tokens=self._num_real_tokens,
+            on_start=lambda: self.measure(index),
         )
 
     def _forward(self, phase: PhaseConfig, matching: Matching | None) -> Forward:
         if phase.teacher_logits == "cache":
             assert self._cache is not None, "refused by the recipe's schema"
             return CachedPair(self.student, self._cache)
-        kind = "eager" if phase.attention_weight else "sdpa"
-        for model in (self.student, self._teacher):
-            model.set_attn_implementation(kind)
         if matching is None:
             return self._plain
         return Pair(self.student, self._teacher, matching=matching)
@@ -199,7 +209,10 @@ def round_prompts(
 
 
 class GridTraining:
-    """Quantization-aware distillation: the float student teaches its own copy on a grid."""
+    """Quantization-aware distillation: the float student teaches its own copy on a grid.
+
+    ExportError for matching terms, and by `check_block_sizes`.
+    """
 
     def __init__(
         self,
@@ -209,13 +222,16 @@ class GridTraining:
         initial: Mapping[str, GridWeight],
         phase: PhaseConfig,
         text: Text,
+        num_real_tokens: int | None = None,
     ) -> None:
+        _refuse_matching(phase)
         untie_head(student)
         self.student = student
         self.parameters = GridParameters(student, grids, initial)
         self._forward = Pair(student, float_student)
         self._phase = phase
         self._text = text
+        self._num_real_tokens = num_real_tokens
 
     def phase(self) -> TrainingPhase:
         """Return the one phase there is, for `Trainer.run`."""
@@ -225,23 +241,45 @@ class GridTraining:
             parameters=self.parameters,
             num_rounds=self._phase.num_epochs,
             text=lambda _: self._text.train,
+            num_real_tokens=self._num_real_tokens,
         )
 
     def measure(self) -> float:
         """Return KL(float student ‖ student on its grid) on held-out text, in nats per token."""
-        return measure_kl(self._forward, self._text.held_out)
+        held_out, num_real_tokens = self._text.held_out, self._num_real_tokens
+        return measure_kl(self._forward, held_out, num_real_tokens=num_real_tokens)
 
 
 def linear_grids(model: Any, grid_of: Callable[[str], BlockGrid]) -> dict[str, BlockGrid]:
     """Return the grid of every linear layer by module name; `grid_of` gets the layer's own name,
-    q_proj, k_proj and v_proj under that of the packed `qkv_proj`."""
+    q_proj, k_proj and v_proj under that of the packed `qkv_proj`. ExportError by
+    `check_block_sizes`."""
     packed = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
     names = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     lasts = {name: name.rpartition(".")[2] for name in names}
-    return {name: grid_of(packed.get(last, last)) for name, last in lasts.items()}
+    grids = {name: grid_of(packed.get(last, last)) for name, last in lasts.items()}
+    check_block_sizes(model, grids)
+    return grids
 
 
-def _num_shared(kept_layers: Sequence[int] | None) -> int:
-    """Return how many of the lowest layers the student has in common with its teacher."""
+def _refuse_matching(phase: PhaseConfig) -> None:
+    for name in ("hidden_weight", "attention_weight"):
+        if getattr(phase, name):
+            raise ExportError(
+                f"train.{name} is {getattr(phase, name)}: training on a grid matches logits "
+                "alone; set it to 0"
+            )
+
+
+def _count_shared_layers(student: Any, teacher: Any, kept_layers: Sequence[int] | None) -> int:
+    """Return how many of the lowest layers the student has as the teacher has them."""
     kept = list(kept_layers or ())
-    return next((i for i, layer in enumerate(kept) if i != layer), len(kept))
+    num_shared = next((i for i, layer in enumerate(kept) if i != layer), len(kept))
+    is_narrower = student.config.intermediate_size != teacher.config.intermediate_size
+    if is_narrower or not num_shared:
+        raise ExportError(
+            "distill.freeze_shared_layers is true, but no low layer of the student is as the "
+            "teacher has it: set it to false, or prune the student from the teacher with "
+            "first_candidate 1 or more and kept_mlp_share 1"
+        )
+    return num_shared

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from export.config import ExportError
 from export.grid import BlockGrid, GridWeight, absmax_scales, encode
 
 # The scales move by this share of themselves where a weight moves by one learning rate.
@@ -29,6 +30,7 @@ class GridParameters:
 
     Made of `grids`: module name -> grid. `initial` overrides where a layer starts (GPTQ, say);
     others start at onnxruntime's own rounding of their weight. Everything else is frozen.
+    ExportError by `check_block_sizes`.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class GridParameters:
         grids: Mapping[str, BlockGrid],
         initial: Mapping[str, GridWeight] | None = None,
     ) -> None:
+        check_block_sizes(model, grids)
         model.requires_grad_(False)
         self._layers = {
             name: _GridLayer(model.get_submodule(name), grid, (initial or {}).get(name))
@@ -85,7 +88,6 @@ class _GridLayer:
 
     def __init__(self, linear: nn.Linear, grid: BlockGrid, initial: GridWeight | None) -> None:
         weight = initial.dequantize() if initial else linear.weight.detach().float().clone()
-        assert weight.shape[1] % grid.block_size == 0, (weight.shape, grid)
         self._linear = linear
         self._grid = grid
         self._first_scales = initial.scales if initial else absmax_scales(weight, grid)
@@ -116,8 +118,9 @@ class _GridLayer:
     @torch.no_grad()
     def gather_gradients(self) -> None:
         """d(code·s)/d(latent) is 1 within the grid and 0 beyond; d(code·s)/ds is code − latent/s
-        within and the last code beyond."""
-        assert self._linear.weight.grad is not None
+        within and the last code beyond; ds/d(log s) is s."""
+        if self._linear.weight.grad is None:
+            return  # of several processes, this one had no micro-batch in the step
         scales = self._scales
         inverse = torch.where(scales == 0, 0.0, 1 / scales)[:, :, None]
         gradient = self._blocks(self._linear.weight.grad)
@@ -141,6 +144,17 @@ class _GridLayer:
         num_outputs, num_inputs = self.latent.shape
         size = max(_PIECE_SIZE // num_inputs, 1)
         return [slice(start, start + size) for start in range(0, num_outputs, size)]
+
+
+def check_block_sizes(model: Any, grids: Mapping[str, BlockGrid]) -> None:
+    """Raise ExportError unless every layer's inputs are a whole number of blocks."""
+    for name, grid in grids.items():
+        num_inputs = model.get_submodule(name).in_features
+        if num_inputs % grid.block_size:
+            raise ExportError(
+                f"{name} has {num_inputs} inputs, which blocks of {grid.block_size} do not divide: "
+                "to train on the grid, choose a smaller block_size (also by overrides)"
+            )
 
 
 def untie_head(model: Any) -> None:

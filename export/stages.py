@@ -106,15 +106,15 @@ class StageRunner:
 
     def run(self, spec: StageSpec) -> Stage:
         """Return the stage, building it and what comes before it where that is missing."""
-        found = self.find(spec)
-        if found is None:
+        # All processes must agree: a late one would find what the main one has finished by now.
+        if self._world.broadcast(self.find(spec) is None):
             for earlier in spec.after:
                 self.run(earlier)
             if self._world.is_main or spec.is_distributed:
                 self._build(spec)
             self._world.wait()
-            found = self.find(spec)
-            assert found is not None, f"{self.path(spec)} is not there: do all processes share it?"
+        found = self.find(spec)
+        assert found is not None, f"{self.path(spec)} is not there: do all processes share it?"
         return found
 
     def _build(self, spec: StageSpec) -> None:
@@ -122,10 +122,12 @@ class StageRunner:
         started_s = time.monotonic()
         memory = PeakMemory()
         partial = self.partial_path(spec)
-        if self._world.is_main and not spec.can_resume:
-            fresh(partial)
-        partial.mkdir(parents=True, exist_ok=True)
-        self._world.wait_if(spec.is_distributed)
+        if self._world.is_main:
+            if not spec.can_resume:
+                shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True, exist_ok=True)
+        if spec.is_distributed:
+            self._world.wait()
         summary = spec.build(partial)
         if not self._world.is_main:
             return

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from export.checkpoint import Checkpoints
 from export.config import PhaseConfig
 from export.distill import Example, Forward, Objective, StepSums, accumulate, plan_steps, schedule
 from export.distributed import World
+from export.on_policy import COLLAPSE_SHARE
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,9 @@ class PlainParameters:
 
 @dataclass(frozen=True, slots=True)
 class TrainingPhase:
-    """A phase ready to run: `text(round)` gives the examples of each of `num_rounds` rounds."""
+    """A phase ready to run: `text(round)` gives the examples of each of `num_rounds` rounds, the
+    same ones when a resumed run asks again. `on_start` is called before the first step, and again
+    by a resumed run, when the weights are in place."""
 
     config: PhaseConfig
     forward: Forward
@@ -115,15 +118,18 @@ class TrainingPhase:
     num_rounds: int
     text: Callable[[int], Sequence[Example]]
     num_real_tokens: int | None = None
+    on_start: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
     """Who looks on: `on_step` gets each record and the phase's progress from 0 to 1; `probe`, if
-    any, measures the student's own answers `num_probes` times a phase."""
+    any, measures the student's own answers before a phase and `num_probes` times in it; `say` gets
+    a warning when they collapse into loops."""
 
     on_step: Callable[[StepRecord, float], None] = lambda record, progress: None
     probe: Callable[[], float] | None = None
+    say: Callable[[str], None] = lambda message: None
     num_probes: int = 4
 
 
@@ -131,14 +137,14 @@ class Watch:
 class Log:
     """Everything that was recorded, in order."""
 
-    steps: tuple[StepRecord, ...] = ()
-    probes: tuple[ProbeRecord, ...] = ()
+    steps: list[StepRecord] = field(default_factory=list)
+    probes: list[ProbeRecord] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Log:
         return cls(
-            tuple(StepRecord(**step) for step in raw["steps"]),
-            tuple(ProbeRecord(**probe) for probe in raw["probes"]),
+            [StepRecord(**step) for step in raw["steps"]],
+            [ProbeRecord(**probe) for probe in raw["probes"]],
         )
 
     def write_steps(self, path: Path) -> None:
@@ -168,43 +174,48 @@ class Trainer:
     def run(self, phases: Sequence[Callable[[], TrainingPhase]]) -> Log:
         """Train and return the log. A phase is built when its turn comes, and not if it is over.
 
-        A later phase's parameters are those that the earlier one left, so `phases` must share the
-        student.
+        Phases share the student, and each moves all that the earlier ones moved in it: a checkpoint
+        holds one phase's tensors. A resumed run builds a phase before the weights are in place, so
+        what looks at them belongs in `TrainingPhase.on_start`.
         """
-        place, saved = self._checkpoints.load()
-        start = Place(**place) if place else Place()
-        if place:
-            self._log = Log.from_json(saved.log)
+        saved = self._checkpoints.load()
+        start = Place(**saved.place) if saved else Place()
+        self._log = Log.from_json(saved.log) if saved else Log()
         for index in range(start.phase, len(phases)):
-            phase = phases[index]()
-            tensors = phase.parameters.named()
+            phase, place = phases[index](), Place(phase=index)
             optimizer = _optimizer(phase)
-            if place and index == start.phase:
-                self._checkpoints.restore(saved, tensors, optimizer)
+            if saved and index == start.phase:
+                place = start
+                self._checkpoints.restore(saved, phase.parameters.named(), optimizer)
                 phase.parameters.publish()
-            begin = start if index == start.phase else Place(phase=index)
-            self._run_phase(phase, optimizer, begin)
-            if index + 1 < len(phases):
-                self._save(Place(phase=index + 1), tensors, None)
+            elif index > 0:
+                self._save(phase, optimizer, place)
+            phase.on_start()
+            self._run_phase(phase, optimizer, place)
         return self._log
+
+    def clear(self) -> None:
+        """Remove the checkpoints: what was trained is saved elsewhere."""
+        self._checkpoints.clear()
 
     def _run_phase(
         self, phase: TrainingPhase, optimizer: torch.optim.Optimizer, place: Place
     ) -> None:
-        phase.forward.student.train()
+        phase.forward.student.eval()  # dropout would depend on more than the step's place
         saved_s = time.monotonic()
+        if place.done == 0:
+            self._probe(place)
         while place.round < phase.num_rounds:
             steps = plan_steps(phase.text(place.round), phase.config, place.round)
             while place.step < len(steps):
-                self._probe_if_due(phase, place, len(steps))
                 self._step(phase, optimizer, place, steps)
                 place = replace(place, step=place.step + 1, done=place.done + 1)
+                if self._is_probe_due(phase, place, len(steps)):
+                    self._probe(place)
                 if self._world.broadcast(time.monotonic() - saved_s >= self._every_s):
-                    self._save(place, phase.parameters.named(), optimizer)
+                    self._save(phase, optimizer, place)
                     saved_s = time.monotonic()
             place = replace(place, round=place.round + 1, step=0)
-        self._probe(phase, place)
-        phase.forward.student.eval()
 
     def _step(
         self,
@@ -229,31 +240,31 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         phase.parameters.publish()
         record = _record(place, sums, phase.config.learning_rate * factor)
-        self._log = replace(self._log, steps=(*self._log.steps, record))
+        self._log.steps.append(record)
         done = (place.round + (place.step + 1) / len(steps)) / phase.num_rounds
         self._watch.on_step(record, done)
 
-    def _probe_if_due(self, phase: TrainingPhase, place: Place, num_steps: int) -> None:
+    def _is_probe_due(self, phase: TrainingPhase, place: Place, num_steps: int) -> bool:
+        """Whether the last of so many steps of the round crossed a `num_probes`-th of the phase."""
         total = phase.num_rounds * num_steps
-        at = place.round * num_steps + place.step
-        if at * self._watch.num_probes // total != (at - 1) * self._watch.num_probes // total:
-            self._probe(phase, place)
+        done, num_probes = place.round * num_steps + place.step, self._watch.num_probes
+        return done * num_probes // total > (done - 1) * num_probes // total
 
-    def _probe(self, phase: TrainingPhase, place: Place) -> None:
+    def _probe(self, place: Place) -> None:
         if self._watch.probe is None:
             return
         share = self._world.broadcast(self._watch.probe() if self._world.is_main else 0.0)
-        record = ProbeRecord(place.phase, place.done, share)
-        if record not in self._log.probes:  # a resumed run may come by here again
-            self._log = replace(self._log, probes=(*self._log.probes, record))
-        phase.forward.student.train()
+        earlier = [probe.repeated_share for probe in self._log.probes]
+        self._log.probes.append(ProbeRecord(place.phase, place.done, share))
+        if earlier and share > COLLAPSE_SHARE >= max(earlier):
+            self._watch.say(
+                f"warning: after step {place.done} of phase {place.phase}, {share:.0%} of the "
+                "4-grams in the student's own answers are repetitions: it falls into loops; try a "
+                "lower learning_rate"
+            )
 
-    def _save(
-        self,
-        place: Place,
-        tensors: Mapping[str, torch.Tensor],
-        optimizer: torch.optim.Optimizer | None,
-    ) -> None:
+    def _save(self, phase: TrainingPhase, optimizer: torch.optim.Optimizer, place: Place) -> None:
+        tensors = phase.parameters.named()
         self._checkpoints.save(asdict(place), asdict(self._log), tensors, optimizer)
         self._world.wait()
 
