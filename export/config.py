@@ -198,25 +198,42 @@ class DistillConfig(_Section):
     )
 
 
-class WeightOnlyVariant(_Section):
+class GridConfig(_Section):
+    """Integer codes of `bits`, `block_size` of them to a scale."""
+
+    bits: Literal[4, 8]
+    block_size: Literal[16, 32, 64, 128, 256]
+
+
+LinearName = Literal["qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+
+
+class WeightOnlyVariant(GridConfig):
     """MatMulNBits: blocks of integer weights that share a scale (`export.quantize`)."""
 
     method: Literal["rtn", "hqq", "gptq"] = "rtn"
-    bits: Literal[4, 8]
-    block_size: Literal[16, 32, 64, 128, 256]
+    overrides: dict[LinearName, GridConfig] = Field(
+        default={}, description="another grid for some linear layers"
+    )
     accuracy_level: int = Field(default=4, ge=0, le=4, description="4: int8 activations")
     symmetric: bool = True
-    head_bits: Literal[4, 8] | None = Field(default=None, description="of lm_head; else as bits")
-    head_block_size: Literal[16, 32, 64, 128, 256] | None = None
-    num_calibration_texts: int = Field(default=128, gt=0, description="for gptq")
+    num_calibration_texts: int = Field(default=64, gt=0, description="for gptq")
     train: PhaseConfig | None = Field(
         default=None, description="quantization-aware distillation from the float student"
     )
+
+    def grid_of(self, linear: str) -> GridConfig:
+        """Return the grid of the linear layers of that name."""
+        return self.overrides.get(linear, self)  # type: ignore[call-overload,no-any-return]
 
     @model_validator(mode="after")
     def _check_train(self) -> WeightOnlyVariant:
         if self.train and (self.method == "hqq" or not self.symmetric):
             raise ValueError("train: only symmetric rtn and gptq grids can be trained on")
+        if self.train and self.train.data == "student":
+            raise ValueError("train.data: the text is the teacher's; give 'teacher'")
+        if self.train and self.train.teacher_logits == "cache":
+            raise ValueError("train.teacher_logits: the float student is the teacher; give 'live'")
         return self
 
 
@@ -287,6 +304,11 @@ class GatesConfig(_Section):
     onnx_kl: float = Field(default=1e-6, ge=0)
     onnx_logit_difference: float = Field(default=1e-3, ge=0)
     quantized_kl: float = Field(default=0.02, ge=0)
+    trained_kl: float = Field(
+        default=0.05,
+        ge=0,
+        description="in place of quantized_kl for variants trained on their grid",
+    )
     student_kl: float = Field(default=0.40, ge=0, description="KL(teacher ‖ student), held out")
 
 
@@ -340,12 +362,51 @@ class ExportConfig(_Section):
 
     @model_validator(mode="after")
     def _check_cache(self) -> ExportConfig:
-        if self.cache.kind == "none":
-            for index, phase in enumerate(self.distill.phases):
-                if phase.teacher_logits == "cache":
+        for index, phase in enumerate(self.distill.phases):
+            if phase.teacher_logits == "cache":
+                self._check_cached_phase(f"distill.phases.{index}", phase)
+        return self
+
+    def _check_cached_phase(self, name: str, phase: PhaseConfig) -> None:
+        kind = self.cache.kind
+        if kind == "none":
+            raise ValueError(
+                f"{name}.teacher_logits is 'cache', but cache.kind is 'none': choose dense, top_k "
+                "or random_sampling"
+            )
+        # What a tail or a draw at T = 1 becomes at another T depends on logits that were not kept.
+        if kind != "dense" and phase.temperature != 1.0:
+            raise ValueError(
+                f"{name}.temperature {phase.temperature} needs all of the teacher's logits, which "
+                f"cache.kind {kind!r} does not keep: set it to 1, or choose cache.kind dense"
+            )
+        if kind == "random_sampling" and phase.divergence != "forward_kl":
+            raise ValueError(
+                f"{name}.divergence {phase.divergence!r} cannot be had from the draws of "
+                "cache.kind 'random_sampling': choose forward_kl, or cache.kind dense or top_k"
+            )
+
+    @model_validator(mode="after")
+    def _check_shared_layers(self) -> ExportConfig:
+        if not self.distill.freeze_shared_layers:
+            return self
+        name = "distill.freeze_shared_layers true"
+        if self.student is not None:
+            raise ValueError(
+                f"{name} with student {self.student!r}: a pretrained student shares no layers; "
+                "set it to false"
+            )
+        if self.prune.kept_mlp_share < 1:
+            raise ValueError(
+                f"{name} with prune.kept_mlp_share {self.prune.kept_mlp_share}: narrower layers "
+                "are not the teacher's; set one to false or the other to 1"
+            )
+        for index, phase in enumerate(self.distill.phases):
+            for key in ("hidden_weight", "attention_weight"):
+                if value := getattr(phase, key):
                     raise ValueError(
-                        f"distill.phases.{index}.teacher_logits is 'cache', but cache.kind is "
-                        "'none': choose dense, top_k or random_sampling"
+                        f"{name} with distill.phases.{index}.{key} {value}: matching needs both "
+                        "models whole; set one to false or the other to 0"
                     )
         return self
 
