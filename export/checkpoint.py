@@ -91,17 +91,6 @@ class Checkpoints:
         for folder in older:
             shutil.rmtree(folder)
 
-    def clear(self) -> None:
-        """Remove every checkpoint: training is over."""
-        if not self._is_writer:
-            return
-        # Renamed first: a kill while files are removed must not leave half a checkpoint.
-        removed = self._folder.with_suffix(".removed")
-        shutil.rmtree(removed, ignore_errors=True)
-        if self._folder.exists():
-            self._folder.replace(removed)
-            shutil.rmtree(removed)
-
     def _all(self) -> list[Path]:
         """Return the whole checkpoints, oldest first."""
         return sorted(self._folder.glob(f"{_PREFIX}[0-9]*"))

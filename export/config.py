@@ -234,6 +234,18 @@ class WeightOnlyVariant(GridConfig):
             raise ValueError("train.data: the text is the teacher's; give 'teacher'")
         if self.train and self.train.teacher_logits == "cache":
             raise ValueError("train.teacher_logits: the float student is the teacher; give 'live'")
+        for key in ("hidden_weight", "attention_weight"):
+            if self.train and getattr(self.train, key):
+                raise ValueError(
+                    f"train.{key} is {getattr(self.train, key)}: training on a grid matches logits "
+                    "alone; set it to 0"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_hqq(self) -> WeightOnlyVariant:
+        if self.method == "hqq" and 8 in (self.bits, *(g.bits for g in self.overrides.values())):
+            raise ValueError("bits 8: method 'hqq' has 4 bits only; choose rtn or gptq for 8")
         return self
 
 
@@ -259,7 +271,8 @@ class HalfVariant(_Section):
     method: Literal["float16", "bfloat16"]
 
 
-def _method(value: Any) -> str:
+def _method(value: Any) -> Any:
+    """Return the tag of the class that describes a variant; pydantic names unknown methods."""
     method = value.get("method", "rtn") if isinstance(value, dict) else value.method
     return {"hqq": "rtn", "gptq": "rtn", "bfloat16": "float16"}.get(method, method)
 

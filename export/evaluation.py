@@ -122,9 +122,9 @@ class _Evaluation:
                 "prompt": by_id[row.task_id].prompt,
                 "teacher": self._tokenizer.decode(row.token_ids),
                 "student": self._tokenizer.decode(said.completion_token_ids),
-                "forward_kl": record.forward_kl[TEACHER, STUDENT],
+                "forward_kl": measured["forward_kl"][TEACHER][STUDENT],
             }
-            for row, said, record in zip(self._test, answers, held_out.prompts, strict=True)
+            for row, said, measured in zip(self._test, answers, held_out.rows(), strict=True)
         ]
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from export.grid import BlockGrid, GridWeight, absmax_scales, encode
+from export.grid import BlockGrid, GridWeight, absmax_scales, encode, inverse_scales
 
 # Of the mean diagonal; the paper's section 3.3, step 3.
 DAMPENING = 0.01
@@ -52,7 +52,7 @@ def _quantize_rows(
     """
     codes = torch.empty(remaining.shape, dtype=torch.int8)
     errors = torch.empty_like(remaining)
-    inverse = torch.where(scales == 0, 0.0, 1 / scales)
+    inverse = inverse_scales(scales)
     for row, values in enumerate(remaining):
         code = (values * inverse[row]).round_().clamp_(grid.min_code, grid.max_code)
         codes[row] = code.to(torch.int8)

@@ -23,11 +23,11 @@ class BlockGrid:
 
     @property
     def min_code(self) -> int:
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def max_code(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def num_blocks(self, num_inputs: int) -> int:
         return -(-num_inputs // self.block_size)
@@ -63,9 +63,15 @@ def absmax_scales(weight: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
     return largest / grid.min_code
 
 
+def inverse_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Return 1 / scale, and 0 where that would overflow: the codes of such a block are all 0."""
+    inverse = 1 / scales
+    return inverse.masked_fill_(~inverse.isfinite(), 0.0)
+
+
 def encode(weight: torch.Tensor, scales: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """Return the codes nearest to `weight`, int8 `(N, K)`; all 0 in a block whose scale is 0."""
-    inverse = torch.where(scales == 0, 0.0, 1 / scales)[:, :, None]
+    """Return the codes nearest to `weight`, int8 `(N, K)`; see `inverse_scales` for scales of 0."""
+    inverse = inverse_scales(scales)[:, :, None]
     blocks = (grid.to_blocks(weight) * inverse).round_().clamp_(grid.min_code, grid.max_code)
     return blocks.to(torch.int8).flatten(1)[:, : weight.shape[1]].contiguous()
 
@@ -75,21 +81,6 @@ def round_to_nearest(weight: torch.Tensor, grid: BlockGrid) -> GridWeight:
     weight = weight.float()
     scales = absmax_scales(weight, grid)
     return GridWeight(grid, encode(weight, scales, grid), scales)
-
-
-def least_squares_scales(
-    weight: torch.Tensor, grid: BlockGrid, shrinks: tuple[float, ...] = (1, 0.95, 0.9, 0.85, 0.8)
-) -> torch.Tensor:
-    """Return for each block the `absmax_scales` times the factor with the least squared error."""
-    blocks, full = grid.to_blocks(weight.float()), absmax_scales(weight.float(), grid)
-    best, least = full, torch.full_like(full, torch.inf)
-    for shrink in shrinks:
-        scales = full * shrink
-        codes = grid.to_blocks(encode(weight, scales, grid))
-        error = (codes * scales[:, :, None] - blocks).square().sum(-1)
-        best = torch.where(error < least, scales, best)
-        least = torch.minimum(error, least)
-    return best
 
 
 def pack(weight: GridWeight) -> tuple[np.ndarray, np.ndarray]:

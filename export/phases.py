@@ -19,7 +19,7 @@ from export.grid import BlockGrid, GridWeight
 from export.logits_cache import LogitsCache
 from export.matching import LayerMap, Matching
 from export.on_policy import AnswerSettings, answer, repetition
-from export.quantization_aware import GridParameters, check_block_sizes, untie_head
+from export.quantization_aware import GridParameters, untie_head
 from export.trainer import PlainParameters, TrainingPhase
 
 # Prompts answered greedily to see whether the student still speaks.
@@ -209,10 +209,7 @@ def round_prompts(
 
 
 class GridTraining:
-    """Quantization-aware distillation: the float student teaches its own copy on a grid.
-
-    ExportError for matching terms, and by `check_block_sizes`.
-    """
+    """Quantization-aware distillation: the float student teaches its own copy on a grid."""
 
     def __init__(
         self,
@@ -224,7 +221,6 @@ class GridTraining:
         text: Text,
         num_real_tokens: int | None = None,
     ) -> None:
-        _refuse_matching(phase)
         untie_head(student)
         self.student = student
         self.parameters = GridParameters(student, grids, initial)
@@ -252,23 +248,11 @@ class GridTraining:
 
 def linear_grids(model: Any, grid_of: Callable[[str], BlockGrid]) -> dict[str, BlockGrid]:
     """Return the grid of every linear layer by module name; `grid_of` gets the layer's own name,
-    q_proj, k_proj and v_proj under that of the packed `qkv_proj`. ExportError by
-    `check_block_sizes`."""
+    q_proj, k_proj and v_proj under that of the packed `qkv_proj`."""
     packed = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
     names = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     lasts = {name: name.rpartition(".")[2] for name in names}
-    grids = {name: grid_of(packed.get(last, last)) for name, last in lasts.items()}
-    check_block_sizes(model, grids)
-    return grids
-
-
-def _refuse_matching(phase: PhaseConfig) -> None:
-    for name in ("hidden_weight", "attention_weight"):
-        if getattr(phase, name):
-            raise ExportError(
-                f"train.{name} is {getattr(phase, name)}: training on a grid matches logits "
-                "alone; set it to 0"
-            )
+    return {name: grid_of(packed.get(last, last)) for name, last in lasts.items()}
 
 
 def _count_shared_layers(student: Any, teacher: Any, kept_layers: Sequence[int] | None) -> int:

@@ -51,6 +51,7 @@ TRAINING_NAME = "training.jsonl"
 PROBES_NAME = "probes.json"
 REMOVALS_NAME = "removals.json"
 GRID_NAME = "grid.safetensors"
+CHECKPOINTS = "checkpoints"
 
 
 class Reporter(Protocol):
@@ -154,7 +155,7 @@ class Pipeline:
         if self.config.student is None:
             settings: dict[str, Any] = self.config.prune.model_dump()
             return StageSpec("prune", settings, (self.accepted,), self._build_prune, version=2)
-        settings = {"student": self.config.student, "sha256": hash_weights(self._student_folder)}
+        settings = {"sha256": hash_weights(self._student_folder)}
         return StageSpec("student", settings, (self.accepted,), self._build_pretrained)
 
     @cached_property
@@ -166,7 +167,7 @@ class Pipeline:
             settings["sample"] = self.config.sample.model_dump()
         return StageSpec(
             "distill", settings, after, self._build_distill,
-            version=2, can_resume=True, is_distributed=True,
+            version=2, can_resume=True, is_distributed=True, scratch=(CHECKPOINTS,),
         )  # fmt: skip
 
     @cached_property
@@ -181,7 +182,7 @@ class Pipeline:
         return StageSpec(
             f"grid-{name}", config.model_dump(exclude={"accuracy_level"}),
             (self.accepted, self.exported), lambda folder: self._build_trained(name, folder),
-            can_resume=True, is_distributed=True,
+            can_resume=True, is_distributed=True, scratch=(CHECKPOINTS,),
         )  # fmt: skip
 
     def quantized(self, name: str) -> StageSpec:
@@ -354,7 +355,6 @@ class Pipeline:
         copy_tokenizer(self.teacher.path, folder)
         log.write_steps(folder / TRAINING_NAME)
         write_json(folder / PROBES_NAME, [asdict(probe) for probe in log.probes])
-        trainer.clear()
         return {
             "layers": distillation.student.config.num_hidden_layers,
             "parameters": distillation.student.num_parameters(),
@@ -375,7 +375,7 @@ class Pipeline:
             show(round(1000 * progress), 1000)
 
         return Trainer(
-            folder / "checkpoints",
+            folder / CHECKPOINTS,
             checkpoint_every_s=self.config.distill.checkpoint_every_s,
             world=self.world,
             watch=Watch(on_step, probe, self.reporter.say),
@@ -408,9 +408,10 @@ class Pipeline:
         grids = linear_grids(
             student, lambda linear: BlockGrid(*_grid_fields(config.grid_of(linear)))
         )
-        initial_path = folder / f"initial-{GRID_NAME}"
+        initial_path = folder / CHECKPOINTS / f"initial-{GRID_NAME}"
         if self.world.is_main and config.method == "gptq" and not initial_path.exists():
             self.reporter.say("gptq, to start from")
+            initial_path.parent.mkdir(exist_ok=True)
             weights = gptq_weights(self.path(self.exported), config, text.train)
             sizes = {n: student.get_submodule(n).out_features for n in grids}
             partial = initial_path.with_suffix(".tmp")
@@ -419,8 +420,9 @@ class Pipeline:
         self.world.wait()
         initial = load_grid_weights(initial_path) if config.method == "gptq" else {}
         training = GridTraining(
-            student, load_model(source, torch.bfloat16), grids, initial, config.train, text
-        )
+            student, load_model(source, torch.bfloat16), grids, initial, config.train, text,
+            count_real_tokens(self.teacher.path),
+        )  # fmt: skip
         trainer = self._trainer(folder)
         log = trainer.run([training.phase])
         held_out_kl = training.measure()
@@ -430,8 +432,6 @@ class Pipeline:
         training.student.save_pretrained(folder)
         copy_tokenizer(source, folder)
         log.write_steps(folder / TRAINING_NAME)
-        initial_path.unlink(missing_ok=True)
-        trainer.clear()
         return {"steps": len(log.steps), "held_out_kl_to_student": held_out_kl}
 
     def _build_variant(self, name: str, folder: Path) -> dict[str, Any]:

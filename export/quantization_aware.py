@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from export.config import ExportError
-from export.grid import BlockGrid, GridWeight, absmax_scales, encode
+from export.grid import BlockGrid, GridWeight, absmax_scales, encode, inverse_scales
 
 # The scales move by this share of themselves where a weight moves by one learning rate.
 SCALE_RATE = 1.0
@@ -30,7 +29,6 @@ class GridParameters:
 
     Made of `grids`: module name -> grid. `initial` overrides where a layer starts (GPTQ, say);
     others start at onnxruntime's own rounding of their weight. Everything else is frozen.
-    ExportError by `check_block_sizes`.
     """
 
     def __init__(
@@ -39,7 +37,6 @@ class GridParameters:
         grids: Mapping[str, BlockGrid],
         initial: Mapping[str, GridWeight] | None = None,
     ) -> None:
-        check_block_sizes(model, grids)
         model.requires_grad_(False)
         self._layers = {
             name: _GridLayer(model.get_submodule(name), grid, (initial or {}).get(name))
@@ -84,14 +81,15 @@ class GridParameters:
 
 
 class _GridLayer:
-    """One linear layer: latent weight `(N, K)`, and the log of each scale over its first value."""
+    """One linear layer: latent weight `(N, K)`, zeros behind it up to whole blocks, and the log of
+    each scale over its first value `(N, num_blocks)`."""
 
     def __init__(self, linear: nn.Linear, grid: BlockGrid, initial: GridWeight | None) -> None:
         weight = initial.dequantize() if initial else linear.weight.detach().float().clone()
         self._linear = linear
         self._grid = grid
         self._first_scales = initial.scales if initial else absmax_scales(weight, grid)
-        self.latent = nn.Parameter(weight)
+        self.latent = nn.Parameter(grid.to_blocks(weight).flatten(1).clone())
         self.log_scale = nn.Parameter(torch.zeros_like(self._first_scales))
         linear.weight.requires_grad_(True)
         self.publish()
@@ -101,19 +99,18 @@ class _GridLayer:
         return self._first_scales * self.log_scale.detach().exp()
 
     def grid_weight(self) -> GridWeight:
-        codes = encode(self.latent.detach(), self._scales, self._grid)
-        return GridWeight(self._grid, codes, self._scales)
+        weight = self.latent.detach()[:, : self._linear.in_features]
+        return GridWeight(self._grid, encode(weight, self._scales, self._grid), self._scales)
 
     @torch.no_grad()
     def publish(self) -> None:
         scales = self._scales[:, :, None]
-        inverse = torch.where(scales == 0, 0.0, 1 / scales)
-        target = self._blocks(self._linear.weight.data)
-        latent = self._blocks(self.latent.data)
+        inverse = inverse_scales(scales)
         for rows in self._pieces():
-            codes = (latent[rows] * inverse[rows]).round_()
+            codes = (self._latent_blocks(rows) * inverse[rows]).round_()
             codes.clamp_(self._grid.min_code, self._grid.max_code)
-            target[rows] = codes.mul_(scales[rows])
+            weight = codes.mul_(scales[rows]).flatten(1)
+            self._linear.weight.data[rows] = weight[:, : self._linear.in_features]
 
     @torch.no_grad()
     def gather_gradients(self) -> None:
@@ -122,39 +119,27 @@ class _GridLayer:
         if self._linear.weight.grad is None:
             return  # of several processes, this one had no micro-batch in the step
         scales = self._scales
-        inverse = torch.where(scales == 0, 0.0, 1 / scales)[:, :, None]
-        gradient = self._blocks(self._linear.weight.grad)
-        latent = self._blocks(self.latent.data)
-        of_scales = torch.empty_like(scales)
+        inverse = inverse_scales(scales)[:, :, None]
+        of_latent, of_scales = torch.empty_like(self.latent), torch.empty_like(scales)
         for rows in self._pieces():
-            exact = latent[rows] * inverse[rows]
+            gradient = self._grid.to_blocks(self._linear.weight.grad[rows])
+            exact = self._latent_blocks(rows) * inverse[rows]
             codes = exact.round().clamp_(self._grid.min_code, self._grid.max_code)
             error = codes - exact
             is_beyond = error.abs() > 0.5
-            of_scales[rows] = torch.where(is_beyond, codes, error).mul_(gradient[rows]).sum(-1)
-            gradient[rows] = gradient[rows].masked_fill_(is_beyond, 0.0)
-        self.latent.grad = self._linear.weight.grad
+            of_scales[rows] = torch.where(is_beyond, codes, error).mul_(gradient).sum(-1)
+            of_latent[rows] = gradient.masked_fill(is_beyond, 0.0).flatten(1)
+        self.latent.grad = of_latent
         self.log_scale.grad = of_scales.mul_(scales)
         self._linear.weight.grad = None
 
-    def _blocks(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.view(*self.log_scale.shape, self._grid.block_size)
+    def _latent_blocks(self, rows: slice) -> torch.Tensor:
+        return self._grid.to_blocks(self.latent.data[rows])
 
     def _pieces(self) -> list[slice]:
         num_outputs, num_inputs = self.latent.shape
         size = max(_PIECE_SIZE // num_inputs, 1)
         return [slice(start, start + size) for start in range(0, num_outputs, size)]
-
-
-def check_block_sizes(model: Any, grids: Mapping[str, BlockGrid]) -> None:
-    """Raise ExportError unless every layer's inputs are a whole number of blocks."""
-    for name, grid in grids.items():
-        num_inputs = model.get_submodule(name).in_features
-        if num_inputs % grid.block_size:
-            raise ExportError(
-                f"{name} has {num_inputs} inputs, which blocks of {grid.block_size} do not divide: "
-                "to train on the grid, choose a smaller block_size (also by overrides)"
-            )
 
 
 def untie_head(model: Any) -> None:

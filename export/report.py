@@ -31,12 +31,12 @@ def describe_variant(
     """
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     recipe = config.variants.get(name)
-    is_blockwise = isinstance(recipe, WeightOnlyVariant)
+    blockwise = recipe if isinstance(recipe, WeightOnlyVariant) else None
     is_measured = name in summary["quality"][TEACHER]
     return Variant(
         precision=_precision(name, recipe),
-        block_size=recipe.block_size if isinstance(recipe, WeightOnlyVariant) else None,
-        accuracy_level=recipe.accuracy_level if is_blockwise else None,
+        block_size=blockwise.block_size if blockwise else None,
+        accuracy_level=blockwise.accuracy_level if blockwise else None,
         opset=OPSET,
         inputs=tuple(i.name for i in model.graph.input),
         outputs=tuple(o.name for o in model.graph.output),
@@ -92,7 +92,8 @@ def _precision(name: str, recipe: Any) -> str:
         return name
     if isinstance(recipe, WeightOnlyVariant):
         return f"int{recipe.bits}"
-    return {"dynamic": "int8", "static": "int8"}.get(recipe.method, recipe.method)
+    method: str = recipe.method
+    return {"dynamic": "int8", "static": "int8"}.get(method, method)
 
 
 def _gates(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from export.phases import HELD_OUT_NAME
 from export.plots import Hop, LossTerm, PhaseCurves, RemovedLayer
 from export.report import TORCH, TRANSFORMERS
 from export.select import pareto_front
+from export.teacher import count_parameters
 
 if TYPE_CHECKING:
     from export.pipeline import Pipeline
@@ -51,7 +53,9 @@ def collect_report(
     distilled = read_json(pipeline.path(pipeline.distilled) / "config.json")
     teacher = read_json(pipeline.teacher.path / "config.json")
     reference = pipeline.teacher.reference
-    student_size = pipeline.stages.run(pipeline.distilled).record.summary["parameters"]
+    student_size = count_parameters(
+        sorted(pipeline.path(pipeline.distilled).glob("*.safetensors"))
+    )[0]
     front = pareto_front(variants)
     return ReportData(
         title=f"{reference.source} distilled into {distilled['num_hidden_layers']} layers",
@@ -258,7 +262,12 @@ def _json_estimate(raw: Mapping[str, Any]) -> Estimate:
 def _comparisons(path: Path) -> list[PromptComparison]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
-        PromptComparison(row["prompt"], row["teacher"], row["student"], row["forward_kl"])
+        PromptComparison(
+            row["prompt"],
+            row["teacher"],
+            row["student"],
+            math.nan if row["forward_kl"] is None else row["forward_kl"],
+        )
         for row in rows
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Container
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
@@ -49,5 +50,10 @@ def _children_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
-def folder_size_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def folder_size_bytes(folder: Path, without: Container[str] = ()) -> int:
+    """Return the size of all files below a folder but for those in the subfolders `without`."""
+    return sum(
+        path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and path.relative_to(folder).parts[0] not in without
+    )

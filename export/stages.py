@@ -36,6 +36,7 @@ class StageSpec:
 
     `is_distributed` stages are built by all processes together (`export.distributed`), others by
     the main one while the rest wait; one that `can_resume` gets its partial folder as it was left.
+    The subfolders in `scratch` are needed until the stage is whole, and then removed.
     """
 
     name: str
@@ -45,6 +46,7 @@ class StageSpec:
     version: int = 1
     can_resume: bool = False
     is_distributed: bool = False
+    scratch: tuple[str, ...] = ()
 
     @cached_property
     def key(self) -> str:
@@ -138,10 +140,12 @@ class StageRunner:
             seconds=seconds,
             summary=summary,
             peak_memory_bytes=memory.read_bytes(),
-            size_bytes=folder_size_bytes(partial),
+            size_bytes=folder_size_bytes(partial, without=spec.scratch),
         )
         (partial / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n")
         partial.replace(self.path(spec))
+        for name in spec.scratch:
+            shutil.rmtree(self.path(spec) / name, ignore_errors=True)
         self._announce(f"{spec.name}: {seconds:.0f} s, {_shown(record)}")
 
 

@@ -194,10 +194,6 @@ class Trainer:
             self._run_phase(phase, optimizer, place)
         return self._log
 
-    def clear(self) -> None:
-        """Remove the checkpoints: what was trained is saved elsewhere."""
-        self._checkpoints.clear()
-
     def _run_phase(
         self, phase: TrainingPhase, optimizer: torch.optim.Optimizer, place: Place
     ) -> None:

@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
         "drop_truncated": False,
         "max_repetition": 1.0,
         "max_foreign_letters": 1.0,
-    },  # fmt: skip
+    },
     "distill": {
         "phases": [
             {"num_epochs": 2, "learning_rate": 1e-3, "tokens_per_step": 64},

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from export.distill import Example
-from export.onnx_graph import export_onnx, load_untied, save_onnx
 from export.model_files import write_variant_files
+from export.onnx_graph import export_onnx, load_untied, save_onnx
 from export.quantize import WeightOnly, quantize_weights
 
 VOCAB_SIZE = 97

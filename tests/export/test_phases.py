@@ -176,11 +176,6 @@ def test_grids_are_chosen_by_the_layers_own_name(make_model: MakeModel) -> None:
     assert grids["model.layers.0.self_attn.q_proj"].bits == 4
 
 
-def test_block_size_is_checked_before_anything_is_trained(make_model: MakeModel) -> None:
-    with pytest.raises(ExportError, match=r"q_proj has 32 inputs, .*blocks of 64"):
-        linear_grids(make_model(num_layers=1), lambda name: BlockGrid(4, 64))
-
-
 def test_training_on_the_grid_lowers_the_kl_to_the_float_student(
     make_model: MakeModel, text: Text, tmp_path: Path
 ) -> None:
@@ -191,12 +186,3 @@ def test_training_on_the_grid_lowers_the_kl_to_the_float_student(
     before = training.measure()
     Trainer(tmp_path).run([training.phase])
     assert 0 < training.measure() < before
-
-
-@pytest.mark.parametrize("name", ["hidden_weight", "attention_weight"])
-def test_matching_terms_are_refused_on_the_grid(
-    make_model: MakeModel, text: Text, name: str
-) -> None:
-    phase, model = PhaseConfig(**{name: 0.5}), make_model(num_layers=1)
-    with pytest.raises(ExportError, match=rf"train\.{name} is 0\.5"):
-        GridTraining(model, model, {}, {}, phase, text)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from export.config import ExportError, PhaseConfig
+from export.config import PhaseConfig
 from export.distill import Example, Pair
 from export.grid import BlockGrid, GridWeight, round_to_nearest
 from export.quantization_aware import (
@@ -155,14 +155,6 @@ def test_norms_and_grids_are_moved_and_all_else_is_frozen() -> None:
     assert len(scales["params"]) == 1 and scales["weight_decay"] == 0
 
 
-def test_block_size_that_does_not_divide_the_inputs_is_refused_at_once() -> None:
-    model = OneLayer(num_inputs=40)
-    before = model.linear.weight.detach().clone()
-    with pytest.raises(ExportError, match=r"linear has 40 inputs, .*blocks of 16"):
-        GridParameters(model, {"linear": GRID})
-    assert model.linear.weight.equal(before) and model.linear.weight.requires_grad
-
-
 def test_trained_student_computes_with_the_weights_that_are_exported(
     make_model: MakeModel, make_examples: MakeExamples, tmp_path: Path
 ) -> None:
@@ -207,3 +199,19 @@ def test_untied_head_is_saved_beside_the_embeddings(make_model: MakeModel, tmp_p
     assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
     assert loaded.lm_head.weight.equal(model.lm_head.weight)
     assert loaded.model.embed_tokens.weight.equal(model.model.embed_tokens.weight)
+
+
+def test_last_block_may_be_partial() -> None:
+    model, grid = OneLayer(num_inputs=40), BlockGrid(4, 16)
+    parameters = GridParameters(model, {"linear": grid})
+    inputs = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    model.linear(inputs).square().sum().backward()
+    parameters.gather_gradients()
+    optimizer = torch.optim.SGD(parameters.groups(1e-2), lr=1e-2)
+    optimizer.step()
+    parameters.publish()
+    (weight,) = parameters.grid_weights().values()
+    assert weight.codes.shape == (len(model.linear.weight), 40)
+    assert weight.scales.shape[1] == 3
+    assert model.linear.weight.equal(weight.dequantize())
+    assert parameters.named()["linear.latent"][:, 40:].eq(0).all()

@@ -2,70 +2,112 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bundle.manifest import Gate, Variant
-from export.config import ExportConfig, GatesConfig, VariantConfig
-from export.evaluate import Agreement
+from export.config import (
+    DynamicVariant,
+    ExportConfig,
+    GatesConfig,
+    HalfVariant,
+    PhaseConfig,
+    SampleConfig,
+    StaticVariant,
+    VariantConfig,
+    WeightOnlyVariant,
+)
+from export.evaluate import STUDENT, TEACHER, Agreement
 from export.report import (
-    STUDENT,
-    TEACHER,
+    PARITY_NAME,
     TORCH,
     TRANSFORMERS,
-    GateError,
-    choose_default,
     describe_evaluation,
     describe_variant,
-    summarize,
+    read_summary,
+    task_values,
 )
 from export.speed import Speed
 
-CONFIG = ExportConfig(
-    teacher="unused",
-    output_dir=Path("unused"),
-    variants={"small": VariantConfig(bits=8, block_size=32, accuracy_level=1)},
-    gates=GatesConfig(onnx_kl=1e-6, quantized_kl=0.02, student_kl=0.4),
+SMALL = WeightOnlyVariant(bits=8, block_size=32, accuracy_level=1)
+GATES = GatesConfig(
+    onnx_kl=1e-6, onnx_logit_difference=1e-3, quantized_kl=0.02, trained_kl=0.05, student_kl=0.4
 )
-NOT_A_NUMBER = [math.nan, math.inf, -math.inf]
+NOT_A_NUMBER = [math.nan, math.inf, -math.inf, None]
+Describe = Callable[..., Variant]
 
 
-def make_variant(measured: float | None, tokens_per_s: float = 1.0, threshold: float = 0.02) -> Any:
-    passed = measured is not None and measured <= threshold
-    gate = Gate(name="kl", measured=measured, threshold=threshold, passed=passed, unit="nats")
-    return Variant(
-        precision="int8",
-        opset=18,
-        inputs=("input_ids",),
-        outputs=("logits",),
-        size_bytes=1,
-        num_nodes=1,
-        gates=(gate,),
-        metrics={"decode_tokens_per_s": tokens_per_s},
+def make_config(small: VariantConfig = SMALL) -> ExportConfig:
+    return ExportConfig(
+        teacher="unused",
+        output_dir=Path("unused"),
+        sample=SampleConfig(temperature=0.7, seed=3),
+        variants={"small": small},
+        gates=GATES,
     )
 
 
-def make_summary(kl_to_teacher: float = 0.3, kl_to_student: float = 0.01) -> dict[str, Any]:
+def agreement(forward_kl: float | None, argmax_agreement: float) -> dict[str, Any]:
+    """Return an `Agreement` as it comes out of summary.json, where null is no number."""
+    known = Agreement(0.0, None, None, argmax_agreement, 100, 30, None)
+    return asdict(known) | {"forward_kl": forward_kl}
+
+
+def make_summary(
+    kl_to_teacher: float | None = 0.3, kl_to_student: float | None = 0.01
+) -> dict[str, Any]:
     names = ("fp32", "small")
-    quality = {(TEACHER, name): Agreement(kl_to_teacher, 0.7, 100) for name in (*names, STUDENT)}
-    quality |= {(STUDENT, name): Agreement(kl_to_student, 0.9, 100) for name in (*names, TEACHER)}
     speed = {name: Speed(0.5, 80.0) for name in names}
     speed |= {TORCH: Speed(0.5, 40.0), TRANSFORMERS: Speed(0.5, 20.0)}
-    return summarize(quality, speed, num_prompts=12)
+    return {
+        "num_prompts": 12,
+        "num_tokens": 100,
+        "quality": {
+            TEACHER: {name: agreement(kl_to_teacher, 0.7) for name in (*names, STUDENT)},
+            STUDENT: {name: agreement(kl_to_student, 0.9) for name in (*names, TEACHER)},
+        },
+        "perplexity": dict.fromkeys((*names, TEACHER, STUDENT), 12.5),
+        "speed": {name: asdict(value) for name, value in speed.items()},
+        "memory": dict.fromkeys(names, 1_000_000),
+    }
+
+
+def scores(pass_at_1: float, pass_at_2: float, majority: float) -> dict[str, Any]:
+    values = {"1": pass_at_1, "2": pass_at_2}
+    return {
+        "overall": {
+            "pass_at_k": {k: {"value": v, "interval": None} for k, v in values.items()},
+            "majority_at_n": {"value": majority, "interval": None},
+        }
+    }
 
 
 @pytest.fixture
-def describe(exported_llama: Any) -> Callable[..., Variant]:
+def describe(exported_llama: Any, tmp_path: Path) -> Describe:
     """Describe "fp32" or "small", which is an int8 graph."""
-    folders = {"fp32": exported_llama.variants["fp32"], "small": exported_llama.variants["int8"]}
+    graphs = {"fp32": exported_llama.variants["fp32"], "small": exported_llama.variants["int8"]}
+    for name, source in graphs.items():
+        (tmp_path / name).mkdir()
+        for file in ("model.onnx", "model.onnx.data"):
+            (tmp_path / name / file).symlink_to(source / file)
 
-    def describe(name: str, parity_kl: float = 1e-9, **changes: float) -> Variant:
-        parity = {"max_mean_kl": parity_kl, "max_logit_difference": 0.0, "num_positions": 1}
-        (folders["fp32"] / "parity.json").write_text(json.dumps(parity))
-        return describe_variant(name, folders[name], CONFIG, make_summary(**changes))
+    def describe(
+        name: str,
+        *,
+        small: VariantConfig = SMALL,
+        parity_kl: float | None = 1e-9,
+        logit_difference: float | None = 1e-4,
+        summary: Mapping[str, Any] | None = None,
+        **changes: float | None,
+    ) -> Variant:
+        parity = {"max_mean_kl": parity_kl, "max_logit_difference": logit_difference}
+        (tmp_path / "fp32" / PARITY_NAME).write_text(json.dumps(parity))
+        measured = summary or make_summary(**changes)
+        return describe_variant(name, tmp_path / name, make_config(small), measured)
 
     return describe
 
@@ -74,52 +116,28 @@ def gates(variant: Variant) -> dict[str, Gate]:
     return {gate.name: gate for gate in variant.gates}
 
 
-# --- the default
-
-
-def test_default_is_the_fastest_that_passed() -> None:
-    variants = {
-        "fp32": make_variant(0.0, tokens_per_s=10.0),
-        "int8": make_variant(0.01, tokens_per_s=30.0),
-        "int4": make_variant(0.5, tokens_per_s=90.0),
-    }
-    assert choose_default(variants) == "int8"
-
-
-def test_variant_at_its_threshold_has_passed() -> None:
-    assert choose_default({"int8": make_variant(0.02, threshold=0.02)}) == "int8"
-
-
-def test_variant_without_gates_has_not_passed() -> None:
-    untested = make_variant(0.0, tokens_per_s=99.0).model_copy(update={"gates": ()})
-    assert choose_default({"a": untested, "b": make_variant(0.0)}) == "b"
-
-
-def test_no_default_names_every_gate_that_failed() -> None:
-    variants = {"fp32": make_variant(0.5), "int8": make_variant(None)}
-    with pytest.raises(GateError) as failure:
-        choose_default(variants)
-    assert str(failure.value) == (
-        "no variant passed its gates: fp32: kl 0.5 exceeds 0.02 nats; "
-        "int8: kl nan exceeds 0.02 nats"
-    )
-
-
 # --- gates
 
 
 def test_float_variant_is_judged_by_parity_and_by_the_teacher(
-    describe: Callable[..., Variant],
+    describe: Describe,
 ) -> None:
     found = {n: (g.measured, g.threshold, g.passed) for n, g in gates(describe("fp32")).items()}
     assert found == {
         "kl_to_teacher": (0.3, 0.4, True),
         "parity_with_torch": (1e-9, 1e-6, True),
+        "logit_difference": (1e-4, 1e-3, True),
+    }
+    units = {name: gate.unit for name, gate in gates(describe("fp32")).items()}
+    assert units == {
+        "kl_to_teacher": "nats per token",
+        "parity_with_torch": "nats per token",
+        "logit_difference": "logits",
     }
 
 
 def test_quantized_variant_is_judged_by_the_float_student_and_by_the_teacher(
-    describe: Callable[..., Variant],
+    describe: Describe,
 ) -> None:
     found = {n: (g.measured, g.threshold, g.passed) for n, g in gates(describe("small")).items()}
     assert found == {
@@ -128,17 +146,30 @@ def test_quantized_variant_is_judged_by_the_float_student_and_by_the_teacher(
     }
 
 
+def test_variant_trained_on_its_grid_has_a_threshold_of_its_own(describe: Describe) -> None:
+    trained = SMALL.model_copy(update={"train": PhaseConfig()})
+    gate = gates(describe("small", small=trained, kl_to_student=0.03))["kl_to_float_student"]
+    assert (gate.threshold, gate.passed) == (0.05, True)
+    assert not describe("small", kl_to_student=0.03).is_passed
+
+
+@pytest.mark.parametrize("measured", [0.02, 0.0])
+def test_measurement_at_its_threshold_or_below_passes(describe: Describe, measured: float) -> None:
+    assert describe("small", kl_to_student=measured).is_passed
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "failed"),
     [
         ("fp32", {"parity_kl": 1.1e-6}, "parity_with_torch"),
+        ("fp32", {"logit_difference": 1.1e-3}, "logit_difference"),
         ("fp32", {"kl_to_teacher": 0.41}, "kl_to_teacher"),
         ("small", {"kl_to_student": 0.021}, "kl_to_float_student"),
         ("small", {"kl_to_teacher": 0.41}, "kl_to_teacher"),
     ],
 )
 def test_measurement_above_its_threshold_fails_its_gate_alone(
-    describe: Callable[..., Variant], name: str, changes: dict[str, float], failed: str
+    describe: Describe, name: str, changes: dict[str, float], failed: str
 ) -> None:
     variant = describe(name, **changes)
     assert [gate.name for gate in variant.gates if not gate.passed] == [failed]
@@ -146,9 +177,10 @@ def test_measurement_above_its_threshold_fails_its_gate_alone(
 
 
 @pytest.mark.parametrize("value", NOT_A_NUMBER)
-def test_what_is_not_a_number_never_passes(describe: Callable[..., Variant], value: float) -> None:
+def test_what_is_not_a_number_never_passes(describe: Describe, value: float | None) -> None:
     for name, changes in [
         ("fp32", {"parity_kl": value}),
+        ("fp32", {"logit_difference": value}),
         ("fp32", {"kl_to_teacher": value}),
         ("small", {"kl_to_teacher": value}),
         ("small", {"kl_to_student": value}),
@@ -157,17 +189,52 @@ def test_what_is_not_a_number_never_passes(describe: Callable[..., Variant], val
         assert failed.measured is None
 
 
-def test_metric_that_is_not_a_number_is_left_out(describe: Callable[..., Variant]) -> None:
-    metrics = describe("small", kl_to_student=math.nan).metrics
+@pytest.mark.parametrize("value", NOT_A_NUMBER)
+def test_metric_that_is_not_a_number_is_left_out(describe: Describe, value: float | None) -> None:
+    metrics = describe("small", kl_to_student=value).metrics
     assert "kl_to_student" not in metrics
     assert metrics["kl_to_teacher"] == 0.3
+
+
+def test_variant_that_was_not_measured_has_not_passed_and_has_no_metrics(
+    describe: Describe,
+) -> None:
+    """As bfloat16 on a machine without a GPU: the graph is described all the same."""
+    summary = make_summary()
+    for of_models in (*summary["quality"].values(), summary["speed"], summary["memory"]):
+        of_models.pop("small")
+    variant = describe("small", small=HalfVariant(method="bfloat16"), summary=summary)
+    assert (variant.gates, variant.metrics, variant.is_passed) == ((), {}, False)
+    assert (variant.precision, variant.block_size) == ("bfloat16", None)
+    assert variant.size_bytes > 0 and variant.num_nodes > 0
 
 
 # --- what the manifest says
 
 
+@pytest.mark.parametrize(
+    ("small", "precision", "block_size", "accuracy_level"),
+    [
+        (WeightOnlyVariant(bits=4, block_size=16), "int4", 16, 4),
+        (DynamicVariant(method="dynamic"), "int8", None, None),
+        (StaticVariant(method="static"), "int8", None, None),
+        (HalfVariant(method="float16"), "float16", None, None),
+    ],
+)
+def test_precision_is_that_of_the_recipe(
+    describe: Describe,
+    small: VariantConfig,
+    precision: str,
+    block_size: int | None,
+    accuracy_level: int | None,
+) -> None:
+    variant = describe("small", small=small)
+    found = (variant.precision, variant.block_size, variant.accuracy_level)
+    assert found == (precision, block_size, accuracy_level)
+
+
 def test_variant_is_described_from_its_graph(
-    describe: Callable[..., Variant], exported_llama: Any
+    describe: Describe, exported_llama: Any
 ) -> None:
     folder = exported_llama.variants["int8"]
     variant = describe("small")
@@ -181,7 +248,7 @@ def test_variant_is_described_from_its_graph(
     assert variant.num_nodes == 66
 
 
-def test_float_variant_has_no_quantization(describe: Callable[..., Variant]) -> None:
+def test_float_variant_has_no_quantization(describe: Describe) -> None:
     variant = describe("fp32")
     assert (variant.precision, variant.block_size, variant.accuracy_level) == ("fp32", None, None)
     assert variant.quantized_nodes == {}
@@ -189,23 +256,33 @@ def test_float_variant_has_no_quantization(describe: Callable[..., Variant]) -> 
     assert "/lm_head/MatMul" in variant.float_matmuls, "the tied head is one of them"
 
 
-def test_metrics_are_those_of_the_summary(describe: Callable[..., Variant]) -> None:
+def test_metrics_are_those_of_the_summary(describe: Describe) -> None:
     assert describe("small").metrics == {
         "kl_to_teacher": 0.3,
         "argmax_agreement_with_teacher": 0.7,
         "kl_to_student": 0.01,
         "argmax_agreement_with_student": 0.9,
+        "perplexity": 12.5,
         "prefill_s": 0.5,
         "decode_tokens_per_s": 80.0,
         "speedup_over_transformers": 4.0,
         "speedup_over_torch_teacher": 2.0,
+        "peak_memory_bytes": 1_000_000,
     }
 
 
-def test_evaluation_names_its_settings() -> None:
-    evaluation = describe_evaluation(CONFIG, make_summary())
+def test_metrics_have_the_task_scores_where_there_are_tasks(describe: Describe) -> None:
+    models = {"small": scores(0.25, 0.5, 0.75)}
+    summary = make_summary() | {"tasks": {"num_samples": 4, "models": models}}
+    metrics = describe("small", summary=summary).metrics
+    expected = {"pass_at_1": 0.25, "pass_at_2": 0.5, "maj_at_4": 0.75}
+    assert expected == task_values(summary, "small") == {k: metrics[k] for k in expected}
+
+
+def test_evaluation_without_tasks_has_one_sample_of_each_prompt() -> None:
+    evaluation = describe_evaluation(make_config(), make_summary())
     assert (evaluation.num_prompts, evaluation.num_samples, evaluation.k) == (12, 1, ())
-    assert (evaluation.temperature, evaluation.seed) == (0.8, 0)
+    assert (evaluation.temperature, evaluation.seed) == (0.7, 3)
     assert evaluation.values == {
         "student_kl": 0.3,
         "student_argmax_agreement": 0.7,
@@ -215,12 +292,29 @@ def test_evaluation_names_its_settings() -> None:
     }
 
 
-def test_summary_is_nested_by_reference_and_survives_json() -> None:
-    summary = make_summary()
-    assert json.loads(json.dumps(summary)) == summary
-    assert summary["quality"][TEACHER]["small"] == {
-        "forward_kl": 0.3,
-        "argmax_agreement": 0.7,
-        "num_tokens": 100,
+def test_evaluation_with_tasks_has_the_scores_of_both_models() -> None:
+    models = {TEACHER: scores(0.5, 0.75, 1.0), STUDENT: scores(0.25, 0.5, 0.0)}
+    summary = make_summary() | {"tasks": {"num_samples": 8, "models": models}}
+    evaluation = describe_evaluation(make_config(), summary)
+    assert (evaluation.num_samples, evaluation.k) == (8, (1, 8))
+    found = {key: value for key, value in evaluation.values.items() if "_at_" in key}
+    assert found == {
+        "teacher_pass_at_1": 0.5,
+        "teacher_pass_at_2": 0.75,
+        "teacher_maj_at_8": 1.0,
+        "student_pass_at_1": 0.25,
+        "student_pass_at_2": 0.5,
+        "student_maj_at_8": 0.0,
     }
-    assert summary["speed"]["small"] == {"prefill_s": 0.5, "decode_tokens_per_s": 80.0}
+
+
+def test_evaluation_leaves_out_what_is_not_a_number() -> None:
+    values = describe_evaluation(make_config(), make_summary(kl_to_teacher=None)).values
+    assert "student_kl" not in values
+    assert values["student_argmax_agreement"] == 0.7
+
+
+def test_summary_is_read_from_its_folder(tmp_path: Path) -> None:
+    summary = make_summary()
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert read_summary(tmp_path) == summary

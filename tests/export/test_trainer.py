@@ -183,16 +183,6 @@ def test_finished_run_is_not_trained_again(make_run: Callable[..., Run]) -> None
     assert_same(again.weights(), first.weights())
 
 
-def test_clear_removes_the_checkpoints(make_run: Callable[..., Run], tmp_path: Path) -> None:
-    make_run().train()
-    folder = tmp_path / "run" / "checkpoints"
-    assert list(folder.iterdir())
-    Trainer(folder).clear()
-    assert not folder.exists()
-    with pytest.raises(KillError):
-        make_run().train(stop_at=1)
-
-
 def test_resume_within_an_on_policy_round_reads_the_same_answers(
     make_run: Callable[..., Run], tmp_path: Path
 ) -> None:
