@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +14,19 @@ import torch
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def load_model(path: Path, dtype: torch.dtype) -> Any:
-    """Return the model of a transformers folder, on the CPU."""
+def training_device() -> torch.device:
+    """Return where models are trained: this process's GPU, the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def load_model(path: Path, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+    """Return the model of a transformers folder, on the CPU by default."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
-    return model.eval()
+    return model.eval().to(device or "cpu")
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -29,6 +29,7 @@ from export.model_files import (
     copy_tokenizer,
     load_model,
     read_json,
+    training_device,
     write_json,
     write_variant_files,
 )
@@ -274,7 +275,7 @@ class Pipeline:
     def _build_cache(self, folder: Path) -> dict[str, Any]:
         cache = write_logits_cache(
             folder,
-            load_model(self.teacher.path, torch.bfloat16),
+            load_model(self.teacher.path, torch.bfloat16, training_device()),
             self.examples("train"),
             self.config.cache,
             teacher_sha256=self.teacher.reference.weights_sha256,
@@ -287,7 +288,7 @@ class Pipeline:
         config = self.config.prune
         candidates = self.examples("train")
         texts = random.Random(0).sample(candidates, min(config.num_texts, len(candidates)))
-        teacher = load_model(self.teacher.path, torch.bfloat16)
+        teacher = load_model(self.teacher.path, torch.bfloat16, training_device())
         removals = rank_layers(
             teacher,
             texts,
@@ -330,12 +331,12 @@ class Pipeline:
 
     def _build_distill(self, folder: Path) -> dict[str, Any]:
         config = self.config
-        teacher = load_model(self.teacher.path, torch.bfloat16)
+        teacher = load_model(self.teacher.path, torch.bfloat16, training_device())
         kept = None
         if config.student is None:
             kept = _kept_layers(self.removed_layers, teacher.config.num_hidden_layers)
         distillation = Distillation(
-            load_model(self.path(self.pruned), torch.float32),
+            load_model(self.path(self.pruned), torch.float32, training_device()),
             teacher,
             self.text,
             folder,
@@ -404,7 +405,7 @@ class Pipeline:
         config = self.config.variants[name]
         assert isinstance(config, WeightOnlyVariant) and config.train
         source, text = self.path(self.distilled), self.text
-        student = load_model(source, torch.float32)
+        student = load_model(source, torch.float32, training_device())
         grids = linear_grids(
             student, lambda linear: BlockGrid(*_grid_fields(config.grid_of(linear)))
         )
@@ -420,7 +421,8 @@ class Pipeline:
         self.world.wait()
         initial = load_grid_weights(initial_path) if config.method == "gptq" else {}
         training = GridTraining(
-            student, load_model(source, torch.bfloat16), grids, initial, config.train, text,
+            student, load_model(source, torch.bfloat16, training_device()),
+            grids, initial, config.train, text,
             count_real_tokens(self.teacher.path),
         )  # fmt: skip
         trainer = self._trainer(folder)

@@ -51,7 +51,7 @@ def rank_layers(
     layers = list(range(len(all_layers)))
     candidates = _first_candidates(len(layers), first_candidate)
     total = sum(_round_sizes(len(candidates), num_removed, num_candidates))
-    input_ids, positions, _ = collate(texts)
+    input_ids, positions, _ = (t.to(teacher.device) for t in collate(texts))
     target = _completion_logits(teacher, input_ids, positions)
     removals: list[Removal] = []
     done = 0
@@ -116,7 +116,7 @@ def rank_channels(model: Any, texts: Sequence[Example]) -> list[torch.Tensor]:
     al. 2024, section 2.2, by activation) times the norm of the channel's column of down_proj, by
     which it enters the hidden state (as Wanda weighs inputs, Sun et al. 2024, eq. 1).
     """
-    input_ids, positions, _ = collate(texts)
+    input_ids, positions, _ = (t.to(model.device) for t in collate(texts))
     importances: list[torch.Tensor] = []
 
     def record(down_proj: nn.Linear, inputs: tuple[torch.Tensor]) -> None:

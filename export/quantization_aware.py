@@ -85,11 +85,13 @@ class _GridLayer:
     each scale over its first value `(N, num_blocks)`."""
 
     def __init__(self, linear: nn.Linear, grid: BlockGrid, initial: GridWeight | None) -> None:
+        device = linear.weight.device
         weight = initial.dequantize() if initial else linear.weight.detach().float().clone()
+        scales = initial.scales if initial else absmax_scales(weight, grid)
         self._linear = linear
         self._grid = grid
-        self._first_scales = initial.scales if initial else absmax_scales(weight, grid)
-        self.latent = nn.Parameter(grid.to_blocks(weight).flatten(1).clone())
+        self._first_scales = scales.to(device)
+        self.latent = nn.Parameter(grid.to_blocks(weight.to(device)).flatten(1).clone())
         self.log_scale = nn.Parameter(torch.zeros_like(self._first_scales))
         linear.weight.requires_grad_(True)
         self.publish()
@@ -100,7 +102,8 @@ class _GridLayer:
 
     def grid_weight(self) -> GridWeight:
         weight = self.latent.detach()[:, : self._linear.in_features]
-        return GridWeight(self._grid, encode(weight, self._scales, self._grid), self._scales)
+        codes = encode(weight, self._scales, self._grid)
+        return GridWeight(self._grid, codes.cpu(), self._scales.cpu())
 
     @torch.no_grad()
     def publish(self) -> None:
