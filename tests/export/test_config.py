@@ -234,6 +234,22 @@ def test_wrong_key_or_value_fails_by_name(
             variant(**INT4, train={"teacher_logits": "cache"}),
             r"variants\.v\.rtn: .*train\.teacher_logits: .*; give 'live'",
         ),
+        (
+            variant(**INT4, train={"hidden_weight": 0.5}),
+            r"variants\.v\.rtn: .*train\.hidden_weight is 0\.5: .*; set it to 0",
+        ),
+        (
+            variant(**INT4, train={"attention_weight": 2}),
+            r"variants\.v\.rtn: .*train\.attention_weight is 2\.0: .*; set it to 0",
+        ),
+        (
+            variant(bits=8, block_size=32, method="hqq"),
+            r"variants\.v\.rtn: .*bits 8: method 'hqq' has 4 bits only",
+        ),
+        (
+            variant(**INT4, method="hqq", overrides={"lm_head": {"bits": 8, "block_size": 32}}),
+            r"variants\.v\.rtn: .*bits 8: method 'hqq' has 4 bits only",
+        ),
         ({"variants": {"fp32": INT4}}, r"the file: .*variants: 'fp32' is always exported"),
         (
             {"tasks": {"max_train": 4}, "prune": {"num_texts": 8}},

@@ -233,9 +233,7 @@ def test_precision_is_that_of_the_recipe(
     assert found == (precision, block_size, accuracy_level)
 
 
-def test_variant_is_described_from_its_graph(
-    describe: Describe, exported_llama: Any
-) -> None:
+def test_variant_is_described_from_its_graph(describe: Describe, exported_llama: Any) -> None:
     folder = exported_llama.variants["int8"]
     variant = describe("small")
     assert (variant.precision, variant.block_size, variant.accuracy_level) == ("int8", 32, 1)
