@@ -181,7 +181,9 @@ class CachedPair:
     ) -> Outputs:
         """See `Forward`."""
         hidden = _run(self.student.model, input_ids=input_ids).flatten(0, 1)[positions]
-        targets = self._cache.targets(batch).to(hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            # Log-probabilities are normalised on reading, which bfloat16 would undo.
+            targets = self._cache.targets(batch).to(hidden.device)
         return Outputs(hidden, iter(targets.split(HEAD_SLICE)))
 
 
