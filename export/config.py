@@ -272,9 +272,10 @@ class HalfVariant(_Section):
 
 
 def _method(value: Any) -> Any:
-    """Return the tag of the class that describes a variant; pydantic names unknown methods."""
-    method = value.get("method", "rtn") if isinstance(value, dict) else value.method
-    return {"hqq": "rtn", "gptq": "rtn", "bfloat16": "float16"}.get(method, method)
+    """Return the tag of the class that describes a variant; pydantic names unknown ones."""
+    method = value.get("method", "rtn") if isinstance(value, dict) else getattr(value, "method", "")
+    tags = {"hqq": "rtn", "gptq": "rtn", "bfloat16": "float16"}
+    return tags.get(method, method) if isinstance(method, str) else ""
 
 
 VariantConfig = Annotated[

@@ -10,6 +10,7 @@ prompts, so the numbers are of the path that users get. KL is over the full voca
     perplexity   model → perplexity of the held-out text
     tasks        `export.task_evaluation.TaskEvaluation.summary()`; absent without such prompts
     speed        contender → the fields of `export.speed.Speed`
+    memory       variant → peak bytes (`export.memory`)
 
 `eval/per_prompt.jsonl` has one row per held-out prompt, then one per task:
 
@@ -18,7 +19,7 @@ prompts, so the numbers are of the path that users get. KL is over the full voca
                       num_flips: reference → model → positions
     kind "task"       as `export.task_evaluation.TaskEvaluation.rows()` says
 
-`HeldOut.summary()` is the summary but for `tasks` and `speed`, `HeldOut.rows()` the rows of the
+`HeldOut.summary()` is the summary but for `tasks`, `speed` and `memory`, `HeldOut.rows()` the rows of the
 first kind.
 """
 

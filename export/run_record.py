@@ -133,6 +133,7 @@ def _with_absolute_paths(config: ExportConfig) -> ExportConfig:
     )
     changes = {
         "teacher": _absolute_spec(config.teacher),
+        "student": _absolute_spec(config.student) if config.student else None,
         "output_dir": config.output_dir.resolve(),
         "cache_dir": config.cache_dir.resolve(),
         "tasks": config.tasks.model_copy(update={"sources": sources}),

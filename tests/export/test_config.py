@@ -329,3 +329,9 @@ def test_config_cannot_be_changed() -> None:
     config = ExportConfig.model_validate(MINIMAL)
     with pytest.raises(ValueError, match="frozen"):
         config.teacher = "another"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("value", [8, None, [], {"method": ["rtn"]}, {"method": "gtpq"}])
+def test_variant_of_no_known_kind_is_refused_by_name(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"variants\.int8"):
+        load_config(write(tmp_path / "recipe.yaml", variants={"int8": value}))
