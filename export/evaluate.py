@@ -19,8 +19,8 @@ prompts, so the numbers are of the path that users get. KL is over the full voca
                       num_flips: reference → model → positions
     kind "task"       as `export.task_evaluation.TaskEvaluation.rows()` says
 
-`HeldOut.summary()` is the summary but for `tasks`, `speed` and `memory`, `HeldOut.rows()` the rows of the
-first kind.
+`HeldOut.summary()` is the summary but for `tasks`, `speed` and `memory`, `HeldOut.rows()` the rows
+of the first kind.
 """
 
 from __future__ import annotations
