@@ -141,15 +141,12 @@ def quantize_weights(
 ) -> onnx.ModelProto:
     """Return `model` with the matrix products in `nodes`, by default all, quantized.
 
-    Consumes `model`. Raises ExportError for hqq with other than 4 bits.
+    Consumes `model`.
     """
     from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
     if recipe.method == "hqq":
-        if recipe.bits != 4:
-            raise ExportError(
-                f"hqq: {recipe.bits} bits; onnxruntime runs its float zero points with 4 bits only"
-            )
+        assert recipe.bits == 4, "refused by the recipe's schema"
         algorithm = nbits.HQQWeightOnlyQuantConfig(recipe.block_size, recipe.bits)
     else:
         algorithm = nbits.DefaultWeightOnlyQuantConfig(

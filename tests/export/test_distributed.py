@@ -109,7 +109,8 @@ def test_two_processes_compute_what_one_does(
         )
         for name, value in weights.items():
             assert value.equal(others[name]), name
-            torch.testing.assert_close(value, alone[name], rtol=0, atol=1e-5, msg=name)
+            # Single weights may differ more: Adam makes full steps of what is all rounding.
+            assert (value - alone[name]).norm() <= 1e-3 * alone[name].norm(), name
 
 
 def read_steps(rows: str) -> list[float]:

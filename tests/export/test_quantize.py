@@ -566,13 +566,6 @@ def test_calibration_needs_a_text(exported_llama: Any, tmp_path: Path, name: str
 # --- what cannot be had
 
 
-@pytest.mark.parametrize("changed", [{"bits": 8}, {"bits": 4, "overrides": HEAD8}])
-def test_hqq_has_4_bits_only(exported_llama: Any, tmp_path: Path, changed: dict[str, Any]) -> None:
-    config = WeightOnlyVariant(method="hqq", block_size=32, **changed)
-    with pytest.raises(ExportError, match=r"^hqq: 8 bits; .* 4 bits only"):
-        quantize_variant(exported_llama.variants["fp32"], tmp_path, config, [])
-
-
 def test_gptq_is_symmetric_only(exported_llama: Any, texts: list[Example], tmp_path: Path) -> None:
     config = WeightOnlyVariant(method="gptq", bits=4, block_size=32, symmetric=False)
     with pytest.raises(ExportError, match=r"^gptq: symmetric is false"):
