@@ -20,7 +20,7 @@ from export.evaluate import STUDENT, TEACHER, HeldOut, evaluate
 from export.memory import measure_peak_bytes
 from export.model_files import load_model, write_json
 from export.on_policy import AnswerSettings
-from export.report import TORCH, TRANSFORMERS
+from export.report import SUMMARY_NAME, TORCH, TRANSFORMERS
 from export.speed import PROMPT_TOKENS, race, tandem_contender, transformers_contender
 from export.task_evaluation import TaskEvaluation, choose_tasks, evaluate_tasks
 from serve.loading import read_eos_token_ids
@@ -29,7 +29,6 @@ from serve.tokenization import Tokenizer
 if TYPE_CHECKING:
     from export.pipeline import Pipeline
 
-SUMMARY_NAME = "summary.json"
 PER_PROMPT_NAME = "per_prompt.jsonl"
 TEXTS_NAME = "texts.jsonl"
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bundle.manifest import StudentInfo
-from export.evaluation import SUMMARY_NAME
 from export.html_report import write_report
 from export.model_files import read_json
 from export.package import is_packaged, write_bundle
-from export.report import describe_evaluation, describe_variant
+from export.report import describe_evaluation, describe_variant, read_summary
 from export.report_data import collect_report
 from export.select import GateError, choose_default
 from export.stages import fresh
@@ -30,7 +29,7 @@ def package(pipeline: Pipeline) -> Path:
     GateError when no variant passed; the report of what failed is then in OUTPUT_DIR.
     """
     say, stages = pipeline.reporter.say, pipeline.stages
-    summary = read_json(pipeline.path(pipeline.evaluated) / SUMMARY_NAME)
+    summary = read_summary(pipeline.path(pipeline.evaluated))
     variants = {
         name: describe_variant(name, pipeline.path(spec), pipeline.config, summary)
         for name, spec in pipeline.graphs.items()
@@ -81,11 +80,10 @@ def _restore_report(packaged: Path, report: Path) -> None:
 def _describe_student(pipeline: Pipeline) -> StudentInfo:
     folder = pipeline.path(pipeline.distilled)
     num_layers: int = read_json(folder / "config.json")["num_hidden_layers"]
-    removed = pipeline.removed_layers
-    kept = [layer for layer in range(num_layers + len(removed)) if layer not in removed]
+    kept = pipeline.kept_layers(num_layers + len(pipeline.removed_layers))
     return StudentInfo(
         num_parameters=count_parameters(sorted(folder.glob("*.safetensors")))[0],
         num_layers=num_layers,
-        kept_layers=tuple(kept) if pipeline.config.student is None else None,
+        kept_layers=None if kept is None else tuple(kept),
         dtype="float32",
     )

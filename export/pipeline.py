@@ -10,6 +10,7 @@ build calls.
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -37,7 +38,7 @@ from export.parity import measure_in_fresh_process
 from export.phases import Distillation, GridTraining, Text, linear_grids
 from export.prune import Removal, drop_layers, rank_channels, rank_layers, shrink_mlp
 from export.quantization_aware import load_grid_weights, save_grid_weights
-from export.report import PARITY_NAME
+from export.report import PARITY_NAME, graph_size_bytes
 from export.sample import ROWS_NAME, read_completions, sample_teacher
 from export.stages import Stage, StageRunner, StageSpec, fresh
 from export.student import compression_warning, count_real_tokens, load_student
@@ -243,6 +244,12 @@ class Pipeline:
         """The teacher's layers that the student lacks, in the order in which they went."""
         return [removal.layer for removal in self.removals]
 
+    def kept_layers(self, num_teacher_layers: int) -> list[int] | None:
+        """The teacher's layers that the student has; None when it was not cut out of it."""
+        if self.config.student is not None:
+            return None
+        return _kept_layers(self.removed_layers, num_teacher_layers)
+
     @property
     def removals(self) -> list[Removal]:
         path = self.path(self.pruned) / REMOVALS_NAME
@@ -332,9 +339,6 @@ class Pipeline:
     def _build_distill(self, folder: Path) -> dict[str, Any]:
         config = self.config
         teacher = load_model(self.teacher.path, torch.bfloat16, training_device())
-        kept = None
-        if config.student is None:
-            kept = _kept_layers(self.removed_layers, teacher.config.num_hidden_layers)
         distillation = Distillation(
             load_model(self.path(self.pruned), torch.float32, training_device()),
             teacher,
@@ -342,7 +346,7 @@ class Pipeline:
             folder,
             config=config.distill,
             sample=config.sample,
-            kept_layers=kept,
+            kept_layers=self.kept_layers(teacher.config.num_hidden_layers),
             cache=self._open_cache(),
             num_real_tokens=count_real_tokens(self.teacher.path),
             world=self.world,
@@ -406,9 +410,12 @@ class Pipeline:
         assert isinstance(config, WeightOnlyVariant) and config.train
         source, text = self.path(self.distilled), self.text
         student = load_model(source, torch.float32, training_device())
-        grids = linear_grids(
-            student, lambda linear: BlockGrid(*_grid_fields(config.grid_of(linear)))
-        )
+
+        def grid_of(linear: str) -> BlockGrid:
+            grid = config.grid_of(linear)
+            return BlockGrid(grid.bits, grid.block_size)
+
+        grids = linear_grids(student, grid_of)
         initial_path = folder / CHECKPOINTS / f"initial-{GRID_NAME}"
         if self.world.is_main and config.method == "gptq" and not initial_path.exists():
             self.reporter.say("gptq, to start from")
@@ -446,12 +453,12 @@ class Pipeline:
             self._export_graph(trained, graph)
             weights = load_grid_weights(trained / GRID_NAME)
             quantize_trained(graph, folder, config, weights)
-            fresh(graph).rmdir()
+            shutil.rmtree(graph)
         else:
             quantize_variant(source, folder, config, self.examples("train"))
         max_model_len = read_json(source / "config.json")["max_position_embeddings"]
         write_variant_files(self.path(self.distilled), folder, max_model_len)
-        return {"size_bytes": sum(path.stat().st_size for path in folder.glob("model.onnx*"))}
+        return {"size_bytes": graph_size_bytes(folder)}
 
     def _build_evaluation(self, folder: Path) -> dict[str, Any]:
         from export.evaluation import run_evaluation
@@ -470,10 +477,6 @@ class Pipeline:
 
 def _needs_gpu(config: Any) -> bool:
     return isinstance(config, HalfVariant) and config.method == "bfloat16"
-
-
-def _grid_fields(config: Any) -> tuple[int, int]:
-    return config.bits, config.block_size
 
 
 def _kept_layers(removed: Sequence[int], num_teacher_layers: int) -> list[int]:

@@ -18,7 +18,7 @@ from export.onnx_graph import DATA_FILE, OPSET
 from export.quantize import float_matmuls, quantized_node_counts
 
 TRANSFORMERS, TORCH = "teacher_transformers", "teacher_torch"
-PARITY_NAME = "parity.json"
+PARITY_NAME, SUMMARY_NAME = "parity.json", "summary.json"
 KL_UNIT, LOGIT_UNIT = "nats per token", "logits"
 
 
@@ -152,6 +152,6 @@ def _finite(values: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """Return `summary.json` of an evaluation's folder."""
-    summary: dict[str, Any] = read_json(folder / "summary.json")
+    """Return what `export.evaluation` measured, from its stage's folder."""
+    summary: dict[str, Any] = read_json(folder / SUMMARY_NAME)
     return summary

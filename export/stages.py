@@ -156,14 +156,19 @@ def fresh(folder: Path) -> Path:
     return folder
 
 
-def _shown(record: StageRecord) -> str:
-    shown = [
-        f"{key.replace('_', ' ')} {value:.4g}"
-        if isinstance(value, float)
-        else f"{key.replace('_', ' ')} {json.dumps(value)}"
+def format_summary(record: StageRecord) -> str:
+    """Return what a stage says of itself, for people: "steps 153, held out kl 0.2323"."""
+    return ", ".join(
+        f"{key.replace('_', ' ')} "
+        + (f"{value:.4g}" if isinstance(value, float) else json.dumps(value))
         for key, value in record.summary.items()
         if not isinstance(value, dict)
-    ]
-    if record.peak_memory_bytes is not None:
-        shown.append(f"peak memory {record.peak_memory_bytes / 2**30:.1f} GiB")
-    return ", ".join(shown)
+    )
+
+
+def _shown(record: StageRecord) -> str:
+    shown = format_summary(record)
+    if record.peak_memory_bytes is None:
+        return shown
+    memory = f"peak memory {record.peak_memory_bytes / 2**30:.1f} GiB"
+    return f"{shown}, {memory}" if shown else memory

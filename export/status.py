@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from export.checkpoint import Checkpoints
 from export.config import FLOAT_VARIANT, ExportConfig, WeightOnlyVariant
 from export.pipeline import Pipeline
 from export.sample import ROWS_NAME, num_samples_of
-from export.stages import StageSpec, StageState
+from export.stages import StageSpec, StageState, format_summary
 from export.teacher import TeacherFolder, find_teacher
 
 PACKAGE = "package"
@@ -135,7 +134,7 @@ def render_status(stages: Sequence[StageStatus]) -> Table:
                 format_bytes(record.peak_memory_bytes),
                 format_bytes(record.size_bytes),
             )
-            summary = _format_summary(record)
+            summary = format_summary(record)
         table.add_row(stage.name, stage.state.value, *numbers, summary)
     return table
 
@@ -162,12 +161,3 @@ def format_bytes(size_bytes: float | None) -> str:
     if size_bytes < 1e6:
         return f"{size_bytes / 1e3:.0f} kB"
     return f"{size_bytes / 1e6:.0f} MB" if size_bytes < 1e9 else f"{size_bytes / 1e9:.1f} GB"
-
-
-def _format_summary(record: StageRecord) -> str:
-    return ", ".join(
-        f"{key.replace('_', ' ')} "
-        + (f"{value:.4g}" if isinstance(value, float) else json.dumps(value))
-        for key, value in record.summary.items()
-        if not isinstance(value, dict)
-    )

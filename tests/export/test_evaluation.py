@@ -12,9 +12,9 @@ import torch
 from export import memory, parity
 from export.config import ExportConfig
 from export.evaluate import STUDENT, TEACHER, Agreement
-from export.evaluation import PER_PROMPT_NAME, SUMMARY_NAME, TEXTS_NAME, run_evaluation
+from export.evaluation import PER_PROMPT_NAME, TEXTS_NAME, run_evaluation
 from export.pipeline import Pipeline, open_pipeline
-from export.report import TORCH, TRANSFORMERS
+from export.report import SUMMARY_NAME, TORCH, TRANSFORMERS
 from export.speed import Speed
 from serve.tokenization import Tokenizer
 

@@ -15,10 +15,10 @@ from bundle.manifest import Manifest, load_manifest
 from bundle.verify import verify_bundle
 from export import memory, parity
 from export.config import ExportConfig
-from export.evaluation import SUMMARY_NAME
 from export.model_files import read_json
 from export.packaging import REPORT_NAME
 from export.pipeline import Pipeline, open_pipeline
+from export.report import SUMMARY_NAME
 from export.report_data import collect_report
 from export.select import GateError
 
