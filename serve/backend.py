@@ -1,7 +1,12 @@
 """The one thing an engine needs from a runtime: a forward pass over rows of a KV cache.
 
 Two runtimes implement it: `serve.torch_backend` and `serve.onnx_backend`. Rows are slots of a
-preallocated cache; the engine keeps the running sequences in rows 0..b-1.
+preallocated cache, `max_num_seqs` of them and `NUM_SPARE_ROWS` behind them:
+
+    0 .. b-1                      the sequences that decode, without gaps
+    b .. max_num_seqs             free; a decode step may overwrite them to pad its batch
+    then NUM_PREFILL_ROWS         long prompts on their way in, chunk by chunk
+    then NUM_SCORING_ROWS         completions that are being scored
 """
 
 from __future__ import annotations
@@ -12,6 +17,10 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
+
+NUM_PREFILL_ROWS = 4
+NUM_SCORING_ROWS = 8
+NUM_SPARE_ROWS = 1 + NUM_PREFILL_ROWS + NUM_SCORING_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +37,7 @@ class ModelInfo:
 
 
 class Backend(Protocol):
-    """A model with `max_num_seqs` rows of KV cache, each `max_model_len` tokens long."""
+    """A model and its KV cache: rows of `max_model_len` tokens, laid out as above."""
 
     info: ModelInfo
 
@@ -45,13 +54,21 @@ class Backend(Protocol):
         (lengths may differ); their keys and values are stored behind the cached ones.
         `logit_indices[i]` picks the positions within `new_token_ids[i]` whose logits are
         returned, row after row; by default the last one of each row. No other logits are
-        computed. The result is valid until the next call. The row behind the last one of the batch
-        is scratch: what it holds may be overwritten.
+        computed. The result is valid until the next call. A step of one token for each of the
+        rows from 0 on may overwrite the free rows behind them, up to row `max_num_seqs`.
         """
         ...
 
     def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
         """Copy the first `length` cached tokens of one row over another row's."""
+        ...
+
+    def read_kv(self, row: int, start: int, stop: int) -> torch.Tensor:
+        """Return a copy of the cached tokens `start` to `stop` of a row; `shape[2]` counts them."""
+        ...
+
+    def write_kv(self, row: int, start: int, kv: torch.Tensor) -> None:
+        """Put what `read_kv` returned into a row, its first token at position `start`."""
         ...
 
 

@@ -1,18 +1,17 @@
-"""Preallocated keys and values: one tensor pair per layer, one row per running sequence."""
+"""Preallocated keys and values: one pair per layer, one row per running sequence."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 
 class KVCache:
-    """`keys[layer]` and `values[layer]`, each `(max_num_seqs, num_kv_heads, max_len, head_dim)`.
+    """`keys[layer]` and `values[layer]`, each `(rows, num_kv_heads, max_len, head_dim)`.
 
-    Rows start zeroed, so that a masked position never multiplies a NaN. On the CPU the memory is
-    reserved but not touched: a row costs physical memory only up to the length it was used to.
+    They are views of one tensor, so that copying a row is one operation for all layers. Rows start
+    zeroed, so that a masked position never multiplies a NaN. On the CPU the memory is reserved but
+    not touched: a row costs physical memory only up to the length it was used to.
     """
 
     def __init__(
@@ -22,26 +21,30 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.keys = [_zeros(shape, dtype, device) for _ in range(num_layers)]
-        self.values = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self._tensor = _zeros((2 * num_layers, *shape), dtype, device)
+        self.keys = list(self._tensor[:num_layers])
+        self.values = list(self._tensor[num_layers:])
 
     @property
     def max_len(self) -> int:
-        return self.keys[0].shape[2]
+        return self._tensor.shape[3]
 
     @property
     def size_bytes(self) -> int:
         """Address space reserved, in bytes."""
-        return sum(t.nbytes for t in self._tensors())
+        return self._tensor.nbytes
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of row `source` over row `target`."""
-        for tensor in self._tensors():
-            tensor[target, :, :length] = tensor[source, :, :length]
+        self._tensor[:, target, :, :length] = self._tensor[:, source, :, :length]
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
-        yield from self.keys
-        yield from self.values
+    def read(self, row: int, start: int, stop: int) -> torch.Tensor:
+        """Return a copy of a row's tokens, `(2 * num_layers, num_kv_heads, stop - start, D)`."""
+        return self._tensor[:, row, :, start:stop].clone()
+
+    def write(self, row: int, start: int, kv: torch.Tensor) -> None:
+        """Put what `read` returned into a row, its first token at position `start`."""
+        self._tensor[:, row, :, start : start + kv.shape[2]] = kv
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from serve.backend import ModelInfo, logit_rows
+from serve.backend import NUM_SPARE_ROWS, ModelInfo, logit_rows
 from serve.kv_cache import KVCache
 
 _ELEMENT_TYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
@@ -53,7 +53,7 @@ class OnnxBackend:
         _, num_kv_heads, _, head_dim = past[0].shape
         self.cache = KVCache(
             len(past) // 2,
-            (max_num_seqs + 1, num_kv_heads, max_model_len + 1, head_dim),
+            (max_num_seqs + NUM_SPARE_ROWS, num_kv_heads, max_model_len + 1, head_dim),
             _CACHE_TYPES[past[0].type],
             device,
         )
@@ -123,6 +123,14 @@ class OnnxBackend:
     def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
         """See `Backend.copy_kv`."""
         self.cache.copy_row(source_row, target_row, length)
+
+    def read_kv(self, row: int, start: int, stop: int) -> torch.Tensor:
+        """See `Backend.read_kv`."""
+        return self.cache.read(row, start, stop)
+
+    def write_kv(self, row: int, start: int, kv: torch.Tensor) -> None:
+        """See `Backend.write_kv`."""
+        self.cache.write(row, start, kv)
 
     def _run(
         self,

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers import AutoModelForCausalLM as AutoModel
 
-from serve.backend import ModelInfo, logit_rows
+from serve.backend import NUM_SPARE_ROWS, ModelInfo, logit_rows
 from serve.kv_cache import KVCache
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -143,7 +143,7 @@ class TorchBackend:
         num_columns = _round_up(max_model_len + 1)
         self.cache = KVCache(
             config.num_hidden_layers,
-            (max_num_seqs, config.num_key_value_heads, num_columns, head_dim),
+            (max_num_seqs + NUM_SPARE_ROWS, config.num_key_value_heads, num_columns, head_dim),
             self._dtype,
             device,
         )
@@ -213,6 +213,14 @@ class TorchBackend:
     def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
         """See `Backend.copy_kv`."""
         self.cache.copy_row(source_row, target_row, length)
+
+    def read_kv(self, row: int, start: int, stop: int) -> torch.Tensor:
+        """See `Backend.read_kv`."""
+        return self.cache.read(row, start, stop)
+
+    def write_kv(self, row: int, start: int, kv: torch.Tensor) -> None:
+        """See `Backend.write_kv`."""
+        self.cache.write(row, start, kv)
 
     def _slots(self, first_row: int, num_tokens: int, past_lengths: Sequence[int]) -> _Slots:
         past = torch.tensor(past_lengths, device=self._device)[:, None]

@@ -42,3 +42,13 @@ def test_copy_takes_the_first_tokens_of_every_layer_and_leaves_the_rest(cache: K
         assert torch.equal(tensor[2, :, :3], old[0, :, :3])
         assert torch.equal(tensor[2, :, 3:], old[2, :, 3:])
         assert torch.equal(tensor[:2], old[:2])
+
+
+def test_what_is_read_can_be_written_elsewhere(cache: KVCache) -> None:
+    for tensor in (*cache.keys, *cache.values):
+        tensor.copy_(torch.randn(SHAPE))
+    kv = cache.read(0, 1, 3)
+    assert kv.shape == (4, 2, 2, 4)
+    cache.keys[0][0] = 0  # what was read is a copy
+    cache.write(2, 2, kv)
+    assert torch.equal(torch.stack([t[2, :, 2:4] for t in (*cache.keys, *cache.values)]), kv)
