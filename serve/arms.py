@@ -103,6 +103,7 @@ class SampleResult:
     text: str = ""
     text_ends: list[int] = field(default_factory=list)
     timings: Timings = field(default_factory=Timings)
+    num_cached_prompt_tokens: int = 0
     error: str = ""
     divergence: SampleDivergence | None = None
     divergence_error: str = ""
@@ -120,6 +121,10 @@ class ArmResult:
     role: Role
     num_prompt_tokens: int
     samples: list[SampleResult]
+
+    @property
+    def num_cached_prompt_tokens(self) -> int:
+        return max(sample.num_cached_prompt_tokens for sample in self.samples)
 
     @property
     def is_complete(self) -> bool:
@@ -248,6 +253,7 @@ class _Drawing:
             text=self._released[event.index],
             text_ends=[min(end, num_chars) for end in self._text_ends[event.index]],
             timings=event.timings,
+            num_cached_prompt_tokens=event.num_cached_prompt_tokens,
             error=event.error,
         )
 

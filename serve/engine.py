@@ -20,8 +20,11 @@ from dataclasses import dataclass
 import torch
 
 from serve.arbiter import StepArbiter
-from serve.backend import Backend
+from serve.backend import NUM_PREFILL_ROWS, NUM_SCORING_ROWS, Backend
 from serve.errors import EngineStoppedError, QueueFullError
+from serve.observer import EngineObserver
+from serve.prefill import Prefiller, PromptEntry
+from serve.prefix_cache import PrefixCache
 from serve.sampling import SampledBatch, sample
 from serve.scheduler import Admission, Scheduler
 from serve.scoring import (
@@ -46,16 +49,16 @@ from serve.sequence import Sequence as Sample
 
 logger = logging.getLogger(__name__)
 
-# Prompt tokens, padding included, of one prefill step: it delays the running sequences.
-MAX_PREFILL_TOKENS = 1024
-# Tokens of one scoring step: the other model's next token waits for it on a shared device.
-MAX_SCORING_TOKENS = 256
+# Tokens of one prefill or scoring pass, padding included. The running sequences, and the other
+# model on a shared device, wait for it; on the CPU smaller passes take no longer in sum.
+MAX_PASS_TOKENS = {"cpu": 256, "cuda": 2048}
+MAX_PREFIX_CACHE_BYTES = 256 << 20
 RETRY_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """How busy an engine is; `num_waiting` counts queued samples and scoring requests."""
+    """How busy an engine is: samples that run or prefill; queued samples and scoring requests."""
 
     num_running: int
     num_waiting: int
@@ -63,27 +66,11 @@ class EngineLoad:
     is_alive: bool
 
 
-class EngineObserver:
-    """Told about every step, on the engine's thread. This one ignores it all; metrics override."""
-
-    def on_step(self, phase: str, batch_size: int, step_s: float, host_s: float) -> None:
-        """A step of `phase` prefill, decode or score ended; `host_s` of it was not the model."""
-
-    def on_first_token(self, ttft_s: float, queue_s: float) -> None:
-        """A sample got its first token `ttft_s` after it arrived, `queue_s` of them waiting."""
-
-    def on_token_interval(self, itl_s: float, count: int) -> None:
-        """`count` samples each got a token `itl_s` after their last one."""
-
-    def on_tokens(self, prompt_tokens: int, generation_tokens: int) -> None:
-        """So many prompt tokens were prefilled, and so many tokens generated."""
-
-    def on_finished(self, finish_reason: FinishReason) -> None:
-        """A sample reached its terminal state."""
-
-
 class Engine:
     """Serves one model.
+
+    `max_pass_tokens` bounds a prefill or scoring pass (None: by the device); prompts that come
+    again are copied from `max_prefix_cache_bytes` of earlier ones (0: never).
 
     `priority` orders engines that share an arbiter: lower goes first. `scores_in_one_pass` False
     scores by forced decoding (`serve.scoring` says when). `num_torch_threads` is for the engine's
@@ -102,6 +89,8 @@ class Engine:
         priority: int = 0,
         scores_in_one_pass: bool = True,
         num_torch_threads: int | None = None,
+        max_pass_tokens: int | None = None,
+        max_prefix_cache_bytes: int = MAX_PREFIX_CACHE_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.info = backend.info
@@ -115,8 +104,16 @@ class Engine:
         self._priority = priority
         self._scores_in_one_pass = scores_in_one_pass
         self._num_torch_threads = num_torch_threads
-        self._scheduler = Scheduler(backend.info.max_num_seqs, MAX_PREFILL_TOKENS)
+        device = torch.device(backend.info.device).type
+        self._max_pass_tokens = max_pass_tokens or MAX_PASS_TOKENS[device]
+        prefix_cache = PrefixCache(backend, max_prefix_cache_bytes)
+        self._prefiller = Prefiller(backend, prefix_cache, self._max_pass_tokens)
+        self._scheduler = Scheduler(backend.info.max_num_seqs, self._max_pass_tokens)
+        # Prompts that enter chunk by chunk, by row.
+        self._entries: dict[int, PromptEntry] = {}
         self._scoring: deque[ScoringJob] = deque()
+        # Passes beside decode steps: one per step, of the kinds that have work in turns.
+        self._passes = deque([self._score, self._admit, self._prefill_chunk])
         # A request id may name several: a generation, and the scoring of other samples.
         self._groups: defaultdict[str, list[SequenceGroup]] = defaultdict(list)
         # By `id` of the group: what ends before the next pass. A step looks at these, and at the
@@ -129,7 +126,6 @@ class Engine:
         self._is_stopping = False
         self._model_s = 0.0
         self._events: dict[int, tuple[EventSink, list[Event]]] = {}
-        self._scored_last = False
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
 
     # -- the thread-safe surface ------------------------------------------------------------
@@ -181,7 +177,7 @@ class Engine:
         return job.future
 
     def load(self) -> EngineLoad:
-        num_running = len(self._scheduler.running)
+        num_running = self._scheduler.num_active
         return EngineLoad(
             num_running,
             max(self._num_admitted - num_running, 0),
@@ -256,7 +252,7 @@ class Engine:
             command()
 
     def _has_work(self) -> bool:
-        return bool(self._scheduler.running or self._scheduler.waiting or self._scoring)
+        return bool(self._scheduler.num_active or self._scheduler.waiting or self._scoring)
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -292,58 +288,21 @@ class Engine:
         self._end_all(reason, error)
 
     def step(self) -> None:
-        """Run commands, end what is over, then run one prefill, decode or scoring pass."""
+        """Run commands, end what is over, decode, then run one prefill or scoring pass.
+
+        The tokens of the decode step are on their way before the pass begins.
+        """
         self._run_commands()
         self._end_cancelled_and_expired()
-        if self._scoring and (not self._has_generation() or not self._scored_last):
-            self._scored_last = True
-            self._score()
-        elif admission := self._scheduler.admit():
-            self._scored_last = False
-            self._prefill(admission)
-        elif self._scheduler.running:
-            self._scored_last = False
+        if self._scheduler.running:
             self._decode()
+            self._flush_events()
+        # One more than there are kinds: admission may have given the kind behind it work.
+        for _ in range(len(self._passes) + 1):
+            self._passes.rotate(-1)
+            if self._passes[-1]():
+                break
         self._flush_events()
-
-    def _has_generation(self) -> bool:
-        return bool(self._scheduler.running or self._scheduler.waiting)
-
-    def _prefill(self, admission: Admission) -> None:
-        started_s = self.clock()
-        first_row = len(self._scheduler.running) - len(admission.prefills) - len(admission.forks)
-        sequences = self._scheduler.running[first_row:]
-        for sequence in sequences:
-            sequence.started_s = started_s
-        logits = self._run_prefills(admission, first_row)
-        prefilled_s = self.clock()
-        for sequence in sequences:
-            sequence.prefilled_s = prefilled_s
-        self._count_prompts([s.group for s in admission.prefills])
-        self._accept(sequences, logits)
-        self._finish_step("prefill", len(sequences), started_s)
-
-    def _count_prompts(self, groups: Sequence[SequenceGroup]) -> None:
-        """Report each request's prompt once, however often it is prefilled; scoring counts none."""
-        new = [g for g in groups if not g.is_prompt_counted and not g.is_scoring]
-        for group in new:
-            group.is_prompt_counted = True
-        self._observer.on_tokens(sum(len(g.request.prompt_token_ids) for g in new), 0)
-
-    def _run_prefills(self, admission: Admission, first_row: int) -> torch.Tensor:
-        """Prefill leaders, fork the others from them; returns next-token logits `(B, V)`."""
-        leaders = [s.group for s in admission.prefills]
-        running = self._scheduler.running
-        with self._model():
-            if leaders:
-                prompts = [group.request.prompt_token_ids for group in leaders]
-                logits = self._backend.forward(first_row, prompts, [0] * len(prompts))
-                for group, row_logits in zip(leaders, logits, strict=True):
-                    group.prompt_logits = row_logits.clone()
-            for row, (fork, holder) in enumerate(admission.forks, first_row + len(leaders)):
-                num_prompt_tokens = len(fork.group.request.prompt_token_ids)
-                self._backend.copy_kv(running.index(holder), row, num_prompt_tokens)
-        return torch.stack([_first_logits(s.group) for s in running[first_row:]])
 
     def _decode(self) -> None:
         started_s = self.clock()
@@ -357,22 +316,99 @@ class Engine:
         self._accept(sequences, logits)
         self._finish_step("decode", len(sequences), started_s)
 
-    def _score(self) -> None:
+    def _admit(self) -> bool:
+        """Let waiting sequences in; True when some of them have their first token now."""
+        if not self._scheduler.waiting:
+            return False
         started_s = self.clock()
-        num_running = len(self._scheduler.running)
-        num_free = self.info.max_num_seqs - num_running
-        if num_free == 0:
-            # Scoring borrows free rows; with none, generation goes on until one ends.
-            self._decode()
-            return
-        job = self._scoring[0]
+        first_row = len(self._scheduler.running)
+        admission = self._scheduler.admit(lambda group: self._prefiller.count_cached(group.prompt))
+        for sequence in (*admission.started, *(p.sequence for p in admission.long_prompts)):
+            sequence.started_s = started_s
+        for long_prompt in admission.long_prompts:
+            group = long_prompt.sequence.group
+            self._entries[long_prompt.row] = self._prefiller.begin(group.prompt, long_prompt.row)
+        if not admission.started:
+            return False
         with self._model():
-            job.score_chunk(self._backend, num_running, num_free, MAX_SCORING_TOKENS)
+            self._fill_rows(admission, first_row)
+        self._start(admission.started, started_s)
+        return True
+
+    def _fill_rows(self, admission: Admission, first_row: int) -> None:
+        """Bring the admitted prompts into their rows, and the logits behind them to their groups.
+
+        What is cached is restored before new prompts may push it out of the cache.
+        """
+        num_prefills, num_restores = len(admission.prefills), len(admission.restores)
+        for row, sequence in enumerate(admission.restores, first_row + num_prefills):
+            entry = self._prefiller.begin(sequence.group.prompt, row)
+            self._complete_prompt(sequence.group, entry.logits, entry.num_cached)
+        if admission.prefills:
+            groups = [sequence.group for sequence in admission.prefills]
+            logits = self._prefiller.run_batch(first_row, [group.prompt for group in groups])
+            for group, prompt_logits in zip(groups, logits, strict=True):
+                self._complete_prompt(group, prompt_logits, 0)
+        running = self._scheduler.running
+        first_fork = first_row + num_prefills + num_restores
+        for row, (fork, holder) in enumerate(admission.forks, first_fork):
+            num_tokens = len(fork.group.prompt.token_ids)
+            self._backend.copy_kv(running.index(holder), row, num_tokens)
+
+    def _prefill_chunk(self) -> bool:
+        """Run the next chunk of a long prompt; behind its last one the sequence runs."""
+        long_prompt = self._scheduler.next_long_prompt()
+        if long_prompt is None:
+            return False
+        started_s = self.clock()
+        entry = self._entries[long_prompt.row]
+        sequence = long_prompt.sequence
+        with self._model():
+            self._prefiller.advance(entry)
+            if entry.logits is not None:
+                row = self._scheduler.start(long_prompt)
+                self._backend.copy_kv(long_prompt.row, row, entry.num_entered)
+        if entry.logits is None:
+            self._finish_step("prefill", 1, started_s)
+            return True
+        self._complete_prompt(sequence.group, entry.logits, entry.num_cached)
+        self._start([sequence], started_s)
+        return True
+
+    def _complete_prompt(
+        self, group: SequenceGroup, logits: torch.Tensor | None, num_cached: int
+    ) -> None:
+        """Keep a prompt's logits for its samples; report it once, and not when it is scored."""
+        group.prompt_logits = logits
+        if group.is_prompt_counted or group.is_scoring:
+            return
+        group.is_prompt_counted = True
+        group.num_cached_tokens = num_cached
+        self._observer.on_prompt(len(group.prompt.token_ids), num_cached)
+
+    def _start(self, sequences: Sequence[Sample], started_s: float) -> None:
+        """Draw the first tokens of sequences whose prompts are in their rows."""
+        prefilled_s = self.clock()
+        for sequence in sequences:
+            sequence.prefilled_s = prefilled_s
+        self._accept(sequences, torch.stack([_first_logits(s.group) for s in sequences]))
+        self._finish_step("prefill", len(sequences), started_s)
+
+    def _score(self) -> bool:
+        """Run the next chunk of the oldest scoring request."""
+        if not self._scoring:
+            return False
+        started_s = self.clock()
+        job = self._scoring[0]
+        first_row = self.info.max_num_seqs + 1 + NUM_PREFILL_ROWS
+        with self._model():
+            job.advance(self._prefiller, first_row, NUM_SCORING_ROWS, self._max_pass_tokens)
         if job.is_done:
             self._scoring.popleft()
             self._release()
             job.future.set_result(job.scored)
         self._finish_step("score", 1, started_s)
+        return True
 
     def _accept(self, sequences: Sequence[Sample], logits: torch.Tensor) -> None:
         """Sample a token for each sequence, emit it, and retire the sequences that end."""
@@ -399,7 +435,7 @@ class Engine:
     def _observe_tokens(self, sequences: Sequence[Sample], now_s: float) -> None:
         """Report the tokens that are being emitted at `now_s`; scoring emits none."""
         samples = [s for s in sequences if not s.group.is_scoring]
-        self._observer.on_tokens(0, len(samples))
+        self._observer.on_tokens(len(samples))
         for sequence in samples:
             if not sequence.token_ids:
                 arrival_s = sequence.group.arrival_s
@@ -423,18 +459,15 @@ class Engine:
             return
         endings, self._endings = self._endings, {}
         running = [s for s in self._scheduler.running if id(s.group) in endings]
-        waiting = self._scheduler.remove_waiting(endings.keys())
+        unstarted = self._scheduler.remove_unstarted(endings.keys())
         self._retire(running)
-        for sequence in (*running, *waiting):
+        for sequence in (*running, *unstarted):
             self._emit_finished(sequence, endings[id(sequence.group)], now_s, "")
 
     def _end_all(self, reason: FinishReason, error: str) -> None:
         now_s = self.clock()
-        ended = [*self._scheduler.running, *self._scheduler.waiting]
-        self._scheduler.running.clear()
-        self._scheduler.waiting.clear()
         self._endings.clear()
-        for sequence in ended:
+        for sequence in self._scheduler.clear():
             # A step may fail between a sequence's terminal event and its leaving the batch.
             if not sequence.is_finished:
                 self._emit_finished(sequence, reason, now_s, error)

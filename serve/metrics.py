@@ -20,7 +20,8 @@ from prometheus_client.registry import Collector
 from serve.agreement import Agreement
 from serve.arms import SampleResult
 from serve.comparison import SampleDivergence
-from serve.engine import Engine, EngineObserver
+from serve.engine import Engine
+from serve.observer import EngineObserver
 from serve.routing import Role, ServedModel
 from serve.sequence import FinishReason
 
@@ -97,6 +98,7 @@ class EngineMetrics(EngineObserver):
         self._queue = metrics.request_queue.labels(label)
         self._itl = metrics.inter_token_latency.labels(label)
         self._prompt_tokens = metrics.prompt_tokens.labels(label)
+        self._cached_prompt_tokens = metrics.cached_prompt_tokens.labels(label)
         self._generation_tokens = metrics.generation_tokens.labels(label)
 
     def on_step(self, phase: str, batch_size: int, step_s: float, host_s: float) -> None:
@@ -112,9 +114,12 @@ class EngineMetrics(EngineObserver):
         for _ in range(count):
             self._itl.observe(itl_s)
 
-    def on_tokens(self, prompt_tokens: int, generation_tokens: int) -> None:
-        self._prompt_tokens.inc(prompt_tokens)
-        self._generation_tokens.inc(generation_tokens)
+    def on_prompt(self, num_tokens: int, num_cached: int) -> None:
+        self._prompt_tokens.inc(num_tokens)
+        self._cached_prompt_tokens.inc(num_cached)
+
+    def on_tokens(self, num_tokens: int) -> None:
+        self._generation_tokens.inc(num_tokens)
 
     def on_finished(self, finish_reason: FinishReason) -> None:
         self._finished[finish_reason].inc()
@@ -165,7 +170,10 @@ class ServerMetrics:
         self.engine_host = family.histogram(
             "engine_host_seconds", "The part of a step that is not the model.", "role"
         )
-        self.prompt_tokens = family.counter("prompt_tokens_total", "Prompt tokens run.", "role")
+        self.prompt_tokens = family.counter("prompt_tokens_total", "Prompt tokens.", "role")
+        self.cached_prompt_tokens = family.counter(
+            "cached_prompt_tokens_total", "Those of them that were cached.", "role"
+        )
         self.generation_tokens = family.counter(
             "generation_tokens_total", "Tokens sampled.", "role"
         )

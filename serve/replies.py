@@ -118,6 +118,7 @@ def to_usage(spec: GenerationSpec, arms: Iterable[ArmResult], seconds: float) ->
             pb.RoleUsage(
                 role=to_role(arm.role),
                 prompt_tokens=arm.num_prompt_tokens,
+                cached_prompt_tokens=arm.num_cached_prompt_tokens,
                 completion_tokens=sum(len(sample.token_ids) for sample in arm.samples),
             )
             for arm in arms

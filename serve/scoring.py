@@ -8,9 +8,9 @@ is decoded token by token instead, forced; then the scores are the bits that dec
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from serve.backend import Backend
 from serve.errors import EngineStoppedError
+from serve.prefill import Prefiller, PromptEntry
+from serve.prompt import TokenizedPrompt
 from serve.sampling import token_logprobs
 from serve.sequence import Event, FinishedEvent, FinishReason, GenerationRequest, SamplingParams
 
@@ -38,6 +40,7 @@ class ScoringRequest:
     temperature: float = 1.0
     with_logits: bool = False
     deadline_s: float | None = None
+    cache_salt: str | None = ""
 
     def __post_init__(self) -> None:
         assert self.prompt_token_ids and all(self.completions), "nothing to score"
@@ -63,60 +66,104 @@ def _uncancellable_future() -> Future[list[ScoredCompletion]]:
     return future
 
 
-@dataclass(slots=True, eq=False)
 class ScoringJob:
-    """A scoring request under way: the engine scores one chunk of completions per step."""
+    """A scoring request under way: the prompt once, then the completions, a chunk per step.
 
-    request: ScoringRequest
-    future: Future[list[ScoredCompletion]] = field(default_factory=_uncancellable_future)
-    scored: list[ScoredCompletion] = field(default_factory=list)
+    The longest completions come first, so that those which end leave the last rows. The last token
+    of a completion is not fed: nothing that is asked for depends on it.
+    """
+
+    def __init__(self, request: ScoringRequest) -> None:
+        self.request = request
+        self.future = _uncancellable_future()
+        lengths = [len(completion) for completion in request.completions]
+        self._order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        self._prompt: PromptEntry | None = None
+        self._batch: list[_PartlyScored] = []
+        self._scored: dict[int, ScoredCompletion] = {}
 
     @property
     def is_done(self) -> bool:
-        return len(self.scored) == len(self.request.completions)
+        return len(self._scored) == len(self.request.completions)
 
-    def next_chunk(self, num_rows: int, max_tokens: int) -> Sequence[tuple[int, ...]]:
-        """Return the next completions: at most `num_rows`, and at most `max_tokens` padded."""
-        assert num_rows > 0, "scoring needs a free row"
-        request = self.request
-        rest = request.completions[len(self.scored) : len(self.scored) + num_rows]
-        size, longest = 0, 0
-        for completion in rest:
-            longest = max(longest, len(request.prompt_token_ids) + len(completion))
-            if size and longest * (size + 1) > max_tokens:
-                break
-            size += 1
-        return rest[:size]
+    @property
+    def scored(self) -> list[ScoredCompletion]:
+        """What a job that is done found out, in the order of the request."""
+        return [self._scored[index] for index in range(len(self.request.completions))]
 
-    def score_chunk(self, backend: Backend, first_row: int, num_rows: int, max_tokens: int) -> int:
-        """Score the next chunk in cache rows from `first_row` on; returns its real tokens."""
-        chunk = self.next_chunk(num_rows, max_tokens)
-        self.scored += score(backend, first_row, self.request, chunk)
-        return sum(len(self.request.prompt_token_ids) + len(c) for c in chunk)
+    def advance(self, prefiller: Prefiller, first_row: int, num_rows: int, max_tokens: int) -> None:
+        """Run one pass of at most `max_tokens` in the `num_rows` cache rows from `first_row` on."""
+        if self._prompt is None:
+            prompt = TokenizedPrompt.of(self.request.prompt_token_ids, self.request.cache_salt)
+            self._prompt = prefiller.begin(prompt, first_row)
+        if self._prompt.logits is None:
+            prefiller.advance(self._prompt)
+            return
+        if not self._batch:
+            self._begin_batch(prefiller.backend, self._prompt.logits, first_row, num_rows)
+        self._advance_batch(prefiller.backend, first_row, max_tokens)
+        while self._batch and self._batch[-1].is_done:
+            scored = self._batch.pop()
+            self._scored[scored.index] = scored.result()
+
+    def _begin_batch(
+        self, backend: Backend, prompt_logits: torch.Tensor, first_row: int, num_rows: int
+    ) -> None:
+        """Put the prompt in front of the next completions, and score their first tokens."""
+        indices = self._order[len(self._scored) : len(self._scored) + num_rows]
+        for row, index in enumerate(indices, first_row):
+            if row > first_row:
+                backend.copy_kv(first_row, row, len(self.request.prompt_token_ids))
+            scored = _PartlyScored(index, self.request.completions[index])
+            scored.add(*self._read(prompt_logits[None], scored.token_ids[:1]))
+            self._batch.append(scored)
+
+    def _advance_batch(self, backend: Backend, first_row: int, max_tokens: int) -> None:
+        """Feed each unfinished completion its next tokens: one that is done is none of them."""
+        batch = [scored for scored in self._batch if not scored.is_done]
+        if not batch:
+            return
+        num_tokens = max(max_tokens // len(batch), 1)
+        fed = [s.token_ids[s.num_scored - 1 : -1][:num_tokens] for s in batch]
+        num_cached = [len(self.request.prompt_token_ids) + s.num_scored - 1 for s in batch]
+        logits = backend.forward(first_row, fed, num_cached, [range(len(ids)) for ids in fed])
+        parts = logits.split([len(ids) for ids in fed])
+        for scored, ids, part in zip(batch, fed, parts, strict=True):
+            predicted = scored.token_ids[scored.num_scored :][: len(ids)]
+            scored.add(*self._read(part, predicted))
+
+    def _read(
+        self, logits: torch.Tensor, token_ids: Sequence[int]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32] | None]:
+        """Return the log-probabilities of `token_ids`, `(N,)`, and `logits` `(N, V)` if asked."""
+        ids = torch.tensor(token_ids, device=logits.device)
+        logprobs = token_logprobs(logits, ids, self.request.temperature).cpu().numpy()
+        return logprobs, logits.cpu().numpy().copy() if self.request.with_logits else None
 
 
-def score(
-    backend: Backend,
-    first_row: int,
-    request: ScoringRequest,
-    completions: Sequence[tuple[int, ...]],
-) -> Iterator[ScoredCompletion]:
-    """Yield the scores of `completions`, computed in one right-padded forward pass.
+class _PartlyScored:
+    """A completion of whose tokens the first `num_scored` have their log-probabilities."""
 
-    The logits that predict completion token t stand at position prompt + t − 1. The last token of
-    a completion is not fed: nothing that is asked for depends on it.
-    """
-    prompt = request.prompt_token_ids
-    rows = [(*prompt, *completion[:-1]) for completion in completions]
-    wanted = [range(len(prompt) - 1, len(row)) for row in rows]
-    logits = backend.forward(first_row, rows, [0] * len(rows), wanted)
-    token_ids = torch.tensor([t for c in completions for t in c], device=logits.device)
-    logprobs = token_logprobs(logits, token_ids, request.temperature)
-    sizes = [len(c) for c in completions]
-    for scored, row_logits in zip(logprobs.split(sizes), logits.split(sizes), strict=True):
-        yield ScoredCompletion(
-            scored.cpu().numpy(), row_logits.cpu().numpy().copy() if request.with_logits else None
-        )
+    def __init__(self, index: int, token_ids: tuple[int, ...]) -> None:
+        self.index = index
+        self.token_ids = token_ids
+        self.num_scored = 0
+        self._logprobs: list[NDArray[np.float64]] = []
+        self._logits: list[NDArray[np.float32]] = []
+
+    @property
+    def is_done(self) -> bool:
+        return self.num_scored == len(self.token_ids)
+
+    def add(self, logprobs: NDArray[np.float64], logits: NDArray[np.float32] | None) -> None:
+        self.num_scored += len(logprobs)
+        self._logprobs.append(logprobs)
+        if logits is not None:
+            self._logits.append(logits)
+
+    def result(self) -> ScoredCompletion:
+        logits = np.concatenate(self._logits) if self._logits else None
+        return ScoredCompletion(np.concatenate(self._logprobs), logits)
 
 
 def forced_request(request: ScoringRequest) -> GenerationRequest:
@@ -127,6 +174,7 @@ def forced_request(request: ScoringRequest) -> GenerationRequest:
         sampling=SamplingParams(num_samples=len(request.completions), temperature=0.0),
         logprob_temperature=request.temperature,
         deadline_s=request.deadline_s,
+        cache_salt=request.cache_salt,
         forced_completions=request.completions,
         keep_logits=request.with_logits,
     )

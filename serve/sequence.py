@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from serve.prompt import TokenizedPrompt
+
 if TYPE_CHECKING:
     import torch
 
@@ -77,6 +79,9 @@ class GenerationRequest:
     `logprob_temperature` is the temperature at which log-probabilities are reported (1 = raw).
     `deadline_s` is on the engine's clock; `make_stop_check` builds one check per sequence.
 
+    Requests with the same `cache_salt` share the cached beginnings of their prompts; None: this
+    one neither uses the prefix cache nor enters it.
+
     `forced_completions` turns decoding into scoring: sample i takes these tokens instead of drawn
     ones and ends behind the last of them; `keep_logits` keeps the raw logits of each position.
     """
@@ -88,6 +93,7 @@ class GenerationRequest:
     num_top_logprobs: int = 0
     deadline_s: float | None = None
     make_stop_check: Callable[[], StopCheck] | None = None
+    cache_salt: str | None = ""
     forced_completions: tuple[tuple[int, ...], ...] = ()
     keep_logits: bool = False
 
@@ -130,6 +136,7 @@ class FinishedEvent:
     timings: Timings
     error: str = ""
     logits: torch.Tensor | None = None
+    num_cached_prompt_tokens: int = 0
 
 
 Event = TokenEvent | FinishedEvent
@@ -142,15 +149,18 @@ class SequenceGroup:
     """A request while the engine works on it.
 
     `prompt_logits`, `(V,)`, are kept from the prefill until every sample has drawn its first token.
-    A prompt is prefilled again when its early samples end before its queued ones start.
+    `num_cached_tokens` of the prompt came from the prefix cache when its first sample started. A
+    prompt is prefilled again when its early samples end before its queued ones start.
     """
 
     request: GenerationRequest
+    prompt: TokenizedPrompt
     sink: EventSink
     arrival_s: float
     num_unfinished: int
     num_unstarted: int
     prompt_logits: torch.Tensor | None = None
+    num_cached_tokens: int = 0
     is_prompt_counted: bool = False
 
     @property
@@ -214,6 +224,7 @@ class Sequence:
             timings=self._timings(now_s),
             error=error,
             logits=_stacked(self.logits),
+            num_cached_prompt_tokens=self.group.num_cached_tokens,
         )
 
     def _timings(self, now_s: float) -> Timings:
@@ -233,7 +244,8 @@ class Sequence:
 
 def make_group(request: GenerationRequest, sink: EventSink, now_s: float) -> SequenceGroup:
     num_samples = request.sampling.num_samples
-    return SequenceGroup(request, sink, now_s, num_samples, num_samples)
+    prompt = TokenizedPrompt.of(request.prompt_token_ids, request.cache_salt)
+    return SequenceGroup(request, prompt, sink, now_s, num_samples, num_samples)
 
 
 def make_sequences(group: SequenceGroup) -> Iterable[Sequence]:

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from tokenizers import decoders, models, pre_tokenizers
 
 from protos.tandem.v1 import inference_pb2_grpc
-from serve.backend import ModelInfo
+from serve.backend import NUM_SPARE_ROWS, ModelInfo
 from serve.client import Client
 from serve.config import ServeConfig
 from serve.engine import Engine
@@ -91,6 +91,12 @@ class FakeBackend:
     def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
         """There is no cache."""
 
+    def read_kv(self, row: int, start: int, stop: int) -> torch.Tensor:
+        return torch.empty(1, 1, stop - start, 0)
+
+    def write_kv(self, row: int, start: int, kv: torch.Tensor) -> None:
+        """There is no cache."""
+
 
 class HistoryBackend:
     """Next-token logits depend on every token before, read from rows of its cache.
@@ -104,7 +110,7 @@ class HistoryBackend:
     def __init__(self, *, max_num_seqs: int = 4, max_model_len: int = 64) -> None:
         self.info = ModelInfo("fake", "cpu", "float32", 1, self.VOCAB_SIZE, max_model_len,
                               max_num_seqs)  # fmt: skip
-        self.rows: list[list[int]] = [[] for _ in range(max_num_seqs)]
+        self.rows: list[list[int]] = [[] for _ in range(max_num_seqs + NUM_SPARE_ROWS)]
         self.calls: list[tuple[int, list[int], list[int]]] = []
         self.error: BaseException | None = None
         self.nan_after: int | None = None
@@ -144,6 +150,12 @@ class HistoryBackend:
 
     def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
         self.rows[target_row] = self.rows[source_row][:length]
+
+    def read_kv(self, row: int, start: int, stop: int) -> torch.Tensor:
+        return torch.tensor(self.rows[row][start:stop]).view(1, 1, -1, 1)
+
+    def write_kv(self, row: int, start: int, kv: torch.Tensor) -> None:
+        self.rows[row][start:] = kv.flatten().tolist()
 
 
 def random_logits(seed: int) -> torch.Tensor:

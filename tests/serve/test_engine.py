@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from serve.engine import Engine, EngineObserver
+from serve.engine import Engine
 from serve.errors import EngineStoppedError, QueueFullError
+from serve.observer import EngineObserver
+from serve.prompt import BLOCK_TOKENS
 from serve.sampling import sample
 from serve.scoring import ScoringRequest
 from serve.sequence import (
@@ -85,7 +87,7 @@ class Clock:
 
 class Observed(EngineObserver):
     def __init__(self) -> None:
-        self.prompt_tokens = self.generation_tokens = 0
+        self.prompt_tokens = self.cached_tokens = self.generation_tokens = 0
         self.reasons: list[FinishReason] = []
         self.phases: list[str] = []
         self.intervals = 0
@@ -94,9 +96,12 @@ class Observed(EngineObserver):
         assert 0 <= host_s <= step_s
         self.phases.append(phase)
 
-    def on_tokens(self, prompt_tokens: int, generation_tokens: int) -> None:
-        self.prompt_tokens += prompt_tokens
-        self.generation_tokens += generation_tokens
+    def on_prompt(self, num_tokens: int, num_cached: int) -> None:
+        self.prompt_tokens += num_tokens
+        self.cached_tokens += num_cached
+
+    def on_tokens(self, num_tokens: int) -> None:
+        self.generation_tokens += num_tokens
 
     def on_token_interval(self, itl_s: float, count: int) -> None:
         self.intervals += count
@@ -118,7 +123,8 @@ def make_engine(make_backend: Any) -> MakeEngine:
 def submit(
     engine: Engine, request_id: str = "r", prompt: tuple[int, ...] = PROMPT, **settings: Any
 ) -> Reader:
-    fields = {"deadline_s", "make_stop_check", "num_top_logprobs"} & settings.keys()
+    names = {"deadline_s", "make_stop_check", "num_top_logprobs", "cache_salt"}
+    fields = names & settings.keys()
     request = {name: settings.pop(name) for name in fields}
     params = SamplingParams(**{"max_tokens": 8, **settings})
     reader = Reader()
@@ -223,19 +229,132 @@ def test_scoring_and_generation_take_turns(make_engine: MakeEngine) -> None:
     futures = [engine.score(ScoringRequest(f"s{i}", PROMPT, ((1, 2),))) for i in range(4)]
     run(engine)
     assert reader.completions == alone.completions
-    assert observed.phases[:4] == ["score", "prefill", "score", "decode"]
+    assert observed.phases[:5] == ["prefill", "decode", "score", "decode", "score"]
     assert all(future.result(0) for future in futures)
 
 
-def test_scoring_waits_for_a_free_row(make_engine: MakeEngine) -> None:
+def test_scoring_needs_no_row_of_a_running_sequence(make_engine: MakeEngine) -> None:
     observed = Observed()
     engine = make_engine(max_num_seqs=1, observer=observed)
-    submit(engine, max_tokens=3, ignore_eos=True)
+    submit(engine, max_tokens=9, ignore_eos=True)
     engine.step()
     future = engine.score(ScoringRequest("s", PROMPT, ((1, 2),)))
-    run(engine)
-    assert observed.phases == ["prefill", "decode", "decode", "score"]
+    engine.step()
+    assert observed.phases == ["prefill", "decode", "score"]
     assert future.done()
+
+
+# Long prompts and prompts that come again
+
+LONG = tuple(range(10, 35))
+
+
+def test_long_prompt_in_chunks_gives_what_one_pass_gives(make_engine: MakeEngine) -> None:
+    whole = make_engine()
+    expected = submit(whole, prompt=LONG, num_samples=3, max_tokens=20)
+    run(whole)
+    engine = make_engine(max_pass_tokens=8)
+    crowd = [submit(engine, f"o{i}", (i + 10,), seed=i, max_tokens=i + 2) for i in range(3)]
+    reader = submit(engine, prompt=LONG, num_samples=3, max_tokens=20)
+    run(engine)
+    assert reader.completions == expected.completions
+    assert max(sum(lengths) for _, lengths, _ in engine._backend.calls) <= 8
+    assert all(len(other.endings) == 1 for other in crowd)
+
+
+def test_running_sequences_decode_between_the_chunks_of_a_long_prompt(
+    make_engine: MakeEngine,
+) -> None:
+    observed = Observed()
+    engine = make_engine(max_pass_tokens=8, observer=observed)
+    reader = submit(engine, "short", max_tokens=30, ignore_eos=True)
+    engine.step()
+    submit(engine, "long", LONG, max_tokens=2)
+    for _ in range(4):
+        engine.step()
+    assert len(reader.tokens[0]) == 5
+    assert observed.phases == ["prefill", *["decode", "prefill"] * 4]
+
+
+def test_short_prompt_waits_for_one_chunk_of_a_long_one(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_pass_tokens=8)
+    submit(engine, "long", LONG, max_tokens=2)
+    engine.step()
+    reader = submit(engine, "short", max_tokens=2)
+    engine.step()
+    engine.step()
+    assert reader.tokens[0]
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2])
+def test_cancelled_long_prompt_ends_and_frees_its_row(
+    make_engine: MakeEngine, num_steps: int
+) -> None:
+    engine = make_engine(max_pass_tokens=8)
+    reader = submit(engine, prompt=LONG, num_samples=2)
+    for _ in range(num_steps):
+        engine.step()
+    engine.cancel("r")
+    engine.step()
+    assert reader.reasons == [FinishReason.CANCELLED] * 2
+    assert is_idle(engine)
+    again = submit(engine, prompt=LONG)
+    run(engine)
+    assert len(again.completions) == 1
+
+
+def test_prompt_that_comes_again_is_copied_and_gives_the_same(make_engine: MakeEngine) -> None:
+    observed = Observed()
+    engine = make_engine(observer=observed)
+    first = submit(engine, seed=5, max_tokens=12)
+    run(engine)
+    engine._backend.calls.clear()
+    again = submit(engine, seed=5, max_tokens=12)
+    run(engine)
+    assert again.completions == first.completions
+    assert all(lengths == [1] for _, lengths, _ in engine._backend.calls)
+    assert again.endings[0].num_cached_prompt_tokens == observed.cached_tokens == len(PROMPT)
+    assert first.endings[0].num_cached_prompt_tokens == 0
+
+
+def test_beginning_that_prompts_share_is_copied(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_model_len=400)
+    shared = tuple(10 + i % 20 for i in range(2 * BLOCK_TOKENS))
+    alone = submit(engine, prompt=(*shared, 7, 8, 9), cache_salt=None, max_tokens=12)
+    submit(engine, "other", (*shared, 5, 5), max_tokens=1)
+    run(engine)
+    engine._backend.calls.clear()
+    reader = submit(engine, prompt=(*shared, 7, 8, 9), max_tokens=12)
+    run(engine)
+    assert engine._backend.calls[0][1:] == ([3], [2 * BLOCK_TOKENS])
+    assert reader.endings[0].num_cached_prompt_tokens == 2 * BLOCK_TOKENS
+    assert reader.completions == alone.completions
+
+
+@pytest.mark.parametrize(
+    ("salts", "num_bytes"),
+    [(("alice", "bob"), 1 << 20), (("", None), 1 << 20), ((None, ""), 1 << 20), (("", ""), 0)],
+)
+def test_prompt_is_run_again_for_another_tenant_and_for_those_who_opt_out(
+    make_engine: MakeEngine, salts: tuple[str | None, str | None], num_bytes: int
+) -> None:
+    engine = make_engine(max_prefix_cache_bytes=num_bytes)
+    for salt in salts:
+        reader = submit(engine, cache_salt=salt, max_tokens=1)
+        run(engine)
+    assert len(engine._backend.calls) == 2
+    assert reader.endings[0].num_cached_prompt_tokens == 0
+
+
+def test_prompt_with_nonfinite_logits_is_not_cached(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine._backend.nan_after = PROMPT[-1]
+    assert submit(engine).endings == {}
+    run(engine)
+    engine._backend.nan_after = None
+    reader = submit(engine, max_tokens=1)
+    run(engine)
+    assert reader.reasons == [FinishReason.LENGTH]
 
 
 # Endings
@@ -382,9 +501,11 @@ def test_load_counts_running_and_waiting_and_returns_to_zero(make_engine: MakeEn
     submit(engine, num_samples=5, max_tokens=3, ignore_eos=True)
     engine.score(ScoringRequest("s", PROMPT, ((1,),)))
     engine.step()
+    load = engine.load()
+    assert (load.num_running, load.num_waiting, load.max_num_seqs) == (0, 6, 2)
     engine.step()
     load = engine.load()
-    assert (load.num_running, load.num_waiting, load.max_num_seqs) == (2, 3, 2)
+    assert (load.num_running, load.num_waiting, load.max_num_seqs) == (2, 4, 2)
     run(engine)
     assert engine._groups == {}
 
@@ -488,7 +609,13 @@ def test_dying_thread_ends_what_it_took_and_is_seen(make_engine: MakeEngine) -> 
 
 def test_random_traffic_ends_every_sequence_exactly_once(make_engine: MakeEngine) -> None:
     clock = Clock()
-    engine = make_engine(max_num_seqs=3, clock=clock, max_waiting=1000)
+    engine = make_engine(
+        max_num_seqs=3,
+        clock=clock,
+        max_waiting=1000,
+        max_pass_tokens=4,
+        max_prefix_cache_bytes=4000,
+    )
     generator = torch.Generator().manual_seed(0)
     readers: dict[str, tuple[Reader, int]] = {}
 
@@ -498,7 +625,7 @@ def test_random_traffic_ends_every_sequence_exactly_once(make_engine: MakeEngine
     for number in range(80):
         num_samples, request_id = 1 + below(5), str(number)
         deadline_s = clock.now_s + below(30) if below(3) == 0 else None
-        prompt = tuple(10 + below(20) for _ in range(1 + below(6)))
+        prompt = tuple(10 + below(3) for _ in range(1 + below(9)))
         settings = {"num_samples": num_samples, "max_tokens": 1 + below(12), "seed": number}
         reader = submit(engine, request_id, prompt, deadline_s=deadline_s, **settings)
         readers[request_id] = reader, num_samples

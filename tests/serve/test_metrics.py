@@ -28,6 +28,7 @@ CONTRACT = {
     "engine_step_seconds": "role phase",
     "engine_host_seconds": "role",
     "prompt_tokens_total": "role",
+    "cached_prompt_tokens_total": "role",
     "generation_tokens_total": "role",
     "sequences_running": "role",
     "sequences_waiting": "role",
@@ -71,6 +72,18 @@ def answered(serving: Any, make_pair: Any) -> Any:
             for prompt, gold in [("1+1=", {"reference_answer": "2"}), ("a", {}), ("b", {})]
         ]
     return pair, responses
+
+
+def test_cached_prompt_tokens_are_in_usage_and_metrics(serving: Any, make_pair: Any) -> None:
+    pair = make_pair()
+    with serving(pair) as live:
+        request = pb.CompareRequest(prompt="again", sampling=pb.SamplingParams(max_tokens=2))
+        first, again = live.client.compare(request), live.client.compare(request)
+    for index, label in enumerate(("student", "teacher")):
+        usages = [response.usage.roles[index] for response in (first, again)]
+        assert usages[1].cached_prompt_tokens == usages[1].prompt_tokens > 0
+        cached = sum(usage.cached_prompt_tokens for usage in usages)
+        assert pair.value("cached_prompt_tokens_total", role=label) == cached
 
 
 def samples(responses: list[pb.CompareResponse], role: int) -> list[pb.Sample]:

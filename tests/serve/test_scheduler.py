@@ -8,7 +8,8 @@ from collections.abc import Sequence as SequenceOf
 
 import pytest
 
-from serve.scheduler import RowMove, Scheduler
+from serve.backend import NUM_PREFILL_ROWS
+from serve.scheduler import MAX_OVERTAKEN, LongPrompt, RowMove, Scheduler
 from serve.sequence import (
     GenerationRequest,
     SamplingParams,
@@ -44,7 +45,7 @@ def test_no_more_run_than_there_are_rows() -> None:
     waiting(scheduler, *[1] * 5)
     scheduler.admit()
     assert (len(scheduler.running), len(scheduler.waiting)) == (3, 2)
-    assert not scheduler.admit()
+    assert scheduler.admit().num_admitted == 0
 
 
 @pytest.mark.parametrize(
@@ -52,8 +53,7 @@ def test_no_more_run_than_there_are_rows() -> None:
     [
         ((4, 4), 2),  # 2 * 4 = 8
         ((2, 4, 1), 2),  # a third row would pad all to 3 * 4
-        ((2, 2, 2, 9), 3),  # the long one would pad all to 4 * 9
-        ((9, 1), 1),  # always the first, whatever its length
+        ((2, 2, 2, 8), 3),  # the last one would pad all to 4 * 8
     ],
 )
 def test_padded_prefill_stays_within_its_budget(
@@ -66,9 +66,9 @@ def test_padded_prefill_stays_within_its_budget(
 
 def test_budget_never_lets_a_later_prompt_overtake() -> None:
     scheduler = Scheduler(8, 8)
-    _, long, short = waiting(scheduler, 2, 9, 1)
+    _, wide, short = waiting(scheduler, 2, 8, 1)
     scheduler.admit()
-    assert list(scheduler.waiting) == [long, short]
+    assert list(scheduler.waiting) == [wide, short]
 
 
 def test_samples_of_one_request_prefill_once_and_fork_behind_the_leaders() -> None:
@@ -137,8 +137,90 @@ def test_rows_stay_compact_when_several_finish_at_once() -> None:
 def test_ended_groups_leave_the_queue_and_the_others_keep_their_order() -> None:
     scheduler = Scheduler(1, 100)
     a, b, c, d = waiting(scheduler, 1, 1, 1, 1)
-    assert scheduler.remove_waiting({id(b.group), id(d.group)}) == [b, d]
+    assert scheduler.remove_unstarted({id(b.group), id(d.group)}) == [b, d]
     assert list(scheduler.waiting) == [a, c]
+
+
+# Long prompts
+
+
+def enter(scheduler: Scheduler) -> LongPrompt:
+    prompt = scheduler.next_long_prompt()
+    assert prompt is not None
+    return prompt
+
+
+def test_long_prompt_enters_a_row_behind_the_running_ones_and_then_runs() -> None:
+    scheduler = Scheduler(2, 8)
+    short, long = waiting(scheduler, 8, 9)
+    admission = scheduler.admit()
+    assert (admission.prefills, scheduler.running) == ([short], [short])
+    [prompt] = admission.long_prompts
+    assert prompt == LongPrompt(long, 3) and enter(scheduler) == prompt
+    assert scheduler.start(prompt) == 1
+    assert scheduler.running == [short, long] and scheduler.next_long_prompt() is None
+
+
+def test_long_prompts_take_turns() -> None:
+    scheduler = Scheduler(8, 8)
+    a, b, c = waiting(scheduler, 9, 20, 9)
+    scheduler.admit()
+    assert [enter(scheduler).sequence for _ in range(5)] == [a, b, c, a, b]
+
+
+def test_long_prompts_count_as_running() -> None:
+    scheduler = Scheduler(2, 8)
+    waiting(scheduler, 9, 9, 1)
+    scheduler.admit()
+    assert (scheduler.num_active, len(scheduler.waiting)) == (2, 1)
+    assert scheduler.admit().num_admitted == 0
+
+
+def test_short_prompts_overtake_long_ones_that_wait_for_a_row() -> None:
+    scheduler = Scheduler(16, 8)
+    *entering, blocked, short = waiting(scheduler, *[9] * (NUM_PREFILL_ROWS + 1), 1)
+    admission = scheduler.admit()
+    assert [p.sequence for p in admission.long_prompts] == entering
+    assert (admission.prefills, list(scheduler.waiting)) == ([short], [blocked])
+    scheduler.start(enter(scheduler))
+    assert [p.sequence for p in scheduler.admit().long_prompts] == [blocked]
+
+
+def test_samples_of_a_long_prompt_wait_for_it_and_fork() -> None:
+    scheduler = Scheduler(8, 8)
+    group, other = samples(9, num_samples=3), samples()
+    scheduler.add([*group, *other])
+    assert scheduler.admit().prefills == other
+    assert scheduler.admit().num_admitted == 0
+    scheduler.start(enter(scheduler))
+    assert scheduler.admit().forks == [(group[1], group[0]), (group[2], group[0])]
+
+
+def test_cached_prompts_are_restored_whole_and_finished_in_a_row_of_their_own() -> None:
+    scheduler = Scheduler(8, 8)
+    whole, partly, fresh = waiting(scheduler, 20, 7, 6)
+    cached = {id(whole.group): 20, id(partly.group): 4, id(fresh.group): 0}
+    admission = scheduler.admit(lambda group: cached[id(group)])
+    assert (admission.restores, admission.prefills) == ([whole], [fresh])
+    assert [p.sequence for p in admission.long_prompts] == [partly]
+    assert admission.started == scheduler.running == [fresh, whole]
+
+
+def test_a_long_prompt_that_ends_frees_its_row() -> None:
+    scheduler = Scheduler(16, 8)
+    sequences = waiting(scheduler, *[9] * (NUM_PREFILL_ROWS + 2))
+    scheduler.admit()
+    assert scheduler.remove_unstarted({id(sequences[0].group)}) == sequences[:1]
+    [prompt] = scheduler.admit().long_prompts
+    assert prompt.sequence is sequences[NUM_PREFILL_ROWS]
+    assert scheduler.clear() == [*sequences[1:-1], sequences[-1]]
+    assert scheduler.num_active == len(scheduler.waiting) == 0
+
+
+def test_no_more_than_so_many_are_overtaken() -> None:
+    scheduler = Scheduler(200, 8)
+    waiting(scheduler, *[9] * (NUM_PREFILL_ROWS + MAX_OVERTAKEN), 1)
+    assert scheduler.admit().prefills == []
 
 
 def test_importing_the_scheduler_loads_no_runtime() -> None:

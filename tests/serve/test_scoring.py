@@ -11,13 +11,16 @@ import torch
 
 from serve.engine import Engine
 from serve.errors import EngineStoppedError
+from serve.prefill import Prefiller
+from serve.prefix_cache import PrefixCache
+from serve.prompt import TokenizedPrompt
 from serve.scoring import (
     ForcedScores,
+    ScoredCompletion,
     ScoringJob,
     ScoringRequest,
     forced_request,
     measure_path_noise,
-    score,
     scoring_error,
 )
 from serve.sequence import FinishedEvent, FinishReason, Timings
@@ -38,52 +41,75 @@ def slow_logprobs(backend: Any, completion: tuple[int, ...], temperature: float)
     return logprobs
 
 
+def run_job(
+    backend: Any,
+    request: ScoringRequest,
+    *,
+    first_row: int = 0,
+    num_rows: int = 4,
+    max_tokens: int = 1000,
+) -> list[ScoredCompletion]:
+    """Score to the end; every pass must take cache rows and tokens within its bounds."""
+    prefiller = Prefiller(backend, PrefixCache(backend, 0), max_tokens)
+    job = ScoringJob(request)
+    while not job.is_done:
+        backend.calls.clear()
+        job.advance(prefiller, first_row, num_rows, max_tokens)
+        for row, lengths, _ in backend.calls:
+            assert first_row <= row and row + len(lengths) <= first_row + num_rows
+            assert max(lengths) * len(lengths) <= max_tokens
+    return job.scored
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 8])
+@pytest.mark.parametrize("max_tokens", [4, 9, 1000])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_scores_are_log_softmax_at_the_temperature(make_backend: Any, temperature: float) -> None:
+def test_scores_are_log_softmax_at_the_temperature(
+    make_backend: Any, temperature: float, max_tokens: int, num_rows: int
+) -> None:
     backend = make_backend()
-    scored = list(score(backend, 0, make_request(temperature=temperature), COMPLETIONS))
+    if num_rows > max_tokens:
+        num_rows = max_tokens
+    bounds = {"num_rows": num_rows, "max_tokens": max_tokens}
+    scored = run_job(backend, make_request(temperature=temperature), first_row=2, **bounds)
     for one, completion in zip(scored, COMPLETIONS, strict=True):
         expected = slow_logprobs(backend, completion, temperature)
         assert one.logprobs.tolist() == pytest.approx(expected, abs=1e-6)
         assert one.logprobs.dtype == np.float64 and one.logits is None
 
 
-def test_logits_of_every_completion_position_come_when_asked_for(make_backend: Any) -> None:
-    backend = make_backend()
-    first, *_ = score(backend, 0, make_request(with_logits=True), COMPLETIONS[:1])
-    assert first.logits is not None and first.logits.shape == (4, backend.VOCAB_SIZE)
-    assert np.array_equal(first.logits[2], backend.logits_after([*PROMPT, 1, 2]).numpy())
-
-
-def test_last_token_of_a_completion_is_not_run(make_backend: Any) -> None:
-    backend = make_backend()
-    list(score(backend, 0, make_request(), COMPLETIONS))
-    assert backend.calls == [(0, [6, 3, 5, 4], [0, 0, 0, 0])]
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "max_tokens", "sizes"),
-    [
-        (4, 1000, [4]),
-        (3, 1000, [3, 1]),
-        (1, 1000, [1, 1, 1, 1]),
-        (4, 14, [2, 2]),  # 2 * 7, then 2 * 6
-        (4, 13, [1, 2, 1]),  # 7, 2 * 6, 5
-        (4, 1, [1, 1, 1, 1]),  # always one, whatever its length
-    ],
-)
-def test_chunks_respect_rows_and_padded_tokens(
-    make_backend: Any, num_rows: int, max_tokens: int, sizes: list[int]
+@pytest.mark.parametrize("max_tokens", [4, 1000])
+def test_logits_of_every_completion_position_come_when_asked_for(
+    make_backend: Any, max_tokens: int
 ) -> None:
-    backend, job = make_backend(), ScoringJob(make_request())
+    backend = make_backend()
+    scored = run_job(backend, make_request(with_logits=True), max_tokens=max_tokens)
+    for one, completion in zip(scored, COMPLETIONS, strict=True):
+        assert one.logits is not None
+        assert one.logits.shape == (len(completion), backend.VOCAB_SIZE)
+        for position, logits in enumerate(one.logits):
+            expected = backend.logits_after([*PROMPT, *completion[:position]])
+            assert np.array_equal(logits, expected.numpy())
+
+
+def test_prompt_runs_once_and_the_last_token_of_a_completion_never(make_backend: Any) -> None:
+    backend = make_backend()
+    job = ScoringJob(make_request())
+    prefiller = Prefiller(backend, PrefixCache(backend, 0), 1000)
     while not job.is_done:
-        job.score_chunk(backend, 0, num_rows, max_tokens)
-    assert [len(lengths) for _, lengths, _ in backend.calls] == sizes
-    assert [len(one.logprobs) for one in job.scored] == [4, 1, 3, 2]
+        job.advance(prefiller, 0, 4, 1000)
+    assert backend.calls == [(0, [3], [0]), (0, [3, 2, 1], [3, 3, 3])]
 
 
-def test_chunk_reports_its_tokens_without_padding(make_backend: Any) -> None:
-    assert ScoringJob(make_request()).score_chunk(make_backend(), 0, 4, 1000) == 4 * 3 + 10
+def test_prompt_that_was_generated_from_is_not_run_again(make_backend: Any) -> None:
+    backend = make_backend()
+    prefix_cache = PrefixCache(backend, 1 << 20)
+    prefiller = Prefiller(backend, prefix_cache, 1000)
+    prefiller.run_batch(0, [TokenizedPrompt.of(PROMPT, "")])
+    backend.calls.clear()
+    job = ScoringJob(make_request())
+    job.advance(prefiller, 2, 2, 1000)
+    assert backend.calls == [(2, [3, 2], [3, 3])]
 
 
 def make_engine(backend: Any, *, in_one_pass: bool) -> Engine:
