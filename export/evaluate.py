@@ -41,7 +41,7 @@ from export.distill import Example
 from export.losses import exact_logprobs
 from serve.backend import Backend
 from serve.engine import Engine
-from serve.scoring import MAX_PATH_NOISE_NATS, ScoringRequest, measure_path_noise
+from serve.scoring import MAX_PATH_NOISE_NATS, ScoringRequest, measure_noise_floor
 
 TEACHER, STUDENT = "teacher", "student"
 # Float32 logits of all models for one batch of prompts; beyond it batches get smaller.
@@ -176,7 +176,7 @@ def _engine(name: str, backend: Backend) -> Engine:
         backend,
         eos_token_ids=frozenset(),
         name=name,
-        scores_in_one_pass=measure_path_noise(backend) <= MAX_PATH_NOISE_NATS,
+        scores_in_one_pass=measure_noise_floor(backend).path_nats <= MAX_PATH_NOISE_NATS,
     )
 
 

@@ -36,7 +36,16 @@ def serve(
     ] = "bfloat16",
     max_num_seqs: Annotated[int, typer.Option(help="Samples running per model.")] = 16,
     max_model_len: Annotated[int, typer.Option(help="Prompt and completion tokens.")] = 2048,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of one step.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of one step; by default as many as it may use.")
+    ] = None,
+    max_pass_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a prefill or scoring pass; by default 256 on the CPU."),
+    ] = None,
+    prefix_cache_mib: Annotated[
+        int, typer.Option(help="MiB of earlier prompts to copy from, per model; 0 for none.")
+    ] = 256,
     drain_grace_s: Annotated[float, typer.Option(help="Seconds running work may take.")] = 30.0,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     insecure_listen: Annotated[

@@ -37,6 +37,12 @@ class ServeConfig(BaseModel):
     max_num_seqs: int = Field(default=16, ge=1, le=1024)
     max_model_len: int = Field(default=2048, ge=2)
     max_waiting: int = Field(default=1024, ge=0, description="samples queued per model")
+    max_pass_tokens: int | None = Field(
+        default=None, ge=16, description="of a prefill or scoring pass; none: by the device"
+    )
+    prefix_cache_mib: int = Field(
+        default=256, ge=0, description="of earlier prompts' keys and values per model; 0: none"
+    )
     tasks: frozenset[str] = Field(default=frozenset(), description="task labels in metrics")
     drain_grace_s: float = Field(default=30.0, ge=0)
 

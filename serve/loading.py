@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from serve.engine import Engine
 from serve.errors import DeviceMissingError
 from serve.metrics import ServerMetrics
 from serve.routing import Engines, Role, ServedModel
-from serve.scoring import MAX_PATH_NOISE_NATS, measure_path_noise
+from serve.scoring import MAX_PATH_NOISE_NATS, NoiseFloor, measure_noise_floor
 from serve.tokenization import Tokenizer
 
 if TYPE_CHECKING:
@@ -124,6 +125,10 @@ class _Loader:
     device: str
     arbiter: StepArbiter | None
 
+    @property
+    def num_threads(self) -> int:
+        return self.config.threads or count_cpus()
+
     def load_student(self) -> ServedModel:
         bundle = self.config.bundle
         with _loading(bundle):
@@ -139,7 +144,8 @@ class _Loader:
             Tokenizer.load(bundle / "student"),
             bundle_id=bundle.resolve().name,
             manifest_sha256=hash_file(bundle / MANIFEST_NAME),
-            path_noise_nats=noise,
+            noise=noise,
+            backend_noise_nats=self._backend_noise(),
         )
 
     def load_teacher(self, folder: Path, student: ServedModel) -> ServedModel:
@@ -148,20 +154,20 @@ class _Loader:
         # One vocabulary, one tokenizer: both models must see the very same prompt.
         own = Tokenizer.load(folder)
         shared = student.tokenizer if own.hash == student.tokenizer.hash else own
-        return ServedModel(Role.TEACHER, engine, shared, path_noise_nats=noise)
+        return ServedModel(Role.TEACHER, engine, shared, noise=noise)
 
     def _build_engine(
         self, role: Role, backend: Backend, folder: Path, *, rounds_activations: bool = False
-    ) -> tuple[Engine, float]:
-        """Return the engine and its backend's path noise, whose measuring warms the backend up."""
-        noise = measure_path_noise(backend)
+    ) -> tuple[Engine, NoiseFloor]:
+        """Return the engine and its noise floor, whose measuring warms the backend up."""
+        noise = measure_noise_floor(backend)
         # On CUDA one pass differs by rounding alone, and decoding instead would cost too much.
-        is_quiet = noise <= MAX_PATH_NOISE_NATS and not rounds_activations
+        is_quiet = noise.path_nats <= MAX_PATH_NOISE_NATS and not rounds_activations
         in_one_pass = self.device != "cpu" or is_quiet
         info = backend.info
         logger.info(
             "%s: %s %s on %s; one pass and decoding differ by %.1e nats at most, so it scores %s",
-            *(role.value, info.backend, info.precision, info.device, noise),
+            *(role.value, info.backend, info.precision, info.device, noise.path_nats),
             "in one pass" if in_one_pass else "by forced decoding",
         )
         engine = Engine(
@@ -174,7 +180,9 @@ class _Loader:
             priority=0 if role is Role.STUDENT else 1,
             scores_in_one_pass=in_one_pass,
             # The student's matrix products are onnxruntime's; torch only samples for it.
-            num_torch_threads=1 if info.backend == "onnx" else self.config.threads,
+            num_torch_threads=1 if info.backend == "onnx" else self.num_threads,
+            max_pass_tokens=self.config.max_pass_tokens,
+            max_prefix_cache_bytes=self.config.prefix_cache_mib << 20,
         )
         return engine, noise
 
@@ -182,11 +190,18 @@ class _Loader:
         """Whether the student's kernels round activations to int8 (accuracy level 4).
 
         Then a last bit may tip a rounding and become whole tenths of a nat: in a small model only
-        once in a hundred tokens, which the short text of `measure_path_noise` may not hold.
+        once in a hundred tokens, which the short text of `measure_noise_floor` may not hold.
         """
         variant = self.manifest.variants.get(self.config.variant or self.manifest.default_variant)
         is_onnx = self.config.student_backend == "onnx"
         return is_onnx and variant is not None and variant.accuracy_level == 4
+
+    def _backend_noise(self) -> float | None:
+        """KL(float student in torch || served graph) as the export measured it, if it did."""
+        if self.config.student_backend != "onnx":
+            return None
+        variant = self.manifest.variants[self.config.variant or self.manifest.default_variant]
+        return variant.metrics.get("kl_to_student")
 
     def _student_backend(self) -> Backend:
         config, variants = self.config, self.manifest.variants
@@ -211,8 +226,7 @@ class _Loader:
 
         from serve.torch_backend import TorchBackend
 
-        if self.config.threads is not None:
-            torch.set_num_threads(self.config.threads)
+        torch.set_num_threads(self.num_threads)
         return TorchBackend.load(
             folder,
             device=self.device,
@@ -229,9 +243,24 @@ class _Loader:
             device=self.device,
             max_num_seqs=self.config.max_num_seqs,
             max_model_len=self.config.max_model_len,
-            num_threads=self.config.threads,
+            num_threads=self.num_threads,
             **described,
         )
+
+
+def count_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how many CPUs this process may use: by its affinity, and by its container's quota.
+
+    A pool of more threads than that is throttled in the middle of a step.
+    """
+    num_cpus = len(os.sched_getaffinity(0))
+    try:
+        quota_us, period_us = (cgroup / "cpu.max").read_text().split()
+    except OSError:
+        return num_cpus
+    if quota_us == "max":
+        return num_cpus
+    return min(num_cpus, max(int(quota_us) // int(period_us), 1))
 
 
 @contextmanager

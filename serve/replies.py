@@ -160,7 +160,7 @@ def to_score_usage(
 
 
 def to_model(model: ServedModel) -> pb.Model:
-    info = model.engine.info
+    info, noise = model.engine.info, model.noise
     return pb.Model(
         role=to_role(model.role),
         backend=info.backend,
@@ -173,7 +173,9 @@ def to_model(model: ServedModel) -> pb.Model:
         tokenizer_hash=model.tokenizer.hash,
         bundle_id=model.bundle_id,
         manifest_sha256=model.manifest_sha256,
-        path_noise_nats=model.path_noise_nats,
+        path_noise_nats=noise.path_nats if noise else None,
+        batch_noise_nats=noise.batch_nats if noise else None,
+        backend_noise_nats=model.backend_noise_nats,
     )
 
 

@@ -16,6 +16,7 @@ from serve.tokenization import Tokenizer
 
 if TYPE_CHECKING:
     from serve.engine import Engine
+    from serve.scoring import NoiseFloor
 
 
 class Role(enum.Enum):
@@ -42,7 +43,8 @@ class Route(enum.Enum):
 class ServedModel:
     """An engine, the tokenizer of its model, and where the model came from.
 
-    `path_noise_nats` is what `serve.scoring.measure_path_noise` found when it was loaded.
+    `noise` was measured when it was loaded; `backend_noise_nats` is the mean KL(the model in torch
+    and float32 || as it is served), measured when it was exported.
     """
 
     role: Role
@@ -50,7 +52,8 @@ class ServedModel:
     tokenizer: Tokenizer
     bundle_id: str = ""
     manifest_sha256: str = ""
-    path_noise_nats: float | None = None
+    noise: NoiseFloor | None = None
+    backend_noise_nats: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from transformers import (
 
 from serve.engine import Engine
 from serve.onnx_backend import OnnxBackend, make_session
-from serve.scoring import ScoringRequest, measure_path_noise
+from serve.scoring import ScoringRequest, measure_noise_floor
 from serve.sequence import FinishedEvent, GenerationRequest, SamplingParams
 from serve.torch_backend import TorchBackend, check_supported, sliding_windows
 
@@ -291,7 +291,7 @@ def test_int8_scores_by_forced_decoding_are_the_bits_of_its_samples(load: Any) -
 
 @pytest.mark.parametrize("kind", FLOATS)
 def test_float_paths_differ_by_rounding_alone(load: Any, kind: str) -> None:
-    assert measure_path_noise(load(kind)) < 1e-4
+    assert measure_noise_floor(load(kind)).path_nats < 1e-4
 
 
 @pytest.mark.parametrize(("kind", "backend"), [("torch", "torch"), ("onnx", "onnx")])

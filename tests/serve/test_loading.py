@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,17 @@ from bundle.manifest import (
 from bundle.verify import list_entries
 from serve.config import ServeConfig
 from serve.errors import DeviceMissingError
-from serve.loading import build_engines, choose_device, find_teacher, read_eos_token_ids
+from serve.loading import (
+    build_engines,
+    choose_device,
+    count_cpus,
+    find_teacher,
+    read_eos_token_ids,
+)
 from serve.metrics import ServerMetrics
 from serve.replies import to_model
 from serve.routing import Role
+from serve.scoring import NoiseFloor
 
 
 @pytest.mark.parametrize(
@@ -126,13 +134,16 @@ def test_without_a_teacher_the_student_is_alone(bundle: Path) -> None:
     assert load(bundle).teacher is None
 
 
-def test_path_noise_is_measured_at_load_logged_and_published(
+def test_noise_floor_is_measured_at_load_logged_and_published(
     bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="serve.loading"):
         student = load(bundle).student
-    assert 0 <= student.path_noise_nats < 1e-4
-    assert to_model(student).path_noise_nats == student.path_noise_nats
+    assert 0 <= student.noise.path_nats < 1e-4 and 0 <= student.noise.batch_nats < 1e-4
+    published = to_model(student)
+    assert published.path_noise_nats == student.noise.path_nats
+    assert published.batch_noise_nats == student.noise.batch_nats
+    assert not published.HasField("backend_noise_nats")
     assert "student: torch float32 on cpu" in caplog.text
     assert "it scores in one pass" in caplog.text
 
@@ -143,8 +154,35 @@ def test_path_noise_is_measured_at_load_logged_and_published(
 def test_noisy_model_scores_by_forced_decoding(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, noise: float, in_one_pass: bool
 ) -> None:
-    monkeypatch.setattr("serve.loading.measure_path_noise", lambda backend: noise)
+    floor = NoiseFloor(path_nats=noise, batch_nats=0.0)
+    monkeypatch.setattr("serve.loading.measure_noise_floor", lambda backend: floor)
     assert load(bundle).student.engine._scores_in_one_pass is in_one_pass
+
+
+def test_engines_get_the_settings(bundle: Path) -> None:
+    engine = load(bundle, max_pass_tokens=32, prefix_cache_mib=3, threads=1).student.engine
+    assert engine._max_pass_tokens == 32
+    assert engine._prefiller._cache._max_bytes == 3 << 20
+    assert engine._num_torch_threads == 1
+
+
+@pytest.mark.parametrize(
+    ("cpu_max", "expected"),
+    [
+        ("max 100000", 64),
+        ("200000 100000", 2),
+        ("50000 100000", 1),
+        ("350000 100000", 3),
+        (None, 64),
+    ],
+)
+def test_cpus_are_those_of_the_affinity_and_the_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu_max: str | None, expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    if cpu_max is not None:
+        (tmp_path / "cpu.max").write_text(cpu_max + "\n")
+    assert count_cpus(tmp_path) == expected
 
 
 # Which teacher

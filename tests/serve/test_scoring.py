@@ -16,11 +16,12 @@ from serve.prefix_cache import PrefixCache
 from serve.prompt import TokenizedPrompt
 from serve.scoring import (
     ForcedScores,
+    NoiseFloor,
     ScoredCompletion,
     ScoringJob,
     ScoringRequest,
     forced_request,
-    measure_path_noise,
+    measure_noise_floor,
     scoring_error,
 )
 from serve.sequence import FinishedEvent, FinishReason, Timings
@@ -232,14 +233,24 @@ def test_nothing_to_score_is_our_own_fault(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("max_model_len", [2, 3, 24, 64])
-def test_backend_without_rounding_has_no_path_noise(make_backend: Any, max_model_len: int) -> None:
-    assert measure_path_noise(make_backend(max_model_len=max_model_len)) == 0.0
+@pytest.mark.parametrize("max_num_seqs", [1, 4])
+def test_backend_without_rounding_has_no_noise(
+    make_backend: Any, max_model_len: int, max_num_seqs: int
+) -> None:
+    backend = make_backend(max_model_len=max_model_len, max_num_seqs=max_num_seqs)
+    assert measure_noise_floor(backend) == NoiseFloor(0.0, 0.0)
 
 
-def test_path_noise_is_the_largest_difference_in_nats(make_backend: Any) -> None:
+@pytest.mark.parametrize(("kind", "is_noisy"), [("path", [True, False]), ("batch", [False, True])])
+def test_noise_is_the_largest_difference_in_nats(
+    make_backend: Any, kind: str, is_noisy: list[bool]
+) -> None:
     class Noisy(make_backend):  # type: ignore[misc]
         def forward(self, first_row: int, new_token_ids: Any, *rest: Any) -> torch.Tensor:
             logits: torch.Tensor = super().forward(first_row, new_token_ids, *rest)
-            return logits * 1.1 if len(new_token_ids[0]) == 1 else logits
+            is_one_pass = len(new_token_ids[0]) > 12
+            is_off = is_one_pass if kind == "path" else len(new_token_ids) > 1
+            return logits * 1.1 if is_off else logits
 
-    assert 0.01 < measure_path_noise(Noisy()) < 1.0
+    noise = measure_noise_floor(Noisy())
+    assert [0.01 < nats < 1.0 for nats in (noise.path_nats, noise.batch_nats)] == is_noisy

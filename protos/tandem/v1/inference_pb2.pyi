@@ -467,7 +467,7 @@ class GetModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("role", "backend", "device", "precision", "num_parameters", "vocab_size", "max_model_len", "max_num_seqs", "tokenizer_hash", "bundle_id", "manifest_sha256", "path_noise_nats")
+    __slots__ = ("role", "backend", "device", "precision", "num_parameters", "vocab_size", "max_model_len", "max_num_seqs", "tokenizer_hash", "bundle_id", "manifest_sha256", "path_noise_nats", "batch_noise_nats", "backend_noise_nats")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -480,6 +480,8 @@ class Model(_message.Message):
     BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_SHA256_FIELD_NUMBER: _ClassVar[int]
     PATH_NOISE_NATS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_NOISE_NATS_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_NOISE_NATS_FIELD_NUMBER: _ClassVar[int]
     role: Role
     backend: str
     device: str
@@ -492,4 +494,6 @@ class Model(_message.Message):
     bundle_id: str
     manifest_sha256: str
     path_noise_nats: float
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., tokenizer_hash: _Optional[str] = ..., bundle_id: _Optional[str] = ..., manifest_sha256: _Optional[str] = ..., path_noise_nats: _Optional[float] = ...) -> None: ...
+    batch_noise_nats: float
+    backend_noise_nats: float
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., tokenizer_hash: _Optional[str] = ..., bundle_id: _Optional[str] = ..., manifest_sha256: _Optional[str] = ..., path_noise_nats: _Optional[float] = ..., batch_noise_nats: _Optional[float] = ..., backend_noise_nats: _Optional[float] = ...) -> None: ...
