@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import torch
 
 from serve.arbiter import StepArbiter
-from serve.backend import NUM_PREFILL_ROWS, NUM_SCORING_ROWS, Backend
+from serve.backend import Backend
 from serve.errors import EngineStoppedError, QueueFullError
 from serve.observer import EngineObserver
-from serve.prefill import Prefiller, PromptEntry
-from serve.prefix_cache import PrefixCache
+from serve.outbox import Outbox
+from serve.runner import Runner
 from serve.sampling import SampledBatch, sample
-from serve.scheduler import Admission, Scheduler
+from serve.scheduler import Scheduler
 from serve.scoring import (
     ForcedScores,
     ScoredCompletion,
@@ -36,7 +36,6 @@ from serve.scoring import (
     scoring_error,
 )
 from serve.sequence import (
-    Event,
     EventSink,
     FinishReason,
     GenerationRequest,
@@ -96,7 +95,6 @@ class Engine:
         self.info = backend.info
         self.name = name
         self.clock = clock
-        self._backend = backend
         self._eos_token_ids = eos_token_ids
         self._max_waiting = max_waiting
         self._observer = observer or EngineObserver()
@@ -104,13 +102,9 @@ class Engine:
         self._priority = priority
         self._scores_in_one_pass = scores_in_one_pass
         self._num_torch_threads = num_torch_threads
-        device = torch.device(backend.info.device).type
-        self._max_pass_tokens = max_pass_tokens or MAX_PASS_TOKENS[device]
-        prefix_cache = PrefixCache(backend, max_prefix_cache_bytes)
-        self._prefiller = Prefiller(backend, prefix_cache, self._max_pass_tokens)
-        self._scheduler = Scheduler(backend.info.max_num_seqs, self._max_pass_tokens)
-        # Prompts that enter chunk by chunk, by row.
-        self._entries: dict[int, PromptEntry] = {}
+        max_pass_tokens = max_pass_tokens or MAX_PASS_TOKENS[torch.device(self.info.device).type]
+        self._scheduler = Scheduler(backend.info.max_num_seqs, max_pass_tokens)
+        self._runner = Runner(backend, self._scheduler, max_pass_tokens, max_prefix_cache_bytes)
         self._scoring: deque[ScoringJob] = deque()
         # Passes beside decode steps: one per step, of the kinds that have work in turns.
         self._passes = deque([self._score, self._admit, self._prefill_chunk])
@@ -125,7 +119,7 @@ class Engine:
         self._num_admitted = 0
         self._is_stopping = False
         self._model_s = 0.0
-        self._events: dict[int, tuple[EventSink, list[Event]]] = {}
+        self._outbox = Outbox()
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
 
     # -- the thread-safe surface ------------------------------------------------------------
@@ -296,64 +290,36 @@ class Engine:
         self._end_cancelled_and_expired()
         if self._scheduler.running:
             self._decode()
-            self._flush_events()
+            self._outbox.flush()
         # One more than there are kinds: admission may have given the kind behind it work.
         for _ in range(len(self._passes) + 1):
             self._passes.rotate(-1)
             if self._passes[-1]():
                 break
-        self._flush_events()
+        self._outbox.flush()
 
     def _decode(self) -> None:
         started_s = self.clock()
-        sequences = list(self._scheduler.running)
         with self._model():
-            logits = self._backend.forward(
-                0,
-                [s.token_ids[-1:] for s in sequences],
-                [s.num_cached_tokens for s in sequences],
-            )
-        self._accept(sequences, logits)
-        self._finish_step("decode", len(sequences), started_s)
+            logits = self._runner.decode()
+        self._accept(list(self._scheduler.running), logits)
+        self._finish_step("decode", len(logits), started_s)
 
     def _admit(self) -> bool:
         """Let waiting sequences in; True when some of them have their first token now."""
         if not self._scheduler.waiting:
             return False
         started_s = self.clock()
-        first_row = len(self._scheduler.running)
-        admission = self._scheduler.admit(lambda group: self._prefiller.count_cached(group.prompt))
-        for sequence in (*admission.started, *(p.sequence for p in admission.long_prompts)):
+        admission = self._scheduler.admit(self._runner.count_cached)
+        for sequence in admission.admitted:
             sequence.started_s = started_s
-        for long_prompt in admission.long_prompts:
-            group = long_prompt.sequence.group
-            self._entries[long_prompt.row] = self._prefiller.begin(group.prompt, long_prompt.row)
+        self._runner.begin(admission.long_prompts)
         if not admission.started:
             return False
         with self._model():
-            self._fill_rows(admission, first_row)
+            self._runner.fill_rows(admission)
         self._start(admission.started, started_s)
         return True
-
-    def _fill_rows(self, admission: Admission, first_row: int) -> None:
-        """Bring the admitted prompts into their rows, and the logits behind them to their groups.
-
-        What is cached is restored before new prompts may push it out of the cache.
-        """
-        num_prefills, num_restores = len(admission.prefills), len(admission.restores)
-        for row, sequence in enumerate(admission.restores, first_row + num_prefills):
-            entry = self._prefiller.begin(sequence.group.prompt, row)
-            self._complete_prompt(sequence.group, entry.logits, entry.num_cached)
-        if admission.prefills:
-            groups = [sequence.group for sequence in admission.prefills]
-            logits = self._prefiller.run_batch(first_row, [group.prompt for group in groups])
-            for group, prompt_logits in zip(groups, logits, strict=True):
-                self._complete_prompt(group, prompt_logits, 0)
-        running = self._scheduler.running
-        first_fork = first_row + num_prefills + num_restores
-        for row, (fork, holder) in enumerate(admission.forks, first_fork):
-            num_tokens = len(fork.group.prompt.token_ids)
-            self._backend.copy_kv(running.index(holder), row, num_tokens)
 
     def _prefill_chunk(self) -> bool:
         """Run the next chunk of a long prompt; behind its last one the sequence runs."""
@@ -361,38 +327,28 @@ class Engine:
         if long_prompt is None:
             return False
         started_s = self.clock()
-        entry = self._entries[long_prompt.row]
-        sequence = long_prompt.sequence
         with self._model():
-            self._prefiller.advance(entry)
-            if entry.logits is not None:
-                row = self._scheduler.start(long_prompt)
-                self._backend.copy_kv(long_prompt.row, row, entry.num_entered)
-        if entry.logits is None:
+            is_complete = self._runner.advance(long_prompt)
+        if is_complete:
+            self._start([long_prompt.sequence], started_s)
+        else:
             self._finish_step("prefill", 1, started_s)
-            return True
-        self._complete_prompt(sequence.group, entry.logits, entry.num_cached)
-        self._start([sequence], started_s)
         return True
-
-    def _complete_prompt(
-        self, group: SequenceGroup, logits: torch.Tensor | None, num_cached: int
-    ) -> None:
-        """Keep a prompt's logits for its samples; report it once, and not when it is scored."""
-        group.prompt_logits = logits
-        if group.is_prompt_counted or group.is_scoring:
-            return
-        group.is_prompt_counted = True
-        group.num_cached_tokens = num_cached
-        self._observer.on_prompt(len(group.prompt.token_ids), num_cached)
 
     def _start(self, sequences: Sequence[Sample], started_s: float) -> None:
         """Draw the first tokens of sequences whose prompts are in their rows."""
         prefilled_s = self.clock()
         for sequence in sequences:
             sequence.prefilled_s = prefilled_s
+            self._count_prompt(sequence.group)
         self._accept(sequences, torch.stack([_first_logits(s.group) for s in sequences]))
         self._finish_step("prefill", len(sequences), started_s)
+
+    def _count_prompt(self, group: SequenceGroup) -> None:
+        """Report a request's prompt once, however often it is prefilled; scoring counts none."""
+        if not group.is_prompt_counted and not group.is_scoring:
+            group.is_prompt_counted = True
+            self._observer.on_prompt(len(group.prompt.token_ids), group.num_cached_tokens)
 
     def _score(self) -> bool:
         """Run the next chunk of the oldest scoring request."""
@@ -400,9 +356,8 @@ class Engine:
             return False
         started_s = self.clock()
         job = self._scoring[0]
-        first_row = self.info.max_num_seqs + 1 + NUM_PREFILL_ROWS
         with self._model():
-            job.advance(self._prefiller, first_row, NUM_SCORING_ROWS, self._max_pass_tokens)
+            self._runner.score(job)
         if job.is_done:
             self._scoring.popleft()
             self._release()
@@ -430,7 +385,7 @@ class Engine:
             if reason is not None:
                 finished.append(sequence)
                 self._emit_finished(sequence, reason, now_s, error)
-        self._retire(finished)
+        self._runner.retire(finished)
 
     def _observe_tokens(self, sequences: Sequence[Sample], now_s: float) -> None:
         """Report the tokens that are being emitted at `now_s`; scoring emits none."""
@@ -444,10 +399,6 @@ class Engine:
         for itl_s, count in intervals.items():
             self._observer.on_token_interval(itl_s, count)
 
-    def _retire(self, finished: list[Sample]) -> None:
-        for move in self._scheduler.retire(finished):
-            self._backend.copy_kv(move.source, move.target, move.length)
-
     # -- endings ----------------------------------------------------------------------------
 
     def _end_cancelled_and_expired(self) -> None:
@@ -460,7 +411,7 @@ class Engine:
         endings, self._endings = self._endings, {}
         running = [s for s in self._scheduler.running if id(s.group) in endings]
         unstarted = self._scheduler.remove_unstarted(endings.keys())
-        self._retire(running)
+        self._runner.retire(running)
         for sequence in (*running, *unstarted):
             self._emit_finished(sequence, endings[id(sequence.group)], now_s, "")
 
@@ -473,7 +424,7 @@ class Engine:
                 self._emit_finished(sequence, reason, now_s, error)
         while self._scoring:
             self._fail(self._scoring.popleft(), scoring_error(reason, error))
-        self._flush_events()
+        self._outbox.flush()
 
     def _fail(self, job: ScoringJob, error: Exception) -> None:
         self._release()
@@ -488,7 +439,7 @@ class Engine:
         token_id, logprob = batch.token_ids[row], batch.logprobs[row]
         position = len(sequence.token_ids)
         sequence.append(token_id, logprob)
-        self._emit(
+        self._outbox.add(
             sequence.group,
             TokenEvent(sequence.index, position, token_id, logprob, batch.top_logprobs[row]),
         )
@@ -504,25 +455,13 @@ class Engine:
         self._release()
         if not group.is_scoring:
             self._observer.on_finished(reason)
-        self._emit(group, sequence.finished_event(reason, now_s, error))
+        self._outbox.add(group, sequence.finished_event(reason, now_s, error))
 
     def _forget(self, group: SequenceGroup) -> None:
         request_id = group.request.request_id
         others = [g for g in self._groups.pop(request_id) if g is not group]
         if others:
             self._groups[request_id] = others
-
-    def _emit(self, group: SequenceGroup, event: Event) -> None:
-        self._events.setdefault(id(group), (group.sink, []))[1].append(event)
-
-    def _flush_events(self) -> None:
-        events, self._events = self._events, {}
-        for sink, group_events in events.values():
-            try:
-                sink(group_events)
-            except Exception:
-                # A reader that is gone is no reason to fail the others.
-                logger.exception("a reader of the %s engine's events failed", self.name)
 
     # -- timing -----------------------------------------------------------------------------
 

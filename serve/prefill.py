@@ -54,12 +54,12 @@ class Prefiller:
         if stop == len(token_ids):
             entry.logits = self._keep(entry.prompt, entry.row, logits[0])
 
-    def run_batch(self, first_row: int, prompts: Sequence[TokenizedPrompt]) -> list[torch.Tensor]:
-        """Run whole prompts in one pass into rows from `first_row` on; returns `(V,)` for each."""
+    def run_batch(self, first_row: int, prompts: Sequence[TokenizedPrompt]) -> list[PromptEntry]:
+        """Run whole prompts in one pass into the rows from `first_row` on."""
         token_ids = [prompt.token_ids for prompt in prompts]
         logits = self.backend.forward(first_row, token_ids, [0] * len(prompts))
         return [
-            self._keep(prompt, row, row_logits)
+            PromptEntry(prompt, row, len(prompt.token_ids), 0, self._keep(prompt, row, row_logits))
             for row, (prompt, row_logits) in enumerate(zip(prompts, logits, strict=True), first_row)
         ]
 

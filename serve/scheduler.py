@@ -73,8 +73,12 @@ class Admission:
         return [*self.prefills, *self.restores, *(sequence for sequence, _ in self.forks)]
 
     @property
-    def num_admitted(self) -> int:
-        return len(self.started) + len(self.long_prompts)
+    def admitted(self) -> list[Sequence]:
+        return [*self.started, *(prompt.sequence for prompt in self.long_prompts)]
+
+    def __len__(self) -> int:
+        num_started = len(self.prefills) + len(self.restores) + len(self.forks)
+        return num_started + len(self.long_prompts)
 
 
 class Scheduler:
@@ -109,7 +113,7 @@ class Scheduler:
         holders |= {id(s.group): s for s in self.running}
         overtaken: list[Sequence] = []
         while self.waiting and len(overtaken) < MAX_OVERTAKEN:
-            if self.num_active + admission.num_admitted == self.max_num_seqs:
+            if self.num_active + len(admission) == self.max_num_seqs:
                 break
             way = self._way_in(self.waiting[0], holders, count_cached)
             if way is _Way.PREFILL and not self._fits(admission.prefills, self.waiting[0]):

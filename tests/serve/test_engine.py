@@ -172,7 +172,7 @@ def test_completions_are_those_of_decoding_alone(
     reader = Reader()
     engine.submit(GenerationRequest("r", PROMPT, params), reader)
     run(engine)
-    expected = [slow_completion(engine._backend, index, params) for index in range(6)]
+    expected = [slow_completion(engine._runner._backend, index, params) for index in range(6)]
     assert reader.completions == expected
 
 
@@ -200,7 +200,7 @@ def test_prompt_is_prefilled_once_for_all_its_samples(make_engine: MakeEngine) -
     engine = make_engine()
     submit(engine, num_samples=4, max_tokens=2, ignore_eos=True)
     run(engine)
-    assert [lengths for _, lengths, _ in engine._backend.calls] == [[3], [1, 1, 1, 1]]
+    assert [lengths for _, lengths, _ in engine._runner._backend.calls] == [[3], [1, 1, 1, 1]]
 
 
 def test_newest_token_decides_about_eos_length_and_stop_strings(make_engine: MakeEngine) -> None:
@@ -258,7 +258,7 @@ def test_long_prompt_in_chunks_gives_what_one_pass_gives(make_engine: MakeEngine
     reader = submit(engine, prompt=LONG, num_samples=3, max_tokens=20)
     run(engine)
     assert reader.completions == expected.completions
-    assert max(sum(lengths) for _, lengths, _ in engine._backend.calls) <= 8
+    assert max(sum(lengths) for _, lengths, _ in engine._runner._backend.calls) <= 8
     assert all(len(other.endings) == 1 for other in crowd)
 
 
@@ -308,11 +308,11 @@ def test_prompt_that_comes_again_is_copied_and_gives_the_same(make_engine: MakeE
     engine = make_engine(observer=observed)
     first = submit(engine, seed=5, max_tokens=12)
     run(engine)
-    engine._backend.calls.clear()
+    engine._runner._backend.calls.clear()
     again = submit(engine, seed=5, max_tokens=12)
     run(engine)
     assert again.completions == first.completions
-    assert all(lengths == [1] for _, lengths, _ in engine._backend.calls)
+    assert all(lengths == [1] for _, lengths, _ in engine._runner._backend.calls)
     assert again.endings[0].num_cached_prompt_tokens == observed.cached_tokens == len(PROMPT)
     assert first.endings[0].num_cached_prompt_tokens == 0
 
@@ -323,10 +323,10 @@ def test_beginning_that_prompts_share_is_copied(make_engine: MakeEngine) -> None
     alone = submit(engine, prompt=(*shared, 7, 8, 9), cache_salt=None, max_tokens=12)
     submit(engine, "other", (*shared, 5, 5), max_tokens=1)
     run(engine)
-    engine._backend.calls.clear()
+    engine._runner._backend.calls.clear()
     reader = submit(engine, prompt=(*shared, 7, 8, 9), max_tokens=12)
     run(engine)
-    assert engine._backend.calls[0][1:] == ([3], [2 * BLOCK_TOKENS])
+    assert engine._runner._backend.calls[0][1:] == ([3], [2 * BLOCK_TOKENS])
     assert reader.endings[0].num_cached_prompt_tokens == 2 * BLOCK_TOKENS
     assert reader.completions == alone.completions
 
@@ -342,16 +342,16 @@ def test_prompt_is_run_again_for_another_tenant_and_for_those_who_opt_out(
     for salt in salts:
         reader = submit(engine, cache_salt=salt, max_tokens=1)
         run(engine)
-    assert len(engine._backend.calls) == 2
+    assert len(engine._runner._backend.calls) == 2
     assert reader.endings[0].num_cached_prompt_tokens == 0
 
 
 def test_prompt_with_nonfinite_logits_is_not_cached(make_engine: MakeEngine) -> None:
     engine = make_engine()
-    engine._backend.nan_after = PROMPT[-1]
+    engine._runner._backend.nan_after = PROMPT[-1]
     assert submit(engine).endings == {}
     run(engine)
-    engine._backend.nan_after = None
+    engine._runner._backend.nan_after = None
     reader = submit(engine, max_tokens=1)
     run(engine)
     assert reader.reasons == [FinishReason.LENGTH]
@@ -394,7 +394,7 @@ def test_request_that_is_late_while_queued_never_reaches_the_model(
     engine.step()
     assert reader.reasons == [FinishReason.DEADLINE] * 2
     assert reader.endings[0].timings.queue_s == 1.0
-    assert engine._backend.calls == [] and is_idle(engine)
+    assert engine._runner._backend.calls == [] and is_idle(engine)
 
 
 def test_request_that_is_late_while_running_keeps_its_tokens(make_engine: MakeEngine) -> None:
@@ -426,7 +426,7 @@ def test_deadline_of_an_earlier_request_spares_a_later_one_of_the_same_id(
 
 def test_nonfinite_logits_end_their_sequence_alone(make_engine: MakeEngine) -> None:
     engine = make_engine()
-    engine._backend.nan_after = 30
+    engine._runner._backend.nan_after = 30
     observed = engine._observer = Observed()
     bad = submit(engine, "bad", (5, 30))
     good = submit(engine, "good", (5, 31), temperature=0.0, max_tokens=1)
@@ -444,12 +444,12 @@ def test_failing_model_ends_all_in_flight_with_an_error_and_serves_on(
     readers = [submit(engine, str(i), max_tokens=50, ignore_eos=True) for i in range(3)]
     engine.step()
     future = engine.score(ScoringRequest("s", PROMPT, ((1,),)))
-    engine._backend.error = RuntimeError("out of memory")
+    engine._runner._backend.error = RuntimeError("out of memory")
     engine._try_step()
     assert [reader.reasons for reader in readers] == [[FinishReason.ERROR]] * 3
     assert "out of memory" not in readers[0].endings[0].error
     assert isinstance(future.exception(0), EngineStoppedError) and is_idle(engine)
-    engine._backend.error = None
+    engine._runner._backend.error = None
     after = submit(engine, max_tokens=2, ignore_eos=True)
     run(engine)
     assert after.reasons == [FinishReason.LENGTH]
@@ -598,7 +598,7 @@ def test_engine_that_never_started_ends_what_it_took(make_engine: MakeEngine) ->
 def test_dying_thread_ends_what_it_took_and_is_seen(make_engine: MakeEngine) -> None:
     engine = make_engine()
     reader = submit(engine)
-    engine._backend.error = SystemExit()
+    engine._runner._backend.error = SystemExit()
     engine.start()
     engine._thread.join(10)
     assert reader.reasons == [FinishReason.ERROR]

@@ -161,8 +161,8 @@ def test_noisy_model_scores_by_forced_decoding(
 
 def test_engines_get_the_settings(bundle: Path) -> None:
     engine = load(bundle, max_pass_tokens=32, prefix_cache_mib=3, threads=1).student.engine
-    assert engine._max_pass_tokens == 32
-    assert engine._prefiller._cache._max_bytes == 3 << 20
+    assert engine._runner._max_pass_tokens == 32
+    assert engine._runner._prefiller._cache._max_bytes == 3 << 20
     assert engine._num_torch_threads == 1
 
 

@@ -24,8 +24,9 @@ def backend(make_backend: Any) -> Any:
 
 
 def fill(backend: Any, cache: PrefixCache, tokens: TokenizedPrompt) -> torch.Tensor:
-    [logits] = Prefiller(backend, cache, 10_000).run_batch(0, [tokens])
-    return logits
+    [entry] = Prefiller(backend, cache, 10_000).run_batch(0, [tokens])
+    assert entry.logits is not None
+    return entry.logits
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_no_more_run_than_there_are_rows() -> None:
     waiting(scheduler, *[1] * 5)
     scheduler.admit()
     assert (len(scheduler.running), len(scheduler.waiting)) == (3, 2)
-    assert scheduler.admit().num_admitted == 0
+    assert scheduler.admit().admitted == []
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_long_prompts_count_as_running() -> None:
     waiting(scheduler, 9, 9, 1)
     scheduler.admit()
     assert (scheduler.num_active, len(scheduler.waiting)) == (2, 1)
-    assert scheduler.admit().num_admitted == 0
+    assert scheduler.admit().admitted == []
 
 
 def test_short_prompts_overtake_long_ones_that_wait_for_a_row() -> None:
@@ -191,7 +191,7 @@ def test_samples_of_a_long_prompt_wait_for_it_and_fork() -> None:
     group, other = samples(9, num_samples=3), samples()
     scheduler.add([*group, *other])
     assert scheduler.admit().prefills == other
-    assert scheduler.admit().num_admitted == 0
+    assert scheduler.admit().admitted == []
     scheduler.start(enter(scheduler))
     assert scheduler.admit().forks == [(group[1], group[0]), (group[2], group[0])]
 
