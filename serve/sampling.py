@@ -1,11 +1,13 @@
 """One batched pass from logits to tokens and their log-probabilities.
 
 A sample depends on its seed, its index and its position alone, never on what else is in the batch:
-each row draws by inverse CDF from one uniform of a counter-based generator.
+each row draws by inverse CDF from one uniform of a counter-based generator (`serve.uniforms`).
+`serve.logit_rules` edits logits, `serve.truncation` draws from what filters keep.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -14,75 +16,176 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from serve.logit_rules import LogitRules
 from serve.sequence import SamplingParams, Sequence
+from serve.truncation import Filters, draw_truncated
+from serve.uniforms import uniform_keys, uniforms_at
 
 # Sampling is bound by memory: what is summed or searched over the vocabulary is so block by block,
 # in one read, and everything behind it looks at two short rows.
 _BLOCK = 256
+# Passes over the vocabulary follow one another within so many bytes of rows per core: its cache.
+_CHUNK_BYTES = 1 << 20
+# Scoring normalizes so many rows in one buffer that it uses again for the next ones.
+_SCORED_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class SampledBatch:
     """What one pass drew, row by row.
 
-    `logprobs` are of the untruncated distribution at the row's `logprob_temperature`, in nats.
+    `logprobs` are of the untruncated distribution at the row's `logprob_temperature`, in nats;
+    `processed_logprobs` of the one that was drawn from: penalized, at the sampling temperature,
+    truncated and renormalized. These are 0 where greedy and NaN where a token was forced.
     `is_finite` is False where the row's logits held NaN or +inf: its token means nothing.
     """
 
     token_ids: list[int]
     logprobs: list[float]
+    processed_logprobs: list[float]
     is_finite: list[bool]
     top_logprobs: list[tuple[tuple[int, float], ...]]
 
 
-def uniforms(
-    seeds: SequenceOf[int], sample_indices: SequenceOf[int], positions: SequenceOf[int]
-) -> NDArray[np.float64]:
-    """Return one uniform in [0, 1) for each (seed, sample index, position), shape `(B,)`.
+@dataclass(frozen=True, slots=True)
+class RowParameters:
+    """What the sampler knows of B rows for as long as these sequences run in this order.
 
-    Counter-based: three rounds of the SplitMix64 finalizer (Steele et al. 2014, "Fast splittable
-    pseudorandom number generators", section 4) keyed by the triple; the top 53 bits are used.
+    `temperatures` (1 where greedy) and `logprob_temperatures` are `(B, 1)` float32, or None where
+    all are 1; `is_on_basis` says that they are equal. `uniform_keys` are `(B,)`, and so is
+    `is_greedy`, None unless some rows are greedy and some are not.
+    `filters` are those of the `truncated_rows` `(R,)`; both None where nothing is truncated.
     """
-    state = _mix64(np.asarray(seeds, dtype=np.uint64))
-    state = _mix64(state ^ np.asarray(sample_indices, dtype=np.uint64))
-    state = _mix64(state ^ np.asarray(positions, dtype=np.uint64))
-    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    sequences: tuple[Sequence, ...]
+    rules: LogitRules
+    temperatures: torch.Tensor | None
+    logprob_temperatures: torch.Tensor | None
+    is_on_basis: bool
+    uniform_keys: NDArray[np.uint64]
+    num_greedy: int
+    is_greedy: torch.Tensor | None
+    truncated_rows: torch.Tensor | None
+    filters: Filters | None
+    forced: tuple[tuple[int, tuple[int, ...]], ...]
+    max_top_logprobs: int
+
+    @classmethod
+    def of(
+        cls, sequences: SequenceOf[Sequence], eos_token_ids: frozenset[int], device: torch.device
+    ) -> RowParameters:
+        requests = [s.group.request for s in sequences]
+        params = [r.sampling for r in requests]
+        temperatures = [p.temperature or 1.0 for p in params]
+        logprob_temperatures = [r.logprob_temperature for r in requests]
+        num_greedy = sum(p.is_greedy for p in params)
+        is_mixed = 0 < num_greedy < len(params)
+        truncated = [i for i, p in enumerate(params) if _has_filter(p)]
+        return cls(
+            sequences=tuple(sequences),
+            rules=LogitRules(sequences, eos_token_ids, device),
+            temperatures=_divisors(temperatures, device),
+            logprob_temperatures=_divisors(logprob_temperatures, device),
+            is_on_basis=temperatures == logprob_temperatures,
+            uniform_keys=uniform_keys([p.seed for p in params], [s.index for s in sequences]),
+            num_greedy=num_greedy,
+            is_greedy=torch.tensor([p.is_greedy for p in params], device=device)
+            if is_mixed
+            else None,
+            truncated_rows=torch.tensor(truncated, device=device) if truncated else None,
+            filters=Filters.of([params[i] for i in truncated], device) if truncated else None,
+            forced=tuple((i, f) for i, s in enumerate(sequences) if (f := s.forced_token_ids)),
+            max_top_logprobs=max(r.num_top_logprobs for r in requests),
+        )
+
+    def uniforms(self, device: torch.device) -> torch.Tensor:
+        """Return this step's uniforms, `(B,)` float64."""
+        u = uniforms_at(self.uniform_keys, [len(s.token_ids) for s in self.sequences])
+        return torch.from_numpy(u).to(device)
+
+    def force(self, drawn: torch.Tensor) -> torch.Tensor:
+        """Replace the draws of sequences that are being scored by the tokens forced on them."""
+        if self.forced:
+            now = [(row, ids[len(self.sequences[row].token_ids)]) for row, ids in self.forced]
+            rows, token_ids = torch.tensor(now, device=drawn.device).T
+            drawn[rows] = token_ids
+        return drawn
 
 
-def _mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _has_filter(params: SamplingParams) -> bool:
+    is_filtered = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+    return is_filtered and not params.is_greedy
+
+
+def _divisors(temperatures: SequenceOf[float], device: torch.device) -> torch.Tensor | None:
+    if all(t == 1.0 for t in temperatures):
+        return None
+    return torch.tensor(temperatures, dtype=torch.float32, device=device)[:, None]
+
+
+class Sampler:
+    """Samples step after step, and keeps between steps what lasts: parameters and buffers.
+
+    New buffers of this size would come from the operating system, page by page, at every step.
+    """
+
+    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+        self._eos_token_ids = eos_token_ids
+        self._rows: RowParameters | None = None
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> SampledBatch:
+        """Draw the next token of each sequence from its row of `logits`, `(B, V)` float32.
+
+        No row draws a stop token before its `min_tokens`.
+        """
+        assert logits.shape[0] == len(sequences), (logits.shape, len(sequences))
+        rows = self._parameters(tuple(sequences), logits.device)
+        processed = logits
+        if rows.rules.are_due():
+            processed = self._buffer("processed", logits).copy_(logits)
+            rows.rules.apply(processed)
+        softmax = on_basis = self._softmax("softmax", processed, rows.temperatures)
+        if processed is not logits or not rows.is_on_basis:
+            on_basis = self._softmax("on basis", logits, rows.logprob_temperatures)
+        return _sample(softmax, on_basis, rows)
+
+    def _parameters(self, sequences: tuple[Sequence, ...], device: torch.device) -> RowParameters:
+        if self._rows is None or self._rows.sequences != sequences:
+            self._rows = RowParameters.of(sequences, self._eos_token_ids, device)
+        return self._rows
+
+    def _softmax(self, name: str, logits: torch.Tensor, divisors: torch.Tensor | None) -> _Softmax:
+        return _Softmax.of(logits, divisors, out=self._buffer(name, logits))
+
+    def _buffer(self, name: str, logits: torch.Tensor) -> torch.Tensor:
+        """Return memory like `logits`, the same for the same name; it grows with the batch."""
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < len(logits) or buffer.shape[1:] != logits.shape[1:]:
+            buffer = self._buffers[name] = torch.empty_like(
+                logits, memory_format=torch.contiguous_format
+            )
+        return buffer[: len(logits)]
 
 
 def sample(
     logits: torch.Tensor, sequences: SequenceOf[Sequence], eos_token_ids: frozenset[int]
 ) -> SampledBatch:
-    """Draw the next token of each sequence from its row of `logits`, `(B, V)` float32.
+    """Draw one token for each sequence; see `Sampler.sample`."""
+    return Sampler(eos_token_ids).sample(logits, sequences)
 
-    No row draws a stop token before its `min_tokens`.
-    """
-    assert logits.shape[0] == len(sequences), (logits.shape, len(sequences))
-    requests = [s.group.request for s in sequences]
-    processed = _process(logits, sequences, eos_token_ids)
-    softmax = _Softmax.of(processed, [r.sampling.temperature or 1.0 for r in requests])
-    if processed is logits and all(_is_on_basis(s) for s in sequences):
-        on_basis = softmax
-    else:
-        on_basis = _Softmax.of(logits, [r.logprob_temperature for r in requests])
-    references = on_basis.references()
-    # From here on the probabilities of truncated rows are overwritten.
-    token_ids = _force(_draw(softmax, sequences), sequences)
-    logprobs = on_basis.logprobs(token_ids, references)
-    finite = torch.isfinite(logprobs)
-    return SampledBatch(
-        token_ids.tolist(),
-        logprobs.tolist(),
-        finite.tolist(),
-        [_top_logprobs(logits[i], r.logprob_temperature, r.num_top_logprobs)
-         for i, r in enumerate(requests)],
-    )  # fmt: skip
+
+def _sample(softmax: _Softmax, on_basis: _Softmax, rows: RowParameters) -> SampledBatch:
+    drawn = _draw(softmax, rows)
+    token_ids = rows.force(drawn.token_ids)
+    logprobs = on_basis.logprobs(token_ids[:, None])[:, 0]
+    columns = [token_ids.double(), logprobs]
+    if rows.num_greedy < len(rows.sequences):
+        columns.append(_processed_logprobs(drawn, softmax, on_basis, logprobs, rows))
+    if rows.max_top_logprobs:
+        columns += _top_logprobs(on_basis, rows.max_top_logprobs)
+    # The one moment when the host waits for the device.
+    return _batch(torch.stack(columns).tolist(), rows)
 
 
 def token_logprobs(
@@ -92,18 +195,43 @@ def token_logprobs(
 
     The same bits as `sample` reports.
     """
-    softmax = _Softmax.of(logits, [temperature] * len(logits))
-    return softmax.logprobs(token_ids, softmax.references())
+    buffer = torch.empty_like(logits[:_SCORED_ROWS])
+    scored = []
+    for chunk, ids in zip(logits.split(_SCORED_ROWS), token_ids.split(_SCORED_ROWS), strict=True):
+        divisors = _divisors([temperature] * len(chunk), logits.device)
+        softmax = _Softmax.of(chunk, divisors, out=buffer[: len(chunk)])
+        scored.append(softmax.logprobs(ids[:, None])[:, 0])
+    return torch.cat(scored)
 
 
-def _is_on_basis(sequence: Sequence) -> bool:
-    request = sequence.group.request
-    return (request.sampling.temperature or 1.0) == request.logprob_temperature
+def _batch(columns: list[list[float]], rows: RowParameters) -> SampledBatch:
+    """Take the columns that `sample` stacked apart, each `(B,)`."""
+    num_rows = len(rows.sequences)
+    logprobs, rest = columns[1], columns[2:]
+    processed_logprobs = [0.0] * num_rows
+    if rows.num_greedy < num_rows:
+        processed_logprobs = rest.pop(0)
+    for row, _ in rows.forced:
+        processed_logprobs[row] = math.nan
+    tops = list(zip(*rest, strict=True)) or [()] * num_rows
+    return SampledBatch(
+        [int(t) for t in columns[0]],
+        logprobs,
+        processed_logprobs,
+        [math.isfinite(p) for p in logprobs],
+        [_pairs(top, s.group.request.num_top_logprobs)
+         for top, s in zip(tops, rows.sequences, strict=True)],
+    )  # fmt: skip
+
+
+def _pairs(top: tuple[float, ...], count: int) -> tuple[tuple[int, float], ...]:
+    """Return the first `count` of the (id, log-probability) pairs that stand in a row."""
+    return tuple((int(top[2 * i]), top[2 * i + 1]) for i in range(min(count, len(top) // 2)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Softmax:
-    """Rows of softmax(logits / temperature), read and written once by torch's fused kernel.
+    """Rows of softmax(logits / temperature), by torch's fused kernel.
 
     `logits` and `probabilities` are `(B, V)` float32, `divisors` `(B, 1)` temperatures or None,
     `block_sums` `(B, blocks)` float64. The kernel's rows add up to 1 within a few float32 roundings
@@ -116,68 +244,114 @@ class _Softmax:
     block_sums: torch.Tensor
 
     @classmethod
-    def of(cls, logits: torch.Tensor, temperatures: SequenceOf[float]) -> _Softmax:
-        divisors = None
-        if any(t != 1.0 for t in temperatures):
-            divisors = torch.tensor(temperatures, dtype=torch.float32, device=logits.device)[
-                :, None
-            ]
-        tempered = logits if divisors is None else logits / divisors
-        probabilities = torch.softmax(tempered, -1)
-        return cls(logits, divisors, probabilities, _block_sums(probabilities))
+    def of(
+        cls, logits: torch.Tensor, divisors: torch.Tensor | None, *, out: torch.Tensor
+    ) -> _Softmax:
+        """Compute it into `out`, `(B, V)` float32 and contiguous."""
+        num_rows = _chunk_rows(logits)
+        sums = []
+        for first in range(0, len(logits), num_rows):
+            chunk = slice(first, first + num_rows)
+            tempered = logits[chunk] if divisors is None else logits[chunk] / divisors[chunk]
+            sums.append(_block_sums(torch.softmax(tempered, -1, out=out[chunk])))
+        return cls(logits, divisors, out, sums[0] if len(sums) == 1 else torch.cat(sums))
 
-    def references(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return per row a likely token `(B, 1)` and its log-probability `(B, 1)` float64.
+    def totals(self) -> torch.Tensor:
+        """Return the sums of the probabilities, `(B, 1)` float64."""
+        return self.block_sums.sum(-1, keepdim=True)
+
+    def logprobs(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return log-probabilities at `token_ids`, `(B, n)` -> `(B, n)` float64.
+
+        That of a likely token, plus the difference of logits: so tokens whose float32 probability
+        is 0 get theirs, too. NaN where a logit is NaN or +inf.
+        """
+        likely_ids, likely_logprobs = self._likely()
+        return self._tempered_at(token_ids) - self._tempered_at(likely_ids) + likely_logprobs
+
+    def _likely(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return per row a token `(B, 1)` and its log-probability `(B, 1)` float64.
 
         The likeliest of the heaviest block: its probability is far from underflow.
         """
         heaviest = self.block_sums.argmax(-1, keepdim=True)
         probability, offset = _block(self.probabilities, heaviest, 0.0).max(-1, keepdim=True)
-        total = self.block_sums.sum(-1, keepdim=True)
-        return heaviest * _BLOCK + offset, (probability.double() / total).log()
-
-    def logprobs(
-        self, token_ids: torch.Tensor, references: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        """Return `(B,)` float64: a reference's log-probability plus the difference of logits.
-
-        So tokens whose float32 probability is 0 get theirs, too. NaN where a logit is NaN or +inf.
-        """
-        reference_ids, reference_logprobs = references
-        difference = self._tempered_at(token_ids[:, None]) - self._tempered_at(reference_ids)
-        return (difference + reference_logprobs)[:, 0]
+        return heaviest * _BLOCK + offset, (probability.double() / self.totals()).log()
 
     def _tempered_at(self, token_ids: torch.Tensor) -> torch.Tensor:
         picked = self.logits.gather(-1, token_ids)
         return (picked if self.divisors is None else picked / self.divisors).double()
 
 
-def _draw(softmax: _Softmax, sequences: SequenceOf[Sequence]) -> torch.Tensor:
-    """Return a token per row, `(B,)` int64: argmax where greedy, else inverse CDF."""
-    samplings = [s.group.request.sampling for s in sequences]
-    if all(p.is_greedy for p in samplings):
-        return _argmax(softmax.logits)
-    u = uniforms(
-        [p.seed for p in samplings],
-        [s.index for s in sequences],
-        [len(s.token_ids) for s in sequences],
-    )
-    _truncate(softmax, samplings)
-    drawn = _inverse_cdf(
-        softmax.probabilities, softmax.block_sums, torch.from_numpy(u).to(softmax.logits.device)
-    )
-    if any(p.is_greedy for p in samplings):
-        is_greedy = torch.tensor([p.is_greedy for p in samplings], device=drawn.device)
-        drawn = torch.where(is_greedy, _argmax(softmax.logits), drawn)
-    return drawn
+def _chunk_rows(logits: torch.Tensor) -> int:
+    """Return how many rows are worked on at a time: all of them on CUDA."""
+    if logits.is_cuda:
+        return max(len(logits), 1)
+    return max(_CHUNK_BYTES // (4 * logits.shape[1]), 1) * torch.get_num_threads()
 
 
-def _force(drawn: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tensor:
-    """Replace the draws of sequences that are being scored by the tokens they are forced to."""
-    for row, sequence in enumerate(sequences):
-        if (forced := sequence.forced_token_ids) is not None:
-            drawn[row] = forced[len(sequence.token_ids)]
-    return drawn
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """Tokens `(B,)`, and the log-probabilities `(R,)` of the truncated rows' draws."""
+
+    token_ids: torch.Tensor
+    truncated_logprobs: torch.Tensor | None = None
+
+
+def _draw(softmax: _Softmax, rows: RowParameters) -> _Draws:
+    """Draw a token per row: argmax where greedy, else inverse CDF."""
+    num_rows = len(rows.sequences)
+    if rows.num_greedy == num_rows:
+        return _Draws(_argmax(softmax.logits))
+    device = softmax.logits.device
+    u = rows.uniforms(device)
+    truncated_logprobs = None
+    if rows.truncated_rows is None or len(rows.truncated_rows) < num_rows:
+        token_ids = _inverse_cdf(softmax.probabilities, softmax.block_sums, u)
+    else:
+        token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
+    if rows.is_greedy is not None:
+        token_ids = torch.where(rows.is_greedy, _argmax(softmax.logits), token_ids)
+    if rows.truncated_rows is not None and rows.filters is not None:
+        which = rows.truncated_rows
+        is_all = len(which) == num_rows
+        weights = softmax.probabilities if is_all else softmax.probabilities[which]
+        token_ids[which], truncated_logprobs = draw_truncated(
+            weights, softmax.totals()[which], rows.filters, u[which, None]
+        )
+    return _Draws(token_ids, truncated_logprobs)
+
+
+def _processed_logprobs(
+    drawn: _Draws,
+    softmax: _Softmax,
+    on_basis: _Softmax,
+    logprobs: torch.Tensor,
+    rows: RowParameters,
+) -> torch.Tensor:
+    """Return the log-probabilities of the draws under what they were drawn from, `(B,)`."""
+    if softmax is on_basis:
+        processed = logprobs.clone()
+    else:
+        processed = softmax.logprobs(drawn.token_ids[:, None])[:, 0]
+    if rows.truncated_rows is not None and drawn.truncated_logprobs is not None:
+        processed[rows.truncated_rows] = drawn.truncated_logprobs
+    return processed if rows.is_greedy is None else processed.masked_fill_(rows.is_greedy, 0.0)
+
+
+def _top_logprobs(softmax: _Softmax, count: int) -> list[torch.Tensor]:
+    """Return the `count` likeliest tokens: ids and log-probabilities by turns, each `(B,)`.
+
+    The largest logits lie in the blocks with the largest maxima.
+    """
+    logits = softmax.logits
+    maxima = _per_block(logits, _maxima)
+    blocks = maxima.topk(min(count, maxima.shape[1])).indices
+    offsets = _block(logits, blocks, -torch.inf).topk(min(count, logits.shape[1])).indices
+    ids = blocks.gather(-1, offsets // _BLOCK) * _BLOCK + offsets % _BLOCK
+    ids.clamp_max_(logits.shape[1] - 1)
+    columns = torch.stack([ids.double(), softmax.logprobs(ids)], -1).flatten(1)
+    return list(columns.unbind(-1))
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -226,92 +400,11 @@ def _block_sums(weights: torch.Tensor) -> torch.Tensor:
     return _per_block(weights, lambda blocks: blocks.sum(-1)).double()
 
 
-def _block(x: torch.Tensor, block: torch.Tensor, fill: float) -> torch.Tensor:
-    """Return block `block` `(B, 1)` of each row, `(B, _BLOCK)`, with `fill` behind its end."""
-    index = block * _BLOCK + torch.arange(_BLOCK, device=x.device)
+def _block(x: torch.Tensor, blocks: torch.Tensor, fill: float) -> torch.Tensor:
+    """Return `blocks` `(B, n)` of each row, `(B, n * _BLOCK)`, with `fill` behind the row's end."""
+    offsets = torch.arange(_BLOCK, device=x.device)
+    index = (blocks[:, :, None] * _BLOCK + offsets).flatten(1)
     vocab_size = x.shape[-1]
+    if vocab_size % _BLOCK == 0:
+        return x.gather(-1, index)
     return x.gather(-1, index.clamp_max(vocab_size - 1)).masked_fill_(index >= vocab_size, fill)
-
-
-def _truncate(softmax: _Softmax, samplings: SequenceOf[SamplingParams]) -> None:
-    """Set to 0, in place, what each row's top-k, top-p and min-p leave out."""
-    rows = [i for i, p in enumerate(samplings) if p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0]
-    if not rows:
-        return
-    for row in rows:
-        weights = softmax.probabilities[row]
-        kept = _kept(weights, samplings[row])
-        values = weights[kept]
-        weights.zero_()[kept] = values
-    softmax.block_sums[rows] = _block_sums(softmax.probabilities[rows])
-
-
-def _kept(weights: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    """Return the ids, by falling weight, of what top-k, top-p and min-p leave of one row `(V,)`.
-
-    Each filter sees the whole distribution. Only candidates are sorted: a token with less than
-    (1 − top_p) / V of the mass has more than top_p of it in front.
-    """
-    total = weights.sum(dtype=torch.float64)
-    floor = max(sampling.min_p * weights.max(), (1.0 - sampling.top_p) * total / len(weights))
-    if 0 < sampling.top_k < len(weights):
-        floor = max(floor, weights.topk(sampling.top_k).values[-1])
-    candidates = (weights >= floor).nonzero()[:, 0]
-    ordered, order = weights[candidates].double().sort(descending=True, stable=True)
-    candidates = candidates[order]
-    if sampling.top_p < 1.0:
-        mass_before = ordered.cumsum(-1).roll(1)
-        mass_before[:1] = 0.0
-        candidates = candidates[mass_before < sampling.top_p * total]
-    return candidates[: sampling.top_k] if sampling.top_k > 0 else candidates
-
-
-def _process(
-    logits: torch.Tensor, sequences: SequenceOf[Sequence], eos_token_ids: frozenset[int]
-) -> torch.Tensor:
-    """Apply repetition penalties and `min_tokens`; returns `logits` itself when no row has any."""
-    touched = [i for i, s in enumerate(sequences) if _is_penalized(s) or _is_too_short(s)]
-    if not touched:
-        return logits
-    processed = logits.clone()
-    for row in touched:
-        sequence = sequences[row]
-        if _is_penalized(sequence):
-            _penalize(processed[row], sequence)
-        if _is_too_short(sequence):
-            stops = eos_token_ids | sequence.group.request.sampling.stop_token_ids
-            processed[row, sorted(stops)] = -torch.inf
-    return processed
-
-
-def _is_penalized(sequence: Sequence) -> bool:
-    return sequence.group.request.sampling.repetition_penalty != 1.0
-
-
-def _is_too_short(sequence: Sequence) -> bool:
-    return len(sequence.token_ids) < sequence.group.request.sampling.min_tokens
-
-
-def _penalize(logits: torch.Tensor, sequence: Sequence) -> None:
-    """Penalize in place, `(V,)`, every token of the prompt and completion.
-
-    Keskar et al. 2019 ("CTRL", section 4.1): positive logits are divided by the penalty, negative
-    ones multiplied.
-    """
-    request = sequence.group.request
-    penalty = request.sampling.repetition_penalty
-    seen = torch.tensor(
-        sorted({*request.prompt_token_ids, *sequence.token_ids}), device=logits.device
-    )
-    values = logits[seen]
-    logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-
-
-def _top_logprobs(
-    logits: torch.Tensor, temperature: float, count: int
-) -> tuple[tuple[int, float], ...]:
-    """Return the `count` likeliest tokens of one row `(V,)` with their log-probabilities."""
-    if count == 0:
-        return ()
-    values, ids = torch.log_softmax(logits.double() / temperature, -1).topk(count)
-    return tuple(zip(ids.tolist(), values.tolist(), strict=True))

@@ -7,14 +7,13 @@ import math
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from serve import sampling
-from serve.sampling import SampledBatch, sample, token_logprobs, uniforms
+from serve.sampling import SampledBatch, Sampler, sample, token_logprobs
 from serve.sequence import (
     GenerationRequest,
     SamplingParams,
@@ -66,39 +65,6 @@ def drawn_tokens(logits: torch.Tensor, num_draws: int = 300, **settings: Any) ->
     """Return which tokens come out of many seeds."""
     sequences = [make_sequence(seed=seed, **settings) for seed in range(num_draws)]
     return set(sample(logits.expand(num_draws, -1), sequences, EOS).token_ids)
-
-
-# Uniforms
-
-
-def test_mixing_is_splitmix64() -> None:
-    """The first output of the public reference implementation for these two seeds."""
-    mixed = sampling._mix64(np.array([0, 1234567], dtype=np.uint64))
-    assert mixed.tolist() == [0xE220A8397B1DCDAF, 6457827717110365317]
-
-
-def slow_uniform(*key: int) -> float:
-    state = 0
-    for word in key:
-        z = ((state ^ word) + 0x9E3779B97F4A7C15) % 2**64
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-        state = z ^ (z >> 31)
-    return (state >> 11) / 2**53
-
-
-@given(st.integers(0, 2**64 - 1), st.integers(0, 63), st.integers(0, 2**20))
-def test_uniform_is_three_rounds_of_splitmix64(seed: int, index: int, position: int) -> None:
-    (u,) = uniforms([seed], [index], [position])
-    assert u == slow_uniform(seed, index, position)
-    assert 0.0 <= u < 1.0
-
-
-def test_uniforms_are_different_for_every_seed_index_and_position() -> None:
-    seeds, indices, positions = (a.ravel().tolist() for a in np.mgrid[:10, :10, :10])
-    u = uniforms(seeds, indices, positions)
-    assert len(set(u.tolist())) == 1000
-    assert abs(u.mean() - 0.5) < 0.03
 
 
 # Inverse CDF
@@ -216,6 +182,78 @@ def test_top_logprobs_are_the_likeliest_tokens_on_the_basis() -> None:
     assert [logprob for _, logprob in tops] == pytest.approx(expected[[1, 3]].tolist())
 
 
+def test_top_logprobs_hold_the_very_bits_of_the_drawn_tokens() -> None:
+    logits = random_logits(4, 1000)
+    sequences = [make_sequence(temperature=0.0, num_top_logprobs=i) for i in range(4)]
+    batch = sample(logits, sequences, EOS)
+    assert [len(top) for top in batch.top_logprobs] == [0, 1, 2, 3]
+    for row in range(1, 4):
+        assert batch.top_logprobs[row][0] == (batch.token_ids[row], batch.logprobs[row])
+
+
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+def test_top_logprobs_are_what_a_full_sort_finds(vocab_size: int) -> None:
+    logits = random_logits(3, vocab_size)
+    batch = sample(logits, [make_sequence(num_top_logprobs=20) for _ in range(3)], EOS)
+    expected = torch.log_softmax(logits.double(), -1).sort(descending=True)
+    for row, top in enumerate(batch.top_logprobs):
+        assert [token for token, _ in top] == expected.indices[row, :20].tolist()
+        assert [p for _, p in top] == pytest.approx(expected.values[row, :20].tolist(), abs=2e-6)
+
+
+def test_scoring_many_rows_gives_each_the_bits_that_it_gets_alone() -> None:
+    logits, token_ids = random_logits(40, 300), torch.arange(40)
+    alone = [token_logprobs(logits[i : i + 1], token_ids[i : i + 1], 0.7) for i in range(40)]
+    assert torch.equal(token_logprobs(logits, token_ids, 0.7), torch.cat(alone))
+
+
+# Processed log-probabilities
+
+
+def test_processed_logprobs_are_the_logprobs_where_nothing_is_processed() -> None:
+    sequences = [make_sequence(seed=i, temperature=0.7) for i in range(4)]
+    batch = sample(random_logits(4, 1000), sequences, EOS)
+    assert batch.processed_logprobs == batch.logprobs
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.5, "logprob_temperature": 1.0},
+        {"top_k": 3},
+        {"top_p": 0.6, "temperature": 0.8},
+        {"min_p": 0.2},
+        {"repetition_penalty": 1.5, "prompt": tuple(range(8)), "top_k": 5},
+        {"min_tokens": 3},
+    ],
+)
+def test_processed_logprobs_are_of_the_distribution_that_is_drawn_from(
+    settings: dict[str, Any],
+) -> None:
+    """Summed over all tokens that come out, exp(processed) is 1: nothing else is drawn."""
+    logits = random_logits(1, 12)[0]
+    sequences = [make_sequence(seed=seed, **settings) for seed in range(3000)]
+    batch = sample(logits.expand(3000, -1), sequences, EOS)
+    by_token = dict(zip(batch.token_ids, batch.processed_logprobs, strict=True))
+    assert sum(math.exp(p) for p in by_token.values()) == pytest.approx(1.0, abs=2e-3)
+    for token, logprob in by_token.items():
+        share = batch.token_ids.count(token) / 3000
+        assert share == pytest.approx(math.exp(logprob), abs=0.035)
+
+
+def test_processed_logprob_is_zero_where_greedy_and_nan_where_forced() -> None:
+    sequences = [
+        make_sequence(temperature=0.0),
+        make_sequence(seed=1),
+        make_sequence(temperature=0.0, forced=(7,)),
+    ]
+    batch = sample(random_logits(3, 300), sequences, EOS)
+    assert batch.processed_logprobs[0] == 0.0
+    assert batch.processed_logprobs[1] == batch.logprobs[1]
+    assert math.isnan(batch.processed_logprobs[2])
+    assert sample(random_logits(1, 300), sequences[:1], EOS).processed_logprobs == [0.0]
+
+
 # Batches
 
 
@@ -238,10 +276,44 @@ def test_row_gives_the_same_bits_alone_and_among_others(vocab_size: int) -> None
     batch = sample(logits, sequences, EOS)
     for row, sequence in enumerate(sequences):
         alone = sample(logits[row : row + 1], [sequence], EOS)
-        assert (alone.token_ids[0], alone.logprobs[0]) == (
+        assert (alone.token_ids[0], alone.logprobs[0], repr(alone.processed_logprobs[0])) == (
             batch.token_ids[row],
             batch.logprobs[row],
+            repr(batch.processed_logprobs[row]),
         )
+
+
+def test_sampler_kept_over_steps_draws_what_a_new_one_draws() -> None:
+    """While sequences grow, leave and come back, and the batch shrinks and grows."""
+    sequences, sampler = mixed_sequences(), Sampler(EOS)
+    del sequences[6]  # its forced completion is one token long
+    for step, chosen in enumerate(([0, 1], range(7), range(7), [6, 2, 5], range(7), [5])):
+        rows = [sequences[i] for i in chosen]
+        logits = random_logits(len(rows), 1000, seed=step)
+        kept, new = sampler.sample(logits, rows), sample(logits, rows, EOS)
+        assert kept == new
+        for sequence, token_id in zip(rows, kept.token_ids, strict=True):
+            sequence.append(token_id, 0.0)
+
+
+def test_sampler_follows_a_change_of_the_vocabulary() -> None:
+    sampler, sequences = Sampler(EOS), [make_sequence(seed=3)]
+    for vocab_size in VOCAB_SIZES:
+        logits = random_logits(1, vocab_size)
+        assert sampler.sample(logits, sequences) == sample(logits, sequences, EOS)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_number_of_threads_changes_no_bit(num_threads: int) -> None:
+    logits, sequences = random_logits(8, 40_000), mixed_sequences()
+    expected = sample(logits, sequences, EOS)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        batch = sample(logits, sequences, EOS)
+    finally:
+        torch.set_num_threads(before)
+    assert (batch.token_ids, batch.logprobs) == (expected.token_ids, expected.logprobs)
 
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
@@ -299,35 +371,6 @@ def test_forced_sequence_takes_its_token() -> None:
     assert batch.token_ids == [8, int(logits[1].argmax())]
 
 
-def slow_kept(weights: list[int], top_k: int, top_p: float, min_p: float) -> set[int]:
-    """Walk from the heaviest token down; of equal ones the lower id comes first."""
-    kept, mass = set(), 0
-    order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
-    for rank, token in enumerate(order):
-        is_in_top_k = top_k == 0 or rank < top_k
-        is_in_top_p = mass < top_p * sum(weights)
-        if is_in_top_k and is_in_top_p and weights[token] >= min_p * max(weights):
-            kept.add(token)
-        mass += weights[token]
-    return kept
-
-
-@given(
-    st.lists(st.integers(0, 20), min_size=1, max_size=50).filter(any),
-    st.integers(0, 60),
-    st.integers(1, 16).map(lambda n: n / 16),
-    st.integers(0, 8).map(lambda n: n / 8),
-)
-def test_filters_keep_what_a_walk_down_the_ranks_keeps(
-    weights: list[int], top_k: int, top_p: float, min_p: float
-) -> None:
-    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
-    kept = sampling._kept(torch.tensor(weights).float(), params).tolist()
-    has_weight = {token for token, weight in enumerate(weights) if weight > 0}
-    assert len(kept) == len(set(kept))
-    assert has_weight & set(kept) == has_weight & slow_kept(weights, top_k, top_p, min_p)
-
-
 @pytest.mark.parametrize(
     ("settings", "kept"),
     [
@@ -353,23 +396,6 @@ def test_filters_apply_after_the_temperature() -> None:
     logits = torch.tensor([0.6, 0.4]).log()
     assert drawn_tokens(logits, top_p=0.65) == {0, 1}
     assert drawn_tokens(logits, top_p=0.65, temperature=0.1) == {0}
-
-
-@given(
-    st.lists(st.floats(-5, 5, width=32), min_size=8, max_size=8),
-    st.sets(st.integers(0, 7)),
-    st.sampled_from([0.5, 1.0, 1.5]),
-)
-def test_penalty_shrinks_the_logits_of_what_was_said(
-    values: list[float], said: set[int], penalty: float
-) -> None:
-    prompt = (0, *sorted(said))
-    sequence = make_sequence(prompt=prompt, token_ids=(7,), repetition_penalty=penalty)
-    logits = torch.tensor([values])
-    processed = sampling._process(logits, [sequence], EOS)[0].tolist()
-    for token, (before, after) in enumerate(zip(values, processed, strict=True)):
-        factor = 1.0 if token not in {*prompt, 7} else 1 / penalty if before > 0 else penalty
-        assert after == pytest.approx(before * factor, abs=1e-6)
 
 
 def test_no_stop_token_before_min_tokens() -> None:
