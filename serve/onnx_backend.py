@@ -1,28 +1,55 @@
 """A bundle's ONNX graph behind `serve.backend.Backend`: one buffer for past and present.
 
 A step writes new keys and values in place and copies nothing: past and present of each layer are
-bound to the same rows of the cache. `export.onnx_graph` says what the graph's inputs mean.
+bound to the same rows of the cache. What else a step feeds is small, lies in one piece of memory
+and reaches the device in one copy.
+
+The file's graph is made for any tool; `serving_graph` rewrites it in memory for this one: lengths
+are fed instead of a mask, and `logit_rows` always. What is left has no shape arithmetic and no
+control flow, which CUDA graphs forbid.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
 
 from serve.backend import NUM_SPARE_ROWS, ModelInfo, logit_rows
 from serve.kv_cache import KVCache
 
-_ELEMENT_TYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
-_CACHE_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+LOGIT_ROWS = "logit_rows"
+LAST_POSITIONS = "tandem.last_positions"
+TOTAL_LENGTH = "tandem.total_length"
+
+# numpy has no bfloat16, so that tensors are bound by onnx's numbers.
+_ELEMENT_TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.int64: TensorProto.INT64,
+    torch.int32: TensorProto.INT32,
+}
+_TORCH_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_NO_GRAPH = -1
 
 
 class OnnxBackend:
@@ -31,9 +58,13 @@ class OnnxBackend:
     GroupQueryAttention takes several new tokens per row behind cached ones only for a single row;
     such a batch runs row by row.
 
-    The int8 kernels take rows in pairs and round a lone last row differently. So that a sequence
-    never depends on its neighbours, every product gets an even number of rows: a decode step of an
-    odd batch runs one scratch row more, a prefill one column more (docs/log.md).
+    The int8 kernels of the CPU take rows in pairs and round a lone last row differently. So that a
+    sequence never depends on its neighbours, every product gets an even number of rows there: a
+    decode step of an odd batch runs one scratch row more, a prefill one column more (docs/log.md).
+
+    With `cuda_graphs` a decode step is padded to one of a few batch sizes, and its attention is
+    planned for rows of `max_model_len`: always the same kernels at the same addresses, which
+    `capture_graphs` records. On the CPU there is nothing to record, and the steps are the same.
     """
 
     def __init__(
@@ -46,15 +77,18 @@ class OnnxBackend:
         num_parameters: int,
         max_num_seqs: int,
         max_model_len: int,
+        stream: Any = None,
+        cuda_graphs: bool = False,
     ) -> None:
         self._session = session
         self._device = device
+        self.stream = stream
         past = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
         _, num_kv_heads, _, head_dim = past[0].shape
         self.cache = KVCache(
             len(past) // 2,
             (max_num_seqs + NUM_SPARE_ROWS, num_kv_heads, max_model_len + 1, head_dim),
-            _CACHE_TYPES[past[0].type],
+            _TORCH_TYPES[past[0].type],
             device,
         )
         self.info = ModelInfo(
@@ -66,8 +100,18 @@ class OnnxBackend:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
         )
-        self._logits = torch.empty(0, dtype=torch.float32, device=device)
-        self._binding = lru_cache(maxsize=4 * max_num_seqs)(self._bind_cache)
+        (logits,) = [o for o in session.get_outputs() if o.name == "logits"]
+        self._logits_type = _TORCH_TYPES[logits.type]
+        # Where a decode step's logits stay, also for graphs that have the address.
+        self._decode_logits = self._new_logits(max_num_seqs)
+        self._logits = self._new_logits(0)
+        self._total_length = np.ones((), dtype=np.int32)
+        self._has_static_steps = cuda_graphs
+        self._padded_sizes = padded_sizes(max_num_seqs, device, cuda_graphs)
+        self._graph_thread: int | None = None
+        self._decode_steps: dict[int, _Step] = {}
+        self._cache_binding = lru_cache(maxsize=4 * max_num_seqs)(self._bind_cache)
+        self._options = _run_options(_NO_GRAPH)
 
     @classmethod
     def load(
@@ -80,24 +124,43 @@ class OnnxBackend:
         precision: str = "",
         num_parameters: int = 0,
         num_threads: int | None = None,
+        stream: int | None = None,
+        cuda_graphs: bool | None = None,
     ) -> OnnxBackend:
         """Load `variant_dir/model.onnx` beside its `config.json`.
 
+        `stream` is the address of the CUDA stream to work on; by default the backend makes its
+        own. `cuda_graphs` is by default True on CUDA.
+
         Raises RuntimeError when `device` is cuda and onnxruntime cannot use it, and ValueError
-        when `max_model_len` exceeds what the graph's rotary tables cover.
+        when `max_model_len` exceeds what the graph's rotary tables cover, when the graph is not
+        one that `export.onnx_graph` wrote, or is one that CUDA has no kernels for.
         """
         config = json.loads((variant_dir / "config.json").read_text())
         limit = config["max_position_embeddings"]
         if max_model_len > limit:
             raise ValueError(f"max_model_len {max_model_len} exceeds the {limit} of {variant_dir}")
+        where = torch.device(device)
+        on_cuda = where.type == "cuda"
+        has_graphs = on_cuda if cuda_graphs is None else cuda_graphs
+        check_provider(device)
+        own_stream = _open_stream(where, stream) if on_cuda else None
         return cls(
-            make_session(variant_dir / "model.onnx", device, num_threads),
+            make_session(
+                variant_dir / "model.onnx",
+                device,
+                num_threads,
+                stream=own_stream.cuda_stream if own_stream else 0,
+                cuda_graphs=has_graphs,
+            ),
             config,
-            device=torch.device(device),
+            device=where,
             precision=precision or variant_dir.name,
             num_parameters=num_parameters,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            stream=own_stream,
+            cuda_graphs=has_graphs,
         )
 
     def forward(
@@ -108,17 +171,30 @@ class OnnxBackend:
         logit_indices: Sequence[Sequence[int]] | None = None,
     ) -> torch.Tensor:
         """See `Backend.forward`."""
-        if not any(past_lengths) or all(len(ids) == 1 for ids in new_token_ids):
-            return self._run(first_row, new_token_ids, past_lengths, logit_indices)
-        wanted = logit_indices or [[len(ids) - 1] for ids in new_token_ids]
-        rows = zip(new_token_ids, past_lengths, wanted, strict=True)
-        return torch.cat(
-            [
-                # Two columns at least: a scratch row would be the next row of this batch.
-                self._run(row, [ids], [past], [indices], min_columns=2).clone()
-                for row, (ids, past, indices) in enumerate(rows, first_row)
-            ]
-        )
+        with self._ordered():
+            if not any(past_lengths):
+                return self._run(first_row, new_token_ids, past_lengths, logit_indices)
+            if first_row == 0 and all(len(ids) == 1 for ids in new_token_ids):
+                return self._decode(new_token_ids, past_lengths, logit_indices)
+            wanted = logit_indices or [[len(ids) - 1] for ids in new_token_ids]
+            rows = zip(new_token_ids, past_lengths, wanted, strict=True)
+            return torch.cat(
+                [
+                    self._run(row, [ids], [past], [indices]).clone()
+                    for row, (ids, past, indices) in enumerate(rows, first_row)
+                ]
+            )
+
+    def capture_graphs(self) -> None:
+        """Record one CUDA graph per batch size, for steps on the calling thread alone.
+
+        onnxruntime keeps its graphs per thread, and while it records, no thread of the process may
+        allocate device memory: call it on the engine's thread before any engine has work. Rows up
+        to `max_num_seqs` are overwritten. Steps run without graphs before it, and on other threads.
+        """
+        self._graph_thread = threading.get_ident()
+        for num_rows in sorted(set(self._padded_sizes[1:]) if self._has_static_steps else ()):
+            self.forward(0, [[0]] * num_rows, [1] * num_rows)
 
     def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
         """See `Backend.copy_kv`."""
@@ -132,46 +208,91 @@ class OnnxBackend:
         """See `Backend.write_kv`."""
         self.cache.write(row, start, kv)
 
+    # -- steps ------------------------------------------------------------------------------
+
+    def _decode(
+        self,
+        new_token_ids: Sequence[Sequence[int]],
+        past_lengths: Sequence[int],
+        logit_indices: Sequence[Sequence[int]] | None,
+    ) -> torch.Tensor:
+        """Run one token for each of the rows from 0 on, and for free rows behind them as padding.
+
+        Shapes and addresses repeat from step to step, so that nothing is bound anew.
+        """
+        num_rows = len(new_token_ids)
+        step = self._decode_step(num_rows)
+        inputs = step.inputs
+        inputs.input_ids[:num_rows] = new_token_ids
+        inputs.last_positions[:num_rows] = past_lengths
+        # The last row is the last sequence's or padding; padding reads the last sequence's logits,
+        # lest it count where activations are quantized by the largest of the batch.
+        inputs.logit_rows[-1] = num_rows - 1
+        if num_rows < len(step.logits):
+            inputs.input_ids[num_rows:] = 0
+            inputs.last_positions[num_rows:] = 0
+        is_static = self._has_static_steps
+        total_length = self.info.max_model_len if is_static else max(past_lengths) + 1
+        has_graph = self._graph_thread == threading.get_ident()
+        logits = self._run_step(step, total_length, step.options if has_graph else self._options)
+        if logit_indices is not None:
+            return logits[logit_rows(new_token_ids, logit_indices, 1)]
+        return logits if len(logits) == num_rows else logits[:num_rows]
+
+    def _decode_step(self, num_rows: int) -> _Step:
+        num_padded = self._padded_sizes[num_rows]
+        return self._decode_steps.get(num_padded) or self._new_decode_step(num_padded)
+
+    def _new_decode_step(self, num_rows: int) -> _Step:
+        inputs = _StepInputs(num_rows, 1, num_rows, self._device)
+        inputs.logit_rows[:] = range(num_rows)
+        binding = self._bind_cache(0, num_rows)
+        options = _run_options(num_rows if self._has_static_steps else _NO_GRAPH)
+        step = self._bind_step(binding, inputs, self._decode_logits[:num_rows], options)
+        self._decode_steps[num_rows] = step
+        return step
+
     def _run(
         self,
         first_row: int,
         new_token_ids: Sequence[Sequence[int]],
         past_lengths: Sequence[int],
         logit_indices: Sequence[Sequence[int]] | None,
-        min_columns: int = 1,
     ) -> torch.Tensor:
-        num_rows, num_columns = _even_shape(new_token_ids, min_columns)
-        input_ids = np.zeros((num_rows, num_columns), dtype=np.int64)
-        lengths = np.ones(num_rows, dtype=np.int64)
-        for row, (ids, past) in enumerate(zip(new_token_ids, past_lengths, strict=True)):
-            input_ids[row, : len(ids)] = ids
-            # Behind cached tokens the operator counts back from the end, padding included.
-            lengths[row] = past + (num_columns if past else len(ids))
-        width = max(past_lengths) + num_columns
-        mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
+        """Run a first prefill of several rows, or any number of tokens for one row."""
+        num_rows, num_columns = len(new_token_ids), max(map(len, new_token_ids))
         wanted = logit_rows(new_token_ids, logit_indices, num_columns)
         num_wanted = len(wanted)
-        wanted += wanted[-1:] * (num_wanted % 2)
+        if self._device.type == "cpu":
+            # A scratch row would be another sequence's; a scratch column is behind this one's end.
+            num_columns = max(num_columns, 2) + num_rows * max(num_columns, 2) % 2
+            wanted = logit_rows(new_token_ids, logit_indices, num_columns)
+            wanted += wanted[-1:] * (num_wanted % 2)
+        inputs = _StepInputs(num_rows, num_columns, len(wanted), self._device)
+        inputs.logit_rows[:] = wanted
+        for row, (ids, past) in enumerate(zip(new_token_ids, past_lengths, strict=True)):
+            inputs.input_ids[row, : len(ids)] = ids
+            # Behind cached tokens the operator counts back from the end, padding included.
+            inputs.last_positions[row] = past + (num_columns if past else len(ids)) - 1
+        if len(self._logits) < len(wanted):
+            self._logits = self._new_logits(len(wanted))
+        binding = self._cache_binding(first_row, num_rows)
+        step = self._bind_step(binding, inputs, self._logits[: len(wanted)], self._options)
+        return self._run_step(step, max(past_lengths) + num_columns, self._options)[:num_wanted]
 
-        # All device copies stay alive until the run is over: the binding holds addresses only.
-        inputs = {
-            "input_ids": torch.from_numpy(input_ids).to(self._device),
-            "attention_mask": torch.from_numpy(mask).to(self._device),
-            "logit_rows": torch.tensor(wanted, device=self._device),
-        }
-        binding = self._binding(first_row, num_rows)
-        for name, tensor in inputs.items():
-            self._bind(binding.bind_input, name, tensor, tuple(tensor.shape))
-        logits = self._logits_buffer(len(wanted))
-        self._bind(binding.bind_output, "logits", logits, (1, *logits.shape))
-        self._session.run_with_iobinding(binding)
-        return logits[:num_wanted]
+    def _run_step(self, step: _Step, total_length: int, options: ort.RunOptions) -> torch.Tensor:
+        """Run what is bound; return logits `(N, V)` float32."""
+        self._total_length[...] = total_length
+        step.inputs.upload()
+        self._session.run_with_iobinding(step.binding, options)
+        logits = step.logits
+        return logits if logits.dtype == torch.float32 else logits.float()
 
-    def _logits_buffer(self, num_rows: int) -> torch.Tensor:
-        if len(self._logits) < num_rows:
-            shape = (num_rows, self.info.vocab_size)
-            self._logits = torch.empty(shape, dtype=torch.float32, device=self._device)
-        return self._logits[:num_rows]
+    def _new_logits(self, num_rows: int) -> torch.Tensor:
+        shape = (num_rows + num_rows % 2, self.info.vocab_size)
+        return torch.empty(shape, dtype=self._logits_type, device=self._device)
+
+    # -- bindings ---------------------------------------------------------------------------
 
     def _bind_cache(self, first_row: int, num_rows: int) -> Any:
         """Bind past and present of every layer to the same rows of the cache."""
@@ -181,48 +302,281 @@ class OnnxBackend:
         ):
             for kind, cached in (("key", keys), ("value", values)):
                 rows = cached[first_row : first_row + num_rows]
-                shape = tuple(rows.shape)
-                self._bind(binding.bind_input, f"past_key_values.{layer}.{kind}", rows, shape)
-                self._bind(binding.bind_output, f"present.{layer}.{kind}", rows, shape)
+                bind_tensor(binding.bind_input, f"past_key_values.{layer}.{kind}", rows)
+                bind_tensor(binding.bind_output, f"present.{layer}.{kind}", rows)
+        # The operator reads it on the host, before it launches anything.
+        bind_tensor(binding.bind_input, TOTAL_LENGTH, torch.from_numpy(self._total_length))
         return binding
 
-    def _bind(self, bind: Any, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-        bind(
-            name,
-            self._device.type,
-            self._device.index or 0,
-            _ELEMENT_TYPES[tensor.dtype],
-            shape,
-            tensor.data_ptr(),
-        )
+    def _bind_step(
+        self, binding: Any, inputs: _StepInputs, logits: torch.Tensor, options: ort.RunOptions
+    ) -> _Step:
+        for name, tensor in inputs.tensors.items():
+            bind_tensor(binding.bind_input, name, tensor)
+        bind_tensor(binding.bind_output, "logits", logits[None])
+        return _Step(binding, inputs, logits, options)
+
+    @contextmanager
+    def _ordered(self) -> Iterator[None]:
+        """Queue the block on the session's stream, in order with the caller's own stream."""
+        if self.stream is None:
+            yield
+            return
+        callers = torch.cuda.current_stream(self._device)
+        if callers.cuda_stream == self.stream.cuda_stream:
+            yield
+            return
+        self.stream.wait_stream(callers)
+        with torch.cuda.stream(self.stream):
+            yield
+        callers.wait_stream(self.stream)
 
 
-def _even_shape(new_token_ids: Sequence[Sequence[int]], min_columns: int) -> tuple[int, int]:
-    """Return rows and columns of the padded batch such that their product is even."""
-    num_rows, num_columns = len(new_token_ids), max(min_columns, *map(len, new_token_ids))
-    if num_columns == 1:
-        return num_rows + num_rows % 2, 1
-    return num_rows, num_columns + num_rows * num_columns % 2
+class _StepInputs:
+    """What a step feeds besides the cache, one after the other in one piece of memory.
+
+    To be filled: `input_ids` `(B, T)` and `logit_rows` `(N,)`, int64, and `last_positions` `(B,)`,
+    int32: the position of each row's last token. `tensors` are the same by name, on the device.
+    """
+
+    def __init__(self, num_rows: int, num_columns: int, num_logits: int, device: torch.device):
+        sizes = (num_rows * num_columns, num_logits, (num_rows + 1) // 2)
+        self._host = torch.zeros(sum(sizes), dtype=torch.int64)
+        self._on_device = self._host if device.type == "cpu" else self._host.to(device)
+        ids, rows, positions = self._on_device.split(sizes)
+        self.tensors = {
+            "input_ids": ids.view(num_rows, num_columns),
+            LOGIT_ROWS: rows,
+            LAST_POSITIONS: positions.view(torch.int32)[:num_rows],
+        }
+        ids, rows, positions = self._host.split(sizes)
+        self.input_ids: NDArray[np.int64] = ids.view(num_rows, num_columns).numpy()
+        self.logit_rows: NDArray[np.int64] = rows.numpy()
+        self.last_positions: NDArray[np.int32] = positions.view(torch.int32)[:num_rows].numpy()
+
+    def upload(self) -> None:
+        """Bring what was filled in to the device; on the CPU it is there."""
+        if self._on_device is not self._host:
+            # A pinned copy each time, which torch keeps until it has arrived: the next step may
+            # fill the arrays before.
+            self._on_device.copy_(self._host.pin_memory(), non_blocking=True)
 
 
-def make_session(path: Path, device: str, num_threads: int | None) -> ort.InferenceSession:
-    """Open a graph on `device` (cpu or cuda), failing closed when CUDA is missing."""
-    kind = torch.device(device).type
-    provider = _PROVIDERS[kind]
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A bound step. It keeps its inputs alive: the binding has addresses only."""
+
+    binding: Any
+    inputs: _StepInputs
+    logits: torch.Tensor
+    options: ort.RunOptions
+
+
+def bind_tensor(bind: Any, name: str, tensor: torch.Tensor) -> None:
+    """Have a binding's `bind_input` or `bind_output` read or write the memory of `tensor`."""
+    device = tensor.device
+    bind(
+        name,
+        device.type,
+        device.index or 0,
+        _ELEMENT_TYPES[tensor.dtype],
+        tuple(tensor.shape),
+        tensor.data_ptr(),
+    )
+
+
+def padded_sizes(max_num_seqs: int, device: torch.device, is_static: bool) -> tuple[int, ...]:
+    """Return how many rows a decode step of 0, 1, ... `max_num_seqs` rows runs.
+
+    >>> padded_sizes(6, torch.device("cuda"), is_static=True)
+    (0, 1, 2, 4, 4, 6, 6)
+    >>> padded_sizes(6, torch.device("cpu"), is_static=False)
+    (0, 2, 2, 4, 4, 6, 6)
+    """
+    sizes = range(max_num_seqs + 1)
+    if is_static:
+        return (0, *(min(1 << (n - 1).bit_length(), max_num_seqs) for n in sizes[1:]))
+    return tuple(n + n % 2 for n in sizes) if device.type == "cpu" else tuple(sizes)
+
+
+# -- sessions -------------------------------------------------------------------------------------
+
+
+def check_provider(device: str) -> None:
+    """Raise RuntimeError when this onnxruntime has nothing to compute with on `device`."""
+    provider = _PROVIDERS[torch.device(device).type]
     if provider not in ort.get_available_providers():
         raise RuntimeError(
             f"{provider} is not available in this onnxruntime; available are "
             f"{', '.join(ort.get_available_providers())}. Install the extra `gpu`, or use the "
             f"device cpu"
         )
+
+
+def make_session(
+    path: Path,
+    device: str,
+    num_threads: int | None,
+    *,
+    stream: int = 0,
+    cuda_graphs: bool = False,
+    profile_prefix: Path | None = None,
+) -> ort.InferenceSession:
+    """Open `serving_graph(path)` on `device` (cpu or cuda), failing closed when CUDA is missing.
+
+    `stream` is the address of a CUDA stream. With `cuda_graphs`, onnxruntime itself refuses a graph
+    that needs a copy between host and device or has a node on the CPU. `profile_prefix` makes the
+    session write what ran where, when its `end_profiling` is called.
+    """
+    check_provider(device)
+    where = torch.device(device)
+    provider = _PROVIDERS[where.type]
+    graph = serving_graph(path)
+    if where.type == "cuda":
+        check_cuda_types(graph, path)
+        # Those of torch's CUDA libraries that torch has not loaded itself.
+        ort.preload_dlls()
+    session = ort.InferenceSession(
+        graph.SerializeToString(),
+        session_options(path, where, num_threads, profile_prefix),
+        providers=[provider],
+        provider_options=[provider_options(where, stream, cuda_graphs)],
+        # Otherwise it prints an error and goes on with the CPU.
+        enable_fallback=0,
+    )
+    check_first_provider(session, provider)
+    return session
+
+
+def check_first_provider(session: ort.InferenceSession, provider: str) -> None:
+    """Raise RuntimeError unless the session prefers `provider`.
+
+    A provider whose libraries are missing is left out with nothing but a line in the log.
+    """
+    if session.get_providers()[0] != provider:
+        raise RuntimeError(f"onnxruntime fell back from {provider}; refusing to run on the CPU")
+
+
+def session_options(
+    path: Path, device: torch.device, num_threads: int | None, profile_prefix: Path | None = None
+) -> ort.SessionOptions:
+    """Return the options of a session over the graph of `path`, whose weights lie beside it."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = num_threads or len(os.sched_getaffinity(0))
+    num_cores = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
+    options.intra_op_num_threads = num_threads or num_cores
     options.inter_op_num_threads = 1
     # Two models share the cores: a pool that spins between its steps slows the other one down.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Level 3 is errors: onnxruntime warns that `logit_rows` can be fed, which is its purpose.
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
+    )
+    # Level 3 is errors: what is left after the rewriting is no one's concern.
     options.log_severity_level = 3
-    session = ort.InferenceSession(path, options, providers=[provider])
-    if session.get_providers()[0] != provider:
-        raise RuntimeError(f"onnxruntime fell back from {provider}; refusing to run on the CPU")
-    return session
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_prefix)
+    return options
+
+
+def provider_options(device: torch.device, stream: int, cuda_graphs: bool) -> dict[str, str]:
+    """Return the options of the provider for `device`; `stream` is an address, 0: its own."""
+    if device.type == "cpu":
+        return {}
+    options = {
+        "device_id": str(device.index or 0),
+        "enable_cuda_graph": str(int(cuda_graphs)),
+        # The cache takes what it wants; the rest is for torch and the other model.
+        "arena_extend_strategy": "kSameAsRequested",
+        # The head is float32 for the sake of log-probabilities, and bound by memory anyway.
+        "use_tf32": "0",
+    }
+    return options | ({"user_compute_stream": str(stream)} if stream else {})
+
+
+def _open_stream(device: torch.device, address: int | None) -> Any:
+    if address is None:
+        return torch.cuda.Stream(device)
+    return torch.cuda.ExternalStream(address, device=device)
+
+
+def _run_options(graph_id: int) -> ort.RunOptions:
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph_id))
+    # Whatever reads the logits is queued on the same stream.
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
+
+
+# -- the graph ------------------------------------------------------------------------------------
+
+
+def serving_graph(path: Path) -> onnx.ModelProto:
+    """Return the graph that `export.onnx_graph` wrote, without its weights, with other inputs.
+
+    `tandem.last_positions`, int32 `(B,)`, and `tandem.total_length`, int32 `()` in host memory,
+    stand in for `attention_mask`; `logit_rows` must be fed, and `logits` is `(1, N, V)`.
+
+    Raises:
+        ValueError: the graph has no GroupQueryAttention, or no `logit_rows`.
+    """
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    attentions = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    if not attentions or LOGIT_ROWS not in {i.name for i in graph.input}:
+        raise ValueError(
+            f"{path} cannot be served: it has no GroupQueryAttention or no input {LOGIT_ROWS}; "
+            "export it with `tandem export`"
+        )
+    for node in attentions:
+        node.input[5:7] = [LAST_POSITIONS, TOTAL_LENGTH]
+    for name, shape in ((LAST_POSITIONS, ["batch_size"]), (TOTAL_LENGTH, [])):
+        graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT32, shape))
+    _pick_logit_rows(graph)
+    _drop_unused(graph)
+    return model
+
+
+def check_cuda_types(model: onnx.ModelProto, path: Path) -> None:
+    """Raise ValueError when onnxruntime's attention has no CUDA kernel for the cache's type.
+
+    Its float32 and weight-only graphs have one on the CPU only (`group_query_attention.cc`).
+    """
+    (past, *_) = [i for i in model.graph.input if i.name.startswith("past_key_values.")]
+    element_type = past.type.tensor_type.elem_type
+    if element_type not in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
+        raise ValueError(
+            f"{path.parent}: its cache is {TensorProto.DataType.Name(element_type)}, and on CUDA "
+            "onnxruntime attends in FLOAT16 and BFLOAT16 only; use a variant of method float16 or "
+            "bfloat16, or the backend torch"
+        )
+
+
+def _pick_logit_rows(graph: onnx.GraphProto) -> None:
+    """Put the branch that gathers `logit_rows` in the place of the choice between it and all."""
+    (choice,) = [node for node in graph.node if node.op_type == "If"]
+    (branch,) = [a.g for a in choice.attribute if a.name == "then_branch"]
+    nodes = list(branch.node)
+    nodes[-1].output[0] = choice.output[0]
+    position = list(graph.node).index(choice)
+    for node in reversed(nodes):
+        graph.node.insert(position, node)
+    graph.node.remove(choice)
+    (default,) = [i for i in graph.initializer if i.name == LOGIT_ROWS]
+    graph.initializer.remove(default)
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Drop the nodes, weights and inputs that no output depends on; nodes come in any order."""
+    producers = {name: node for node in graph.node for name in node.output if name}
+    needed: set[str] = set()
+    unvisited = [output.name for output in graph.output]
+    while unvisited:
+        name = unvisited.pop()
+        if name not in needed:
+            needed.add(name)
+            unvisited += producers[name].input if name in producers else ()
+    for node in [n for n in graph.node if needed.isdisjoint(n.output)]:
+        graph.node.remove(node)
+    for values in (graph.input, graph.initializer):
+        for value in [v for v in values if v.name not in needed]:
+            values.remove(value)
