@@ -252,7 +252,11 @@ class _Softmax:
         sums = []
         for first in range(0, len(logits), num_rows):
             chunk = slice(first, first + num_rows)
-            tempered = logits[chunk] if divisors is None else logits[chunk] / divisors[chunk]
+            tempered = logits[chunk]
+            if divisors is not None:
+                # Into `out` as well: the CPU's kernel reads a value before it overwrites it.
+                memory = None if logits.is_cuda else out[chunk]
+                tempered = torch.div(tempered, divisors[chunk], out=memory)
             sums.append(_block_sums(torch.softmax(tempered, -1, out=out[chunk])))
         return cls(logits, divisors, out, sums[0] if len(sums) == 1 else torch.cat(sums))
 

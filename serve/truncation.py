@@ -151,11 +151,15 @@ def _nth_equal(weights: torch.Tensor, weight: torch.Tensor, n: torch.Tensor) -> 
 
     On the CPU; 0 for a row of NaN, which equals nothing.
     """
-    is_equal = weights.numpy() == weight.numpy()
-    token_ids = is_equal.argmax(axis=-1)
-    for row in torch.logical_and(n > 0, ~weight.isnan())[:, 0].nonzero()[:, 0].tolist():
-        token_ids[row] = np.flatnonzero(is_equal[row])[n[row, 0]]
-    return torch.from_numpy(token_ids)[:, None]
+    token_ids = torch.zeros_like(n)
+    for row, row_weights in enumerate(weights.numpy()):
+        is_equal = row_weights == float(weight[row, 0])
+        nth = int(n[row, 0])
+        if nth == 0:
+            token_ids[row] = int(is_equal.argmax())
+        elif (places := np.flatnonzero(is_equal)).size > 0:
+            token_ids[row] = int(places[nth])
+    return token_ids
 
 
 def _column(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
