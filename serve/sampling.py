@@ -8,7 +8,6 @@ each row draws by inverse CDF from one uniform of a counter-based generator (`se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -18,14 +17,18 @@ from numpy.typing import NDArray
 
 from serve.logit_rules import LogitRules
 from serve.sequence import SamplingParams, Sequence
+from serve.softmax import (
+    BLOCK,
+    Softmax,
+    argmax_by_block,
+    inverse_cdf,
+    maxima,
+    per_block,
+    take_blocks,
+)
 from serve.truncation import Filters, draw_truncated
 from serve.uniforms import uniform_keys, uniforms_at
 
-# Sampling is bound by memory: what is summed or searched over the vocabulary is so block by block,
-# in one read, and everything behind it looks at two short rows.
-_BLOCK = 256
-# Passes over the vocabulary follow one another within so many bytes of rows per core: its cache.
-_CHUNK_BYTES = 1 << 20
 # Scoring normalizes so many rows in one buffer that it uses again for the next ones.
 _SCORED_ROWS = 16
 
@@ -155,8 +158,8 @@ class Sampler:
             self._rows = RowParameters.of(sequences, self._eos_token_ids, device)
         return self._rows
 
-    def _softmax(self, name: str, logits: torch.Tensor, divisors: torch.Tensor | None) -> _Softmax:
-        return _Softmax.of(logits, divisors, out=self._buffer(name, logits))
+    def _softmax(self, name: str, logits: torch.Tensor, divisors: torch.Tensor | None) -> Softmax:
+        return Softmax.of(logits, divisors, out=self._buffer(name, logits))
 
     def _buffer(self, name: str, logits: torch.Tensor) -> torch.Tensor:
         """Return memory like `logits`, the same for the same name; it grows with the batch."""
@@ -175,7 +178,7 @@ def sample(
     return Sampler(eos_token_ids).sample(logits, sequences)
 
 
-def _sample(softmax: _Softmax, on_basis: _Softmax, rows: RowParameters) -> SampledBatch:
+def _sample(softmax: Softmax, on_basis: Softmax, rows: RowParameters) -> SampledBatch:
     drawn = _draw(softmax, rows)
     token_ids = rows.force(drawn.token_ids)
     logprobs = on_basis.logprobs(token_ids[:, None])[:, 0]
@@ -199,7 +202,7 @@ def token_logprobs(
     scored = []
     for chunk, ids in zip(logits.split(_SCORED_ROWS), token_ids.split(_SCORED_ROWS), strict=True):
         divisors = _divisors([temperature] * len(chunk), logits.device)
-        softmax = _Softmax.of(chunk, divisors, out=buffer[: len(chunk)])
+        softmax = Softmax.of(chunk, divisors, out=buffer[: len(chunk)])
         scored.append(softmax.logprobs(ids[:, None])[:, 0])
     return torch.cat(scored)
 
@@ -230,71 +233,6 @@ def _pairs(top: tuple[float, ...], count: int) -> tuple[tuple[int, float], ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Softmax:
-    """Rows of softmax(logits / temperature), by torch's fused kernel.
-
-    `logits` and `probabilities` are `(B, V)` float32, `divisors` `(B, 1)` temperatures or None,
-    `block_sums` `(B, blocks)` float64. The kernel's rows add up to 1 within a few float32 roundings
-    only; everything here divides by the sum of `block_sums`, which takes that error out again.
-    """
-
-    logits: torch.Tensor
-    divisors: torch.Tensor | None
-    probabilities: torch.Tensor
-    block_sums: torch.Tensor
-
-    @classmethod
-    def of(
-        cls, logits: torch.Tensor, divisors: torch.Tensor | None, *, out: torch.Tensor
-    ) -> _Softmax:
-        """Compute it into `out`, `(B, V)` float32 and contiguous."""
-        num_rows = _chunk_rows(logits)
-        sums = []
-        for first in range(0, len(logits), num_rows):
-            chunk = slice(first, first + num_rows)
-            tempered = logits[chunk]
-            if divisors is not None:
-                # Into `out` as well: the CPU's kernel reads a value before it overwrites it.
-                memory = None if logits.is_cuda else out[chunk]
-                tempered = torch.div(tempered, divisors[chunk], out=memory)
-            sums.append(_block_sums(torch.softmax(tempered, -1, out=out[chunk])))
-        return cls(logits, divisors, out, sums[0] if len(sums) == 1 else torch.cat(sums))
-
-    def totals(self) -> torch.Tensor:
-        """Return the sums of the probabilities, `(B, 1)` float64."""
-        return self.block_sums.sum(-1, keepdim=True)
-
-    def logprobs(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Return log-probabilities at `token_ids`, `(B, n)` -> `(B, n)` float64.
-
-        That of a likely token, plus the difference of logits: so tokens whose float32 probability
-        is 0 get theirs, too. NaN where a logit is NaN or +inf.
-        """
-        likely_ids, likely_logprobs = self._likely()
-        return self._tempered_at(token_ids) - self._tempered_at(likely_ids) + likely_logprobs
-
-    def _likely(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return per row a token `(B, 1)` and its log-probability `(B, 1)` float64.
-
-        The likeliest of the heaviest block: its probability is far from underflow.
-        """
-        heaviest = self.block_sums.argmax(-1, keepdim=True)
-        probability, offset = _block(self.probabilities, heaviest, 0.0).max(-1, keepdim=True)
-        return heaviest * _BLOCK + offset, (probability.double() / self.totals()).log()
-
-    def _tempered_at(self, token_ids: torch.Tensor) -> torch.Tensor:
-        picked = self.logits.gather(-1, token_ids)
-        return (picked if self.divisors is None else picked / self.divisors).double()
-
-
-def _chunk_rows(logits: torch.Tensor) -> int:
-    """Return how many rows are worked on at a time: all of them on CUDA."""
-    if logits.is_cuda:
-        return max(len(logits), 1)
-    return max(_CHUNK_BYTES // (4 * logits.shape[1]), 1) * torch.get_num_threads()
-
-
-@dataclass(frozen=True, slots=True)
 class _Draws:
     """Tokens `(B,)`, and the log-probabilities `(R,)` of the truncated rows' draws."""
 
@@ -302,20 +240,20 @@ class _Draws:
     truncated_logprobs: torch.Tensor | None = None
 
 
-def _draw(softmax: _Softmax, rows: RowParameters) -> _Draws:
+def _draw(softmax: Softmax, rows: RowParameters) -> _Draws:
     """Draw a token per row: argmax where greedy, else inverse CDF."""
     num_rows = len(rows.sequences)
     if rows.num_greedy == num_rows:
-        return _Draws(_argmax(softmax.logits))
+        return _Draws(argmax_by_block(softmax.logits))
     device = softmax.logits.device
     u = rows.uniforms(device)
     truncated_logprobs = None
     if rows.truncated_rows is None or len(rows.truncated_rows) < num_rows:
-        token_ids = _inverse_cdf(softmax.probabilities, softmax.block_sums, u)
+        token_ids = inverse_cdf(softmax.probabilities, softmax.block_sums, u)
     else:
         token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
     if rows.is_greedy is not None:
-        token_ids = torch.where(rows.is_greedy, _argmax(softmax.logits), token_ids)
+        token_ids = torch.where(rows.is_greedy, argmax_by_block(softmax.logits), token_ids)
     if rows.truncated_rows is not None and rows.filters is not None:
         which = rows.truncated_rows
         is_all = len(which) == num_rows
@@ -328,8 +266,8 @@ def _draw(softmax: _Softmax, rows: RowParameters) -> _Draws:
 
 def _processed_logprobs(
     drawn: _Draws,
-    softmax: _Softmax,
-    on_basis: _Softmax,
+    softmax: Softmax,
+    on_basis: Softmax,
     logprobs: torch.Tensor,
     rows: RowParameters,
 ) -> torch.Tensor:
@@ -343,72 +281,16 @@ def _processed_logprobs(
     return processed if rows.is_greedy is None else processed.masked_fill_(rows.is_greedy, 0.0)
 
 
-def _top_logprobs(softmax: _Softmax, count: int) -> list[torch.Tensor]:
+def _top_logprobs(softmax: Softmax, count: int) -> list[torch.Tensor]:
     """Return the `count` likeliest tokens: ids and log-probabilities by turns, each `(B,)`.
 
     The largest logits lie in the blocks with the largest maxima.
     """
     logits = softmax.logits
-    maxima = _per_block(logits, _maxima)
-    blocks = maxima.topk(min(count, maxima.shape[1])).indices
-    offsets = _block(logits, blocks, -torch.inf).topk(min(count, logits.shape[1])).indices
-    ids = blocks.gather(-1, offsets // _BLOCK) * _BLOCK + offsets % _BLOCK
+    largest = per_block(logits, maxima)
+    blocks = largest.topk(min(count, largest.shape[1])).indices
+    offsets = take_blocks(logits, blocks, -torch.inf).topk(min(count, logits.shape[1])).indices
+    ids = blocks.gather(-1, offsets // BLOCK) * BLOCK + offsets % BLOCK
     ids.clamp_max_(logits.shape[1] - 1)
     columns = torch.stack([ids.double(), softmax.logprobs(ids)], -1).flatten(1)
     return list(columns.unbind(-1))
-
-
-def _argmax(logits: torch.Tensor) -> torch.Tensor:
-    """Return the first of the largest logits per row, `(B, V)` -> `(B,)`.
-
-    By blocks: torch's own argmax is not vectorised on the CPU and takes 4 times as long.
-    """
-    block = _per_block(logits, _maxima).argmax(-1, keepdim=True)
-    offset = _block(logits, block, -torch.inf).argmax(-1, keepdim=True)
-    return (block * _BLOCK + offset)[:, 0]
-
-
-def _inverse_cdf(weights: torch.Tensor, block_sums: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Return per row the first token whose cumulative weight exceeds u times the total.
-
-    `weights` `(B, V)`, their `block_sums`, `u` `(B,)` in [0, 1) -> `(B,)`. A token of weight 0 is
-    never drawn. A row that holds NaN gives some token of the vocabulary.
-    """
-    block_cdf = block_sums.cumsum(-1)
-    target = (u * block_cdf[:, -1])[:, None]
-    block = torch.searchsorted(block_cdf, target, right=True).clamp_max(block_cdf.shape[1] - 1)
-    before = torch.where(block > 0, block_cdf.gather(1, (block - 1).clamp_min(0)), 0.0)
-    chosen = _block(weights, block, 0.0).double()
-    offset = torch.searchsorted(chosen.cumsum(-1), target - before, right=True)
-    # Rounding may put the target behind the block's end: take the last token with any weight.
-    last = _BLOCK - 1 - (chosen > 0).flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
-    drawn = block * _BLOCK + torch.minimum(offset, last)
-    return drawn[:, 0].clamp_max(weights.shape[1] - 1)
-
-
-def _per_block(x: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Reduce `(B, V)` to `(B, blocks)`; the last block may be shorter."""
-    num_whole, rest = divmod(x.shape[-1], _BLOCK)
-    reduced = reduce(x[:, : num_whole * _BLOCK].unflatten(-1, (num_whole, _BLOCK)))
-    if rest == 0:
-        return reduced
-    return torch.cat([reduced, reduce(x[:, None, -rest:])], -1)
-
-
-def _maxima(blocks: torch.Tensor) -> torch.Tensor:
-    return blocks.amax(-1)
-
-
-def _block_sums(weights: torch.Tensor) -> torch.Tensor:
-    # Float32 within a block is as exact as the weights are: torch adds 256 numbers by cascades.
-    return _per_block(weights, lambda blocks: blocks.sum(-1)).double()
-
-
-def _block(x: torch.Tensor, blocks: torch.Tensor, fill: float) -> torch.Tensor:
-    """Return `blocks` `(B, n)` of each row, `(B, n * _BLOCK)`, with `fill` behind the row's end."""
-    offsets = torch.arange(_BLOCK, device=x.device)
-    index = (blocks[:, :, None] * _BLOCK + offsets).flatten(1)
-    vocab_size = x.shape[-1]
-    if vocab_size % _BLOCK == 0:
-        return x.gather(-1, index)
-    return x.gather(-1, index.clamp_max(vocab_size - 1)).masked_fill_(index >= vocab_size, fill)
