@@ -99,6 +99,7 @@ class SampleResult:
     finish_reason: FinishReason
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    processed_logprobs: tuple[float, ...] = ()
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     text: str = ""
     text_ends: list[int] = field(default_factory=list)
@@ -249,6 +250,7 @@ class _Drawing:
             finish_reason=event.finish_reason,
             token_ids=event.token_ids,
             logprobs=event.logprobs,
+            processed_logprobs=event.processed_logprobs,
             top_logprobs=self._top_logprobs[event.index],
             text=self._released[event.index],
             text_ends=[min(end, num_chars) for end in self._text_ends[event.index]],

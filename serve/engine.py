@@ -25,7 +25,7 @@ from serve.errors import EngineStoppedError, QueueFullError
 from serve.observer import EngineObserver
 from serve.outbox import Outbox
 from serve.runner import Runner
-from serve.sampling import SampledBatch, sample
+from serve.sampling import SampledBatch, Sampler
 from serve.scheduler import Scheduler
 from serve.scoring import (
     ForcedScores,
@@ -96,6 +96,7 @@ class Engine:
         self.name = name
         self.clock = clock
         self._eos_token_ids = eos_token_ids
+        self._sampler = Sampler(eos_token_ids)
         self._max_waiting = max_waiting
         self._observer = observer or EngineObserver()
         self._arbiter = arbiter
@@ -367,7 +368,7 @@ class Engine:
 
     def _accept(self, sequences: Sequence[Sample], logits: torch.Tensor) -> None:
         """Sample a token for each sequence, emit it, and retire the sequences that end."""
-        batch = sample(logits, sequences, self._eos_token_ids)
+        batch = self._sampler.sample(logits, sequences)
         now_s = self.clock()
         drawn = [s for s, is_finite in zip(sequences, batch.is_finite, strict=True) if is_finite]
         self._observe_tokens(drawn, now_s)
@@ -436,13 +437,16 @@ class Engine:
         if not sequence.token_ids:
             sequence.first_token_s = now_s
         sequence.last_token_s = now_s
-        token_id, logprob = batch.token_ids[row], batch.logprobs[row]
-        position = len(sequence.token_ids)
-        sequence.append(token_id, logprob)
-        self._outbox.add(
-            sequence.group,
-            TokenEvent(sequence.index, position, token_id, logprob, batch.top_logprobs[row]),
+        event = TokenEvent(
+            index=sequence.index,
+            position=len(sequence.token_ids),
+            token_id=batch.token_ids[row],
+            logprob=batch.logprobs[row],
+            processed_logprob=batch.processed_logprobs[row],
+            top_logprobs=batch.top_logprobs[row],
         )
+        sequence.append(event.token_id, event.logprob, event.processed_logprob)
+        self._outbox.add(sequence.group, event)
 
     def _emit_finished(
         self, sequence: Sample, reason: FinishReason, now_s: float, error: str

@@ -41,6 +41,7 @@ def to_sample(sample: SampleResult, spec: GenerationSpec) -> pb.Sample:
         token_ids=sample.token_ids,
         text_ends=sample.text_ends if spec.output.text else (),
         logprobs=sample.logprobs if spec.output.logprobs else (),
+        processed_logprobs=sample.processed_logprobs if spec.output.processed_logprobs else (),
         finish_reason=_name("FINISH_REASON", sample.finish_reason),
         answer=answer_of(sample, spec.evaluation),
         divergence=_sample_divergence(sample, spec),

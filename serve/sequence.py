@@ -116,12 +116,17 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One sampled token of sample `index`; `position` counts completion tokens from 0."""
+    """One sampled token of sample `index`; `position` counts completion tokens from 0.
+
+    `logprob` is of the untruncated distribution at the request's `logprob_temperature`,
+    `processed_logprob` of what the token was drawn from (see `serve.sampling.SampledBatch`).
+    """
 
     index: int
     position: int
     token_id: int
     logprob: float
+    processed_logprob: float
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
@@ -136,6 +141,7 @@ class FinishedEvent:
     timings: Timings
     error: str = ""
     logits: torch.Tensor | None = None
+    processed_logprobs: tuple[float, ...] = ()
     num_cached_prompt_tokens: int = 0
 
 
@@ -177,6 +183,7 @@ class Sequence:
     stop_check: StopCheck | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    processed_logprobs: list[float] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
     started_s: float = 0.0
     prefilled_s: float = 0.0
@@ -194,9 +201,10 @@ class Sequence:
         """Tokens whose keys and values are in the cache: all but the newest sampled one."""
         return len(self.group.request.prompt_token_ids) + max(len(self.token_ids) - 1, 0)
 
-    def append(self, token_id: int, logprob: float) -> None:
+    def append(self, token_id: int, logprob: float, processed_logprob: float) -> None:
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
+        self.processed_logprobs.append(processed_logprob)
 
     def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Why the sequence ends with the token just appended, or None while it goes on."""
@@ -224,6 +232,7 @@ class Sequence:
             timings=self._timings(now_s),
             error=error,
             logits=_stacked(self.logits),
+            processed_logprobs=tuple(self.processed_logprobs),
             num_cached_prompt_tokens=self.group.num_cached_tokens,
         )
 

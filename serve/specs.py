@@ -102,6 +102,7 @@ class OutputSpec:
     logprobs: bool = True
     top_logprobs: int = 0
     text: bool = True
+    processed_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)

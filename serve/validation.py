@@ -412,14 +412,15 @@ def _pass_at_k(
 
 
 def _output(options: pb.OutputOptions, limits: Limits, checks: _Checks) -> OutputSpec:
-    def flag(name: str) -> bool:
-        return bool(getattr(options, name)) if options.HasField(name) else True
+    def flag(name: str, default: bool = True) -> bool:
+        return bool(getattr(options, name)) if options.HasField(name) else default
 
     return OutputSpec(
         stream=flag("stream"),
         logprobs=flag("logprobs"),
         top_logprobs=checks.number(options, "output.top_logprobs", limits.top_logprobs, 0),
         text=flag("text"),
+        processed_logprobs=flag("processed_logprobs", default=False),
     )
 
 

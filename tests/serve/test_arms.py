@@ -46,7 +46,7 @@ class ScriptedEngine:
             return
         ids, logprobs = (70,) * self.num_tokens, (-1.0,) * self.num_tokens
         for index in range(request.sampling.num_samples):
-            sink([TokenEvent(index, i, 70, -1.0) for i in range(self.num_tokens)])
+            sink([TokenEvent(index, i, 70, -1.0, -1.0) for i in range(self.num_tokens)])
             sink([FinishedEvent(index, self.reason, ids, logprobs, Timings(), "broken")])
 
     def score(self, request: ScoringRequest) -> Future[list[ScoredCompletion]]:

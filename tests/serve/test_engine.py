@@ -65,6 +65,7 @@ class Reader:
             if isinstance(event, FinishedEvent):
                 assert list(event.token_ids) == self.tokens[event.index]
                 assert len(event.logprobs) == len(event.token_ids)
+                assert len(event.processed_logprobs) == len(event.token_ids)
                 endings[event.index] = event
         return endings
 
@@ -154,7 +155,7 @@ def slow_completion(backend: Any, index: int, params: SamplingParams) -> tuple[i
     while True:
         logits = backend.logits_after([*PROMPT, *sequence.token_ids])
         batch = sample(logits[None], [sequence], eos)
-        sequence.append(batch.token_ids[0], batch.logprobs[0])
+        sequence.append(batch.token_ids[0], batch.logprobs[0], batch.processed_logprobs[0])
         if sequence.finish_reason(eos):
             return tuple(sequence.token_ids)
 

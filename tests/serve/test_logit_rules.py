@@ -44,7 +44,7 @@ def test_penalty_shrinks_the_logits_of_what_was_said(
     rules = make_rules(*sequences)
     for token in (7, 5):
         for sequence in sequences:
-            sequence.append(token, 0.0)
+            sequence.append(token, 0.0, 0.0)
         processed = torch.tensor([values for values, _, _ in rows])
         rules.apply(processed)
         for (values, said, penalty), after in zip(rows, processed.tolist(), strict=True):
@@ -61,7 +61,7 @@ def test_no_stop_token_before_min_tokens() -> None:
     assert rules.are_due()
     rules.apply(logits)
     assert logits.tolist() == [[0.0] * 6, [0.0, 0.0, -torch.inf, 0.0, -torch.inf, 0.0]]
-    short.append(3, 0.0)
+    short.append(3, 0.0, 0.0)
     assert not rules.are_due()
 
 

@@ -45,7 +45,7 @@ def make_sequence(
     sequence = next(iter(make_sequences(make_group(request, lambda events: None, 0.0))))
     sequence.index = index
     for token_id in token_ids:
-        sequence.append(token_id, 0.0)
+        sequence.append(token_id, 0.0, 0.0)
     return sequence
 
 
@@ -245,7 +245,7 @@ def test_sampler_kept_over_steps_draws_what_a_new_one_draws() -> None:
         kept, new = sampler.sample(logits, rows), sample(logits, rows, EOS)
         assert kept == new
         for sequence, token_id in zip(rows, kept.token_ids, strict=True):
-            sequence.append(token_id, 0.0)
+            sequence.append(token_id, 0.0, 0.0)
 
 
 def test_sampler_follows_a_change_of_the_vocabulary() -> None:

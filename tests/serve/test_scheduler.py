@@ -109,8 +109,8 @@ def test_last_row_moves_into_the_place_of_a_finished_one() -> None:
     scheduler = Scheduler(4, 100)
     a, b, c = waiting(scheduler, 5, 6, 7)
     scheduler.admit()
-    c.append(1, 0.0)
-    c.append(1, 0.0)
+    c.append(1, 0.0, 0.0)
+    c.append(1, 0.0, 0.0)
     assert scheduler.retire([a]) == [RowMove(source=2, target=0, length=8)]
     assert scheduler.running == [c, b]
 

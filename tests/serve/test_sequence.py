@@ -33,9 +33,9 @@ def make_sequence(**settings: Any) -> Sequence:
 def reason_after(sequence: Sequence, *token_ids: int) -> FinishReason | None:
     """Return the reason after the last of the tokens; there is none before."""
     for token_id in token_ids[:-1]:
-        sequence.append(token_id, 0.0)
+        sequence.append(token_id, 0.0, 0.0)
         assert sequence.finish_reason(EOS) is None
-    sequence.append(token_ids[-1], 0.0)
+    sequence.append(token_ids[-1], 0.0, 0.0)
     return sequence.finish_reason(EOS)
 
 
@@ -81,9 +81,9 @@ def test_each_sample_has_a_stop_check_of_its_own() -> None:
 def test_newest_token_is_not_cached_yet() -> None:
     sequence = make_sequence()
     assert sequence.num_cached_tokens == 2
-    sequence.append(5, 0.0)
+    sequence.append(5, 0.0, 0.0)
     assert sequence.num_cached_tokens == 2
-    sequence.append(5, 0.0)
+    sequence.append(5, 0.0, 0.0)
     assert sequence.num_cached_tokens == 3
 
 
@@ -95,7 +95,7 @@ def test_timings_of_a_sequence_that_never_started_are_its_wait() -> None:
 def test_timings_add_up() -> None:
     sequence = make_sequence()
     sequence.started_s, sequence.prefilled_s, sequence.first_token_s = 2.0, 2.5, 3.0
-    sequence.append(5, -0.5)
+    sequence.append(5, -0.5, -0.5)
     event = sequence.finished_event(FinishReason.STOP, 7.0)
     assert event.timings == Timings(queue_s=1.0, prefill_s=0.5, ttft_s=2.0, decode_s=4.0)
     assert (event.token_ids, event.logprobs, event.error) == ((5,), (-0.5,), "")

@@ -141,6 +141,25 @@ def test_output_options_leave_parts_out(live: Any) -> None:
     assert {len(top.entries) for top in sample.top_logprobs} == {3}
 
 
+def test_processed_logprobs_are_of_what_was_drawn_from(live: Any) -> None:
+    def sample_with(**settings: Any) -> pb.Sample:
+        request = pb.CompareRequest(
+            prompt="x",
+            sampling=pb.SamplingParams(max_tokens=6, seed=3, **settings),
+            output=pb.OutputOptions(processed_logprobs=True),
+        )
+        return live.client.compare(request).samples[0]
+
+    plain, truncated, greedy = (
+        sample_with(**settings) for settings in ({}, {"top_k": 2}, {"temperature": 0})
+    )
+    assert list(plain.processed_logprobs) == list(plain.logprobs) != []
+    pairs = zip(truncated.processed_logprobs, truncated.logprobs, strict=True)
+    assert all(processed > raw for processed, raw in pairs)
+    assert list(greedy.processed_logprobs) == [0.0] * len(greedy.token_ids)
+    assert not live.client.compare(pb.CompareRequest(prompt="x")).samples[0].processed_logprobs
+
+
 def test_usage_counts_tokens_of_both_models(live: Any) -> None:
     sampling = pb.SamplingParams(num_samples=2, max_tokens=8)
     response = live.client.compare(pb.CompareRequest(prompt="four", sampling=sampling))

@@ -137,16 +137,18 @@ class EvaluationOptions(_message.Message):
     def __init__(self, answer_format: _Optional[str] = ..., reference_answer: _Optional[str] = ..., pass_at_k: _Optional[_Iterable[int]] = ..., task: _Optional[str] = ...) -> None: ...
 
 class OutputOptions(_message.Message):
-    __slots__ = ("stream", "logprobs", "top_logprobs", "text")
+    __slots__ = ("stream", "logprobs", "top_logprobs", "text", "processed_logprobs")
     STREAM_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    PROCESSED_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     stream: bool
     logprobs: bool
     top_logprobs: int
     text: bool
-    def __init__(self, stream: bool = ..., logprobs: bool = ..., top_logprobs: _Optional[int] = ..., text: bool = ...) -> None: ...
+    processed_logprobs: bool
+    def __init__(self, stream: bool = ..., logprobs: bool = ..., top_logprobs: _Optional[int] = ..., text: bool = ..., processed_logprobs: bool = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "route", "prompt", "messages", "prompt_token_ids", "sampling", "divergence", "evaluation", "output")
@@ -221,7 +223,7 @@ class Complete(_message.Message):
     def __init__(self, sample: _Optional[_Union[Sample, _Mapping]] = ...) -> None: ...
 
 class Sample(_message.Message):
-    __slots__ = ("role", "index", "text", "token_ids", "logprobs", "finish_reason", "answer", "correct", "divergence", "timings", "error", "divergence_error", "top_logprobs", "text_ends")
+    __slots__ = ("role", "index", "text", "token_ids", "logprobs", "finish_reason", "answer", "correct", "divergence", "timings", "error", "divergence_error", "top_logprobs", "processed_logprobs", "text_ends")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +237,7 @@ class Sample(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     DIVERGENCE_ERROR_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROCESSED_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TEXT_ENDS_FIELD_NUMBER: _ClassVar[int]
     role: Role
     index: int
@@ -249,8 +252,9 @@ class Sample(_message.Message):
     error: str
     divergence_error: str
     top_logprobs: _containers.RepeatedCompositeFieldContainer[TopLogprobs]
+    processed_logprobs: _containers.RepeatedScalarFieldContainer[float]
     text_ends: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., answer: _Optional[str] = ..., correct: bool = ..., divergence: _Optional[_Union[Divergence, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., error: _Optional[str] = ..., divergence_error: _Optional[str] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., text_ends: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., answer: _Optional[str] = ..., correct: bool = ..., divergence: _Optional[_Union[Divergence, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., error: _Optional[str] = ..., divergence_error: _Optional[str] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., processed_logprobs: _Optional[_Iterable[float]] = ..., text_ends: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_s", "prefill_s", "ttft_s", "decode_s")
