@@ -10,8 +10,10 @@ Prompts are pieces of real text, never the same one twice; EOS is ignored.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +26,7 @@ from bench.engine_driver import QUICK, BundleModels, Prompts, Scale, Setting
 from bench.engine_measures import Measures, render
 from bench.engine_stress import long_context, mixed, soak
 from bench.engine_wire import ServerFlags, grpc_streaming, shadow
-from bench.machine import describe_machine
+from bench.peer_machine import describe_machine, watch_foreign_share
 from bench.prompts import MIN_PROMPTS, PromptSource, read_text
 from bundle.errors import BundleError, UserError
 from bundle.hashing import hash_file
@@ -75,12 +77,14 @@ def run(options: argparse.Namespace) -> dict[str, Measures]:
     document = _document(options, variant, setting.scale)
     checks: dict[str, Measures] = {}
     for name in names:
-        started_s = time.perf_counter()
         _progress(f"{name} …")
-        in_process = name in IN_PROCESS
-        checks[name] = (
-            IN_PROCESS[name](setting) if in_process else ON_THE_WIRE[name](setting, flags)
-        )
+        started_s = time.perf_counter()
+        with watch_foreign_share(_own_cpu_s) as foreign:
+            in_process = name in IN_PROCESS
+            checks[name] = (
+                IN_PROCESS[name](setting) if in_process else ON_THE_WIRE[name](setting, flags)
+            )
+        checks[name].add("cores' time taken by other processes", "share", foreign.share)
         _progress(f"{name}: {time.perf_counter() - started_s:.0f} s")
         write(options.out, document, checks)
     return checks
@@ -128,7 +132,13 @@ def _document(options: argparse.Namespace, variant: str, scale: Scale) -> dict[s
         "seed": options.seed,
         "scale": asdict(scale),
     }
-    return {"machine": describe_machine(PACKAGES), "config": config}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"machine": {**describe_machine(), "versions": versions}, "config": config}
+
+
+def _own_cpu_s() -> float:
+    """Return the CPU time of this process and of the servers that it has stopped."""
+    return sum(os.times()[:4])
 
 
 def write(path: Path, document: Mapping[str, Any], checks: Mapping[str, Measures]) -> None:

@@ -52,14 +52,12 @@ def _time_sampler(setting: Setting, driver: Driver, batch: int, sampling: Sampli
     sampler, backend = Sampler(frozenset()), driver.backend
     torch.set_num_threads(1)
     logits, seconds = backend.forward(0, prompts, [0] * batch), []
-    for step in range(setting.scale.new_tokens - 1):
+    for num_steps in range(setting.scale.new_tokens):
         started_s = time.perf_counter()
         sampled = sampler.sample(logits, sequences)
         seconds.append(time.perf_counter() - started_s)
-        for row, sequence in enumerate(sequences):
-            sequence.append(sampled.token_ids[row], sampled.logprobs[row])
-        new = [sequence.token_ids[-1:] for sequence in sequences]
-        logits = backend.forward(0, new, [len(p) + step for p in prompts])
+        new = [[token_id] for token_id in sampled.token_ids]
+        logits = backend.forward(0, new, [len(prompt) + num_steps for prompt in prompts])
     return statistics.median(seconds)
 
 

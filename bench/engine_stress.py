@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import statistics
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from bench.engine_driver import Driver, Reader, Setting, drawn, greedy
 from bench.engine_measures import Measures, Round, at_least, at_most
-from bench.machine import resident_bytes
 
 MIB = 2**20
 NUM_SHORT_STREAMS = 4
@@ -129,10 +130,11 @@ def soak(setting: Setting) -> Measures:
     measures.add("all of it", "s", time.perf_counter() - started_s)
     share = num_whole / scale.num_soak
     measures.add("requests that end once and whole", "share", share, at_least(1))
-    growth_bytes, allowed_bytes = growth(resident)
-    measures.add(
-        "second half: most less mean", "MiB", growth_bytes / MIB, at_most(allowed_bytes / MIB)
-    )
+    excess_bytes, allowed_bytes, slope_bytes = flatness(resident)
+    target = at_most(allowed_bytes / MIB)
+    measures.add("second half: most less mean", "MiB", excess_bytes / MIB, target)
+    slope = slope_bytes / scale.soak_interval * 1000
+    measures.add("second half: slope", "MiB per 1,000 requests", slope / MIB)
     return measures
 
 
@@ -157,12 +159,19 @@ def _soak(setting: Setting, driver: Driver) -> Iterator[tuple[int, bool]]:
         driver.log.clear()
 
 
-def growth(resident: list[int]) -> tuple[float, float]:
-    """Return how far the most lies above the mean in the second half, and what is allowed; bytes.
+def flatness(resident: list[int]) -> tuple[float, float, float]:
+    """Return of the second half: most less mean, what of it is allowed, slope per sample; bytes.
 
-    >>> growth([100, 900, 1000, 1000, 1000, 1060])
-    (40.0, 33554432)
+    >>> flatness([100, 900, 1000, 1000, 1000, 1060])
+    (40, 33554432, 30.0)
     """
     second_half = resident[len(resident) // 2 :]
     mean = statistics.mean(second_half)
-    return max(second_half) - mean, max(MAX_GROWTH_SHARE * mean, MAX_GROWTH_BYTES)
+    slope = statistics.linear_regression(range(len(second_half)), second_half).slope
+    return max(second_half) - mean, max(MAX_GROWTH_SHARE * mean, MAX_GROWTH_BYTES), slope
+
+
+def resident_bytes() -> int:
+    """Return this process's resident memory."""
+    num_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return num_pages * os.sysconf("SC_PAGE_SIZE")
