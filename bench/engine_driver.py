@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from bench.engine_graph import lengthen
 from bench.prompts import PromptSource
 from serve.backend import Backend
 from serve.engine import Engine
@@ -53,8 +56,14 @@ class Scale:
     @property
     def max_model_len(self) -> int:
         """What the models of all checks but `long_context` are loaded with."""
-        longest = (*self.prefill_tokens, self.repeated_prompt_tokens, self.mixed_prompt_tokens[1])
-        return max(longest) + max(self.new_tokens, self.wire_tokens, self.mixed_new_tokens[1])
+        lengths = (
+            *self.prefill_tokens,
+            self.prompt_tokens + max(self.new_tokens, self.wire_tokens),
+            self.repeated_prompt_tokens + 2,
+            self.mixed_prompt_tokens[1] + self.mixed_new_tokens[1],
+            self.soak_prompt_tokens[1] + self.soak_new_tokens[1],
+        )
+        return max(lengths)
 
 
 QUICK = Scale(
@@ -67,7 +76,7 @@ QUICK = Scale(
     num_samples=4,
     repeated_prompt_tokens=64,
     long_prompt_tokens=768,
-    long_model_len=1024,
+    long_model_len=4096,
     short_tokens=32,
     wire_batches=(1, 4),
     wire_tokens=16,
@@ -267,7 +276,10 @@ def drawn(max_tokens: int, num_samples: int = 1, seed: int = 0) -> SamplingParam
 
 
 class BundleModels:
-    """A bundle's student in onnxruntime and its teacher in torch, as `tandem serve` loads them."""
+    """A bundle's student in onnxruntime and its teacher in torch, as `tandem serve` loads them.
+
+    A context longer than the bundle's graph covers gets a copy of it with longer rotary tables.
+    """
 
     def __init__(self, variant: Path, teacher: Path, device: str, num_threads: int) -> None:
         self._variant = variant
@@ -279,15 +291,14 @@ class BundleModels:
     def student(self, max_num_seqs: int, max_model_len: int) -> Backend:
         key = ("student", max_num_seqs, max_model_len)
         if key not in self._loaded:
-            from serve.onnx_backend import OnnxBackend
-
-            self._loaded[key] = OnnxBackend.load(
-                self._variant,
-                device=self._device,
-                max_num_seqs=max_num_seqs,
-                max_model_len=max_model_len,
-                num_threads=self._num_threads,
-            )
+            config = json.loads((self._variant / "config.json").read_text())
+            if max_model_len <= config["max_position_embeddings"]:
+                self._loaded[key] = self._load_student(self._variant, max_num_seqs, max_model_len)
+            else:
+                with tempfile.TemporaryDirectory() as scratch:
+                    longer = Path(scratch) / self._variant.name
+                    lengthen(self._variant, longer, max_model_len)
+                    self._loaded[key] = self._load_student(longer, max_num_seqs, max_model_len)
         return self._loaded[key]
 
     def teacher(self, max_num_seqs: int, max_model_len: int) -> Backend:
@@ -304,3 +315,14 @@ class BundleModels:
                 max_model_len=max_model_len,
             )
         return self._loaded[key]
+
+    def _load_student(self, folder: Path, max_num_seqs: int, max_model_len: int) -> Backend:
+        from serve.onnx_backend import OnnxBackend
+
+        return OnnxBackend.load(
+            folder,
+            device=self._device,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            num_threads=self._num_threads,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ import torch
 
 from bench import engine
 from bench.engine_driver import QUICK, Driver, Step, StepLog, drawn, greedy
+from bench.engine_graph import lengthen
 from bench.engine_measures import Measures, at_least, at_most, render
 from bench.engine_server import mean_step_s, serving
 from bench.engine_stress import MIB, flatness
@@ -221,6 +223,33 @@ def test_mean_step_is_of_what_came_between_two_scrapes() -> None:
 
     assert mean_step_s(page(1.0, 2), page(4.0, 8), "teacher", "score") == (0.5, 6)
     assert mean_step_s({}, {}, "student", "decode") == (0.0, 0.0)
+
+
+# --- longer graphs
+
+
+def test_lengthened_graph_computes_the_same_and_reaches_further(
+    bundle: Path, tmp_path: Path
+) -> None:
+    from serve.onnx_backend import OnnxBackend
+
+    lengthen(bundle / "onnx" / "fp32", tmp_path / "longer", 4096)
+    limits: dict[str, Any] = {"device": "cpu", "max_num_seqs": 1, "num_threads": 1}
+    short = OnnxBackend.load(bundle / "onnx" / "fp32", max_model_len=2048, **limits)
+    long = OnnxBackend.load(tmp_path / "longer", max_model_len=4096, **limits)
+    text = [5 + number % 400 for number in range(3000)]
+    expected = short.forward(0, [text[:500]], [0])
+    torch.testing.assert_close(long.forward(0, [text[:500]], [0]), expected, rtol=0, atol=1e-5)
+    assert long.forward(0, [text], [0]).isfinite().all()
+
+
+def test_scaled_rotary_tables_are_refused(bundle: Path, tmp_path: Path) -> None:
+    variant = tmp_path / "scaled"
+    shutil.copytree(bundle / "onnx" / "fp32", variant)
+    config = json.loads((variant / "config.json").read_text())
+    (variant / "config.json").write_text(json.dumps(config | {"rope_theta": 500.0}))
+    with pytest.raises(UserError, match="rotary tables are scaled"):
+        lengthen(variant, tmp_path / "longer", 4096)
 
 
 # --- the driver
