@@ -1,169 +1,102 @@
-"""A transformers model behind `serve.backend.Backend`: slot attention and packed linear layers.
+"""A transformers model behind `serve.backend.Backend`.
 
-The model's own code runs unchanged, except that its attention function reads and writes the slot
-cache, and that on the CPU its linear layers use oneDNN's packed weights. Everything that depends
-on the version of transformers is in this file.
-
-On a CPU with bfloat16 instructions a row's logits are the same bits whatever else is in the batch,
-and the same whether computed one token at a time or in one teacher-forced pass (docs/log.md). That
-needs oneDNN for every matrix product, never a product of fewer than two rows (in attention:
-`_MIN_QUERY_ROWS`), and a key length rounded up to `_KEY_ALIGNMENT`.
+Transformers reads the model and knows its rotary angles; the steps are `serve.decoder`'s, over the
+slots of `serve.slot_attention`. Everything that depends on the version of transformers is in this
+file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
+from torch import Tensor, nn
+from transformers import AutoConfig
 from transformers import AutoModelForCausalLM as AutoModel
 
 from serve.backend import NUM_SPARE_ROWS, ModelInfo, logit_rows
+from serve.cuda_graphs import DecodeGraphs, cuda_capture
+from serve.decoder import (
+    Decoder,
+    DecoderLayer,
+    HeadShape,
+    Norm,
+    decode_hidden,
+    make_linear,
+    make_norm,
+    next_token_logits,
+    rotary_table,
+)
 from serve.kv_cache import KVCache
+from serve.slot_attention import (
+    QUERY_ALIGNMENT,
+    ManyTokenAttention,
+    OneTokenAttention,
+    SlotCache,
+    key_length,
+    round_up,
+)
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # The others (dynamic, longrope) turn by the longest sequence of the batch.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-_ATTENTION = "tandem_slots"
-_KEY_ALIGNMENT = 16
-_MIN_QUERY_ROWS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class _Slots:
-    """Where this step's rows live in the cache, and what each new token may attend to.
-
-    `positions` is `(B, T)`; `masks` has one per layer, additive, `(B, 1, R, L)`, where R is G*T (G
-    query heads per KV head) but at least `_MIN_QUERY_ROWS`. Layers of one window share one.
-    """
-
-    cache: KVCache
-    first_row: int
-    positions: torch.Tensor
-    masks: tuple[torch.Tensor, ...]
-    is_first_prefill: bool
-
-    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store `(B, H, T, D)` keys and values of the new tokens."""
-        for cached, new in ((self.cache.keys[layer], key), (self.cache.values[layer], value)):
-            rows = cached[self.first_row : self.first_row + len(new)]
-            if self.is_first_prefill:
-                rows[:, :, : new.shape[2]] = new
-            else:
-                row_ids = torch.arange(len(new), device=new.device)[:, None]
-                rows[row_ids, :, self.positions] = new.transpose(1, 2)
-
-    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = slice(self.first_row, self.first_row + len(self.positions))
-        length = self.masks[layer].shape[-1]
-        return self.cache.keys[layer][rows, :, :length], self.cache.values[layer][rows, :, :length]
-
-
-def _slot_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    slots: _Slots,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attend over the cache. `query` `(B, Hq, T, D)`, `key`/`value` `(B, Hkv, T, D)`.
-
-    The query heads that share a KV head are laid out as further query positions of that head, so
-    keys and values are never repeated.
-    """
-    batch, num_heads, num_tokens, head_dim = query.shape
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    slots.write(layer, key, value)
-    keys, values = slots.read(layer)
-    folded = query.reshape(batch, keys.shape[1], -1, head_dim)
-    num_rows, mask = folded.shape[2], slots.masks[layer]
-    folded = nn.functional.pad(folded, (0, 0, 0, mask.shape[2] - num_rows))
-    output = nn.functional.scaled_dot_product_attention(
-        folded, keys, values, attn_mask=mask, scale=scaling
-    )[:, :, :num_rows]
-    return output.reshape(batch, num_heads, num_tokens, head_dim).transpose(1, 2), None
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Stop transformers from building a mask: `_Slots` has it."""
-
-
-AttentionInterface.register(_ATTENTION, _slot_attention)
-AttentionMaskInterface.register(_ATTENTION, _no_mask)
-
-
-class _PackedLinear(nn.Module):
-    """A linear layer whose weight lies in oneDNN's blocked layout: 2 to 3 times as fast at B = 1.
-
-    The operators are the ones that torch's inductor emits for a frozen linear layer.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        self.bias = bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.flatten(0, -2)
-        # A single row would take another kernel, with another order of additions.
-        padded = rows if len(rows) > 1 else rows.expand(2, -1)
-        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            padded, self.packed, self.bias, "none", [], ""
-        )
-        return output[: len(rows)].view(*x.shape[:-1], -1)
+_ACTIVATIONS = ("silu", "swish")
 
 
 class TorchBackend:
     """See `serve.backend.Backend`. One instance serves one model from one thread."""
 
     def __init__(
-        self, model: Any, *, device: torch.device, max_num_seqs: int, max_model_len: int
+        self,
+        model: Any,
+        *,
+        device: torch.device,
+        max_num_seqs: int,
+        max_model_len: int,
+        enable_cuda_graphs: bool = True,
     ) -> None:
         config = model.config
-        self._decoder = model.model
-        self._device = device
-        self._dtype: torch.dtype = model.dtype
-        head_dim = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
-        )
-        self._windows = sliding_windows(config)
-        self._num_queries_per_key = config.num_attention_heads // config.num_key_value_heads
+        shape = head_shape(config)
         # One column more than the context: padding tokens write there when a row is full.
-        num_columns = _round_up(max_model_len + 1)
-        self.cache = KVCache(
-            config.num_hidden_layers,
-            (max_num_seqs + NUM_SPARE_ROWS, config.num_key_value_heads, num_columns, head_dim),
-            self._dtype,
-            device,
-        )
+        num_columns = key_length(max_model_len + 1)
         self.info = ModelInfo(
             backend="torch",
             device=str(device),
-            precision=str(self._dtype).removeprefix("torch."),
+            precision=str(model.dtype).removeprefix("torch."),
             num_parameters=model.num_parameters(),
             vocab_size=config.vocab_size,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
         )
-        # Log-probabilities are differences of logits: bfloat16 would round them to 1/8 nat.
-        self._head = _make_linear(model.lm_head.weight.float(), model.lm_head.bias)
-        if device.type == "cpu":
-            _pack_linears(self._decoder)
+        self.cache = KVCache(
+            config.num_hidden_layers,
+            (max_num_seqs + NUM_SPARE_ROWS, shape.num_kv_heads, num_columns, shape.head_dim),
+            model.dtype,
+            device,
+        )
+        self._device = device
+        self._slots = SlotCache(self.cache)
+        self._decoder = take_decoder(model, num_columns)
+        self._graphs: DecodeGraphs | None = None
+        if device.type == "cuda" and enable_cuda_graphs:
+            self._graphs = DecodeGraphs(
+                self._decode, cuda_capture(device), self.info, max_num_keys=num_columns
+            )
 
     @classmethod
     def load(
-        cls, path: Path, *, device: str, dtype: torch.dtype, max_num_seqs: int, max_model_len: int
+        cls,
+        path: Path,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        max_num_seqs: int,
+        max_model_len: int,
+        enable_cuda_graphs: bool = True,
     ) -> TorchBackend:
         """Load a transformers folder. Raises ValueError when the architecture is not supported."""
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -175,20 +108,34 @@ class TorchBackend:
             )
         model = AutoModel.from_pretrained(path, dtype=dtype, trust_remote_code=False)
         return cls.take(
-            model, device=device, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+            model,
+            device=device,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            enable_cuda_graphs=enable_cuda_graphs,
         )
 
     @classmethod
     def take(
-        cls, model: Any, *, device: str, max_num_seqs: int, max_model_len: int
+        cls,
+        model: Any,
+        *,
+        device: str,
+        max_num_seqs: int,
+        max_model_len: int,
+        enable_cuda_graphs: bool = True,
     ) -> TorchBackend:
-        """Take over a transformers model, which is of no further use by itself."""
-        model.set_attn_implementation(_ATTENTION)
+        """Take over a transformers model, whose weights are gone afterwards.
+
+        Raises ValueError when the architecture is not supported.
+        """
+        check_supported(model.config)
         return cls(
-            model.eval().to(device),
+            model.to(device),
             device=torch.device(device),
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            enable_cuda_graphs=enable_cuda_graphs,
         )
 
     @torch.inference_mode()
@@ -198,17 +145,47 @@ class TorchBackend:
         new_token_ids: Sequence[Sequence[int]],
         past_lengths: Sequence[int],
         logit_indices: Sequence[Sequence[int]] | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """See `Backend.forward`."""
-        input_ids = _right_padded(new_token_ids).to(self._device)
-        slots = self._slots(first_row, input_ids.shape[1], past_lengths)
-        hidden = self._decoder(
-            input_ids=input_ids, position_ids=slots.positions, use_cache=False, slots=slots
-        ).last_hidden_state
-        wanted = logit_rows(new_token_ids, logit_indices, input_ids.shape[1])
-        rows = hidden.flatten(0, 1)[torch.tensor(wanted, device=self._device)]
-        logits: torch.Tensor = self._head(rows.float())
-        return logits
+        if logit_indices is None and all(len(ids) == 1 for ids in new_token_ids):
+            return self._forward_one(first_row, [ids[0] for ids in new_token_ids], past_lengths)
+        token_ids = _right_padded(new_token_ids).to(self._device)
+        num_tokens = token_ids.shape[1]
+        past = torch.tensor(past_lengths, device=self._device)[:, None]
+        positions = past + torch.arange(num_tokens, device=self._device)
+        positions = positions.clamp_max(self.cache.max_len - 1)
+        attention = ManyTokenAttention(
+            self._slots,
+            self._decoder.shape,
+            self._decoder.windows,
+            first_row,
+            positions,
+            past_lengths,
+            [len(ids) for ids in new_token_ids],
+        )
+        hidden = decode_hidden(self._decoder, token_ids.flatten(), positions.flatten(), attention)
+        wanted = logit_rows(new_token_ids, logit_indices, num_tokens)
+        return next_token_logits(self._decoder, hidden[torch.tensor(wanted, device=self._device)])
+
+    def _forward_one(
+        self, first_row: int, token_ids: Sequence[int], past_lengths: Sequence[int]
+    ) -> Tensor:
+        if self._graphs is not None and first_row == 0:
+            return self._graphs.decode(token_ids, past_lengths)
+        num_keys = key_length(max(past_lengths) + 1)
+        tensors = torch.tensor([token_ids, past_lengths], device=self._device)
+        return self._decode(first_row, tensors[0], tensors[1], num_keys)
+
+    def _decode(
+        self, first_row: int, token_ids: Tensor, positions: Tensor, num_keys: int
+    ) -> Tensor:
+        """Run one token `(B,)` per row at `positions` `(B,)` over `num_keys` columns."""
+        decoder = self._decoder
+        attention = OneTokenAttention(
+            self._slots, decoder.shape, decoder.windows, first_row, positions, num_keys
+        )
+        hidden = decode_hidden(decoder, token_ids, positions, attention)
+        return next_token_logits(decoder, hidden)
 
     def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
         """See `Backend.copy_kv`."""
@@ -222,28 +199,78 @@ class TorchBackend:
         """See `Backend.write_kv`."""
         self.cache.write(row, start, kv)
 
-    def _slots(self, first_row: int, num_tokens: int, past_lengths: Sequence[int]) -> _Slots:
-        past = torch.tensor(past_lengths, device=self._device)[:, None]
-        positions = past + torch.arange(num_tokens, device=self._device)
-        positions = positions.clamp_max(self.cache.max_len - 1)
-        num_keys = min(_round_up(max(past_lengths) + num_tokens), self.cache.max_len)
-        masks = {w: self._mask(positions, num_keys, w) for w in set(self._windows)}
-        return _Slots(
-            self.cache,
-            first_row,
-            positions,
-            tuple(masks[window] for window in self._windows),
-            is_first_prefill=not any(past_lengths),
-        )
 
-    def _mask(self, positions: torch.Tensor, num_keys: int, window: int | None) -> torch.Tensor:
-        """See `_Slots`: every token sees the `window` newest keys, its own included, or all."""
-        age = positions[..., None] - torch.arange(num_keys, device=self._device)
-        is_hidden = age < 0 if window is None else (age < 0) | (age >= window)
-        mask = torch.zeros(is_hidden.shape, dtype=self._dtype, device=self._device)
-        mask = mask.masked_fill_(is_hidden, -torch.inf).repeat(1, self._num_queries_per_key, 1)
-        num_padding_rows = max(_MIN_QUERY_ROWS - mask.shape[1], 0)
-        return nn.functional.pad(mask, (0, 0, 0, num_padding_rows))[:, None]
+def take_decoder(model: Any, num_positions: int) -> Decoder:
+    """Take the weights out of a transformers model, layer by layer, and leave it without them."""
+    decoder, config = model.model, model.config
+    windows = sliding_windows(config)
+    return Decoder(
+        embedding=decoder.embed_tokens.weight.detach(),
+        layers=tuple(
+            _take_layer(layer, config.rms_norm_eps, window)
+            for layer, window in zip(decoder.layers, windows, strict=True)
+        ),
+        final_norm=make_norm(decoder.norm.weight, config.rms_norm_eps),
+        head=make_linear(model.lm_head.weight.float(), model.lm_head.bias),
+        rotary=_rotary(model, num_positions),
+        shape=head_shape(config),
+    )
+
+
+def _take_layer(layer: Any, eps: float, window: int | None) -> DecoderLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    taken = DecoderLayer(
+        input_norm=make_norm(layer.input_layernorm.weight, eps),
+        qkv=make_linear(*_stacked(attention.q_proj, attention.k_proj, attention.v_proj)),
+        head_norm=_head_norm(attention, eps),
+        has_rope=bool(getattr(attention, "use_rope", True)),
+        window=window,
+        output=make_linear(*_stacked(attention.o_proj)),
+        mlp_norm=make_norm(layer.post_attention_layernorm.weight, eps),
+        gate_up=make_linear(*_stacked(mlp.gate_proj, mlp.up_proj)),
+        down=make_linear(*_stacked(mlp.down_proj)),
+    )
+    layer.to("meta")  # else every weight would be in memory twice
+    return taken
+
+
+def _stacked(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Return the weight and the bias of layers with one input as one layer's."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    return weight, torch.cat(biases) if biases else None
+
+
+def _head_norm(attention: Any, eps: float) -> Norm | None:
+    """Return Qwen3's norm of queries and keys, one for all their heads."""
+    if getattr(attention, "q_norm", None) is None:
+        return None
+    head_dim = attention.head_dim
+    weights = [
+        norm.weight.expand(projection.out_features // head_dim, -1)
+        for norm, projection in (
+            (attention.q_norm, attention.q_proj),
+            (attention.k_norm, attention.k_proj),
+        )
+    ]
+    return make_norm(torch.cat(weights), eps)
+
+
+def _rotary(model: Any, num_positions: int) -> Tensor:
+    # A new module: a model that was cast to bfloat16 has rounded frequencies.
+    rotary = type(model.model.rotary_emb)(config=model.config)
+    cos, sin = rotary(torch.empty(0, dtype=model.dtype), torch.arange(num_positions)[None])
+    return rotary_table(cos[0], sin[0]).to(model.lm_head.weight.device)
+
+
+def head_shape(config: Any) -> HeadShape:
+    """Return how many heads a model has, and of which size."""
+    head_dim = getattr(config, "head_dim", None)
+    return HeadShape(
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+    )
 
 
 def check_supported(config: Any) -> None:
@@ -258,6 +285,16 @@ def check_supported(config: Any) -> None:
         raise ValueError(
             f"model type {config.model_type!r}: layer_types has {min(other)!r}; "
             f"supported are {', '.join(sorted(_LAYER_TYPES))}"
+        )
+    if config.hidden_act not in _ACTIVATIONS:
+        raise ValueError(
+            f"model type {config.model_type!r}: hidden_act is {config.hidden_act!r}; "
+            f"supported are {', '.join(_ACTIVATIONS)}"
+        )
+    if getattr(config, "partial_rotary_factor", None) not in (None, 1.0):
+        raise ValueError(
+            f"model type {config.model_type!r}: partial_rotary_factor is "
+            f"{config.partial_rotary_factor}; supported is 1.0"
         )
     scaling = getattr(config, "rope_scaling", None) or {}
     rope_type = "mrope" if "mrope_section" in scaling else scaling.get("rope_type", "default")
@@ -283,28 +320,6 @@ def sliding_windows(config: Any) -> tuple[int | None, ...]:
     return tuple(config.sliding_window if sliding else None for sliding in is_sliding)
 
 
-def _right_padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    width = max(map(len, rows))
+def _right_padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    width = round_up(max(map(len, rows)), QUERY_ALIGNMENT)
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-
-
-def _round_up(length: int) -> int:
-    return -(-length // _KEY_ALIGNMENT) * _KEY_ALIGNMENT
-
-
-def _pack_linears(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(module, name, _make_linear(child.weight, child.bias))
-        else:
-            _pack_linears(child)
-
-
-def _make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
-    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return _PackedLinear(weight, bias)
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
-    return linear
