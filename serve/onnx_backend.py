@@ -16,7 +16,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,8 @@ class OnnxBackend:
         self._decode_steps: dict[int, _Step] = {}
         self._cache_binding = lru_cache(maxsize=4 * max_num_seqs)(self._bind_cache)
         self._options = _run_options(_NO_GRAPH)
+        if stream is not None:
+            torch.cuda.synchronize(device)  # the cache was zeroed on another stream
 
     @classmethod
     def load(
@@ -221,35 +223,32 @@ class OnnxBackend:
         Shapes and addresses repeat from step to step, so that nothing is bound anew.
         """
         num_rows = len(new_token_ids)
-        step = self._decode_step(num_rows)
+        step = self._decode_steps.get(num_rows) or self._new_decode_step(num_rows)
         inputs = step.inputs
         inputs.input_ids[:num_rows] = new_token_ids
         inputs.last_positions[:num_rows] = past_lengths
-        # The last row is the last sequence's or padding; padding reads the last sequence's logits,
-        # lest it count where activations are quantized by the largest of the batch.
-        inputs.logit_rows[-1] = num_rows - 1
-        if num_rows < len(step.logits):
-            inputs.input_ids[num_rows:] = 0
-            inputs.last_positions[num_rows:] = 0
-        is_static = self._has_static_steps
-        total_length = self.info.max_model_len if is_static else max(past_lengths) + 1
+        if self._has_static_steps:
+            inputs.last_positions[num_rows:] = 0  # a larger batch of the same size left its own
+        total_length = self.info.max_model_len if self._has_static_steps else max(past_lengths) + 1
         has_graph = self._graph_thread == threading.get_ident()
         logits = self._run_step(step, total_length, step.options if has_graph else self._options)
-        if logit_indices is not None:
-            return logits[logit_rows(new_token_ids, logit_indices, 1)]
-        return logits if len(logits) == num_rows else logits[:num_rows]
-
-    def _decode_step(self, num_rows: int) -> _Step:
-        num_padded = self._padded_sizes[num_rows]
-        return self._decode_steps.get(num_padded) or self._new_decode_step(num_padded)
+        if logit_indices is None:
+            return logits
+        return logits[logit_rows(new_token_ids, logit_indices, 1)]
 
     def _new_decode_step(self, num_rows: int) -> _Step:
-        inputs = _StepInputs(num_rows, 1, num_rows, self._device)
-        inputs.logit_rows[:] = range(num_rows)
-        binding = self._bind_cache(0, num_rows)
-        options = _run_options(num_rows if self._has_static_steps else _NO_GRAPH)
-        step = self._bind_step(binding, inputs, self._decode_logits[:num_rows], options)
-        self._decode_steps[num_rows] = step
+        num_padded = self._padded_sizes[num_rows]
+        if self._has_static_steps and num_padded > num_rows:
+            step = self._decode_steps.get(num_padded) or self._new_decode_step(num_padded)
+        else:
+            inputs = _StepInputs(num_padded, 1, num_padded, self._device)
+            # A scratch row's logits are the last sequence's, lest they count where activations are
+            # quantized by the largest of the batch.
+            inputs.logit_rows[:] = [*range(num_rows), *[num_rows - 1] * (num_padded - num_rows)]
+            options = _run_options(num_rows if self._has_static_steps else _NO_GRAPH)
+            binding = self._bind_cache(0, num_padded)
+            step = self._bind_step(binding, inputs, self._decode_logits[:num_padded], options)
+        self._decode_steps[num_rows] = step = replace(step, logits=step.logits[:num_rows])
         return step
 
     def _run(
@@ -261,13 +260,15 @@ class OnnxBackend:
     ) -> torch.Tensor:
         """Run a first prefill of several rows, or any number of tokens for one row."""
         num_rows, num_columns = len(new_token_ids), max(map(len, new_token_ids))
-        wanted = logit_rows(new_token_ids, logit_indices, num_columns)
-        num_wanted = len(wanted)
         if self._device.type == "cpu":
             # A scratch row would be another sequence's; a scratch column is behind this one's end.
-            num_columns = max(num_columns, 2) + num_rows * max(num_columns, 2) % 2
-            wanted = logit_rows(new_token_ids, logit_indices, num_columns)
-            wanted += wanted[-1:] * (num_wanted % 2)
+            num_columns = max(num_columns, 2)
+            num_columns += num_rows * num_columns % 2
+        wanted = logit_rows(new_token_ids, logit_indices, num_columns)
+        num_wanted = len(wanted)
+        wanted = wanted or [0]  # memory of no bytes cannot be bound
+        if self._device.type == "cpu":
+            wanted += wanted[-1:] * (len(wanted) % 2)
         inputs = _StepInputs(num_rows, num_columns, len(wanted), self._device)
         inputs.logit_rows[:] = wanted
         for row, (ids, past) in enumerate(zip(new_token_ids, past_lengths, strict=True)):
@@ -364,7 +365,9 @@ class _StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A bound step. It keeps its inputs alive: the binding has addresses only."""
+    """A bound step, and those of its logits that are wanted. It keeps its inputs alive: the binding
+    has addresses only.
+    """
 
     binding: Any
     inputs: _StepInputs

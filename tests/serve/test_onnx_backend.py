@@ -340,6 +340,19 @@ def test_decode_returns_the_logits_asked_for(
     assert torch.equal(picked, everything[[0, 2]])
 
 
+@pytest.mark.parametrize("past_length", [0, 6])
+def test_prefill_without_wanted_logits_still_fills_the_cache(
+    load: Callable[..., OnnxBackend], past_length: int
+) -> None:
+    backend, ids = load("fp32"), text(9)
+    backend.forward(7, [ids], [0])
+    expected = backend.read_kv(7, 0, 9)
+    backend.write_kv(7, past_length, torch.zeros_like(expected[:, :, past_length:]))
+    logits = backend.forward(7, [ids[past_length:]], [past_length], [[]])
+    assert logits.shape == (0, VOCAB_SIZE)
+    torch.testing.assert_close(backend.read_kv(7, 0, 9), expected, rtol=0, atol=1e-5)
+
+
 def test_half_logits_arrive_as_float32(load: Callable[..., OnnxBackend]) -> None:
     rows = [text(5), text(9, 1), text(4, 2)]
     found, expected = decode(load("half_logits"), rows), decode(load("fp32"), rows)
