@@ -32,8 +32,11 @@ class Turn:
 
 def measure_round(
     round_number: int, workers: dict[str, Worker], source: PromptSource, results: Results
-) -> None:
-    """Measure what this round lacks; a side that fails is absent and leaves `workers`."""
+) -> Iterator[Turn]:
+    """Measure what this round lacks, yielding after each turn.
+
+    A side that fails is absent from then on and leaves `workers`.
+    """
     done = {Turn(m.round, m.side, m.kind, m.size) for m in results.measurements}
     for turn in shuffled_turns(round_number, list(workers), results.config):
         if turn in done or turn.side not in workers:
@@ -48,6 +51,7 @@ def measure_round(
         else:
             record.peak_memory_bytes = worker.peak_memory_bytes
             results.measurements.append(measurement)
+        yield turn
 
 
 def shuffled_turns(round_number: int, sides: Sequence[str], config: Config) -> Iterator[Turn]:

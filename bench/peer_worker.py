@@ -13,11 +13,13 @@ A failure ends the process; its last words are on stderr, which the parent keeps
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -90,7 +92,15 @@ def serve(module_name: str, requests: IO[str], replies: IO[str]) -> None:
         print(json.dumps({**reply, "peak_memory_bytes": peak_kib * 1024}), file=replies, flush=True)
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process, stopped or not, when its parent ends. Linux only."""
+    pr_set_pdeathsig = 1
+    status = ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    assert status == 0, status
+
+
 def main() -> None:
+    die_with_parent()
     # Libraries print to stdout, their native parts too: let that go to the log.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -69,8 +69,8 @@ def compare(options: argparse.Namespace) -> Results:
         _measure_kl(workers, sides, manifest, options, results)
         source = PromptSource.of(read_text(options.bundle), max(PREFILL_TOKENS), options.seed)
         for round_number in range(options.rounds):
-            measure_round(round_number, workers, source, results)
-            results.save(options.out, derived(results))
+            for _ in measure_round(round_number, workers, source, results):
+                results.save(options.out, derived(results))
             _progress(f"round {round_number + 1} of {options.rounds} done")
     return results
 

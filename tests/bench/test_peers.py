@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -176,7 +177,8 @@ class CountingWorker:
 def run_round(number: int, results: Results, **workers: CountingWorker) -> None:
     for side in workers:
         results.sides.setdefault(side, SideRecord("weights"))
-    measure_round(number, workers, SOURCE, results)  # type: ignore[arg-type]
+    for _ in measure_round(number, workers, SOURCE, results):  # type: ignore[arg-type]
+        pass
 
 
 def test_every_side_is_measured_once_per_kind_on_the_same_prompts() -> None:
@@ -339,6 +341,17 @@ def test_worker_that_ends_is_reported_with_its_last_words(tmp_path: Path) -> Non
     with pytest.raises(WorkerFailedError, match="No module named"):
         worker.generate([[1]], 1)
     worker.close()
+
+
+def test_a_stopped_process_dies_with_its_parent() -> None:
+    child = "import os, signal; from bench.peer_worker import die_with_parent; die_with_parent();"
+    child += "print(os.getpid(), flush=True); os.kill(os.getpid(), signal.SIGSTOP)"
+    parent = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', sys.argv[1]],"
+    parent += "stdout=subprocess.PIPE, start_new_session=True).stdout.readline().decode())"
+    ended = subprocess.run([sys.executable, "-c", parent, child], capture_output=True, check=True)
+    status, deadline_s = Path(f"/proc/{int(ended.stdout)}/stat"), time.monotonic() + 5
+    while status.exists() and ") Z" not in status.read_text():
+        assert time.monotonic() < deadline_s, status.read_text()
 
 
 def test_worker_that_does_not_answer_is_given_up(
