@@ -189,8 +189,8 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def _padded_groups(shape: HeadShape) -> Tensor:
-    """Return the query heads group by group, the last one repeated up to `QUERY_ALIGNMENT`."""
-    group = torch.arange(max(shape.num_queries_per_key, QUERY_ALIGNMENT))
+    """Return the query heads group by group, each filled up to `QUERY_ALIGNMENT` with its last."""
+    group = torch.arange(round_up(shape.num_queries_per_key, QUERY_ALIGNMENT))
     group = group.clamp_max(shape.num_queries_per_key - 1)
     starts = torch.arange(0, shape.num_heads, shape.num_queries_per_key)
     return (starts[:, None] + group).flatten()

@@ -1,0 +1,72 @@
+"""The parts of a decoder against transformers' own modules, to the bit where rounding is shared."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from serve.decoder import HeadShape, make_linear, make_norm, rotary_table, rotate
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_is_that_of_transformers(dtype: torch.dtype) -> None:
+    x, module = random(50, 96, dtype=dtype), LlamaRMSNorm(96, eps=1e-5).to(dtype)
+    module.weight.data.uniform_(0.5, 1.5)
+    tolerance = {"rtol": 1e-6 if dtype == torch.float32 else 2**-7, "atol": 0}
+    actual = make_norm(module.weight, 1e-5)(x)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual, module(x).detach(), **tolerance)
+
+
+def test_norm_adds_eps_to_the_mean_square() -> None:
+    x = torch.full((2, 4), 1e-3)
+    torch.testing.assert_close(make_norm(torch.ones(4), 3e-6)(x), torch.full((2, 4), 0.5))
+
+
+@pytest.mark.parametrize("num_rows", [2, 3, 64, 300])
+def test_norm_of_a_row_has_the_same_bits_in_every_batch(num_rows: int) -> None:
+    x, norm = random(300, 576, dtype=torch.bfloat16), make_norm(random(576, seed=1), 1e-5)
+    assert torch.equal(norm(x[:num_rows]), norm(x)[:num_rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotation_is_that_of_transformers(dtype: torch.dtype) -> None:
+    heads, angles = random(7, 5, 16, dtype=dtype), torch.rand(7, 8).repeat(1, 2) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    expected, _ = apply_rotary_pos_emb(heads, heads, cos, sin, unsqueeze_dim=1)
+    rotate(heads, *rotary_table(cos, sin)[:, :, None].unbind(1))
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-6
+    torch.testing.assert_close(heads, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_is_a_product_and_a_bias(dtype: torch.dtype, has_bias: bool) -> None:
+    x, weight = random(5, 32, dtype=dtype), random(24, 32, dtype=dtype, seed=1)
+    bias = random(24, dtype=dtype, seed=2) if has_bias else None
+    expected = torch.nn.functional.linear(x, weight, bias)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(
+        make_linear(weight, bias)(x), expected, rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [2, 3, 16, 33])
+def test_product_of_a_row_has_the_same_bits_in_every_batch(
+    dtype: torch.dtype, num_rows: int
+) -> None:
+    x, linear = random(64, 576, dtype=dtype), make_linear(random(96, 576, dtype=dtype), None)
+    assert torch.equal(linear(x[:num_rows]), linear(x)[:num_rows])
+
+
+def test_shape_counts_what_is_rotated_and_what_shares_a_key() -> None:
+    shape = HeadShape(num_heads=9, num_kv_heads=3, head_dim=64)
+    assert (shape.num_rotated, shape.num_queries_per_key) == (12, 3)
