@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,14 @@ import onnx
 import onnxruntime as ort
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from estimators.divergence import exact_kl
 from export.half_precision import to_half
@@ -55,6 +62,11 @@ logger = logging.getLogger(__name__)
 NO_CUDA = 3
 # Largest mean KL to the CPU's float32 logits, in nats per token.
 MAX_MEAN_KL = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 2e-2}
+# What a runtime cannot run at all.
+NO_KERNELS = {
+    "cpu": {("onnx", "bfloat16"), ("torch", "float16")},
+    "cuda": {("onnx", "float32")},
+}
 MIN_SAMPLES_FOR_P99 = 200
 # hidden, intermediate, layers, heads, KV heads, vocabulary, positions; SmolLM2-135M, Llama-3.2-1B.
 SHAPES = {
@@ -68,7 +80,11 @@ Check = Callable[["Bench"], Result]
 
 
 class CheckFailedError(Exception):
-    """What was measured is not what must be."""
+    """What was measured, `found`, is not what must be."""
+
+    def __init__(self, problem: str, found: Result | None = None) -> None:
+        super().__init__(problem)
+        self.found = found or {}
 
 
 class CheckSkippedError(Exception):
@@ -93,7 +109,7 @@ class Sizes:
         return max(self.batch_sizes)
 
 
-FULL = Sizes("bfloat16", (1, 8, 16, 32, 64), (512, 2048), 64, 5, 512, 2 << 30, 2304)
+FULL = Sizes("bfloat16", (1, 8, 16, 32, 64), (512, 2048), 64, 3, 512, 2 << 30, 2304)
 TINY = Sizes("float32", (1, 2), (16,), 4, 2, 8, 1 << 20, 64)
 
 
@@ -133,6 +149,21 @@ class Bench:
             max_model_len=self.sizes.max_model_len,
             enable_cuda_graphs=graphs,
         )
+
+    def backend(self, runtime: str, dtype: str) -> Backend:
+        """Load the student in a runtime. Raises like `need_kernels`."""
+        self.need_kernels(runtime, dtype)
+        return self.onnx(dtype) if runtime == "onnx" else self.torch(dtype)
+
+    def need_kernels(self, runtime: str, dtype: str) -> None:
+        """Raise CheckSkippedError when `runtime` cannot run `dtype` on the device."""
+        if (runtime, dtype) in NO_KERNELS[self.device.type]:
+            raise CheckSkippedError(f"{runtime} has no {dtype} kernels on {self.device.type}")
+
+    def need_cuda(self) -> None:
+        """Raise CheckSkippedError on the CPU."""
+        if not self.on_cuda:
+            raise CheckSkippedError("needs CUDA")
 
     def transformers(self) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
@@ -195,23 +226,25 @@ def copy_bandwidth(bench: Bench) -> Result:
 # -- where it runs --------------------------------------------------------------------------------
 
 
-def placement(bench: Bench) -> Result:
+def placement(bench: Bench, dtype: str) -> Result:
     """Profile a prefill and two decode steps: every node on the device, no copies between."""
+    bench.need_kernels("onnx", dtype)
     provider = "CUDAExecutionProvider" if bench.on_cuda else "CPUExecutionProvider"
-    dtypes = ("float16", "bfloat16") if bench.on_cuda else ("float32", "float16")
-    return {dtype: check_placement(profile_nodes(bench, dtype), provider) for dtype in dtypes}
+    return check_placement(profile_nodes(bench, dtype), provider)
 
 
 def check_placement(nodes: Counter[tuple[str, str]], provider: str) -> Result:
     """Return how many nodes ran. Raises CheckFailedError for copies, and for other providers."""
     elsewhere = {f"{p} {op}": n for (p, op), n in nodes.items() if p != provider}
     num_memcpy = sum(n for (_, op), n in nodes.items() if op.startswith("Memcpy"))
+    found = {
+        "num_nodes_run": sum(nodes.values()),
+        "num_memcpy": num_memcpy,
+        "elsewhere": elsewhere,
+    }
     if elsewhere or num_memcpy or not nodes:
-        raise CheckFailedError(
-            f"{sum(nodes.values())} nodes ran, {num_memcpy} of them copies; "
-            f"not on {provider}: {elsewhere}"
-        )
-    return {"num_nodes_run": sum(nodes.values()), "num_memcpy": num_memcpy}
+        raise CheckFailedError(f"not every node runs on {provider}, without copies", found)
+    return found
 
 
 def profile_nodes(bench: Bench, dtype: str) -> Counter[tuple[str, str]]:
@@ -253,7 +286,7 @@ def count_nodes(events: Sequence[Result]) -> Counter[tuple[str, str]]:
 
 def float32_is_refused(bench: Bench) -> Result:
     """A graph without CUDA kernels must be refused, not run on the CPU."""
-    _need_cuda(bench)
+    bench.need_cuda()
     return refusal(partial(bench.onnx, "float32"))
 
 
@@ -269,52 +302,35 @@ def refusal(load: Callable[[], object]) -> Result:
 # -- whether it is right --------------------------------------------------------------------------
 
 
-def parity(bench: Bench) -> Result:
+def parity(bench: Bench, runtime: str, dtype: str) -> Result:
     """Compare logits with those of the CPU in float32, and count equal greedy tokens."""
-    prompts = bench.tokens(min(4, bench.sizes.max_num_seqs), 40)
-    reference = bench.torch("float32", device="cpu")
-    expected = _forced_logits(reference, prompts), _greedy(reference, prompts, 16)
-    cases = [("torch", "float32"), ("torch", "bfloat16"), ("onnx", "float16")]
-    cases += (
-        [("torch", "float16"), ("onnx", "bfloat16")] if bench.on_cuda else [("onnx", "float32")]
-    )
-    result: Result = {}
-    for runtime, dtype in cases:
-        with _freed(bench):
-            result[f"{runtime} {dtype}"] = _parity_case(bench, runtime, dtype, prompts, *expected)
-    return check_divergence(result)
-
-
-def _parity_case(
-    bench: Bench,
-    runtime: str,
-    dtype: str,
-    prompts: list[list[int]],
-    expected: np.ndarray,
-    expected_tokens: list[list[int]],
-) -> Result:
-    backend: Any = bench.onnx(dtype) if runtime == "onnx" else bench.torch(dtype)
+    backend = bench.backend(runtime, dtype)
+    prompts, expected, expected_tokens = _reference(bench)
     found, tokens = _forced_logits(backend, prompts), _greedy(backend, prompts, 16)
     kl = exact_kl(expected, found)
-    return {
+    measured = {
         "mean_kl_nats": float(kl.mean()),
         "max_kl_nats": float(kl.max()),
         "max_logit_difference": float(np.abs(expected - found).max()),
         "same_argmax": float((expected.argmax(-1) == found.argmax(-1)).mean()),
         "num_same_greedy_tokens": _num_same(expected_tokens, tokens),
     }
+    return check_divergence(measured, MAX_MEAN_KL[dtype])
 
 
-def check_divergence(cases: Result) -> Result:
-    """Return `cases`, by runtime and dtype. Raises CheckFailedError beyond `MAX_MEAN_KL`."""
-    failed = [
-        name
-        for name, case in cases.items()
-        if not case["mean_kl_nats"] <= MAX_MEAN_KL[name.split()[1]]
-    ]
-    if failed:
-        raise CheckFailedError(f"too far from float32: {', '.join(failed)}: {cases}")
-    return cases
+@lru_cache(maxsize=1)
+def _reference(bench: Bench) -> tuple[list[list[int]], np.ndarray, list[list[int]]]:
+    """Return prompts, and the logits and greedy tokens of torch in float32 on the CPU."""
+    prompts = bench.tokens(min(4, bench.sizes.max_num_seqs), 40)
+    backend = bench.torch("float32", device="cpu")
+    return prompts, _forced_logits(backend, prompts), _greedy(backend, prompts, 16)
+
+
+def check_divergence(measured: Result, max_mean_kl: float) -> Result:
+    """Return `measured`. Raises CheckFailedError unless its mean KL is within the limit."""
+    if not measured["mean_kl_nats"] <= max_mean_kl:
+        raise CheckFailedError(f"more than {max_mean_kl} nats from float32", measured)
+    return measured
 
 
 @torch.inference_mode()
@@ -353,7 +369,7 @@ def _num_same(expected: list[list[int]], found: list[list[int]]) -> list[int]:
 
 def cuda_graphs_onnx(bench: Bench) -> Result:
     """Run the same steps before and after capture: the same tokens, in less time."""
-    _need_cuda(bench)
+    bench.need_cuda()
     backend = bench.onnx(bench.sizes.dtype)
     off = _measure_graphs(bench, backend)
     backend.capture_graphs()
@@ -362,7 +378,7 @@ def cuda_graphs_onnx(bench: Bench) -> Result:
 
 def cuda_graphs_torch(bench: Bench) -> Result:
     """Run the same steps without and with graphs: the same tokens, in less time."""
-    _need_cuda(bench)
+    bench.need_cuda()
     measured = []
     for graphs in (False, True):
         with _freed(bench):
@@ -414,32 +430,32 @@ class _StepTimes(EngineObserver):
             self.decode_s.setdefault(batch_size, []).append(step_s)
 
 
-def decode(bench: Bench) -> Result:
+def decode(bench: Bench, runtime: str) -> Result:
     """Decode through the engine and through transformers `generate`, round by round."""
-    sizes, graphs = bench.sizes, bench.onnx(bench.sizes.dtype)
-    graphs.capture_graphs()
-    plain, model = bench.torch(sizes.dtype), bench.transformers()
-    gb_per_s = copy_bandwidth(bench)["gb_per_s"]
+    sizes, backend = bench.sizes, bench.backend(runtime, bench.sizes.dtype)
+    if isinstance(backend, OnnxBackend):
+        backend.capture_graphs()
+    model, gb_per_s = bench.transformers(), copy_bandwidth(bench)["gb_per_s"]
     result: Result = {}
     for batch in sizes.batch_sizes:
         sides: dict[str, Callable[[], float]] = {
-            "onnx": partial(_engine_step_s, bench, graphs, batch),
-            "torch": partial(_engine_step_s, bench, plain, batch),
+            runtime: partial(_engine_step_s, bench, backend, batch),
             "transformers": partial(_generate_step_s, bench, model, batch, None),
         }
         steps_s = _interleave(sides, bench)
         num_bytes = _step_bytes(bench, batch)
-        result[str(batch)] = {
-            side: _speed(seconds, batch)
-            | {"share_of_copy_bandwidth": num_bytes / statistics.median(seconds) / 1e9 / gb_per_s}
-            for side, seconds in steps_s.items()
-        } | _ratios(steps_s, "transformers")
+        result[str(batch)] = _compare_speed(steps_s, batch) | {
+            "share_of_copy_bandwidth": {
+                side: num_bytes / statistics.median(seconds) / 1e9 / gb_per_s
+                for side, seconds in steps_s.items()
+            }
+        }
     return result
 
 
 def decode_static_transformers(bench: Bench) -> Result:
     """Decode with transformers' static cache, which it compiles: its fastest way."""
-    _need_cuda(bench)
+    bench.need_cuda()
     model, result = bench.transformers(), {}
     for batch in bench.sizes.batch_sizes:
         _generate_step_s(bench, model, batch, "static")  # compiles
@@ -448,22 +464,18 @@ def decode_static_transformers(bench: Bench) -> Result:
     return result
 
 
-def prefill(bench: Bench) -> Result:
-    """Run one whole prompt, round by round, on the engine's backends and on transformers."""
-    dtype = bench.sizes.dtype
-    backends: dict[str, Backend] = {"onnx": bench.onnx(dtype), "torch": bench.torch(dtype)}
-    model, result = bench.transformers(), {}
+def prefill(bench: Bench, runtime: str) -> Result:
+    """Run one whole prompt, round by round, on a backend and on transformers."""
+    backend, model = bench.backend(runtime, bench.sizes.dtype), bench.transformers()
+    result: Result = {}
     for length in bench.sizes.prompt_lengths:
         (prompt,) = bench.tokens(1, length)
         ids = torch.tensor([prompt], device=bench.device)
         sides: dict[str, Callable[[], float]] = {
-            name: partial(bench.time_s, partial(backend.forward, 0, [prompt], [0]))
-            for name, backend in backends.items()
+            runtime: partial(bench.time_s, partial(backend.forward, 0, [prompt], [0])),
+            "transformers": partial(bench.time_s, partial(_prefill, model, ids)),
         }
-        sides["transformers"] = partial(bench.time_s, partial(_prefill, model, ids))
-        seconds = _interleave(sides, bench)
-        speeds = {side: _speed(each, length) for side, each in seconds.items()}
-        result[str(length)] = speeds | _ratios(seconds, "transformers")
+        result[str(length)] = _compare_speed(_interleave(sides, bench), length)
     return result
 
 
@@ -496,23 +508,31 @@ def _engine_step_s(bench: Bench, backend: Backend, batch: int) -> float:
     return statistics.median(times.decode_s[batch])
 
 
+class _StepClock(StoppingCriteria):  # type: ignore[misc, unused-ignore]
+    """Notes when `generate` has each of its tokens, and stops nothing."""
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.times_s.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def _generate_step_s(bench: Bench, model: Any, batch: int, cache: str | None) -> float:
-    """Return the mean decode step of `generate` in seconds: a long run less a short one."""
+    """Return the median decode step of `generate` in seconds; it waits for the device each step."""
     ids = torch.tensor(bench.tokens(batch, 32), device=bench.device)
-
-    def generate(num_tokens: int) -> None:
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=num_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            cache_implementation=cache,
-        )
-
-    num_steps = bench.sizes.num_new_tokens
-    short_s = bench.time_s(lambda: generate(1))
-    return (bench.time_s(lambda: generate(1 + num_steps)) - short_s) / num_steps
+    clock = _StepClock()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=bench.sizes.num_new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        cache_implementation=cache,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    return statistics.median(later - now for now, later in itertools.pairwise(clock.times_s))
 
 
 def _speed(seconds: list[float], num_tokens: int) -> Result:
@@ -523,15 +543,11 @@ def _speed(seconds: list[float], num_tokens: int) -> Result:
     }
 
 
-def _ratios(seconds: dict[str, list[float]], peer: str) -> Result:
-    """Return how many times as fast as `peer` each other side is: the median over rounds."""
-    return {
-        f"{side}_over_{peer}": statistics.median(
-            p / s for p, s in zip(seconds[peer], own, strict=True)
-        )
-        for side, own in seconds.items()
-        if side != peer
-    }
+def _compare_speed(seconds: dict[str, list[float]], num_tokens: int) -> Result:
+    """Return each side's speed, and how many times as fast as transformers the other one is."""
+    ((_, own), (_, peer)) = seconds.items()
+    speeds: Result = {side: _speed(each, num_tokens) for side, each in seconds.items()}
+    return speeds | {"ratio": statistics.median(p / s for s, p in zip(own, peer, strict=True))}
 
 
 def _step_bytes(bench: Bench, batch: int) -> int:
@@ -626,20 +642,21 @@ def _latency(seconds: list[float]) -> Result:
 # -- the run --------------------------------------------------------------------------------------
 
 CHECKS: dict[str, Check] = {
-    check.__name__: check
-    for check in (
-        environment,
-        copy_bandwidth,
-        placement,
-        float32_is_refused,
-        parity,
-        cuda_graphs_onnx,
-        cuda_graphs_torch,
-        decode,
-        prefill,
-        side_by_side,
-        decode_static_transformers,
-    )
+    "environment": environment,
+    "copy_bandwidth": copy_bandwidth,
+    **{f"placement_{dtype}": partial(placement, dtype=dtype) for dtype in MAX_MEAN_KL},
+    "float32_is_refused": float32_is_refused,
+    **{
+        f"parity_{runtime}_{dtype}": partial(parity, runtime=runtime, dtype=dtype)
+        for runtime in ("torch", "onnx")
+        for dtype in MAX_MEAN_KL
+    },
+    "cuda_graphs_onnx": cuda_graphs_onnx,
+    "cuda_graphs_torch": cuda_graphs_torch,
+    **{f"decode_{runtime}": partial(decode, runtime=runtime) for runtime in ("onnx", "torch")},
+    **{f"prefill_{runtime}": partial(prefill, runtime=runtime) for runtime in ("onnx", "torch")},
+    "side_by_side": side_by_side,
+    "decode_static_transformers": decode_static_transformers,
 }
 
 
@@ -662,15 +679,12 @@ def _run_check(check: Check, bench: Bench) -> Result:
         return {"status": "passed", **check(bench)}
     except CheckSkippedError as error:
         return {"status": f"skipped: {error}"}
+    except CheckFailedError as error:
+        return {"status": "failed", "error": str(error), **error.found}
     except Exception as error:
         # Whatever it is, it is this check's result, and a GPU's time is short.
         logger.exception("a check failed")
         return {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-
-
-def _need_cuda(bench: Bench) -> None:
-    if not bench.on_cuda:
-        raise CheckSkippedError("needs CUDA")
 
 
 @contextmanager
@@ -683,7 +697,11 @@ def _freed(bench: Bench) -> Iterator[None]:
 
 
 def make_random_model(shape: str, seed: int, folder: Path) -> Path:
-    """Save a Llama with random weights, large enough that tokens differ in probability."""
+    """Save a Llama with random weights.
+
+    Products keep the size of what goes in: smaller weights make all tokens alike, larger ones make
+    chaos of the last bits.
+    """
     hidden, intermediate, layers, heads, kv_heads, vocab_size, positions = SHAPES[shape]
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -695,7 +713,7 @@ def make_random_model(shape: str, seed: int, folder: Path) -> Path:
         num_key_value_heads=kv_heads,
         max_position_embeddings=positions,
         tie_word_embeddings=True,
-        initializer_range=2 / hidden**0.5,
+        initializer_range=1 / hidden**0.5,
     )
     model = LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():
