@@ -97,7 +97,7 @@ def test_failing_check_is_recorded_and_the_rest_goes_on(bench: Bench, tmp_path: 
     checks = {name: CHECKS[name] for name in ("placement_float32", "copy_bandwidth")}
     results = run_checks(bench, checks, out)
     assert results["placement_float32"]["status"] == "failed"
-    assert "config.json" in results["placement_float32"]["error"]
+    assert "model.onnx" in results["placement_float32"]["error"]
     assert results["copy_bandwidth"]["status"] == "passed"
     assert json.loads(out.read_text()) == results
 
