@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from serve.backend import NUM_SPARE_ROWS, ModelInfo, logit_rows
+from serve.cuda_graphs import batch_bucket
 from serve.kv_cache import KVCache
 
 LOGIT_ROWS = "logit_rows"
@@ -398,7 +399,7 @@ def padded_sizes(max_num_seqs: int, device: torch.device, is_static: bool) -> tu
     """
     sizes = range(max_num_seqs + 1)
     if is_static:
-        return (0, *(min(1 << (n - 1).bit_length(), max_num_seqs) for n in sizes[1:]))
+        return (0, *(batch_bucket(n, max_num_seqs) for n in sizes[1:]))
     return tuple(n + n % 2 for n in sizes) if device.type == "cpu" else tuple(sizes)
 
 
