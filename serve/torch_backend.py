@@ -44,7 +44,12 @@ SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # The others (dynamic, longrope) turn by the longest sequence of the batch.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-_ACTIVATIONS = ("silu", "swish")
+# What `serve.decoder` would compute differently: key -> the values that it computes.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "partial_rotary_factor": (None, 1.0),
+    "quantization_config": (None,),
+}
 
 
 class TorchBackend:
@@ -286,16 +291,13 @@ def check_supported(config: Any) -> None:
             f"model type {config.model_type!r}: layer_types has {min(other)!r}; "
             f"supported are {', '.join(sorted(_LAYER_TYPES))}"
         )
-    if config.hidden_act not in _ACTIVATIONS:
-        raise ValueError(
-            f"model type {config.model_type!r}: hidden_act is {config.hidden_act!r}; "
-            f"supported are {', '.join(_ACTIVATIONS)}"
-        )
-    if getattr(config, "partial_rotary_factor", None) not in (None, 1.0):
-        raise ValueError(
-            f"model type {config.model_type!r}: partial_rotary_factor is "
-            f"{config.partial_rotary_factor}; supported is 1.0"
-        )
+    for key, allowed in _ALLOWED.items():
+        value = getattr(config, key, None)
+        if value not in allowed:
+            raise ValueError(
+                f"model type {config.model_type!r}: {key} is {value!r}, "
+                f"the decoder allows {allowed[-1]!r}"
+            )
     scaling = getattr(config, "rope_scaling", None) or {}
     rope_type = "mrope" if "mrope_section" in scaling else scaling.get("rope_type", "default")
     if rope_type not in _ROPE_TYPES:

@@ -204,8 +204,9 @@ def test_info_counts_the_parameters_of_the_whole_model() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("hidden_act", "gelu", "'llama': hidden_act is 'gelu'; supported are silu, swish"),
-        ("partial_rotary_factor", 0.5, "'llama': partial_rotary_factor is 0.5; supported is 1.0"),
+        ("hidden_act", "gelu", "'llama': hidden_act is 'gelu', the decoder allows 'silu'"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor is 0.5, the decoder allows 1.0"),
+        ("quantization_config", {"bits": 4}, "quantization_config is .*, the decoder allows None"),
     ],
 )
 def test_what_the_decoder_would_compute_differently_is_refused(
