@@ -53,7 +53,8 @@ from export.onnx_graph import export_onnx, save_onnx
 from serve.backend import Backend
 from serve.engine import Engine
 from serve.observer import EngineObserver
-from serve.onnx_backend import OnnxBackend, make_session
+from serve.onnx_backend import OnnxBackend
+from serve.onnx_session import make_session
 from serve.sequence import Event, GenerationRequest, SamplingParams, TokenEvent
 from serve.torch_backend import TorchBackend
 
@@ -372,7 +373,7 @@ def cuda_graphs_onnx(bench: Bench) -> Result:
     bench.need_cuda()
     backend = bench.onnx(bench.sizes.dtype)
     off = _measure_graphs(bench, backend)
-    backend.capture_graphs()
+    backend.prepare()
     return compare_graphs(off, _measure_graphs(bench, backend))
 
 
@@ -434,7 +435,7 @@ def decode(bench: Bench, runtime: str) -> Result:
     """Decode through the engine and through transformers `generate`, round by round."""
     sizes, backend = bench.sizes, bench.backend(runtime, bench.sizes.dtype)
     if isinstance(backend, OnnxBackend):
-        backend.capture_graphs()
+        backend.prepare()
     model, gb_per_s = bench.transformers(), copy_bandwidth(bench)["gb_per_s"]
     result: Result = {}
     for batch in sizes.batch_sizes:
@@ -595,7 +596,7 @@ def side_by_side(bench: Bench) -> Result:
             while not is_over.is_set():
                 _token_times(bench, teacher, num_samples)
 
-    student.capture_graphs()
+    student.prepare()
     with ThreadPoolExecutor(1) as pool:
         shadowing = pool.submit(shadow)
         try:

@@ -59,6 +59,10 @@ class Backend(Protocol):
         """
         ...
 
+    def prepare(self) -> None:
+        """Get ready to run on the calling thread; called once, before any engine has work."""
+        ...
+
     def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
         """Copy the first `length` cached tokens of one row over another row's."""
         ...

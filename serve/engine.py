@@ -74,6 +74,7 @@ class Engine:
     `priority` orders engines that share an arbiter: lower goes first. `scores_in_one_pass` False
     scores by forced decoding (`serve.scoring` says when). `num_torch_threads` is for the engine's
     own thread: OpenMP pools that exceed the cores together stop spinning and lose half the speed.
+    On CUDA that thread works on `stream`.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Engine:
         num_torch_threads: int | None = None,
         max_pass_tokens: int | None = None,
         max_prefix_cache_bytes: int = MAX_PREFIX_CACHE_BYTES,
+        stream: torch.cuda.Stream | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.info = backend.info
@@ -103,6 +105,9 @@ class Engine:
         self._priority = priority
         self._scores_in_one_pass = scores_in_one_pass
         self._num_torch_threads = num_torch_threads
+        self._stream = stream
+        self._prepare = backend.prepare
+        self._is_prepared = threading.Event()
         max_pass_tokens = max_pass_tokens or MAX_PASS_TOKENS[torch.device(self.info.device).type]
         self._scheduler = Scheduler(backend.info.max_num_seqs, max_pass_tokens)
         self._runner = Runner(backend, self._scheduler, max_pass_tokens, max_prefix_cache_bytes)
@@ -126,7 +131,9 @@ class Engine:
     # -- the thread-safe surface ------------------------------------------------------------
 
     def start(self) -> None:
+        """Start the engine's thread, and return when it is prepared for work."""
         self._thread.start()
+        self._is_prepared.wait()
 
     def run(self) -> Iterator[None]:
         """Work on the calling thread until nothing is left, yielding after each step.
@@ -258,12 +265,16 @@ class Engine:
             torch.set_num_threads(self._num_torch_threads)
         reason, error = FinishReason.ERROR, "the engine died; see the server's log"
         try:
-            while not self._is_stopping:
-                self._wait_for_work()
-                self._try_step()
+            with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+                self._prepare()
+                self._is_prepared.set()
+                while not self._is_stopping:
+                    self._wait_for_work()
+                    self._try_step()
             reason, error = FinishReason.SHUTDOWN, ""
         finally:
             self._end(reason, error)
+            self._is_prepared.set()
 
     def _try_step(self) -> None:
         try:

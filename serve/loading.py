@@ -28,9 +28,13 @@ from serve.scoring import MAX_PATH_NOISE_NATS, NoiseFloor, measure_noise_floor
 from serve.tokenization import Tokenizer
 
 if TYPE_CHECKING:
+    import torch
+
     from serve.backend import Backend
 
 logger = logging.getLogger(__name__)
+
+_HALF_PRECISIONS = ("float16", "bfloat16")
 
 
 def build_engines(config: ServeConfig, metrics: ServerMetrics) -> Engines:
@@ -131,11 +135,13 @@ class _Loader:
 
     def load_student(self) -> ServedModel:
         bundle = self.config.bundle
+        stream = self._open_stream(Role.STUDENT)
         with _loading(bundle):
             engine, noise = self._build_engine(
                 Role.STUDENT,
-                self._student_backend(),
+                self._student_backend(stream),
                 bundle / "student",
+                stream,
                 rounds_activations=self._student_rounds_activations(),
             )
         return ServedModel(
@@ -149,15 +155,32 @@ class _Loader:
         )
 
     def load_teacher(self, folder: Path, student: ServedModel) -> ServedModel:
+        stream = self._open_stream(Role.TEACHER)
         with _loading(folder):
-            engine, noise = self._build_engine(Role.TEACHER, self._teacher_backend(folder), folder)
+            engine, noise = self._build_engine(
+                Role.TEACHER, self._teacher_backend(folder, stream), folder, stream
+            )
         # One vocabulary, one tokenizer: both models must see the very same prompt.
         own = Tokenizer.load(folder)
         shared = student.tokenizer if own.hash == student.tokenizer.hash else own
         return ServedModel(Role.TEACHER, engine, shared, noise=noise)
 
+    def _open_stream(self, role: Role) -> torch.cuda.Stream | None:
+        """Return the stream of an engine on CUDA: kernels of the student's are started first."""
+        if self.device == "cpu":
+            return None
+        import torch
+
+        return torch.cuda.Stream(self.device, priority=-1 if role is Role.STUDENT else 0)
+
     def _build_engine(
-        self, role: Role, backend: Backend, folder: Path, *, rounds_activations: bool = False
+        self,
+        role: Role,
+        backend: Backend,
+        folder: Path,
+        stream: torch.cuda.Stream | None,
+        *,
+        rounds_activations: bool = False,
     ) -> tuple[Engine, NoiseFloor]:
         """Return the engine and its noise floor, whose measuring warms the backend up."""
         noise = measure_noise_floor(backend)
@@ -183,6 +206,7 @@ class _Loader:
             num_torch_threads=1 if info.backend == "onnx" else self.num_threads,
             max_pass_tokens=self.config.max_pass_tokens,
             max_prefix_cache_bytes=self.config.prefix_cache_mib << 20,
+            stream=stream,
         )
         return engine, noise
 
@@ -192,34 +216,44 @@ class _Loader:
         Then a last bit may tip a rounding and become whole tenths of a nat: in a small model only
         once in a hundred tokens, which the short text of `measure_noise_floor` may not hold.
         """
-        variant = self.manifest.variants.get(self.config.variant or self.manifest.default_variant)
         is_onnx = self.config.student_backend == "onnx"
-        return is_onnx and variant is not None and variant.accuracy_level == 4
+        return is_onnx and self.manifest.variants[self._variant_name()].accuracy_level == 4
 
     def _backend_noise(self) -> float | None:
         """KL(float student in torch || served graph) as the export measured it, if it did."""
         if self.config.student_backend != "onnx":
             return None
-        variant = self.manifest.variants[self.config.variant or self.manifest.default_variant]
-        return variant.metrics.get("kl_to_student")
+        return self.manifest.variants[self._variant_name()].metrics.get("kl_to_student")
 
-    def _student_backend(self) -> Backend:
+    def _variant_name(self) -> str:
+        """Return the variant to serve: the one asked for, else the default.
+
+        On CUDA the default is the first one in half precision, the only ones that can run there.
+        """
+        variants, asked = self.manifest.variants, self.config.variant
+        if asked is not None:
+            if asked not in variants:
+                raise BundleError(f"variant {asked!r} is none of {', '.join(sorted(variants))}")
+            return asked
+        half = [name for name, v in variants.items() if v.precision in _HALF_PRECISIONS]
+        return half[0] if half and self.device != "cpu" else self.manifest.default_variant
+
+    def _student_backend(self, stream: torch.cuda.Stream | None) -> Backend:
         config, variants = self.config, self.manifest.variants
         if config.student_backend == "torch":
             return self._load_torch(config.bundle / "student", "float32")
-        name = config.variant or self.manifest.default_variant
-        if name not in variants:
-            raise BundleError(f"variant {name!r} is none of {', '.join(sorted(variants))}")
+        name = self._variant_name()
         return self._load_onnx(
             config.bundle / "onnx" / name,
+            stream,
             precision=variants[name].precision,
             num_parameters=self.manifest.student.num_parameters,
         )
 
-    def _teacher_backend(self, folder: Path) -> Backend:
+    def _teacher_backend(self, folder: Path, stream: torch.cuda.Stream | None) -> Backend:
         if self.config.teacher_backend == "torch":
             return self._load_torch(folder, self.config.teacher_dtype)
-        return self._load_onnx(folder)
+        return self._load_onnx(folder, stream)
 
     def _load_torch(self, folder: Path, dtype: str) -> Backend:
         import torch
@@ -235,7 +269,9 @@ class _Loader:
             max_model_len=self.config.max_model_len,
         )
 
-    def _load_onnx(self, folder: Path, **described: Any) -> Backend:
+    def _load_onnx(
+        self, folder: Path, stream: torch.cuda.Stream | None, **described: Any
+    ) -> Backend:
         from serve.onnx_backend import OnnxBackend
 
         return OnnxBackend.load(
@@ -244,6 +280,7 @@ class _Loader:
             max_num_seqs=self.config.max_num_seqs,
             max_model_len=self.config.max_model_len,
             num_threads=self.num_threads,
+            stream=stream.cuda_stream if stream else None,
             **described,
         )
 

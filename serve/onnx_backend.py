@@ -4,15 +4,12 @@ A step writes new keys and values in place and copies nothing: past and present 
 bound to the same rows of the cache. What else a step feeds is small, lies in one piece of memory
 and reaches the device in one copy.
 
-The file's graph is made for any tool; `serving_graph` rewrites it in memory for this one: lengths
-are fed instead of a mask, and `logit_rows` always. What is left has no shape arithmetic and no
-control flow, which CUDA graphs forbid.
+`serve.serving_graph` says what the graph is fed, `serve.onnx_session` on what it runs.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,35 +19,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
 from serve.backend import NUM_SPARE_ROWS, ModelInfo, logit_rows
 from serve.cuda_graphs import batch_bucket
 from serve.kv_cache import KVCache
+from serve.onnx_session import (
+    NO_GRAPH,
+    bind_tensor,
+    check_provider,
+    make_session,
+    open_stream,
+    run_options,
+)
+from serve.serving_graph import LAST_POSITIONS, LOGIT_ROWS, TOTAL_LENGTH
 
-LOGIT_ROWS = "logit_rows"
-LAST_POSITIONS = "tandem.last_positions"
-TOTAL_LENGTH = "tandem.total_length"
-
-# numpy has no bfloat16, so that tensors are bound by onnx's numbers.
-_ELEMENT_TYPES = {
-    torch.float32: TensorProto.FLOAT,
-    torch.float16: TensorProto.FLOAT16,
-    torch.bfloat16: TensorProto.BFLOAT16,
-    torch.int64: TensorProto.INT64,
-    torch.int32: TensorProto.INT32,
-}
 _TORCH_TYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
     "tensor(bfloat16)": torch.bfloat16,
 }
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_NO_GRAPH = -1
 
 
 class OnnxBackend:
@@ -65,7 +55,7 @@ class OnnxBackend:
 
     With `cuda_graphs` a decode step is padded to one of a few batch sizes, and its attention is
     planned for rows of `max_model_len`: always the same kernels at the same addresses, which
-    `capture_graphs` records. On the CPU there is nothing to record, and the steps are the same.
+    `prepare` records. On the CPU there is nothing to record, and the steps are the same.
     """
 
     def __init__(
@@ -112,7 +102,7 @@ class OnnxBackend:
         self._graph_thread: int | None = None
         self._decode_steps: dict[int, _Step] = {}
         self._cache_binding = lru_cache(maxsize=4 * max_num_seqs)(self._bind_cache)
-        self._options = _run_options(_NO_GRAPH)
+        self._options = run_options(NO_GRAPH)
         if stream is not None:
             torch.cuda.synchronize(device)  # the cache was zeroed on another stream
 
@@ -147,7 +137,7 @@ class OnnxBackend:
         on_cuda = where.type == "cuda"
         has_graphs = on_cuda if cuda_graphs is None else cuda_graphs
         check_provider(device)
-        own_stream = _open_stream(where, stream) if on_cuda else None
+        own_stream = open_stream(where, stream) if on_cuda else None
         return cls(
             make_session(
                 variant_dir / "model.onnx",
@@ -188,7 +178,7 @@ class OnnxBackend:
                 ]
             )
 
-    def capture_graphs(self) -> None:
+    def prepare(self) -> None:
         """Record one CUDA graph per batch size, for steps on the calling thread alone.
 
         onnxruntime keeps its graphs per thread, and while it records, no thread of the process may
@@ -246,7 +236,7 @@ class OnnxBackend:
             # A scratch row's logits are the last sequence's, lest they count where activations are
             # quantized by the largest of the batch.
             inputs.logit_rows[:] = [*range(num_rows), *[num_rows - 1] * (num_padded - num_rows)]
-            options = _run_options(num_rows if self._has_static_steps else _NO_GRAPH)
+            options = run_options(num_rows if self._has_static_steps else NO_GRAPH)
             binding = self._bind_cache(0, num_padded)
             step = self._bind_step(binding, inputs, self._decode_logits[:num_padded], options)
         self._decode_steps[num_rows] = step = replace(step, logits=step.logits[:num_rows])
@@ -376,19 +366,6 @@ class _Step:
     options: ort.RunOptions
 
 
-def bind_tensor(bind: Any, name: str, tensor: torch.Tensor) -> None:
-    """Have a binding's `bind_input` or `bind_output` read or write the memory of `tensor`."""
-    device = tensor.device
-    bind(
-        name,
-        device.type,
-        device.index or 0,
-        _ELEMENT_TYPES[tensor.dtype],
-        tuple(tensor.shape),
-        tensor.data_ptr(),
-    )
-
-
 def padded_sizes(max_num_seqs: int, device: torch.device, is_static: bool) -> tuple[int, ...]:
     """Return how many rows a decode step of 0, 1, ... `max_num_seqs` rows runs.
 
@@ -401,186 +378,3 @@ def padded_sizes(max_num_seqs: int, device: torch.device, is_static: bool) -> tu
     if is_static:
         return (0, *(batch_bucket(n, max_num_seqs) for n in sizes[1:]))
     return tuple(n + n % 2 for n in sizes) if device.type == "cpu" else tuple(sizes)
-
-
-# -- sessions -------------------------------------------------------------------------------------
-
-
-def check_provider(device: str) -> None:
-    """Raise RuntimeError when this onnxruntime has nothing to compute with on `device`."""
-    provider = _PROVIDERS[torch.device(device).type]
-    if provider not in ort.get_available_providers():
-        raise RuntimeError(
-            f"{provider} is not available in this onnxruntime; available are "
-            f"{', '.join(ort.get_available_providers())}. Install the extra `gpu`, or use the "
-            f"device cpu"
-        )
-
-
-def make_session(
-    path: Path,
-    device: str,
-    num_threads: int | None,
-    *,
-    stream: int = 0,
-    cuda_graphs: bool = False,
-    profile_prefix: Path | None = None,
-) -> ort.InferenceSession:
-    """Open `serving_graph(path)` on `device` (cpu or cuda), failing closed when CUDA is missing.
-
-    `stream` is the address of a CUDA stream. With `cuda_graphs`, onnxruntime itself refuses a graph
-    that needs a copy between host and device or has a node on the CPU. `profile_prefix` makes the
-    session write what ran where, when its `end_profiling` is called.
-    """
-    check_provider(device)
-    where = torch.device(device)
-    provider = _PROVIDERS[where.type]
-    graph = serving_graph(path)
-    if where.type == "cuda":
-        check_cuda_types(graph, path)
-        # Those of torch's CUDA libraries that torch has not loaded itself.
-        ort.preload_dlls()
-    session = ort.InferenceSession(
-        graph.SerializeToString(),
-        session_options(path, where, num_threads, profile_prefix),
-        providers=[provider],
-        provider_options=[provider_options(where, stream, cuda_graphs)],
-        # Otherwise it prints an error and goes on with the CPU.
-        enable_fallback=0,
-    )
-    check_first_provider(session, provider)
-    return session
-
-
-def check_first_provider(session: ort.InferenceSession, provider: str) -> None:
-    """Raise RuntimeError unless the session prefers `provider`.
-
-    A provider whose libraries are missing is left out with nothing but a line in the log.
-    """
-    if session.get_providers()[0] != provider:
-        raise RuntimeError(f"onnxruntime fell back from {provider}; refusing to run on the CPU")
-
-
-def session_options(
-    path: Path, device: torch.device, num_threads: int | None, profile_prefix: Path | None = None
-) -> ort.SessionOptions:
-    """Return the options of a session over the graph of `path`, whose weights lie beside it."""
-    options = ort.SessionOptions()
-    num_cores = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
-    options.intra_op_num_threads = num_threads or num_cores
-    options.inter_op_num_threads = 1
-    # Two models share the cores: a pool that spins between its steps slows the other one down.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
-    )
-    # Level 3 is errors: what is left after the rewriting is no one's concern.
-    options.log_severity_level = 3
-    if profile_prefix is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile_prefix)
-    return options
-
-
-def provider_options(device: torch.device, stream: int, cuda_graphs: bool) -> dict[str, str]:
-    """Return the options of the provider for `device`; `stream` is an address, 0: its own."""
-    if device.type == "cpu":
-        return {}
-    options = {
-        "device_id": str(device.index or 0),
-        "enable_cuda_graph": str(int(cuda_graphs)),
-        # The cache takes what it wants; the rest is for torch and the other model.
-        "arena_extend_strategy": "kSameAsRequested",
-        # The head is float32 for the sake of log-probabilities, and bound by memory anyway.
-        "use_tf32": "0",
-    }
-    return options | ({"user_compute_stream": str(stream)} if stream else {})
-
-
-def _open_stream(device: torch.device, address: int | None) -> Any:
-    if address is None:
-        return torch.cuda.Stream(device)
-    return torch.cuda.ExternalStream(address, device=device)
-
-
-def _run_options(graph_id: int) -> ort.RunOptions:
-    options = ort.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", str(graph_id))
-    # Whatever reads the logits is queued on the same stream.
-    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    return options
-
-
-# -- the graph ------------------------------------------------------------------------------------
-
-
-def serving_graph(path: Path) -> onnx.ModelProto:
-    """Return the graph that `export.onnx_graph` wrote, without its weights, with other inputs.
-
-    `tandem.last_positions`, int32 `(B,)`, and `tandem.total_length`, int32 `()` in host memory,
-    stand in for `attention_mask`; `logit_rows` must be fed, and `logits` is `(1, N, V)`.
-
-    Raises:
-        ValueError: the graph has no GroupQueryAttention, or no `logit_rows`.
-    """
-    model = onnx.load(path, load_external_data=False)
-    graph = model.graph
-    attentions = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
-    if not attentions or LOGIT_ROWS not in {i.name for i in graph.input}:
-        raise ValueError(
-            f"{path} cannot be served: it has no GroupQueryAttention or no input {LOGIT_ROWS}; "
-            "export it with `tandem export`"
-        )
-    for node in attentions:
-        node.input[5:7] = [LAST_POSITIONS, TOTAL_LENGTH]
-    for name, shape in ((LAST_POSITIONS, ["batch_size"]), (TOTAL_LENGTH, [])):
-        graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT32, shape))
-    _pick_logit_rows(graph)
-    _drop_unused(graph)
-    return model
-
-
-def check_cuda_types(model: onnx.ModelProto, path: Path) -> None:
-    """Raise ValueError when onnxruntime's attention has no CUDA kernel for the cache's type.
-
-    Its float32 and weight-only graphs have one on the CPU only (`group_query_attention.cc`).
-    """
-    (past, *_) = [i for i in model.graph.input if i.name.startswith("past_key_values.")]
-    element_type = past.type.tensor_type.elem_type
-    if element_type not in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
-        raise ValueError(
-            f"{path.parent}: its cache is {TensorProto.DataType.Name(element_type)}, and on CUDA "
-            "onnxruntime attends in FLOAT16 and BFLOAT16 only; use a variant of method float16 or "
-            "bfloat16, or the backend torch"
-        )
-
-
-def _pick_logit_rows(graph: onnx.GraphProto) -> None:
-    """Put the branch that gathers `logit_rows` in the place of the choice between it and all."""
-    (choice,) = [node for node in graph.node if node.op_type == "If"]
-    (branch,) = [a.g for a in choice.attribute if a.name == "then_branch"]
-    nodes = list(branch.node)
-    nodes[-1].output[0] = choice.output[0]
-    position = list(graph.node).index(choice)
-    for node in reversed(nodes):
-        graph.node.insert(position, node)
-    graph.node.remove(choice)
-    (default,) = [i for i in graph.initializer if i.name == LOGIT_ROWS]
-    graph.initializer.remove(default)
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Drop the nodes, weights and inputs that no output depends on; nodes come in any order."""
-    producers = {name: node for node in graph.node for name in node.output if name}
-    needed: set[str] = set()
-    unvisited = [output.name for output in graph.output]
-    while unvisited:
-        name = unvisited.pop()
-        if name not in needed:
-            needed.add(name)
-            unvisited += producers[name].input if name in producers else ()
-    for node in [n for n in graph.node if needed.isdisjoint(n.output)]:
-        graph.node.remove(node)
-    for values in (graph.input, graph.initializer):
-        for value in [v for v in values if v.name not in needed]:
-            values.remove(value)

@@ -192,6 +192,9 @@ class TorchBackend:
         hidden = decode_hidden(decoder, token_ids, positions, attention)
         return next_token_logits(decoder, hidden)
 
+    def prepare(self) -> None:
+        """See `Backend.prepare`: there is nothing to do, CUDA graphs are captured when needed."""
+
     def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
         """See `Backend.copy_kv`."""
         self.cache.copy_row(source_row, target_row, length)

@@ -46,6 +46,9 @@ class TableBackend:
             logits[:, 0] += self.path_noise
         return logits
 
+    def prepare(self) -> None:
+        """There is nothing to prepare."""
+
     def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
         """There is no cache."""
 

@@ -55,6 +55,9 @@ class DigitBackend:
             logits[row, [EOS] if past else self.digits] = 0.0
         return logits
 
+    def prepare(self) -> None:
+        """There is nothing to prepare."""
+
     def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
         """There is no cache."""
 

@@ -88,6 +88,9 @@ class FakeBackend:
             ]
         )
 
+    def prepare(self) -> None:
+        """There is nothing to prepare."""
+
     def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
         """There is no cache."""
 
@@ -147,6 +150,9 @@ class HistoryBackend:
             state = (state * 31 + token_id + 1) % 997
         logits = self._table[state]
         return logits * torch.nan if token_ids[-1] == self.nan_after else logits
+
+    def prepare(self) -> None:
+        """There is nothing to prepare."""
 
     def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
         self.rows[target_row] = self.rows[source_row][:length]

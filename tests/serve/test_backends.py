@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from serve.engine import Engine
-from serve.onnx_backend import OnnxBackend, make_session
+from serve.onnx_backend import OnnxBackend
+from serve.onnx_session import make_session
 from serve.scoring import ScoringRequest, measure_noise_floor
 from serve.sequence import FinishedEvent, GenerationRequest, SamplingParams
 from serve.torch_backend import TorchBackend, check_supported, sliding_windows

@@ -16,19 +16,20 @@ import torch
 from onnx import TensorProto, helper
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from serve.onnx_backend import (
+from serve.onnx_backend import OnnxBackend, padded_sizes
+from serve.onnx_session import (
+    bind_tensor,
+    check_first_provider,
+    make_session,
+    provider_options,
+    session_options,
+)
+from serve.serving_graph import (
     LAST_POSITIONS,
     LOGIT_ROWS,
     TOTAL_LENGTH,
-    OnnxBackend,
-    bind_tensor,
     check_cuda_types,
-    check_first_provider,
-    make_session,
-    padded_sizes,
-    provider_options,
     serving_graph,
-    session_options,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -305,7 +306,7 @@ def test_captured_steps_carry_the_graph_of_their_size(
 ) -> None:
     backend, session = recorded
     backend.forward(0, [[1]], [4])
-    backend.capture_graphs()
+    backend.prepare()
     backend.forward(0, [[1], [2], [3]], [4, 5, 6])
     backend.forward(0, [[1, 2]], [0])
     backend.forward(0, [[1, 2]], [3])
@@ -316,7 +317,7 @@ def test_another_thread_runs_without_the_graphs(
     recorded: tuple[OnnxBackend, RecordingSession],
 ) -> None:
     backend, session = recorded
-    backend.capture_graphs()
+    backend.prepare()
     thread = threading.Thread(target=backend.forward, args=(0, [[1]], [4]))
     thread.start()
     thread.join()
@@ -326,7 +327,7 @@ def test_another_thread_runs_without_the_graphs(
 def test_ordinary_backend_captures_nothing(load: Callable[..., OnnxBackend]) -> None:
     backend, rows = load("fp32"), [text(5), text(9, 1)]
     expected = decode(backend, rows)
-    backend.capture_graphs()
+    backend.prepare()
     assert torch.equal(decode(backend, rows), expected)
 
 
