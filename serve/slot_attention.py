@@ -41,7 +41,8 @@ class SlotCache:
 class OneTokenAttention:
     """One new token in each of the rows from `first_row` on, at `positions` `(B,)`.
 
-    No value on the host depends on the positions, so that a CUDA graph can be captured.
+    No value on the host depends on the positions and none is copied from there, so that a CUDA
+    graph can be captured.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class OneTokenAttention:
             for window in set(windows)
         }
         self._masks = [masks[window] for window in windows]
-        self._query_heads = _padded_groups(shape).to(positions.device)
+        self._query_heads = _padded_groups(shape, positions.device)
 
     def __call__(self, layer: int, heads: Tensor) -> Tensor:
         """See `decoder.Attention`."""
@@ -188,9 +189,9 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _padded_groups(shape: HeadShape) -> Tensor:
-    """Return the query heads group by group, each filled up to `QUERY_ALIGNMENT` with its last."""
-    group = torch.arange(round_up(shape.num_queries_per_key, QUERY_ALIGNMENT))
+def _padded_groups(shape: HeadShape, device: torch.device) -> Tensor:
+    """Return the query heads by group, each group filled up to `QUERY_ALIGNMENT` with its last."""
+    group = torch.arange(round_up(shape.num_queries_per_key, QUERY_ALIGNMENT), device=device)
     group = group.clamp_max(shape.num_queries_per_key - 1)
-    starts = torch.arange(0, shape.num_heads, shape.num_queries_per_key)
+    starts = torch.arange(0, shape.num_heads, shape.num_queries_per_key, device=device)
     return (starts[:, None] + group).flatten()
