@@ -16,6 +16,7 @@ import numpy as np
 
 from serve.comparison import SampleDivergence, compare, compare_exactly, score
 from serve.errors import EngineStoppedError, TandemError
+from serve.mailbox import Mailbox
 from serve.routing import Role, ServedModel
 from serve.scoring import ScoringRequest
 from serve.sequence import (
@@ -46,7 +47,7 @@ class DeadlineError(TandemError):
 class ArmJob:
     """What an arm does: `model` answers `prompt_token_ids`, `reference`, if any, scores.
 
-    `deadline_s` is on the engines' clock (monotonic).
+    `deadline_s` is on the engines' clock (monotonic). Events come through `mailbox`.
     """
 
     model: ServedModel
@@ -54,6 +55,7 @@ class ArmJob:
     spec: GenerationSpec
     prompt_token_ids: tuple[int, ...]
     deadline_s: float | None
+    mailbox: Mailbox
 
     def generation_request(self) -> GenerationRequest:
         spec = self.spec
@@ -198,14 +200,9 @@ class _Drawing:
         self._results: dict[int, SampleResult] = {}
 
     async def run(self) -> list[SampleResult]:
-        loop = asyncio.get_running_loop()
         batches: asyncio.Queue[list[Event]] = asyncio.Queue()
         request, engine = self._job.generation_request(), self._job.model.engine
-
-        def sink(events: list[Event]) -> None:
-            loop.call_soon_threadsafe(batches.put_nowait, events)
-
-        engine.submit(request, sink)
+        engine.submit(request, self._job.mailbox.sink(batches.put_nowait))
         try:
             while len(self._results) < request.sampling.num_samples:
                 self._take(await batches.get())

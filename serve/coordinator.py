@@ -16,6 +16,7 @@ from serve.agreement import Agreement, judge
 from serve.arms import ArmJob, ArmResult, OnChunk, run_arm, run_second_arm
 from serve.comparison import CompletionScore, score_with_models
 from serve.errors import EngineStoppedError, InvalidFieldError
+from serve.mailbox import Mailbox
 from serve.metrics import ServerMetrics
 from serve.routing import (
     Engines,
@@ -59,6 +60,7 @@ class Coordinator:
         self.engines = engines
         self.limits = limits
         self._metrics = metrics
+        self._mailbox = Mailbox()
         self._running_ids: set[str] = set()
         self._is_draining = False
         self._idle = asyncio.Event()
@@ -138,7 +140,7 @@ class Coordinator:
             prompt = await asyncio.to_thread(tokenize, spec.prompt, model.tokenizer)
             check_context(len(prompt), spec.sampling.max_tokens, self.limits)
             reference = self.engines.get(model.role.other) if is_scored else None
-            jobs.append(ArmJob(model, reference, spec, prompt, deadline_s))
+            jobs.append(ArmJob(model, reference, spec, prompt, deadline_s, self._mailbox))
         return jobs
 
     async def _run(self, run: RunArm, job: ArmJob, on_chunk: OnChunk, on_arm: OnArm) -> ArmResult:

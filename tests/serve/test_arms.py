@@ -21,6 +21,7 @@ from serve.arms import (
 )
 from serve.comparison import compare
 from serve.errors import EngineStoppedError, QueueFullError
+from serve.mailbox import Mailbox
 from serve.routing import Role, ServedModel
 from serve.scoring import ScoredCompletion, ScoringRequest
 from serve.sequence import EventSink, FinishedEvent, FinishReason, Timings, TokenEvent
@@ -68,7 +69,7 @@ def make_job(tokenizer: Tokenizer) -> MakeJob:
         student: Any = ServedModel(Role.STUDENT, engine, tokenizer)  # type: ignore[arg-type]
         teacher: Any = reference and ServedModel(Role.TEACHER, reference, tokenizer)  # type: ignore[arg-type]
         spec = validate_generate(request, Limits(max_model_len=200, vocab_size=259))
-        return ArmJob(student, teacher, spec, (1, 2, 3), None)
+        return ArmJob(student, teacher, spec, (1, 2, 3), None, Mailbox())
 
     return make
 
