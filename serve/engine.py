@@ -50,7 +50,9 @@ logger = logging.getLogger(__name__)
 
 # Tokens of one prefill or scoring pass, padding included. The running sequences, and the other
 # model on a shared device, wait for it; on the CPU smaller passes take no longer in sum.
-MAX_PASS_TOKENS = {"cpu": 256, "cuda": 2048}
+MAX_PASS_TOKENS = {"cpu": 128, "cuda": 2048}
+# How many times that when nobody waits: sequences that start together end together.
+LONE_PASS_FACTOR = 8
 MAX_PREFIX_CACHE_BYTES = 256 << 20
 RETRY_AFTER_S = 1.0
 
@@ -109,6 +111,7 @@ class Engine:
         self._prepare = backend.prepare
         self._is_prepared = threading.Event()
         max_pass_tokens = max_pass_tokens or MAX_PASS_TOKENS[torch.device(self.info.device).type]
+        self._max_pass_tokens = max_pass_tokens
         self._scheduler = Scheduler(backend.info.max_num_seqs, max_pass_tokens)
         self._runner = Runner(backend, self._scheduler, max_pass_tokens, max_prefix_cache_bytes)
         self._scoring: deque[ScoringJob] = deque()
@@ -322,7 +325,11 @@ class Engine:
         if not self._scheduler.waiting:
             return False
         started_s = self.clock()
-        admission = self._scheduler.admit(self._runner.count_cached)
+        is_alone = self._priority == 0 and self._scheduler.num_active == 0
+        admission = self._scheduler.admit(
+            self._max_pass_tokens * (LONE_PASS_FACTOR if is_alone else 1),
+            self._runner.count_cached,
+        )
         for sequence in admission.admitted:
             sequence.started_s = started_s
         self._runner.begin(admission.long_prompts)

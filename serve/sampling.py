@@ -20,7 +20,7 @@ from serve.sequence import SamplingParams, Sequence
 from serve.softmax import (
     BLOCK,
     Softmax,
-    argmax_by_block,
+    argmax,
     inverse_cdf,
     maxima,
     per_block,
@@ -244,7 +244,7 @@ def _draw(softmax: Softmax, rows: RowParameters) -> _Draws:
     """Draw a token per row: argmax where greedy, else inverse CDF."""
     num_rows = len(rows.sequences)
     if rows.num_greedy == num_rows:
-        return _Draws(argmax_by_block(softmax.logits))
+        return _Draws(argmax(softmax.logits))
     device = softmax.logits.device
     u = rows.uniforms(device)
     truncated_logprobs = None
@@ -253,7 +253,7 @@ def _draw(softmax: Softmax, rows: RowParameters) -> _Draws:
     else:
         token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
     if rows.is_greedy is not None:
-        token_ids = torch.where(rows.is_greedy, argmax_by_block(softmax.logits), token_ids)
+        token_ids = torch.where(rows.is_greedy, argmax(softmax.logits), token_ids)
     if rows.truncated_rows is not None and rows.filters is not None:
         which = rows.truncated_rows
         is_all = len(which) == num_rows

@@ -3,7 +3,7 @@
 The running sequences are rows 0..b-1 of the KV cache: row i belongs to `running[i]`. When one
 ends, the last row moves into its place, so the cost of a step follows the number running.
 
-A prompt of at most `max_prefill_tokens` enters its row in one pass, together with others. A longer
+A prompt of at most `max_chunk_tokens` enters its row in one pass, together with others. A longer
 one gets one of `NUM_PREFILL_ROWS` further rows, enters it chunk by chunk, in turns with other long
 ones, and moves to a row of its own when it is complete. So neither many short prompts nor a long
 one can hold up the others.
@@ -84,9 +84,9 @@ class Admission:
 class Scheduler:
     """First come, first served, up to `max_num_seqs` sequences that run or prefill."""
 
-    def __init__(self, max_num_seqs: int, max_prefill_tokens: int) -> None:
+    def __init__(self, max_num_seqs: int, max_chunk_tokens: int) -> None:
         self.max_num_seqs = max_num_seqs
-        self.max_prefill_tokens = max_prefill_tokens
+        self.max_chunk_tokens = max_chunk_tokens
         self.waiting: deque[Sequence] = deque()
         self.prefilling: deque[LongPrompt] = deque()
         self.running: list[Sequence] = []
@@ -100,12 +100,14 @@ class Scheduler:
     def num_active(self) -> int:
         return len(self.running) + len(self.prefilling)
 
-    def admit(self, count_cached: CountCached = lambda group: 0) -> Admission:
+    def admit(
+        self, max_batch_tokens: int, count_cached: CountCached = lambda group: 0
+    ) -> Admission:
         """Move sequences from the queue into free rows, in the order in which they came.
 
         Only a sequence that waits for a row for its long prompt, or for a long prompt that it
-        shares, is overtaken. A batch of prefills stays within the token budget, but always takes
-        the first.
+        shares, is overtaken. A batch of prefills, padding included, stays within
+        `max_batch_tokens`, but always takes the first.
         """
         admission = Admission()
         # By group: the sequence to fork from; None while a long prompt is entering.
@@ -116,7 +118,9 @@ class Scheduler:
             if self.num_active + len(admission) == self.max_num_seqs:
                 break
             way = self._way_in(self.waiting[0], holders, count_cached)
-            if way is _Way.PREFILL and not self._fits(admission.prefills, self.waiting[0]):
+            if way is _Way.PREFILL and not _fits(
+                admission.prefills, self.waiting[0], max_batch_tokens
+            ):
                 break
             sequence = self.waiting.popleft()
             if way is _Way.WAIT:
@@ -138,14 +142,9 @@ class Scheduler:
         num_cached = count_cached(group)
         if num_cached == num_tokens:
             return _Way.RESTORE
-        if num_cached == 0 and num_tokens <= self.max_prefill_tokens:
+        if num_cached == 0 and num_tokens <= self.max_chunk_tokens:
             return _Way.PREFILL
         return _Way.CHUNKS if self._free_rows else _Way.WAIT
-
-    def _fits(self, prefills: list[Sequence], sequence: Sequence) -> bool:
-        """Whether one more prefill keeps the batch, padded to its longest, within the budget."""
-        lengths = [len(s.group.request.prompt_token_ids) for s in (*prefills, sequence)]
-        return not prefills or max(lengths) * len(lengths) <= self.max_prefill_tokens
 
     def _place(
         self,
@@ -213,3 +212,9 @@ class Scheduler:
                 moves.append(RowMove(len(self.running), row, last.num_cached_tokens))
                 self.running[row] = last
         return moves
+
+
+def _fits(prefills: list[Sequence], sequence: Sequence, max_tokens: int) -> bool:
+    """Whether one more prefill keeps the batch, padded to its longest, within `max_tokens`."""
+    lengths = [len(s.group.request.prompt_token_ids) for s in (*prefills, sequence)]
+    return not prefills or max(lengths) * len(lengths) <= max_tokens

@@ -9,7 +9,14 @@ from collections.abc import Sequence as SequenceOf
 import pytest
 
 from serve.backend import NUM_PREFILL_ROWS
-from serve.scheduler import MAX_OVERTAKEN, LongPrompt, RowMove, Scheduler
+from serve.scheduler import (
+    MAX_OVERTAKEN,
+    Admission,
+    CountCached,
+    LongPrompt,
+    RowMove,
+    Scheduler,
+)
 from serve.sequence import (
     GenerationRequest,
     SamplingParams,
@@ -19,13 +26,24 @@ from serve.sequence import (
 )
 
 
+class Budgeted(Scheduler):
+    """Admits batches of one chunk's tokens at most."""
+
+    def admit(self, max_batch_tokens: int | None = None, *count_cached: CountCached) -> Admission:
+        return super().admit(max_batch_tokens or self.max_chunk_tokens, *count_cached)
+
+
+def make(max_num_seqs: int, max_chunk_tokens: int) -> Budgeted:
+    return Budgeted(max_num_seqs, max_chunk_tokens)
+
+
 def samples(prompt_length: int = 1, num_samples: int = 1) -> list[Sequence]:
     sampling = SamplingParams(num_samples=num_samples)
     request = GenerationRequest("r", (1,) * prompt_length, sampling)
     return list(make_sequences(make_group(request, lambda events: None, 0.0)))
 
 
-def waiting(scheduler: Scheduler, *prompt_lengths: int) -> list[Sequence]:
+def waiting(scheduler: Budgeted, *prompt_lengths: int) -> list[Sequence]:
     """Queue one request per prompt length."""
     sequences = [s for length in prompt_lengths for s in samples(length)]
     scheduler.add(sequences)
@@ -33,7 +51,7 @@ def waiting(scheduler: Scheduler, *prompt_lengths: int) -> list[Sequence]:
 
 
 def test_first_come_is_first_admitted() -> None:
-    scheduler = Scheduler(2, 100)
+    scheduler = make(2, 100)
     first, second, third = waiting(scheduler, 5, 1, 1)
     assert scheduler.admit().prefills == [first, second]
     scheduler.retire([first])
@@ -41,7 +59,7 @@ def test_first_come_is_first_admitted() -> None:
 
 
 def test_no_more_run_than_there_are_rows() -> None:
-    scheduler = Scheduler(3, 100)
+    scheduler = make(3, 100)
     waiting(scheduler, *[1] * 5)
     scheduler.admit()
     assert (len(scheduler.running), len(scheduler.waiting)) == (3, 2)
@@ -59,20 +77,27 @@ def test_no_more_run_than_there_are_rows() -> None:
 def test_padded_prefill_stays_within_its_budget(
     prompt_lengths: SequenceOf[int], num_admitted: int
 ) -> None:
-    scheduler = Scheduler(8, 8)
+    scheduler = make(8, 8)
     waiting(scheduler, *prompt_lengths)
     assert len(scheduler.admit().prefills) == num_admitted
 
 
+def test_batch_may_be_larger_than_a_chunk() -> None:
+    scheduler = make(8, 8)
+    waiting(scheduler, 8, 8, 8, 9)
+    admission = scheduler.admit(24)
+    assert (len(admission.prefills), len(admission.long_prompts)) == (3, 1)
+
+
 def test_budget_never_lets_a_later_prompt_overtake() -> None:
-    scheduler = Scheduler(8, 8)
+    scheduler = make(8, 8)
     _, wide, short = waiting(scheduler, 2, 8, 1)
     scheduler.admit()
     assert list(scheduler.waiting) == [wide, short]
 
 
 def test_samples_of_one_request_prefill_once_and_fork_behind_the_leaders() -> None:
-    scheduler = Scheduler(8, 100)
+    scheduler = make(8, 100)
     group, other = samples(num_samples=3), samples()
     scheduler.add([*group, *other])
     admission = scheduler.admit()
@@ -82,13 +107,13 @@ def test_samples_of_one_request_prefill_once_and_fork_behind_the_leaders() -> No
 
 
 def test_forks_do_not_count_towards_the_prefill_budget() -> None:
-    scheduler = Scheduler(8, 10)
+    scheduler = make(8, 10)
     scheduler.add(samples(10, num_samples=6))
     assert len(scheduler.admit().forks) == 5
 
 
 def test_late_samples_fork_from_one_that_still_runs() -> None:
-    scheduler = Scheduler(2, 100)
+    scheduler = make(2, 100)
     group = samples(num_samples=3)
     scheduler.add(group)
     scheduler.admit()
@@ -97,7 +122,7 @@ def test_late_samples_fork_from_one_that_still_runs() -> None:
 
 
 def test_prompt_is_prefilled_again_when_nobody_holds_it() -> None:
-    scheduler = Scheduler(1, 100)
+    scheduler = make(1, 100)
     group = samples(num_samples=2)
     scheduler.add(group)
     scheduler.admit()
@@ -106,7 +131,7 @@ def test_prompt_is_prefilled_again_when_nobody_holds_it() -> None:
 
 
 def test_last_row_moves_into_the_place_of_a_finished_one() -> None:
-    scheduler = Scheduler(4, 100)
+    scheduler = make(4, 100)
     a, b, c = waiting(scheduler, 5, 6, 7)
     scheduler.admit()
     c.append(1, 0.0, 0.0)
@@ -116,7 +141,7 @@ def test_last_row_moves_into_the_place_of_a_finished_one() -> None:
 
 
 def test_finished_last_row_moves_nothing() -> None:
-    scheduler = Scheduler(4, 100)
+    scheduler = make(4, 100)
     a, b = waiting(scheduler, 5, 6)
     scheduler.admit()
     assert scheduler.retire([b]) == []
@@ -124,7 +149,7 @@ def test_finished_last_row_moves_nothing() -> None:
 
 
 def test_rows_stay_compact_when_several_finish_at_once() -> None:
-    scheduler = Scheduler(6, 100)
+    scheduler = make(6, 100)
     sequences = waiting(scheduler, *range(1, 7))
     scheduler.admit()
     rows: list[Sequence | None] = list(sequences)
@@ -135,7 +160,7 @@ def test_rows_stay_compact_when_several_finish_at_once() -> None:
 
 
 def test_ended_groups_leave_the_queue_and_the_others_keep_their_order() -> None:
-    scheduler = Scheduler(1, 100)
+    scheduler = make(1, 100)
     a, b, c, d = waiting(scheduler, 1, 1, 1, 1)
     assert scheduler.remove_unstarted({id(b.group), id(d.group)}) == [b, d]
     assert list(scheduler.waiting) == [a, c]
@@ -144,14 +169,14 @@ def test_ended_groups_leave_the_queue_and_the_others_keep_their_order() -> None:
 # Long prompts
 
 
-def enter(scheduler: Scheduler) -> LongPrompt:
+def enter(scheduler: Budgeted) -> LongPrompt:
     prompt = scheduler.next_long_prompt()
     assert prompt is not None
     return prompt
 
 
 def test_long_prompt_enters_a_row_behind_the_running_ones_and_then_runs() -> None:
-    scheduler = Scheduler(2, 8)
+    scheduler = make(2, 8)
     short, long = waiting(scheduler, 8, 9)
     admission = scheduler.admit()
     assert (admission.prefills, scheduler.running) == ([short], [short])
@@ -162,14 +187,14 @@ def test_long_prompt_enters_a_row_behind_the_running_ones_and_then_runs() -> Non
 
 
 def test_long_prompts_take_turns() -> None:
-    scheduler = Scheduler(8, 8)
+    scheduler = make(8, 8)
     a, b, c = waiting(scheduler, 9, 20, 9)
     scheduler.admit()
     assert [enter(scheduler).sequence for _ in range(5)] == [a, b, c, a, b]
 
 
 def test_long_prompts_count_as_running() -> None:
-    scheduler = Scheduler(2, 8)
+    scheduler = make(2, 8)
     waiting(scheduler, 9, 9, 1)
     scheduler.admit()
     assert (scheduler.num_active, len(scheduler.waiting)) == (2, 1)
@@ -177,7 +202,7 @@ def test_long_prompts_count_as_running() -> None:
 
 
 def test_short_prompts_overtake_long_ones_that_wait_for_a_row() -> None:
-    scheduler = Scheduler(16, 8)
+    scheduler = make(16, 8)
     *entering, blocked, short = waiting(scheduler, *[9] * (NUM_PREFILL_ROWS + 1), 1)
     admission = scheduler.admit()
     assert [p.sequence for p in admission.long_prompts] == entering
@@ -187,7 +212,7 @@ def test_short_prompts_overtake_long_ones_that_wait_for_a_row() -> None:
 
 
 def test_samples_of_a_long_prompt_wait_for_it_and_fork() -> None:
-    scheduler = Scheduler(8, 8)
+    scheduler = make(8, 8)
     group, other = samples(9, num_samples=3), samples()
     scheduler.add([*group, *other])
     assert scheduler.admit().prefills == other
@@ -197,17 +222,17 @@ def test_samples_of_a_long_prompt_wait_for_it_and_fork() -> None:
 
 
 def test_cached_prompts_are_restored_whole_and_finished_in_a_row_of_their_own() -> None:
-    scheduler = Scheduler(8, 8)
+    scheduler = make(8, 8)
     whole, partly, fresh = waiting(scheduler, 20, 7, 6)
     cached = {id(whole.group): 20, id(partly.group): 4, id(fresh.group): 0}
-    admission = scheduler.admit(lambda group: cached[id(group)])
+    admission = scheduler.admit(8, lambda group: cached[id(group)])
     assert (admission.restores, admission.prefills) == ([whole], [fresh])
     assert [p.sequence for p in admission.long_prompts] == [partly]
     assert admission.started == scheduler.running == [fresh, whole]
 
 
 def test_a_long_prompt_that_ends_frees_its_row() -> None:
-    scheduler = Scheduler(16, 8)
+    scheduler = make(16, 8)
     sequences = waiting(scheduler, *[9] * (NUM_PREFILL_ROWS + 2))
     scheduler.admit()
     assert scheduler.remove_unstarted({id(sequences[0].group)}) == sequences[:1]
@@ -218,7 +243,7 @@ def test_a_long_prompt_that_ends_frees_its_row() -> None:
 
 
 def test_no_more_than_so_many_are_overtaken() -> None:
-    scheduler = Scheduler(200, 8)
+    scheduler = make(200, 8)
     waiting(scheduler, *[9] * (NUM_PREFILL_ROWS + MAX_OVERTAKEN), 1)
     assert scheduler.admit().prefills == []
 
