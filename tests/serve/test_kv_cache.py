@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -52,3 +55,16 @@ def test_what_is_read_can_be_written_elsewhere(cache: KVCache) -> None:
     cache.keys[0][0] = 0  # what was read is a copy
     cache.write(2, 2, kv)
     assert torch.equal(torch.stack([t[2, :, 2:4] for t in (*cache.keys, *cache.values)]), kv)
+
+
+def test_untouched_tokens_take_no_memory() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    cache = KVCache(4, (64, 8, 4096, 64), torch.float32, torch.device("cpu"))
+    before = resident_bytes()
+    for tensor in (*cache.keys, *cache.values):
+        tensor[:, :, :4] = 1.0
+    num_pages = 8 * 64 * 8  # one for the first tokens of each tensor, row and head
+    assert cache.size_bytes == 4 << 30
+    assert resident_bytes() - before < 2 * num_pages * resource.getpagesize()
