@@ -23,30 +23,30 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._tensor = _zeros((2 * num_layers, *shape), dtype, device)
-        self.keys = list(self._tensor[:num_layers])
-        self.values = list(self._tensor[num_layers:])
+        self.tensor = _zeros((2 * num_layers, *shape), dtype, device)
+        self.keys = list(self.tensor[:num_layers])
+        self.values = list(self.tensor[num_layers:])
 
     @property
     def max_len(self) -> int:
-        return self._tensor.shape[3]
+        return self.tensor.shape[3]
 
     @property
     def size_bytes(self) -> int:
         """Address space reserved, in bytes."""
-        return self._tensor.nbytes
+        return self.tensor.nbytes
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of row `source` over row `target`."""
-        self._tensor[:, target, :, :length] = self._tensor[:, source, :, :length]
+        self.tensor[:, target, :, :length] = self.tensor[:, source, :, :length]
 
     def read(self, row: int, start: int, stop: int) -> torch.Tensor:
         """Return a copy of a row's tokens, `(2 * num_layers, num_kv_heads, stop - start, D)`."""
-        return self._tensor[:, row, :, start:stop].clone()
+        return self.tensor[:, row, :, start:stop].clone()
 
     def write(self, row: int, start: int, kv: torch.Tensor) -> None:
         """Put what `read` returned into a row, its first token at position `start`."""
-        self._tensor[:, row, :, start : start + kv.shape[2]] = kv
+        self.tensor[:, row, :, start : start + kv.shape[2]] = kv
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

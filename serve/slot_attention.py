@@ -32,7 +32,7 @@ class SlotCache:
     """
 
     def __init__(self, cache: KVCache) -> None:
-        self.all = cache._tensor
+        self.all = cache.tensor
         self.num_layers = len(cache.keys)
         pairs = (self.all[layer :: self.num_layers] for layer in range(self.num_layers))
         self.tokens = [pair.permute(1, 3, 0, 2, 4) for pair in pairs]
