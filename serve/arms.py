@@ -194,22 +194,33 @@ class _Drawing:
         self._texts = [
             CompletionText(job.model.tokenizer, job.spec.stop) for _ in range(num_samples)
         ]
-        self._released = [""] * num_samples
+        self._released: list[list[str]] = [[] for _ in range(num_samples)]
         self._text_ends: list[list[int]] = [[] for _ in range(num_samples)]
         self._top_logprobs: list[list[TopLogprobs]] = [[] for _ in range(num_samples)]
         self._results: dict[int, SampleResult] = {}
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> list[SampleResult]:
-        batches: asyncio.Queue[list[Event]] = asyncio.Queue()
         request, engine = self._job.generation_request(), self._job.model.engine
-        engine.submit(request, self._job.mailbox.sink(batches.put_nowait))
+        engine.submit(request, self._job.mailbox.sink(self._deliver))
         try:
-            while len(self._results) < request.sampling.num_samples:
-                self._take(await batches.get())
+            await self._ended
         finally:
             if len(self._results) < request.sampling.num_samples:
                 engine.cancel(request.request_id)
         return [self._results[index] for index in sorted(self._results)]
+
+    def _deliver(self, events: list[Event]) -> None:
+        """Take a step's events where they arrive: a task in between would be woken per token."""
+        if self._ended.done():
+            return
+        try:
+            self._take(events)
+        except Exception as error:  # raised again by `run`
+            self._ended.set_exception(error)
+            return
+        if len(self._results) == self._job.spec.sampling.num_samples:
+            self._ended.set_result(None)
 
     def _take(self, events: list[Event]) -> None:
         """Pass one step's events on: at most one chunk per sample."""
@@ -224,7 +235,9 @@ class _Drawing:
                 self._on_chunk(chunk)
 
     def _chunk(self, chunks: dict[int, Chunk], index: int, position: int) -> Chunk:
-        return chunks.setdefault(index, Chunk(self._job.model.role, index, position))
+        if index not in chunks:
+            chunks[index] = Chunk(self._job.model.role, index, position)
+        return chunks[index]
 
     def _add_token(self, chunks: dict[int, Chunk], event: TokenEvent) -> None:
         chunk = self._chunk(chunks, event.index, event.position)
@@ -240,7 +253,7 @@ class _Drawing:
     def _finish(self, chunks: dict[int, Chunk], event: FinishedEvent) -> None:
         chunk = self._chunk(chunks, event.index, len(event.token_ids))
         self._release(chunk, self._texts[event.index].finish())
-        num_chars = len(self._released[event.index])
+        whole = "".join(self._released[event.index])
         self._results[event.index] = SampleResult(
             role=self._job.model.role,
             index=event.index,
@@ -249,16 +262,17 @@ class _Drawing:
             logprobs=event.logprobs,
             processed_logprobs=event.processed_logprobs,
             top_logprobs=self._top_logprobs[event.index],
-            text=self._released[event.index],
-            text_ends=[min(end, num_chars) for end in self._text_ends[event.index]],
+            text=whole,
+            text_ends=[min(end, len(whole)) for end in self._text_ends[event.index]],
             timings=event.timings,
             num_cached_prompt_tokens=event.num_cached_prompt_tokens,
             error=event.error,
         )
 
     def _release(self, chunk: Chunk, text: str) -> None:
-        chunk.text += text
-        self._released[chunk.index] += text
+        if text:
+            chunk.text += text
+            self._released[chunk.index].append(text)
 
 
 async def _score_samples(job: ArmJob, reference: ServedModel, samples: list[SampleResult]) -> None:

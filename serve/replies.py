@@ -14,22 +14,30 @@ from serve.routing import Role, ServedModel
 from serve.scoring import ScoringRequest
 from serve.specs import Basis, DivergenceSpec, GenerationSpec, ScoreSpec
 
+# Looked up once: a stream names its role with every token.
+_ROLES = {Role.STUDENT: pb.ROLE_STUDENT, Role.TEACHER: pb.ROLE_TEACHER}
+
 
 def to_role(role: Role) -> str:
     """Return the name of our role in messages."""
     return _name("ROLE", role)
 
 
-def to_chunk(chunk: Chunk, spec: GenerationSpec) -> pb.TokenChunk:
-    return pb.TokenChunk(
-        role=to_role(chunk.role),
-        index=chunk.index,
-        position=chunk.position,
-        token_ids=chunk.token_ids,
-        text=chunk.text if spec.output.text else "",
-        logprobs=chunk.logprobs if spec.output.logprobs else (),
-        top_logprobs=_top_logprobs(chunk.top_logprobs),
-    )
+def to_chunk(chunk: Chunk, spec: GenerationSpec) -> pb.GenerateResponse:
+    """Return an event of new tokens: one per token, so that it is filled in, not put together."""
+    response, output = pb.GenerateResponse(), spec.output
+    tokens = response.tokens
+    tokens.role = _ROLES[chunk.role]
+    tokens.index = chunk.index
+    tokens.position = chunk.position
+    tokens.token_ids.extend(chunk.token_ids)
+    if output.text:
+        tokens.text = chunk.text
+    if output.logprobs:
+        tokens.logprobs.extend(chunk.logprobs)
+    if chunk.top_logprobs:
+        tokens.top_logprobs.extend(_top_logprobs(chunk.top_logprobs))
+    return response
 
 
 def to_sample(sample: SampleResult, spec: GenerationSpec) -> pb.Sample:

@@ -130,22 +130,24 @@ class InferenceService:
         call: _Call,
         spec: GenerationSpec,
     ) -> None:
-        def emit(**event: Any) -> None:
-            responses.put_nowait(pb.GenerateResponse(**event))
+        emit = responses.put_nowait
 
         def on_chunk(chunk: Chunk) -> None:
             if spec.output.stream:
-                emit(tokens=replies.to_chunk(chunk, spec))
+                emit(replies.to_chunk(chunk, spec))
 
         def on_arm(arm: ArmResult) -> None:
             for sample in arm.samples:
-                emit(complete=pb.Complete(sample=replies.to_sample(sample, spec)))
+                complete = pb.Complete(sample=replies.to_sample(sample, spec))
+                emit(pb.GenerateResponse(complete=complete))
 
         try:
             answer = await self._coordinator.answer(spec, call.deadline_s, on_chunk, on_arm)
             if answer.agreement is not None:
-                emit(agreement=replies.to_agreement(answer.agreement))
-            emit(usage=replies.to_usage(spec, answer.arms, call.seconds))
+                agreement = replies.to_agreement(answer.agreement)
+                emit(pb.GenerateResponse(agreement=agreement))
+            usage = replies.to_usage(spec, answer.arms, call.seconds)
+            emit(pb.GenerateResponse(usage=usage))
         finally:
             responses.put_nowait(None)
 

@@ -100,6 +100,19 @@ def test_arm_that_was_shut_down_returns_the_tokens_it_has(make_job: MakeJob) -> 
     assert not result.is_complete
 
 
+def test_reader_that_fails_ends_the_arm_and_sees_no_more(make_job: MakeJob) -> None:
+    engine, seen = ScriptedEngine(FinishReason.STOP, num_tokens=1), []
+
+    def fail(chunk: Chunk) -> None:
+        seen.append(chunk.index)
+        raise ValueError("broken reader")
+
+    with pytest.raises(ValueError, match="broken reader"):
+        asyncio.run(run_arm(make_job(engine), fail))
+    assert seen == [0]
+    assert engine.cancelled == ["id"]
+
+
 def test_second_arm_that_is_refused_becomes_failed_samples(make_job: MakeJob) -> None:
     engine = ScriptedEngine(FinishReason.STOP)
     engine.error = QueueFullError("the queue is full", 1.0)

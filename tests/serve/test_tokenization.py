@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from serve.errors import InvalidFieldError
 from serve.tokenization import CompletionText, StopChecker, Tokenizer
@@ -67,6 +68,18 @@ def test_unfinished_character_comes_with_the_end(tokenizer: Tokenizer) -> None:
     completion = CompletionText(tokenizer)
     assert completion.push(tokenizer.encode("a€")[:-1]) == "a"
     assert completion.finish() == "\ufffd"
+
+
+def test_bytes_that_spoil_those_before_them_end_no_stream() -> None:
+    vocab = {"<unk>": 0, "a": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
+    model = tokenizers.models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>")
+    spoiled = tokenizers.Tokenizer(model)
+    spoiled.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+    completion = CompletionText(Tokenizer(spoiled))
+    # A byte that is a character alone, and none in a run with one that is not.
+    assert completion.push([2 + ord("x"), 2 + 0xFF, 1]) == "x\ufffda"
 
 
 def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
