@@ -27,7 +27,8 @@ from serve.routing import (
     resolve_divergence,
 )
 from serve.scoring import ScoringRequest
-from serve.specs import GenerationSpec, Limits, ScoreSpec
+from serve.specs import GenerationSpec, Limits, Prompt, ScoreSpec
+from serve.tokenization import Tokenizer
 from serve.validation import check_context, tokenize, tokenize_completions
 
 OnArm = Callable[[ArmResult], None]
@@ -137,7 +138,7 @@ class Coordinator:
         is_scored = resolve_divergence(spec.divergence.enabled, self.engines)
         jobs = []
         for model in models:
-            prompt = await asyncio.to_thread(tokenize, spec.prompt, model.tokenizer)
+            prompt = await _tokenize(spec.prompt, model.tokenizer)
             check_context(len(prompt), spec.sampling.max_tokens, self.limits)
             reference = self.engines.get(model.role.other) if is_scored else None
             jobs.append(ArmJob(model, reference, spec, prompt, deadline_s, self._mailbox))
@@ -158,13 +159,23 @@ class Coordinator:
     async def _scoring_request(
         self, spec: ScoreSpec, model: ServedModel, deadline_s: float | None
     ) -> ScoringRequest:
-        prompt = await asyncio.to_thread(tokenize, spec.prompt, model.tokenizer)
+        prompt = await _tokenize(spec.prompt, model.tokenizer)
         completions = await asyncio.to_thread(
             tokenize_completions, spec, len(prompt), model.tokenizer, self.limits
         )
         return ScoringRequest(
             spec.request_id, prompt, completions, spec.temperature, deadline_s=deadline_s
         )
+
+
+async def _tokenize(prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the prompt's token ids, text tokenized beside the loop. Raises like `tokenize`.
+
+    Ids need no thread, whose turn would come between requests that could start together.
+    """
+    if prompt.token_ids:
+        return prompt.token_ids
+    return await asyncio.to_thread(tokenize, prompt, tokenizer)
 
 
 @asynccontextmanager
