@@ -74,6 +74,7 @@ def _load_onnx(options: dict[str, Any]) -> Backend:
         max_num_seqs=options["max_num_seqs"],
         max_model_len=options["max_model_len"],
         num_threads=options["num_threads"],
+        shares_cores=False,
     )
 
 

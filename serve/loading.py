@@ -280,6 +280,7 @@ class _Loader:
             max_num_seqs=self.config.max_num_seqs,
             max_model_len=self.config.max_model_len,
             num_threads=self.num_threads,
+            shares_cores=self.arbiter is not None,
             stream=stream.cuda_stream if stream else None,
             **described,
         )

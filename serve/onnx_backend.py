@@ -117,11 +117,13 @@ class OnnxBackend:
         precision: str = "",
         num_parameters: int = 0,
         num_threads: int | None = None,
+        shares_cores: bool = True,
         stream: int | None = None,
         cuda_graphs: bool | None = None,
     ) -> OnnxBackend:
         """Load `variant_dir/model.onnx` beside its `config.json`.
 
+        `shares_cores` False lets threads spin between steps: for the only model on these cores.
         `stream` is the address of the CUDA stream to work on; by default the backend makes its
         own. `cuda_graphs` is by default True on CUDA.
 
@@ -143,6 +145,7 @@ class OnnxBackend:
                 variant_dir / "model.onnx",
                 device,
                 num_threads,
+                shares_cores=shares_cores,
                 stream=own_stream.cuda_stream if own_stream else 0,
                 cuda_graphs=has_graphs,
             ),

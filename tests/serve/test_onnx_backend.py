@@ -236,6 +236,14 @@ def test_cuda_session_keeps_one_thread(tmp_path: Path) -> None:
     assert session_options(tmp_path / "model.onnx", CPU, 3).intra_op_num_threads == 3
 
 
+@pytest.mark.parametrize(("shares_cores", "is_stopped"), [(True, "1"), (False, "0")])
+def test_threads_spin_between_steps_only_where_no_other_model_computes(
+    tmp_path: Path, shares_cores: bool, is_stopped: str
+) -> None:
+    options = session_options(tmp_path / "model.onnx", CPU, None, shares_cores)
+    assert options.get_session_config_entry("session.force_spinning_stop") == is_stopped
+
+
 def test_bfloat16_is_bound_without_numpy() -> None:
     cast = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
     x = helper.make_tensor_value_info("x", TensorProto.BFLOAT16, [3])
