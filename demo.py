@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,11 +78,15 @@ def demo(
 
 
 @contextmanager
-def serving(bundle: Path) -> Iterator[dict[str, str]]:
-    """Run `tandem serve` on free ports; yields its addresses, and stops it with SIGTERM."""
+def serving(bundle: Path, flags: Sequence[str] = ()) -> Iterator[dict[str, str]]:
+    """Run `tandem serve` on free ports; yields its addresses, and stops it with SIGTERM.
+
+    Raises UserError, with the server's log, when it does not become ready, or ends otherwise than
+    by SIGTERM with exit code 0.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         ready_file, log_path = Path(scratch) / "ready.json", Path(scratch) / "server.log"
-        command = [sys.executable, "-m", "tandem", "serve", "--bundle", str(bundle)]
+        command = [sys.executable, "-m", "tandem", "serve", "--bundle", str(bundle), *flags]
         command += ["--port", "0", "--metrics-port", "0", "--ready-file", str(ready_file)]
         with log_path.open("wb") as log:
             server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)

@@ -112,8 +112,8 @@ def make_setting(
     num_threads = count_cpus()
     models = BundleModels(options.bundle / "onnx" / variant, teacher, options.device, num_threads)
     prompts = Prompts(_source(options.bundle, scale.long_prompt_tokens, options.seed))
-    common = ("--bundle", str(options.bundle), "--variant", variant, "--device", options.device)
-    flags = ServerFlags(common, ("--teacher", str(teacher)))
+    common = ("--variant", variant, "--device", options.device)
+    flags = ServerFlags(options.bundle, common, ("--teacher", str(teacher)))
     return Setting(models, prompts, scale, num_threads, options.seed), flags
 
 

@@ -1,72 +1,22 @@
-"""A real `tandem serve` process, and streams from it through grpc.aio, timed at the client."""
+"""Streams from a `tandem serve` process through grpc.aio, timed at the client."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import json
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import grpc
 
-from bundle.errors import UserError
 from demo import Series, scrape
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1.inference_pb2_grpc import InferenceServiceStub
 from serve.client import CHANNEL_OPTIONS
-
-READY_TIMEOUT_S = 300.0
-STOP_TIMEOUT_S = 60.0
-
-
-@contextmanager
-def serving(flags: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Run `tandem serve` with `flags` on free ports; yields its `address` and `metrics_url`.
-
-    Raises UserError, with the server's log, when it does not become ready, or ends otherwise than
-    by SIGTERM with exit code 0.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        ready_file, log_path = Path(scratch) / "ready.json", Path(scratch) / "server.log"
-        command = [sys.executable, "-m", "tandem", "serve", *flags]
-        command += ["--port", "0", "--metrics-port", "0", "--ready-file", str(ready_file)]
-        with log_path.open("wb") as log:
-            server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            yield _wait_ready(server, ready_file, log_path)
-        finally:
-            code = _stop(server)
-        if code != 0:
-            raise UserError(f"the server ended with exit code {code}: {log_path.read_text()}")
-
-
-def _wait_ready(server: subprocess.Popen[bytes], ready_file: Path, log: Path) -> dict[str, str]:
-    deadline_s = time.monotonic() + READY_TIMEOUT_S
-    while not ready_file.exists():
-        if server.poll() is not None or time.monotonic() > deadline_s:
-            raise UserError(f"the server did not become ready: {log.read_text()}")
-        time.sleep(0.05)
-    ready: dict[str, str] = json.loads(ready_file.read_text())
-    return ready
-
-
-def _stop(server: subprocess.Popen[bytes]) -> int:
-    server.send_signal(signal.SIGTERM)
-    try:
-        return server.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        return server.wait()
 
 
 @dataclass(slots=True)

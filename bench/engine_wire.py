@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from bench.engine_driver import MAX_NUM_SEQS, Reader, Setting, drawn, make_request
 from bench.engine_measures import Measures, Round, at_least, at_most
-from bench.engine_server import Stream, Wire, mean_step_s, serving, student_request
+from bench.engine_server import Stream, Wire, mean_step_s, student_request
+from demo import serving
 from serve.engine import Engine
 from serve.sequence import Event
 
@@ -21,8 +23,9 @@ SHADOW_TARGET = at_most(1.3)
 
 @dataclass(frozen=True, slots=True)
 class ServerFlags:
-    """Flags of `tandem serve` that name the models and the device."""
+    """What `tandem serve` is told about the models and the device."""
 
+    bundle: Path
     student: tuple[str, ...]
     teacher: tuple[str, ...]
 
@@ -75,7 +78,7 @@ def grpc_streaming(setting: Setting, flags: ServerFlags) -> Measures:
     engine = EngineThread(setting)
     try:
         with (
-            serving(flags.of(scale.max_model_len, with_teacher=False)) as ready,
+            serving(flags.bundle, flags.of(scale.max_model_len, with_teacher=False)) as ready,
             Wire(ready) as wire,
         ):
             for current in measures.rounds(scale.num_rounds):
@@ -120,7 +123,10 @@ def shadow(setting: Setting, flags: ServerFlags) -> Measures:
     beside the scoring. "Overlapping" streams go on with the last token.
     """
     measures, scale = Measures(), setting.scale
-    with serving(flags.of(scale.max_model_len, with_teacher=True)) as ready, Wire(ready) as wire:
+    with (
+        serving(flags.bundle, flags.of(scale.max_model_len, with_teacher=True)) as ready,
+        Wire(ready) as wire,
+    ):
         for current in measures.rounds(scale.num_rounds):
             for num_streams in scale.shadow_streams:
                 for waits in (True, False):

@@ -15,11 +15,8 @@ _NODES_PER_QK_NORM = 5
 _HEAD_DIM_MULTIPLE = 16
 # What the graph would leave out or get wrong: key -> the values for which it does not matter.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "partial_rotary_factor": (None, 1.0),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
-    "quantization_config": (None,),
 }
 
 

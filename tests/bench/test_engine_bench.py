@@ -18,7 +18,7 @@ from bench import engine
 from bench.engine_driver import QUICK, Driver, Step, StepLog, drawn, greedy
 from bench.engine_graph import lengthen
 from bench.engine_measures import Measures, at_least, at_most, render
-from bench.engine_server import mean_step_s, serving
+from bench.engine_server import mean_step_s
 from bench.engine_stress import MIB, flatness
 from bundle.errors import UserError
 from bundle.hashing import hash_weights
@@ -32,6 +32,7 @@ from bundle.manifest import (
     write_manifest,
 )
 from bundle.verify import list_entries
+from demo import serving
 
 Run = Callable[..., dict[str, Any]]
 
@@ -170,7 +171,7 @@ def test_bundle_whose_teacher_is_gone_is_refused(bundle: Path, tmp_path: Path) -
 
 
 def test_server_that_cannot_start_says_why() -> None:
-    with pytest.raises(UserError, match="did not become ready"), serving(["--bundle", "nowhere"]):
+    with pytest.raises(UserError, match="did not become ready"), serving(Path("nowhere")):
         pass
 
 
