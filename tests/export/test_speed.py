@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 
 from export.speed import PROMPT_TOKENS, Contender, Speed, race, tandem_contender
 from export.speed import transformers_contender as over_transformers
+
+STALL_S = 0.2
 
 
 def contender(name: str, calls: list[Any], times: Sequence[tuple[float, float]]) -> Contender:
@@ -76,14 +79,21 @@ def test_transformers_decodes_as_many_tokens_behind_its_prefill(
     from transformers import AutoModelForCausalLM
 
     model, counts = AutoModelForCausalLM.from_pretrained(tiny_teacher), []
-    generate = model.generate
+    generate, forward = model.generate, model.forward
 
     def spy(ids: torch.Tensor, **settings: Any) -> Any:
         output = generate(ids, **settings)
         counts.append(output.shape[1] - ids.shape[1])
         return output
 
+    def stall_prefill(input_ids: torch.Tensor, **settings: Any) -> Any:
+        if input_ids.shape[1] > 1:
+            time.sleep(STALL_S)
+        return forward(input_ids=input_ids, **settings)
+
     monkeypatch.setattr(model, "generate", spy)
+    monkeypatch.setattr(model, "forward", stall_prefill)
     prefill_s, decode_s = over_transformers(model)([5, 6, 7], 8)
-    assert counts == [1, 9]
-    assert prefill_s > 0 and decode_s > 0
+    assert counts == [9]
+    assert prefill_s >= STALL_S
+    assert decode_s > 0
