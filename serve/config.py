@@ -30,9 +30,21 @@ class ServeConfig(BaseModel):
 
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65535, description="0 picks a free one")
+    control_host: str = "127.0.0.1"
+    control_port: int = Field(default=50052, ge=0, le=65535, description="0 picks a free one")
+    metrics_host: str = "127.0.0.1"
     metrics_port: int = Field(default=9464, ge=0, le=65535, description="0 picks a free one")
     insecure_listen: bool = False
+    reflection: bool = Field(default=False, description="gRPC server reflection")
     ready_file: Path | None = None
+
+    tls_cert: Path | None = Field(default=None, description="PEM chain; read again as it changes")
+    tls_key: Path | None = Field(default=None, description="PEM key of tls_cert")
+    tls_client_ca: Path | None = Field(
+        default=None, description="PEM; clients must be signed by it"
+    )
+    auth_tokens: Path | None = Field(default=None, description="file of hashed tokens and scopes")
+    max_concurrent_per_peer: int = Field(default=256, ge=1, description="calls of one client")
 
     max_num_seqs: int = Field(default=16, ge=1, le=1024)
     max_model_len: int = Field(default=2048, ge=2)
@@ -43,7 +55,34 @@ class ServeConfig(BaseModel):
     prefix_cache_mib: int = Field(
         default=256, ge=0, description="of earlier prompts' keys and values per model; 0: none"
     )
+
+    max_prompt_bytes: int = Field(default=1 << 20, ge=1, le=3 << 20)
+    max_num_samples: int = Field(default=64, ge=1, le=64)
+    max_completion_tokens: int | None = Field(
+        default=None, ge=1, description="bound of max_tokens; none: the context"
+    )
+    max_timeout_s: float = Field(default=600.0, gt=0, description="deadline of every call at most")
+    max_replays: int = Field(
+        default=1024, ge=0, description="answers kept for requests that come again by their id"
+    )
+    max_replay_mib: int = Field(default=64, ge=0, description="MiB of them")
+    replay_ttl_s: float = Field(default=120.0, ge=0, description="how long they are kept")
+
+    student_weight: float = Field(default=1.0, ge=0, le=1e6, description="of ROUTE_AUTO traffic")
+    teacher_weight: float = Field(default=0.0, ge=0, le=1e6, description="of ROUTE_AUTO traffic")
+    shadow_rate: float = Field(default=0.0, ge=0, le=1, description="scored behind the answer")
+    max_shadows: int = Field(default=32, ge=0, description="that wait or run; more are dropped")
+    shadow_timeout_s: float = Field(default=30.0, gt=0)
+
     tasks: frozenset[str] = Field(default=frozenset(), description="task labels in metrics")
+    answer_formats: dict[str, str] = Field(
+        default_factory=dict, description="name → regular expression; group 1 is the answer"
+    )
+    symbolic_timeout_s: float = Field(default=2.0, gt=0, description="of one comparison")
+    vllm_metrics: bool = Field(default=False, description="aliases named as vLLM names its metrics")
+    log_requests: bool = Field(default=False, description="a line per call: never its text")
+
+    drain_delay_s: float = Field(default=0.0, ge=0, description="not ready, but still serving")
     drain_grace_s: float = Field(default=30.0, ge=0)
 
     @model_validator(mode="after")

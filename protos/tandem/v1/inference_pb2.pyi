@@ -42,6 +42,12 @@ class ReferenceKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REFERENCE_KIND_UNSPECIFIED: _ClassVar[ReferenceKind]
     REFERENCE_KIND_GOLD: _ClassVar[ReferenceKind]
     REFERENCE_KIND_TEACHER_CONSENSUS: _ClassVar[ReferenceKind]
+
+class AnswerMatch(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ANSWER_MATCH_UNSPECIFIED: _ClassVar[AnswerMatch]
+    ANSWER_MATCH_EXACT: _ClassVar[AnswerMatch]
+    ANSWER_MATCH_SYMBOLIC: _ClassVar[AnswerMatch]
 ROLE_UNSPECIFIED: Role
 ROLE_STUDENT: Role
 ROLE_TEACHER: Role
@@ -63,6 +69,9 @@ FINISH_REASON_SHUTDOWN: FinishReason
 REFERENCE_KIND_UNSPECIFIED: ReferenceKind
 REFERENCE_KIND_GOLD: ReferenceKind
 REFERENCE_KIND_TEACHER_CONSENSUS: ReferenceKind
+ANSWER_MATCH_UNSPECIFIED: AnswerMatch
+ANSWER_MATCH_EXACT: AnswerMatch
+ANSWER_MATCH_SYMBOLIC: AnswerMatch
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -125,16 +134,18 @@ class DivergenceOptions(_message.Message):
     def __init__(self, enabled: bool = ..., basis: _Optional[_Union[Basis, str]] = ..., per_token: bool = ..., exact: bool = ...) -> None: ...
 
 class EvaluationOptions(_message.Message):
-    __slots__ = ("answer_format", "reference_answer", "pass_at_k", "task")
+    __slots__ = ("answer_format", "reference_answer", "pass_at_k", "task", "answer_match")
     ANSWER_FORMAT_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_ANSWER_FIELD_NUMBER: _ClassVar[int]
     PASS_AT_K_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_MATCH_FIELD_NUMBER: _ClassVar[int]
     answer_format: str
     reference_answer: str
     pass_at_k: _containers.RepeatedScalarFieldContainer[int]
     task: str
-    def __init__(self, answer_format: _Optional[str] = ..., reference_answer: _Optional[str] = ..., pass_at_k: _Optional[_Iterable[int]] = ..., task: _Optional[str] = ...) -> None: ...
+    answer_match: AnswerMatch
+    def __init__(self, answer_format: _Optional[str] = ..., reference_answer: _Optional[str] = ..., pass_at_k: _Optional[_Iterable[int]] = ..., task: _Optional[str] = ..., answer_match: _Optional[_Union[AnswerMatch, str]] = ...) -> None: ...
 
 class OutputOptions(_message.Message):
     __slots__ = ("stream", "logprobs", "top_logprobs", "text", "processed_logprobs")

@@ -31,6 +31,9 @@ class InferenceServiceStub(object):
     Status codes that every rpc may answer, and what to do:
     * INVALID_ARGUMENT: the message cannot be parsed or a field is refused. Fix the request; the
     BadRequest detail names each field. Retrying is useless.
+    * UNAUTHENTICATED: the server wants a token (or a client certificate) and got none that it
+    knows. Send "authorization: Bearer TOKEN".
+    * RESOURCE_EXHAUSTED: too many calls of this client run already. Wait as RetryInfo says.
     * UNAVAILABLE: the server is draining or its engine is down. Retry after the RetryInfo detail,
     preferably elsewhere.
     * INTERNAL: a fault of the server, also non-finite logits. Report the error id in the message;
@@ -71,6 +74,9 @@ class InferenceServiceServicer(object):
     Status codes that every rpc may answer, and what to do:
     * INVALID_ARGUMENT: the message cannot be parsed or a field is refused. Fix the request; the
     BadRequest detail names each field. Retrying is useless.
+    * UNAUTHENTICATED: the server wants a token (or a client certificate) and got none that it
+    knows. Send "authorization: Bearer TOKEN".
+    * RESOURCE_EXHAUSTED: too many calls of this client run already. Wait as RetryInfo says.
     * UNAVAILABLE: the server is draining or its engine is down. Retry after the RetryInfo detail,
     preferably elsewhere.
     * INTERNAL: a fault of the server, also non-finite logits. Report the error id in the message;
@@ -167,6 +173,9 @@ class InferenceService(object):
     Status codes that every rpc may answer, and what to do:
     * INVALID_ARGUMENT: the message cannot be parsed or a field is refused. Fix the request; the
     BadRequest detail names each field. Retrying is useless.
+    * UNAUTHENTICATED: the server wants a token (or a client certificate) and got none that it
+    knows. Send "authorization: Bearer TOKEN".
+    * RESOURCE_EXHAUSTED: too many calls of this client run already. Wait as RetryInfo says.
     * UNAVAILABLE: the server is draining or its engine is down. Retry after the RetryInfo detail,
     preferably elsewhere.
     * INTERNAL: a fault of the server, also non-finite logits. Report the error id in the message;
