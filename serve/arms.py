@@ -94,7 +94,10 @@ class Chunk:
 
 @dataclass(slots=True)
 class SampleResult:
-    """One completion. `error` says why it has none, `divergence_error` why it has no divergence."""
+    """One completion. `error` says why it has none, `divergence_error` why it has no divergence.
+
+    `answer` and `correct` are set by `serve.agreement`, which says when they are None.
+    """
 
     role: Role
     index: int
@@ -105,6 +108,8 @@ class SampleResult:
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     text: str = ""
     text_ends: list[int] = field(default_factory=list)
+    answer: str | None = None
+    correct: bool | None = None
     timings: Timings = field(default_factory=Timings)
     num_cached_prompt_tokens: int = 0
     error: str = ""

@@ -65,6 +65,13 @@ class Basis(enum.Enum):
     RAW = "raw"
 
 
+class AnswerMatch(enum.Enum):
+    """When two answers are the same: by canonical form, or where they are equivalent as well."""
+
+    EXACT = "exact"
+    SYMBOLIC = "symbolic"
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A prompt in the one form it was given in."""
@@ -92,6 +99,7 @@ class EvaluationSpec:
     reference_answer: str | None = None
     pass_at_k: tuple[int, ...] = ()
     task: str = OTHER_TASK
+    answer_match: AnswerMatch = AnswerMatch.EXACT
 
 
 @dataclass(frozen=True, slots=True)
