@@ -3,78 +3,41 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from bundle.errors import UserError
+from serve.flags import with_settings_flags
+from serve.settings import load_settings
 
 
+@with_settings_flags
 def serve(
-    bundle: Annotated[Path, typer.Option(help="Folder of the bundle to serve.")],
-    teacher: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the teacher; by default the bundle's, where it still lies."),
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or TOML with settings, named as the flags below.")
     ] = None,
-    no_teacher: Annotated[
-        bool, typer.Option("--no-teacher", help="Serve the student alone.")
+    print_config: Annotated[
+        bool,
+        typer.Option("--print-config", help="Print the settings in force, as a config file; end."),
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    port: Annotated[int, typer.Option(help="gRPC port; 0 picks a free one.")] = 50051,
-    metrics_port: Annotated[int, typer.Option(help="HTTP port; 0 picks a free one.")] = 9464,
-    ready_file: Annotated[
-        Path | None, typer.Option(help="Written as JSON with the addresses when ready.")
-    ] = None,
-    variant: Annotated[
-        str | None, typer.Option(help="ONNX variant; by default the bundle's.")
-    ] = None,
-    student_backend: Annotated[str, typer.Option(help="onnx or torch.")] = "onnx",
-    teacher_backend: Annotated[str, typer.Option(help="torch or onnx.")] = "torch",
-    teacher_dtype: Annotated[
-        str, typer.Option(help="bfloat16, float16 or float32 (torch).")
-    ] = "bfloat16",
-    max_num_seqs: Annotated[int, typer.Option(help="Samples running per model.")] = 16,
-    max_model_len: Annotated[int, typer.Option(help="Prompt and completion tokens.")] = 2048,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads of one step; by default as many as it may use.")
-    ] = None,
-    max_pass_tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens of a prefill or scoring pass; by default 256 on the CPU."),
-    ] = None,
-    prefix_cache_mib: Annotated[
-        int, typer.Option(help="MiB of earlier prompts to copy from, per model; 0 for none.")
-    ] = 256,
-    drain_grace_s: Annotated[float, typer.Option(help="Seconds running work may take.")] = 30.0,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    insecure_listen: Annotated[
-        bool, typer.Option("--insecure-listen", help="Allow a host that is not loopback.")
-    ] = False,
+    **flags: str | bool | None,
 ) -> None:
-    """Serve a bundle's student, and its teacher, over gRPC until SIGTERM."""
-    config = _config(**locals())  # the flags are ServeConfig's fields
+    """Serve a bundle's student, and its teacher, over gRPC until SIGTERM.
+
+    Every setting may also be a variable of the environment (TANDEM_MAX_NUM_SEQS for
+    --max-num-seqs) or a key of the config file (max_num_seqs). A flag wins over the environment,
+    the environment over the file.
+    """
+    settings = load_settings(flags, os.environ, config)
+    if print_config:
+        typer.echo(settings.to_yaml(), nl=False)
+        return
     from serve import server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    server.serve(config)
-
-
-def _config(**settings: Any) -> Any:
-    """Return the ServeConfig; UserError names the flag that is out of bounds."""
-    from pydantic import ValidationError
-
-    from serve.config import ServeConfig
-
-    try:
-        return ServeConfig(**settings)
-    except ValidationError as error:
-        raise UserError("; ".join(map(_one_line, error.errors(include_url=False)))) from None
-
-
-def _one_line(found: Any) -> str:
-    text: str = found["msg"].removeprefix("Value error, ")
-    return f"--{found['loc'][0].replace('_', '-')}: {text}" if found["loc"] else text
+    server.serve(settings.config)
 
 
 def ask(
