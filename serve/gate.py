@@ -1,0 +1,242 @@
+"""Who may call what, and how much at a time: the first thing that a call meets on a listener.
+
+Calls are refused before their message is read. Whoever comes through is counted until the call
+ends, whatever ends it, and its name is `current_client` for everything that the handler starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import grpc
+
+from serve.statuses import Status, abort
+from serve.tokens import SCOPES, TokenFile
+
+logger = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # no generic at run time
+Reason = Literal["unauthenticated", "peer_limit"]
+
+# The authenticated client whose call is being handled; "" for an anonymous one.
+current_client: ContextVar[str] = ContextVar("current_client", default="")
+
+RETRY_AFTER_S = 1.0
+_DENIED = "denied"  # what an unlisted method needs; no token can have it
+_MAX_READ_S = 30.0
+_MAX_LOGGED_HOSTS = 1024
+
+_NO_CREDENTIALS = Status(
+    grpc.StatusCode.UNAUTHENTICATED, "a valid token is needed: authorization: Bearer TOKEN"
+)
+_NO_SCOPE = Status(grpc.StatusCode.UNAUTHENTICATED, "the token does not allow this call")
+
+
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    """Who calls: a name from token or certificate, "" if anonymous, and from which host."""
+
+    name: str
+    host: str
+
+    def __str__(self) -> str:
+        return f"client {self.name!r} at {self.host}" if self.name else self.host
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What the limit applies to: a client wherever it calls from, else a host."""
+        return (self.name, "") if self.name else ("", self.host)
+
+
+class Gate(grpc.aio.ServerInterceptor):
+    """Authenticates the calls of a listener and bounds how many run per client.
+
+    Handlers are coroutine functions or async generator functions.
+    """
+
+    def __init__(
+        self,
+        scopes: Mapping[str, str | None],
+        tokens: TokenFile | None,
+        max_concurrent_per_peer: int,
+        on_rejected: Callable[[Reason], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`scopes`: method ("/package.Service/Method") or service ("/package.Service/") → scope.
+
+        None there means open to all and never counted. Other methods are denied. Without
+        `tokens` clients are known by their certificates, if the listener asks for any.
+        """
+        assert {scope for scope in scopes.values() if scope is not None} <= SCOPES, scopes
+        self._scopes = scopes
+        self._tokens = tokens
+        self._max_concurrent = max_concurrent_per_peer
+        self._on_rejected = on_rejected
+        self._clock = clock
+        self._num_running: Counter[tuple[str, str]] = Counter()
+        self._logged_s: dict[str, float] = {}  # by host, of the last second, oldest first
+
+    @property
+    def num_active(self) -> int:
+        """Calls that run; those that are open to all do not count."""
+        return self._num_running.total()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Return the handler, counted, or one that refuses; None (UNIMPLEMENTED) if there is none.
+
+        Without tokens a method that is not listed is as one that does not exist.
+        """
+        handler = await continuation(handler_call_details)
+        scope = self._scope_of(handler_call_details.method)
+        if handler is None or scope is None:
+            return handler
+        if self._tokens is None:
+            return None if scope == _DENIED else self._counted(handler, "")
+        token = _bearer_token(handler_call_details.invocation_metadata)
+        client = self._tokens.identify(token) if token else None
+        if client is None:
+            return self._refusing(_NO_CREDENTIALS, "")
+        if scope not in client.scopes:
+            return self._refusing(_NO_SCOPE, client.name)
+        return self._counted(handler, client.name)
+
+    def _scope_of(self, method: str) -> str | None:
+        service = method[: method.rfind("/") + 1]
+        return self._scopes.get(method, self._scopes.get(service, _DENIED))
+
+    def _refusing(self, status: Status, name: str) -> Handler:
+        async def refuse(requests: object, context: Context) -> None:
+            await self._refuse(context, _Peer(name, _host(context)), status, "unauthenticated")
+
+        # Of any kind of call: with a stream of requests grpc reads none for it.
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    def _counted(self, handler: Handler, name: str) -> Handler:
+        """Return a handler that runs another while its peer stays within the limit.
+
+        It takes a stream of requests, whatever the other takes, since grpc reads a single request
+        before it calls: a peer could have any number of them read at once.
+        """
+        behavior = (
+            handler.unary_unary or handler.unary_stream
+            or handler.stream_unary or handler.stream_stream
+        )  # fmt: skip
+
+        async def run(requests: AsyncIterator[Any], context: Context) -> Any:
+            peer = _Peer(name or _certificate_name(context), _host(context))
+            if self._num_running[peer.key] >= self._max_concurrent:
+                await self._refuse(context, peer, self._too_many(), "peer_limit")
+            with self._running(peer):
+                request = requests if handler.request_streaming else await _read_one(context)
+                return await _call(behavior, request, context)
+
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
+        return make(run, handler.request_deserializer, handler.response_serializer)
+
+    @contextmanager
+    def _running(self, peer: _Peer) -> Iterator[None]:
+        self._num_running[peer.key] += 1
+        # Never set back: every call has a context of its own, which ends with it.
+        current_client.set(peer.name)
+        try:
+            yield
+        finally:
+            self._num_running[peer.key] -= 1
+            if not self._num_running[peer.key]:
+                del self._num_running[peer.key]
+
+    def _too_many(self) -> Status:
+        return Status(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            f"{self._max_concurrent} calls of this client run, which is the limit",
+            retry_after_s=RETRY_AFTER_S,
+        )
+
+    async def _refuse(self, context: Context, peer: _Peer, status: Status, reason: Reason) -> None:
+        self._on_rejected(reason)
+        if self._may_log(peer.host):
+            logger.warning("refused a call of %s: %s", peer, status.message)
+        await abort(context, status)
+
+    def _may_log(self, host: str) -> bool:
+        """Allow one line per second and host, and so many in all that memory stays bounded."""
+        now_s = self._clock()
+        while self._logged_s:
+            oldest = next(iter(self._logged_s))
+            if now_s - self._logged_s[oldest] < 1:
+                break
+            del self._logged_s[oldest]
+        if host in self._logged_s or len(self._logged_s) >= _MAX_LOGGED_HOSTS:
+            return False
+        self._logged_s[host] = now_s
+        return True
+
+
+async def _call(behavior: Any, request: Any, context: Context) -> Any:
+    """Await a handler; what it yields is written here, so that it is closed when the call ends."""
+    if not inspect.isasyncgenfunction(behavior):
+        return await behavior(request, context)
+    async with aclosing(behavior(request, context)) as responses:
+        async for response in responses:
+            await context.write(response)
+    return None
+
+
+async def _read_one(context: Context) -> Any:
+    """Return the message of a call that has one."""
+    try:
+        async with asyncio.timeout(_MAX_READ_S):
+            request = await context.read()
+    except TimeoutError:
+        text = f"no message came within {_MAX_READ_S:g} s"
+        await abort(context, Status(grpc.StatusCode.DEADLINE_EXCEEDED, text))
+    if request is grpc.aio.EOF:
+        text = "the call has no message"
+        await abort(context, Status(grpc.StatusCode.INVALID_ARGUMENT, text))
+    return request
+
+
+def _bearer_token(metadata: tuple[tuple[str, str | bytes], ...]) -> str | None:
+    """Return the token; None if there is none, or more than one.
+
+    >>> _bearer_token((("authorization", "Bearer abc"),))
+    'abc'
+    >>> _bearer_token((("authorization", "Basic abc"),))
+    """
+    values = [value for key, value in metadata if key == "authorization"]
+    if len(values) != 1 or not isinstance(values[0], str):
+        return None
+    scheme, _, token = values[0].partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else None
+
+
+def _host(context: Context) -> str:
+    """Return the peer without its port: "ipv4:127.0.0.1"."""
+    return context.peer().rpartition(":")[0]
+
+
+def _certificate_name(context: Context) -> str:
+    """Return the name in the client's certificate, which TLS has verified; "" without one."""
+    properties = context.auth_context()
+    for key in ("x509_common_name", "x509_subject_alternative_name"):
+        for name in properties.get(key, ()):
+            return name.decode("utf-8", "backslashreplace")
+    return ""
