@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from serve.comparison import SampleDivergence, compare, compare_exactly, score
-from serve.errors import EngineStoppedError, TandemError
+from serve.errors import DeadlineError, EngineFailedError, EngineStoppedError, TandemError
 from serve.mailbox import Mailbox
 from serve.routing import Role, ServedModel
 from serve.scoring import ScoringRequest
@@ -35,21 +35,16 @@ logger = logging.getLogger(__name__)
 TopLogprobs = tuple[tuple[int, float], ...]
 
 
-class GenerationFailedError(TandemError):
-    """Every sample of the model that was asked ended with an error; the text is the engine's."""
-
-
-class DeadlineError(TandemError):
-    """The deadline passed before any sample ended."""
-
-
 @dataclass(frozen=True, slots=True)
 class ArmJob:
     """What an arm does: `model` answers `prompt_token_ids`, `reference`, if any, scores.
 
-    `deadline_s` is on the engines' clock (monotonic). Events come through `mailbox`.
+    Engines know the request as `key`. `deadline_s` is on their clock (monotonic). Events come
+    through `mailbox`. A tenant's prompts share cached beginnings with its own alone.
     """
 
+    key: str
+    tenant: str
     model: ServedModel
     reference: ServedModel | None
     spec: GenerationSpec
@@ -60,22 +55,24 @@ class ArmJob:
     def generation_request(self) -> GenerationRequest:
         spec = self.spec
         return GenerationRequest(
-            request_id=spec.request_id,
+            request_id=self.key,
             prompt_token_ids=self.prompt_token_ids,
             sampling=spec.sampling,
             logprob_temperature=spec.logprob_temperature,
             num_top_logprobs=spec.output.top_logprobs,
             deadline_s=self.deadline_s,
+            cache_salt=self.tenant,
             make_stop_check=StopChecker(self.model.tokenizer, spec.stop) if spec.stop else None,
         )
 
     def scoring_request(self, completions: tuple[tuple[int, ...], ...]) -> ScoringRequest:
         return ScoringRequest(
-            request_id=self.spec.request_id,
+            request_id=self.key,
             prompt_token_ids=self.prompt_token_ids,
             completions=completions,
             temperature=self.spec.logprob_temperature,
             deadline_s=self.deadline_s,
+            cache_salt=self.tenant,
         )
 
 
@@ -151,7 +148,7 @@ async def run_arm(job: ArmJob, on_chunk: OnChunk) -> ArmResult:
     samples = await _Drawing(job, on_chunk).run()
     _check_any(samples)
     if job.reference is not None:
-        await _score_samples(job, job.reference, samples)
+        await _try_to_score(job, job.reference, samples)
     return ArmResult(job.model.role, len(job.prompt_token_ids), samples)
 
 
@@ -182,7 +179,7 @@ def _check_any(samples: list[SampleResult]) -> None:
     """Raise when all samples ended for one reason that leaves nothing worth returning."""
     reasons = {sample.finish_reason for sample in samples}
     if reasons == {FinishReason.ERROR}:
-        raise GenerationFailedError(samples[0].error)
+        raise EngineFailedError(samples[0].error)
     if reasons == {FinishReason.DEADLINE}:
         raise DeadlineError("the deadline passed before any sample ended")
     if reasons == {FinishReason.SHUTDOWN} and not any(sample.token_ids for sample in samples):
@@ -280,21 +277,29 @@ class _Drawing:
             self._released[chunk.index].append(text)
 
 
-async def _score_samples(job: ArmJob, reference: ServedModel, samples: list[SampleResult]) -> None:
-    """Give every sample that has tokens its divergence, or say why it has none."""
+async def score_samples(job: ArmJob, reference: ServedModel, samples: list[SampleResult]) -> None:
+    """Give every sample that has tokens its divergence, or say in it why it has none.
+
+    Raises:
+        Exception: the reference could not score; nothing has changed then.
+    """
     to_score = [sample for sample in samples if sample.token_ids]
     if not to_score:
         return
-    try:
-        request = job.scoring_request(tuple(sample.token_ids for sample in to_score))
-        scored = await score(reference, request)
-    except Exception as error:  # any failure of the reference, told in `divergence_error`
-        text = describe_failure(error)
-        for sample in to_score:
-            sample.divergence_error = text
-        return
+    request = job.scoring_request(tuple(sample.token_ids for sample in to_score))
+    scored = await score(reference, request)
     for sample, completion in zip(to_score, scored, strict=True):
         await _compare_sample(job, reference, sample, completion.logprobs)
+
+
+async def _try_to_score(job: ArmJob, reference: ServedModel, samples: list[SampleResult]) -> None:
+    try:
+        await score_samples(job, reference, samples)
+    except Exception as error:  # any failure of the reference, told in `divergence_error`
+        text = describe_failure(error)
+        for sample in samples:
+            if sample.token_ids:
+                sample.divergence_error = text
 
 
 async def _compare_sample(

@@ -92,12 +92,31 @@ class ServeConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _check_host(self) -> ServeConfig:
-        if not self.insecure_listen and not _is_loopback(self.host):
-            raise ValueError(
-                f"host {self.host!r} is reachable from outside and nothing is encrypted or "
-                "authenticated; use 127.0.0.1, or say --insecure-listen"
-            )
+    def _check_tls(self) -> ServeConfig:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key belong together; give both or none")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
+        return self
+
+    @model_validator(mode="after")
+    def _check_hosts(self) -> ServeConfig:
+        is_safe = self.tls_cert is not None and (self.tls_client_ca or self.auth_tokens)
+        if is_safe or self.insecure_listen:
+            return self
+        for name, host in (("--host", self.host), ("--control-host", self.control_host)):
+            if not _is_loopback(host):
+                raise ValueError(
+                    f"{name} {host!r} is reachable from outside; that needs --tls-cert and "
+                    "--tls-key with --auth-tokens or --tls-client-ca. Use 127.0.0.1, or say "
+                    "--insecure-listen"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_policy(self) -> ServeConfig:
+        if not self.student_weight and not self.teacher_weight:
+            raise ValueError("--student-weight and --teacher-weight are both 0; one must be above")
         return self
 
 

@@ -15,21 +15,25 @@ from typing import Any
 from serve.agreement import Agreement, judge
 from serve.arms import ArmJob, ArmResult, OnChunk, run_arm, run_second_arm
 from serve.comparison import CompletionScore, score_with_models
-from serve.errors import EngineStoppedError, InvalidFieldError
+from serve.errors import AbortedError, EngineStoppedError, UnknownRequestError
 from serve.mailbox import Mailbox
 from serve.metrics import ServerMetrics
+from serve.policy import TrafficPolicy
 from serve.routing import (
     Engines,
     Role,
+    Route,
     ServedModel,
+    are_comparable,
     check_comparable,
     choose_models,
     resolve_divergence,
 )
 from serve.scoring import ScoringRequest
+from serve.shadow import Shadows
 from serve.specs import GenerationSpec, Limits, Prompt, ScoreSpec
 from serve.tokenization import Tokenizer
-from serve.validation import check_context, tokenize, tokenize_completions
+from serve.validation import check_capacity, check_context, tokenize, tokenize_completions
 
 OnArm = Callable[[ArmResult], None]
 RunArm = Callable[[ArmJob, OnChunk], Awaitable[ArmResult]]
@@ -51,21 +55,58 @@ class ScoreAnswer:
     requests: dict[Role, ScoringRequest]
 
 
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """Under which engines take a request: see `ArmJob`."""
+
+    key: str
+    tenant: str
+    deadline_s: float | None
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request that was admitted, and the task that answers it."""
+
+    request_id: str
+    task: asyncio.Task[Any]
+    is_aborted: bool = False
+
+
 class Coordinator:
     """Admits requests, has models answer and score them, and counts what came of it.
 
-    Deadlines are on the monotonic clock, which is the engines'; None is no deadline.
+    Deadlines are on the monotonic clock, which is the engines'.
     """
 
-    def __init__(self, engines: Engines, limits: Limits, metrics: ServerMetrics) -> None:
+    def __init__(
+        self,
+        engines: Engines,
+        limits: Limits,
+        metrics: ServerMetrics,
+        policy: TrafficPolicy,
+        shadows: Shadows,
+    ) -> None:
         self.engines = engines
         self.limits = limits
+        self.policy = policy
         self._metrics = metrics
+        self._shadows = shadows
         self._mailbox = Mailbox()
-        self._running_ids: set[str] = set()
+        self._running: dict[str, _Running] = {}
+        self._num_admitted = 0
         self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def num_running(self) -> int:
+        """Requests that were admitted and have not ended."""
+        return len(self._running)
+
+    @property
+    def num_shadows(self) -> int:
+        return self._shadows.num_pending
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new work, and wait for what runs, but no longer than the grace."""
@@ -73,17 +114,38 @@ class Coordinator:
         self._metrics.draining.set(1)
         async with running(self._idle.wait()) as tasks:
             await asyncio.wait(tasks, timeout=grace_s)
+        await self._shadows.stop()
+
+    def abort(self, request_id: str) -> None:
+        """End the running requests of this id, whose callers get an AbortedError.
+
+        Raises:
+            UnknownRequestError: there is none.
+        """
+        found = [one for one in self._running.values() if one.request_id == request_id]
+        if not found:
+            raise UnknownRequestError(f"no request {request_id!r} is running here")
+        for one in found:
+            one.is_aborted = True
+            one.task.cancel()
 
     async def answer(
-        self, spec: GenerationSpec, deadline_s: float | None, on_chunk: OnChunk, on_arm: OnArm
+        self,
+        spec: GenerationSpec,
+        on_chunk: OnChunk,
+        on_arm: OnArm,
+        *,
+        deadline_s: float | None = None,
+        tenant: str = "",
     ) -> Answer:
         """Have one or both models answer; `on_chunk` and `on_arm` see the parts as they come.
 
         Raises:
             TandemError: the request cannot be served, or its first model failed.
         """
-        with self._admitted(spec.request_id):
-            first, *others = await self._jobs(spec, deadline_s)
+        with self._admitted(spec.request_id) as key:
+            jobs = await self._jobs(spec, _Terms(key, tenant, deadline_s))
+            first, *others = jobs
             arms_to_run = [
                 self._run(run_arm, first, on_chunk, on_arm),
                 *(self._run(run_second_arm, job, on_chunk, on_arm) for job in others),
@@ -93,56 +155,94 @@ class Coordinator:
         agreement = judge(spec.evaluation, arms)
         if agreement is not None:
             self._metrics.on_agreement(agreement, spec.evaluation.task)
+        self._shadow(first, arms[0])
         return Answer(arms, agreement)
 
-    async def score(self, spec: ScoreSpec, deadline_s: float | None) -> ScoreAnswer:
+    async def score(
+        self, spec: ScoreSpec, *, deadline_s: float | None = None, tenant: str = ""
+    ) -> ScoreAnswer:
         """Have the asked models score completions.
 
         Raises:
             TandemError: the request cannot be served, or a model failed.
         """
-        with self._admitted(spec.request_id):
+        with self._admitted(spec.request_id) as key:
+            terms = _Terms(key, tenant, deadline_s)
             models = [self.engines.get(role) for role in spec.roles] or list(self.engines.loaded)
             wants_divergence = spec.divergence.enabled
             if wants_divergence is None:
                 wants_divergence = len(models) == 2
             if wants_divergence:
                 check_comparable(models)
-            pairs = [(m, await self._scoring_request(spec, m, deadline_s)) for m in models]
+            pairs = [(m, await self._scoring_request(spec, m, terms)) for m in models]
             scores = await score_with_models(
                 pairs, wants_divergence=wants_divergence, wants_exact=spec.divergence.exact
             )
         return ScoreAnswer(scores, {model.role: request for model, request in pairs})
 
     @contextmanager
-    def _admitted(self, request_id: str) -> Iterator[None]:
-        """Hold the request's id while it runs; refuse one that is in use, or all when draining."""
+    def _admitted(self, request_id: str) -> Iterator[str]:
+        """Count a request among those that run, under a key that no other one has ever had.
+
+        Raises:
+            EngineStoppedError: the server is draining.
+            AbortedError: `abort` ended the block.
+        """
         if self._is_draining:
             raise EngineStoppedError("the server is draining and takes no new work")
-        if request_id in self._running_ids:
-            raise InvalidFieldError.of(
-                "request_id", f"is {request_id!r}, which is running; must be new or empty"
-            )
-        self._running_ids.add(request_id)
+        task = asyncio.current_task()
+        assert task is not None
+        self._num_admitted += 1
+        key, one = f"{request_id} {self._num_admitted}", _Running(request_id, task)
+        self._running[key] = one
         self._idle.clear()
         try:
-            yield
+            yield key
+        except asyncio.CancelledError:
+            if not one.is_aborted:
+                raise
+            task.uncancel()
+            raise AbortedError("the request was aborted by an operator") from None
         finally:
-            self._running_ids.remove(request_id)
-            if not self._running_ids:
+            del self._running[key]
+            if not self._running:
                 self._idle.set()
 
-    async def _jobs(self, spec: GenerationSpec, deadline_s: float | None) -> list[ArmJob]:
+    async def _jobs(self, spec: GenerationSpec, terms: _Terms) -> list[ArmJob]:
         """Return one job per answering model, checked against the context before any starts."""
-        models = choose_models(spec.route, self.engines)
+        models = choose_models(spec.route, self.engines, self.policy.choose_role(spec.request_id))
         is_scored = resolve_divergence(spec.divergence.enabled, self.engines)
+        check_capacity(spec.sampling.num_samples, self.limits)
         jobs = []
         for model in models:
             prompt = await _tokenize(spec.prompt, model.tokenizer)
             check_context(len(prompt), spec.sampling.max_tokens, self.limits)
             reference = self.engines.get(model.role.other) if is_scored else None
-            jobs.append(ArmJob(model, reference, spec, prompt, deadline_s, self._mailbox))
+            jobs.append(
+                ArmJob(
+                    key=terms.key,
+                    tenant=terms.tenant,
+                    model=model,
+                    reference=reference,
+                    spec=spec,
+                    prompt_token_ids=prompt,
+                    deadline_s=terms.deadline_s,
+                    mailbox=self._mailbox,
+                )
+            )
         return jobs
+
+    def _shadow(self, job: ArmJob, arm: ArmResult) -> None:
+        """Have the other model score an answer of AUTO that nobody asked a divergence for."""
+        is_wanted = (
+            job.spec.route is Route.AUTO
+            and job.reference is None
+            and arm.is_complete
+            and are_comparable(self.engines.loaded)
+            and self.policy.wants_shadow(job.spec.request_id)
+        )
+        if is_wanted:
+            self._shadows.offer(job, self.engines.get(job.model.role.other), arm.samples)
 
     async def _run(self, run: RunArm, job: ArmJob, on_chunk: OnChunk, on_arm: OnArm) -> ArmResult:
         started_s = time.monotonic()
@@ -157,14 +257,19 @@ class Coordinator:
         return result
 
     async def _scoring_request(
-        self, spec: ScoreSpec, model: ServedModel, deadline_s: float | None
+        self, spec: ScoreSpec, model: ServedModel, terms: _Terms
     ) -> ScoringRequest:
         prompt = await _tokenize(spec.prompt, model.tokenizer)
         completions = await asyncio.to_thread(
             tokenize_completions, spec, len(prompt), model.tokenizer, self.limits
         )
         return ScoringRequest(
-            spec.request_id, prompt, completions, spec.temperature, deadline_s=deadline_s
+            terms.key,
+            prompt,
+            completions,
+            spec.temperature,
+            deadline_s=terms.deadline_s,
+            cache_salt=terms.tenant,
         )
 
 

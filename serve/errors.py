@@ -5,11 +5,18 @@
     ├── ContextLengthError         prompt + max_tokens exceeds what the model can hold
     ├── ModelsNotComparableError   a divergence needs two models with the same tokenizer
     ├── ModelNotLoadedError        the asked role is not served here
+    ├── UnknownRequestError        no request of that id runs
+    ├── StalePolicyError           the traffic policy was changed by someone else meanwhile
+    ├── NeverFitsError             more samples than the queue and the slots ever hold
     ├── QueueFullError             more waiting work than the server accepts
+    ├── DeadlineError              the deadline passed before there was anything to return
+    ├── AbortedError               an operator ended the request
+    ├── EngineFailedError          the model failed on this request
     └── EngineStoppedError         the engine is draining or down
 
-`serve.service` maps them to status codes in one place; nothing below it knows about gRPC. One more
-is for the command line alone: DeviceMissingError, a UserError, at the start of a server.
+Modules that have an error of their own say so; `serve.statuses` maps all of them to status codes
+in one place, and nothing below it knows about gRPC. One more is for the command line alone:
+DeviceMissingError, a UserError, at the start of a server.
 """
 
 from __future__ import annotations
@@ -62,12 +69,42 @@ class ModelNotLoadedError(TandemError):
     """The asked role is not served by this server."""
 
 
+class UnknownRequestError(TandemError):
+    """No request of that id runs here."""
+
+
+class StalePolicyError(TandemError):
+    """The policy is not the one that the change was made for."""
+
+
+class NeverFitsError(TandemError):
+    """More samples are asked for than this server could ever hold."""
+
+    def __init__(self, num_samples: int, max_samples: int) -> None:
+        super().__init__(
+            f"num_samples {num_samples} exceeds the {max_samples} samples that run and wait here "
+            "at most"
+        )
+
+
 class QueueFullError(TandemError):
     """The waiting queue is full; the request may be sent again after `retry_after_s`."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class DeadlineError(TandemError):
+    """The deadline passed before there was anything to return."""
+
+
+class AbortedError(TandemError):
+    """An operator ended the request."""
+
+
+class EngineFailedError(TandemError):
+    """The model gave nothing for this request; the text is the engine's."""
 
 
 class EngineStoppedError(TandemError):

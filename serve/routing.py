@@ -1,7 +1,7 @@
 """Which models answer a request, and which one scores the answers.
 
-A fixed policy: AUTO means the student, or the teacher where it alone is loaded. The samples of
-either model are scored by the other one, so the two must share a tokenizer.
+AUTO means the model that the traffic policy chose, or the one that is loaded alone. The samples
+of either model are scored by the other one, so the two must share a tokenizer.
 """
 
 from __future__ import annotations
@@ -86,12 +86,16 @@ class Engines:
             model.engine.stop()
 
 
-def choose_models(route: Route, engines: Engines) -> tuple[ServedModel, ...]:
-    """Return the models that answer, the student first; ModelNotLoadedError when one is missing."""
+def choose_models(route: Route, engines: Engines, auto: Role) -> tuple[ServedModel, ...]:
+    """Return the models that answer, the student first; AUTO is the role `auto` if it is loaded.
+
+    Raises:
+        ModelNotLoadedError: one is missing.
+    """
     if route is Route.BOTH:
         return engines.get(Role.STUDENT), engines.get(Role.TEACHER)
     if route is Route.AUTO:
-        return engines.loaded[:1]
+        return engines.loaded if len(engines.loaded) == 1 else (engines.get(auto),)
     return (engines.get(Role(route.value)),)
 
 
@@ -108,17 +112,23 @@ def resolve_divergence(enabled: bool | None, engines: Engines) -> bool:
     return enabled
 
 
+def are_comparable(models: Sequence[ServedModel]) -> bool:
+    """Say whether these are two models that share a tokenizer."""
+    return len(models) == 2 and models[0].tokenizer.hash == models[1].tokenizer.hash
+
+
 def check_comparable(models: Sequence[ServedModel]) -> None:
-    """Raise ModelsNotComparableError unless these are two models that share a tokenizer."""
+    """Raise ModelsNotComparableError, which says why, unless `are_comparable`."""
+    if are_comparable(models):
+        return
     if len(models) < 2:
         raise ModelsNotComparableError(
             f"a divergence needs two models, this is the {models[0].role.value} alone; "
             "set divergence.enabled to false"
         )
     first, second = models
-    if first.tokenizer.hash != second.tokenizer.hash:
-        raise ModelsNotComparableError(
-            f"the tokenizers differ ({first.role.value} {first.tokenizer.hash}, "
-            f"{second.role.value} {second.tokenizer.hash}), so there is no divergence between the "
-            "models; set divergence.enabled to false"
-        )
+    raise ModelsNotComparableError(
+        f"the tokenizers differ ({first.role.value} {first.tokenizer.hash}, "
+        f"{second.role.value} {second.tokenizer.hash}), so there is no divergence between the "
+        "models; set divergence.enabled to false"
+    )

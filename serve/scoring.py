@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from serve.backend import Backend
-from serve.errors import EngineStoppedError
+from serve.errors import EngineFailedError, EngineStoppedError
 from serve.prefill import Prefiller, PromptEntry
 from serve.prompt import TokenizedPrompt
 from serve.sampling import token_logprobs
@@ -209,6 +209,8 @@ def scoring_error(reason: FinishReason, error: str) -> Exception:
         return TimeoutError("the deadline passed before the scoring was done")
     if reason is FinishReason.CANCELLED:
         return CancelledError()
+    if reason is FinishReason.ERROR:
+        return EngineFailedError(error)
     return EngineStoppedError(error or "the engine is shutting down")
 
 

@@ -1,7 +1,8 @@
-"""A whole server: engines, gRPC with health, metrics over HTTP, and an orderly end.
+"""A whole server: engines, gRPC on two listeners, metrics over HTTP, and an orderly end.
 
-Drain: health says NOT_SERVING, new work is refused with UNAVAILABLE, running work may end within
-the grace, the rest ends with SHUTDOWN. (`grpc.aio.Server.stop(grace)` alone does none of this.)
+Drain: health says NOT_SERVING while work is still taken for the drain delay, new work is refused
+with UNAVAILABLE, running work may end within the grace, the rest ends with SHUTDOWN.
+(`grpc.aio.Server.stop(grace)` alone does none of this.)
 """
 
 from __future__ import annotations
@@ -12,22 +13,36 @@ import json
 import logging
 import os
 import signal
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_health.v1.health import aio as health  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 from prometheus_client import CollectorRegistry
 
+from protos.tandem.v1 import control_pb2 as pb
+from serve import control as control_service
+from serve.calls import CallGuard
 from serve.config import ServeConfig
+from serve.control import ControlService, Lifecycle
 from serve.coordinator import Coordinator
+from serve.gate import Gate, current_client
 from serve.loading import build_engines
 from serve.metrics import MetricsServer, ServerMetrics
+from serve.policy import TrafficPolicy
+from serve.replay import Replays
 from serve.routing import Engines
 from serve.service import SERVICE_NAME, InferenceService
-from serve.specs import Limits
+from serve.shadow import Shadows
+from serve.specs import Limits, Range
+from serve.tls import server_credentials
+from serve.tokens import TokenFile
 
+_HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -35,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 # After the engines have stopped, handlers only have to send what they hold.
 _LAST_WORDS_S = 5.0
+_LAST_WORDS_POLL_S = 0.02
+_CLOSE_S = 0.2
 # How soon health notices that an engine died; its status is answered from memory.
 _HEALTH_PERIOD_S = 0.25
 
@@ -51,68 +68,159 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-class Server:
-    """Serves engines that are built already; owns their start and stop."""
+# What a token must allow for each service; None is open to all. Nothing else can be called.
+_SCOPES: Mapping[str, str | None] = {
+    f"/{SERVICE_NAME}/": "inference",
+    f"/{control_service.SERVICE_NAME}/": "control",
+    f"/{reflection.SERVICE_NAME}/": "reflection",
+    f"/{_HEALTH_NAME}/": None,
+}
 
-    def __init__(self, engines: Engines, config: ServeConfig, metrics: ServerMetrics) -> None:
+
+class Server:
+    """Serves engines that are built already; owns their start and stop.
+
+    `on_drain` is called, on the loop, when an operator asks for the drain: whoever owns the server
+    is to `stop` it then.
+    """
+
+    def __init__(
+        self,
+        engines: Engines,
+        config: ServeConfig,
+        metrics: ServerMetrics,
+        on_drain: Callable[[], None] = lambda: None,
+    ) -> None:
         self._engines = engines
         self._config = config
         self._metrics = metrics
+        self._on_drain = on_drain
+        self._started_s = time.monotonic()
+        self._state: pb.ServerState = pb.SERVER_STATE_SERVING
         self._health = health.HealthServicer()
         self._health_shown: dict[str, bool] = {}
         self._health_watch: asyncio.Task[None] | None = None
-        self._is_draining = False
-        self._coordinator = Coordinator(engines, limits_of(engines, config), metrics)
-        self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
+        policy = TrafficPolicy(config.student_weight, config.teacher_weight, config.shadow_rate)
+        shadows = Shadows(metrics, config.max_shadows, config.shadow_timeout_s)
+        self._coordinator = Coordinator(
+            engines, limits_of(engines, config), metrics, policy, shadows
+        )
+        tokens = TokenFile(config.auth_tokens) if config.auth_tokens else None
+        self._gate = Gate(_SCOPES, tokens, config.max_concurrent_per_peer, self._count_rejected)
+        self._guard = CallGuard(
+            metrics, config.max_timeout_s, current_client.get, log_requests=config.log_requests
+        )
+        self._data_server = self._new_server()
+        self._control_server = self._new_server()
         self._metrics_server: MetricsServer | None = None
         self.address = ""
+        self.control_address = ""
         self.metrics_url = ""
 
     async def start(self) -> None:
-        """Listen, then start the engines, then say so. RuntimeError, OSError: a port is taken."""
+        """Listen, then start the engines, then say so.
+
+        Raises:
+            RuntimeError, OSError: a port is taken.
+            UserError: certificate or key cannot be used.
+        """
         config = self._config
-        service = InferenceService(self._coordinator, self._metrics)
-        self._server.add_generic_rpc_handlers((service.handler(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        port = self._server.add_insecure_port(f"{_bracketed(config.host)}:{config.port}")
-        self.address = f"{_bracketed(config.host)}:{port}"
+        self._register()
+        self.address = self._listen(self._data_server, config.host, config.port)
+        self.control_address = self._listen(
+            self._control_server, config.control_host, config.control_port
+        )
         self._metrics_server = MetricsServer(
-            self._metrics.registry, self.is_healthy, config.host, config.metrics_port
+            self._metrics.registry, self.is_healthy, config.metrics_host, config.metrics_port
         )
         self.metrics_url = self._metrics_server.url
         self._metrics.build_info.labels(_version()).set(1)
         for model in self._engines.loaded:
             self._metrics.watch(model)
         self._engines.start()
-        await self._server.start()
+        await self._data_server.start()
+        await self._control_server.start()
         self._metrics_server.start()
         await self._show_health()
         self._health_watch = asyncio.create_task(self._watch_health())
 
     async def stop(self) -> None:
-        """Drain, end what is left with SHUTDOWN, and close everything."""
-        self._is_draining = True
+        """Leave the balancer, drain, end what is left with SHUTDOWN, and close everything."""
+        self._state = pb.SERVER_STATE_LEAVING
         if self._health_watch is not None:
             self._health_watch.cancel()
         await self._show_health()
+        await asyncio.sleep(self._config.drain_delay_s)
+        self._state = pb.SERVER_STATE_DRAINING
         await self._coordinator.drain(self._config.drain_grace_s)
         # Joins the engines' threads, which still hand their last events to this loop.
         await asyncio.to_thread(self._engines.stop)
-        await self._server.stop(_LAST_WORDS_S)
+        await self._wait_for_last_words()
+        # What is open now are health watches and idle connections: they need no grace.
+        await asyncio.gather(self._data_server.stop(_CLOSE_S), self._control_server.stop(_CLOSE_S))
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.stop)
 
     def is_healthy(self) -> bool:
-        """Whether new work is taken: not draining, and every engine's thread lives."""
+        """Whether new work is wanted: not leaving, and every engine's thread lives."""
         return all(self._health_by_name().values())
+
+    def _new_server(self) -> grpc.aio.Server:
+        return grpc.aio.server(interceptors=[self._gate], options=CHANNEL_OPTIONS)
+
+    def _register(self) -> None:
+        """Give both listeners their services."""
+        config, coordinator, guard = self._config, self._coordinator, self._guard
+        replays = Replays(config.max_replays, config.max_replay_mib << 20, config.replay_ttl_s)
+        inference = InferenceService(coordinator, guard, replays)
+        lifecycle = Lifecycle(
+            _version(),
+            lambda: self._state,
+            lambda: time.monotonic() - self._started_s,
+            self._on_drain,
+        )
+        control = ControlService(coordinator, lifecycle, guard)
+        self._data_server.add_generic_rpc_handlers((inference.handler(),))
+        self._control_server.add_generic_rpc_handlers((control.handler(),))
+        for server in (self._data_server, self._control_server):
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if config.reflection:
+            names = (SERVICE_NAME, _HEALTH_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._data_server)
+            reflection.enable_server_reflection(
+                (control_service.SERVICE_NAME, _HEALTH_NAME, reflection.SERVICE_NAME),
+                self._control_server,
+            )
+
+    def _listen(self, server: grpc.aio.Server, host: str, port: int) -> str:
+        """Open a port, encrypted if there is a certificate, and return its address."""
+        config, address = self._config, f"{_bracketed(host)}:{port}"
+        if config.tls_cert is None or config.tls_key is None:
+            bound = server.add_insecure_port(address)
+        else:
+            # Credentials are of one listener: grpc asks each for its first certificate only once.
+            bound = server.add_secure_port(
+                address, server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
+            )
+        return f"{_bracketed(host)}:{bound}"
+
+    def _count_rejected(self, reason: str) -> None:
+        self._metrics.admission_rejections.labels(reason).inc()
+
+    async def _wait_for_last_words(self) -> None:
+        """Let handlers send what they hold: they have all they will get from the engines."""
+        until_s = time.monotonic() + _LAST_WORDS_S
+        while self._gate.num_active and time.monotonic() < until_s:
+            await asyncio.sleep(_LAST_WORDS_POLL_S)
 
     def _health_by_name(self) -> dict[str, bool]:
         """Whether each health name but `liveness` is serving.
 
         A model that died takes readiness with it, not the other model, which goes on answering.
         """
+        is_serving = self._state == pb.SERVER_STATE_SERVING
         models = {
-            f"model.{model.role.value}": not self._is_draining and model.engine.load().is_alive
+            f"model.{model.role.value}": is_serving and model.engine.load().is_alive
             for model in self._engines.loaded
         }
         is_ready = all(models.values())
@@ -124,7 +232,7 @@ class Server:
         changed = {n: ok for n, ok in current.items() if self._health_shown.get(n) is not ok}
         for name, is_serving in changed.items():
             await self._health.set(name, _SERVING if is_serving else _NOT_SERVING)
-            if not is_serving and not self._is_draining:
+            if not is_serving and self._state == pb.SERVER_STATE_SERVING:
                 logger.error("health: %r is not serving, an engine died", name)
         self._health_shown = current
 
@@ -144,12 +252,17 @@ def _version() -> str:
 def limits_of(engines: Engines, config: ServeConfig) -> Limits:
     """Return the bounds of requests: of context and vocabulary the least that is loaded."""
     models = engines.loaded
+    max_model_len = min(model.engine.info.max_model_len for model in models)
     return Limits(
-        max_model_len=min(model.engine.info.max_model_len for model in models),
+        max_model_len=max_model_len,
         vocab_size=min(
             min(model.engine.info.vocab_size, model.tokenizer.vocab_size) for model in models
         ),
         tasks=config.tasks,
+        max_queued_samples=config.max_waiting + config.max_num_seqs,
+        max_completion_tokens=config.max_completion_tokens or max_model_len,
+        max_prompt_bytes=config.max_prompt_bytes,
+        num_samples=Range(1, config.max_num_samples),
     )
 
 
@@ -169,20 +282,31 @@ async def serve_until_signal(engines: Engines, config: ServeConfig, metrics: Ser
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    server = Server(engines, config, metrics)
+    server = Server(engines, config, metrics, stopping.set)
     await server.start()
-    logger.info("serving on %s, metrics on %s", server.address, server.metrics_url)
+    logger.info(
+        "serving on %s, control on %s, metrics on %s",
+        server.address, server.control_address, server.metrics_url,
+    )  # fmt: skip
     if config.ready_file is not None:
         write_ready_file(config.ready_file, server)
     await stopping.wait()
-    logger.info("draining, %s s at most", config.drain_grace_s)
+    logger.info(
+        "draining: %s s still serving, then %s s at most",
+        config.drain_delay_s,
+        config.drain_grace_s,
+    )
     await server.stop()
 
 
 def write_ready_file(path: Path, server: Server) -> None:
-    """Write `{"address": ..., "metrics_url": ...}`, whole or not at all."""
+    """Write `{"address": ..., "control_address": ..., "metrics_url": ...}`, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    ready = {"address": server.address, "metrics_url": server.metrics_url}
+    ready = {
+        "address": server.address,
+        "control_address": server.control_address,
+        "metrics_url": server.metrics_url,
+    }
     temporary.write_text(json.dumps(ready) + "\n", encoding="utf-8")
     temporary.replace(path)
 

@@ -39,6 +39,8 @@ class Limits:
     max_model_len: int
     vocab_size: int
     tasks: frozenset[str] = frozenset()
+    max_queued_samples: int = 1 << 31
+    max_completion_tokens: int = (1 << 32) - 1
     max_request_id_chars: int = 128
     max_prompt_bytes: int = 1 << 20
     max_messages: int = 256

@@ -16,14 +16,19 @@ from google.rpc import (  # type: ignore[import-untyped]
     status_pb2,
 )
 
-from serve.arms import DeadlineError, GenerationFailedError
 from serve.errors import (
+    AbortedError,
     ContextLengthError,
+    DeadlineError,
+    EngineFailedError,
     EngineStoppedError,
     InvalidFieldError,
     ModelNotLoadedError,
     ModelsNotComparableError,
+    NeverFitsError,
     QueueFullError,
+    StalePolicyError,
+    UnknownRequestError,
 )
 from serve.validation import CompletionLengthError, MalformedMessageError
 
@@ -39,12 +44,16 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (InvalidFieldError, grpc.StatusCode.INVALID_ARGUMENT),
     (ContextLengthError, grpc.StatusCode.OUT_OF_RANGE),
     (CompletionLengthError, grpc.StatusCode.OUT_OF_RANGE),
+    (NeverFitsError, grpc.StatusCode.OUT_OF_RANGE),
     (ModelsNotComparableError, grpc.StatusCode.FAILED_PRECONDITION),
+    (StalePolicyError, grpc.StatusCode.FAILED_PRECONDITION),
     (ModelNotLoadedError, grpc.StatusCode.NOT_FOUND),
+    (UnknownRequestError, grpc.StatusCode.NOT_FOUND),
     (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (EngineStoppedError, grpc.StatusCode.UNAVAILABLE),
     (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (AbortedError, grpc.StatusCode.CANCELLED),
 )
 
 
@@ -79,7 +88,7 @@ def status_of(error: Exception) -> Status:
     """Map an exception; what is not expected is INTERNAL, its traceback in the log alone."""
     code = next((code for kind, code in _CODES if isinstance(error, kind)), None)
     if code is None:
-        text = str(error) if isinstance(error, GenerationFailedError) else "internal error"
+        text = str(error) if isinstance(error, EngineFailedError) else "internal error"
         return _internal(text, error)
     return Status(code, str(error), _violations(error), _retry_after_s(error))
 
@@ -100,6 +109,8 @@ def _violations(error: Exception) -> tuple[Message, ...]:
         fields = [(v.field, v.description) for v in error.violations]
     elif isinstance(error, ContextLengthError):
         fields = [("sampling.max_tokens", str(error))]
+    elif isinstance(error, NeverFitsError):
+        fields = [("sampling.num_samples", str(error))]
     elif isinstance(error, CompletionLengthError):
         fields = [(error.field, str(error))]
     else:

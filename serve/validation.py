@@ -7,8 +7,10 @@ path. What needs the tokenizer (`tokenize`, `check_context`) comes after what do
 from __future__ import annotations
 
 import enum
+import hashlib
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
@@ -16,8 +18,16 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from estimators.answers import ANSWER_FORMATS, canonicalise
+from protos.tandem.v1 import control_pb2 as control_pb
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.errors import ContextLengthError, FieldViolation, InvalidFieldError, TandemError
+from serve.errors import (
+    ContextLengthError,
+    FieldViolation,
+    InvalidFieldError,
+    NeverFitsError,
+    TandemError,
+)
+from serve.policy import TrafficPolicy
 from serve.routing import Role, Route
 from serve.sequence import SamplingParams
 from serve.specs import (
@@ -37,11 +47,11 @@ from serve.tokenization import Tokenizer
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 AnyEnum = TypeVar("AnyEnum", bound=enum.Enum)
 
+WEIGHT = Range(0, 1e6)
 CHAT_ROLES = ("system", "user", "assistant")
 # Status details travel in HTTP/2 trailers, of which a client takes 8 KiB by default.
 _MAX_VIOLATIONS = 16
 _MAX_SHOWN_CHARS = 60
-_MAX_UINT32 = 2**32 - 1
 
 
 class MalformedMessageError(TandemError):
@@ -106,7 +116,7 @@ def validate_compare(request: pb.CompareRequest, limits: Limits) -> GenerationSp
 def _validate_generation(
     request: pb.GenerateRequest | pb.CompareRequest, route: Route, limits: Limits, checks: _Checks
 ) -> GenerationSpec:
-    sampling = _sampling(request.sampling, limits, checks)
+    sampling = _sampling(request, limits, checks)
     spec = GenerationSpec(
         request_id=_request_id(request.request_id, limits, checks),
         route=route,
@@ -138,6 +148,31 @@ def validate_score(request: pb.ScoreRequest, limits: Limits) -> ScoreSpec:
     return spec
 
 
+def validate_set_policy(
+    request: control_pb.SetPolicyRequest, current: TrafficPolicy
+) -> TrafficPolicy:
+    """Return the policy with what the request changes; InvalidFieldError names each bad field."""
+    checks = _Checks()
+    weights = {
+        name: checks.number(request, name, WEIGHT, getattr(current, name))
+        for name in ("student_weight", "teacher_weight")
+    }
+    shadow_rate = checks.number(request, "shadow_rate", Range(0, 1), current.shadow_rate)
+    checks.raise_if_any()
+    if not any(weights.values()):
+        raise InvalidFieldError.of(
+            "student_weight", "is 0 and so is teacher_weight; one of them must be above 0"
+        )
+    return replace(current, **weights, shadow_rate=shadow_rate)
+
+
+def validate_abort(request: control_pb.AbortRequest) -> str:
+    """Return the id of the request to end."""
+    if not request.request_id:
+        raise InvalidFieldError.of("request_id", "is empty; must name a running request")
+    return request.request_id
+
+
 # With the tokenizer
 
 
@@ -163,6 +198,12 @@ def check_context(num_prompt_tokens: int, max_tokens: int, limits: Limits) -> No
     """Raise ContextLengthError unless the prompt and its completions fit into the context."""
     if num_prompt_tokens + max_tokens > limits.max_model_len:
         raise ContextLengthError(num_prompt_tokens, max_tokens, limits.max_model_len)
+
+
+def check_capacity(num_samples: int, limits: Limits) -> None:
+    """Raise NeverFitsError when even an idle server could not take all samples."""
+    if num_samples > limits.max_queued_samples:
+        raise NeverFitsError(num_samples, limits.max_queued_samples)
 
 
 def tokenize_completions(
@@ -316,13 +357,26 @@ def _check_vocabulary(path: str, ids: Sequence[int], limits: Limits, checks: _Ch
             checks.refuse(f"{path}[{index}]", token_id, f"below {limits.vocab_size}")
 
 
-def _sampling(params: pb.SamplingParams, limits: Limits, checks: _Checks) -> SamplingParams:
-    default = SamplingParams()
+def _seed(request: pb.GenerateRequest | pb.CompareRequest) -> int:
+    """Return the seed given, else one that follows from the request's id, else a random one."""
+    if request.sampling.HasField("seed"):
+        return request.sampling.seed
+    if not request.request_id:
+        return secrets.randbits(64)
+    digest = hashlib.sha256(f"seed:{request.request_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def _sampling(
+    request: pb.GenerateRequest | pb.CompareRequest, limits: Limits, checks: _Checks
+) -> SamplingParams:
+    params = request.sampling
+    default = SamplingParams(max_tokens=min(128, limits.max_completion_tokens))
 
     def number(name: str, allowed: Range, note: str = "") -> Any:
         return checks.number(params, f"sampling.{name}", allowed, getattr(default, name), note)
 
-    max_tokens = number("max_tokens", Range(1, _MAX_UINT32))
+    max_tokens = number("max_tokens", Range(1, limits.max_completion_tokens))
     return SamplingParams(
         num_samples=number("num_samples", limits.num_samples),
         temperature=number("temperature", limits.temperature),
@@ -331,7 +385,7 @@ def _sampling(params: pb.SamplingParams, limits: Limits, checks: _Checks) -> Sam
         min_p=number("min_p", limits.min_p),
         max_tokens=max_tokens,
         min_tokens=number("min_tokens", Range(0, max_tokens), " (max_tokens)"),
-        seed=params.seed if params.HasField("seed") else secrets.randbits(64),
+        seed=_seed(request),
         stop_token_ids=_stop_token_ids(params.stop_token_ids, limits, checks),
         ignore_eos=params.ignore_eos,
         repetition_penalty=number("repetition_penalty", limits.repetition_penalty),

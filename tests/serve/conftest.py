@@ -236,7 +236,8 @@ class LiveServer:
         self.server = server
         self.pair = pair
         self._loop = loop
-        self.client = Client(server.address, timeout_s=30)
+        # Without retries: tests want to see what the server said first.
+        self.client = Client(server.address, timeout_s=30, max_attempts=1)
         self.channel = grpc.insecure_channel(server.address)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
 
@@ -264,7 +265,11 @@ def serving(loop: asyncio.AbstractEventLoop) -> Callable[..., object]:
     @contextmanager
     def serve(pair: Pair, **settings: object) -> Iterator[LiveServer]:
         config = ServeConfig(
-            bundle="unused", port=0, metrics_port=0, **{"drain_grace_s": 5, **settings}
+            bundle="unused",
+            port=0,
+            control_port=0,
+            metrics_port=0,
+            **{"drain_grace_s": 5, **settings},
         )
 
         async def start() -> Server:

@@ -14,13 +14,11 @@ from protos.tandem.v1 import inference_pb2 as pb
 from serve.arms import (
     ArmJob,
     Chunk,
-    DeadlineError,
-    GenerationFailedError,
     run_arm,
     run_second_arm,
 )
 from serve.comparison import compare
-from serve.errors import EngineStoppedError, QueueFullError
+from serve.errors import DeadlineError, EngineFailedError, EngineStoppedError, QueueFullError
 from serve.mailbox import Mailbox
 from serve.routing import Role, ServedModel
 from serve.scoring import ScoredCompletion, ScoringRequest
@@ -69,7 +67,7 @@ def make_job(tokenizer: Tokenizer) -> MakeJob:
         student: Any = ServedModel(Role.STUDENT, engine, tokenizer)  # type: ignore[arg-type]
         teacher: Any = reference and ServedModel(Role.TEACHER, reference, tokenizer)  # type: ignore[arg-type]
         spec = validate_generate(request, Limits(max_model_len=200, vocab_size=259))
-        return ArmJob(student, teacher, spec, (1, 2, 3), None, Mailbox())
+        return ArmJob("key", "", student, teacher, spec, (1, 2, 3), None, Mailbox())
 
     return make
 
@@ -81,7 +79,7 @@ def ignore(chunk: Chunk) -> None:
 @pytest.mark.parametrize(
     ("reason", "error"),
     [
-        (FinishReason.ERROR, GenerationFailedError),
+        (FinishReason.ERROR, EngineFailedError),
         (FinishReason.DEADLINE, DeadlineError),
         (FinishReason.SHUTDOWN, EngineStoppedError),
     ],
@@ -110,7 +108,7 @@ def test_reader_that_fails_ends_the_arm_and_sees_no_more(make_job: MakeJob) -> N
     with pytest.raises(ValueError, match="broken reader"):
         asyncio.run(run_arm(make_job(engine), fail))
     assert seen == [0]
-    assert engine.cancelled == ["id"]
+    assert engine.cancelled == ["key"]
 
 
 def test_second_arm_that_is_refused_becomes_failed_samples(make_job: MakeJob) -> None:
@@ -142,14 +140,14 @@ async def cancel_when_waiting(job: ArmJob) -> None:
 def test_cancelled_arm_cancels_its_request(make_job: MakeJob) -> None:
     engine = ScriptedEngine(None)
     asyncio.run(cancel_when_waiting(make_job(engine)))
-    assert engine.cancelled == ["id"]
+    assert engine.cancelled == ["key"]
 
 
 def test_cancelled_scoring_is_taken_out_of_the_other_engine(make_job: MakeJob) -> None:
     reference = ScriptedEngine(None)
     job = make_job(ScriptedEngine(FinishReason.STOP, num_tokens=1), reference)
     asyncio.run(cancel_when_waiting(job))
-    assert reference.cancelled == ["id"]
+    assert reference.cancelled == ["key"]
     assert not reference.scored.cancelled(), "that is for the engine to do, on its thread"
 
 

@@ -131,7 +131,7 @@ from serve.server import serve_until_signal
 
 async def main():
     pair = Pair()
-    config = ServeConfig(bundle="x", port=0, metrics_port=0, ready_file={ready!r})
+    config = ServeConfig(bundle="x", port=0, control_port=0, metrics_port=0, ready_file={ready!r})
     await serve_until_signal(pair.engines, config, pair.metrics)
 
 asyncio.run(main())

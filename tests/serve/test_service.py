@@ -434,19 +434,62 @@ def test_prompt_and_ids_together_are_an_invalid_argument(live: Any) -> None:
     assert list(violations(error)) == ["prompt", "prompt_token_ids"]
 
 
-def test_request_id_in_use_is_refused(serving: Any, make_pair: Any) -> None:
+def test_request_id_of_a_different_request_is_refused(serving: Any, make_pair: Any) -> None:
     pair = make_pair()
     with serving(pair) as live:
         pair.backends[Role.STUDENT].may_run.clear()
         request = pb.GenerateRequest(prompt="x", request_id="mine", route=pb.ROUTE_BOTH)
         first = live.client.generate(request)
         next(first)  # the teacher's: the request is admitted
-        error = failure(lambda: generate(live, prompt="x", request_id="mine"))
-        assert error.code() is CODE.INVALID_ARGUMENT
-        assert list(violations(error)) == ["request_id"]
+        others: list[Callable[[], Any]] = [
+            lambda: generate(live, prompt="x", request_id="mine"),
+            lambda: live.client.compare(pb.CompareRequest(prompt="x", request_id="mine")),
+        ]
+        for other in others:
+            error = failure(other)
+            assert error.code() is CODE.INVALID_ARGUMENT
+            assert list(violations(error)) == ["request_id"]
+            assert "is running" in error.details()
         pair.backends[Role.STUDENT].may_run.set()
         assert list(first)[-1].usage.request_id == "mine"
-        assert generate(live, prompt="x", request_id="mine")
+        assert "was answered" in failure(others[0]).details()
+
+
+def test_repeated_request_gets_the_same_responses_from_one_run(
+    serving: Any, make_pair: Any
+) -> None:
+    with serving(make_pair()) as live:
+        fields = {"prompt": "x", "request_id": "mine", "route": pb.ROUTE_BOTH}
+        first, second = generate(live, **fields), generate(live, **fields)
+        assert first == second
+        assert live.pair.value("samples_total", role="student", finish_reason="stop") == 1
+        labels = {"rpc": "Generate", "route": "both", "code": "OK", "task": "other"}
+        assert live.pair.value("requests_total", **labels) == 2
+        compare = pb.CompareRequest(prompt="x", request_id="other")
+        assert live.client.compare(compare) == live.client.compare(compare)
+
+
+def test_repeated_request_follows_the_one_that_runs(serving: Any, make_pair: Any) -> None:
+    pair = make_pair()
+    with serving(pair) as live:
+        pair.backends[Role.TEACHER].may_run.clear()
+        request = pb.GenerateRequest(prompt="x", request_id="mine", route=pb.ROUTE_BOTH)
+        first = live.client.generate(request)
+        begun = [next(first)]  # the student's
+        second = live.client.generate(request)
+        assert next(second) == begun[0]
+        first.cancel()  # the second one keeps the run alive
+        pair.backends[Role.TEACHER].may_run.set()
+        assert list(second)[-1].usage.request_id == "mine"
+
+
+def test_seed_follows_from_a_given_request_id(serving: Any, make_pair: Any) -> None:
+    seeds = []
+    for _ in range(2):
+        with serving(make_pair()) as live:
+            seeds.append(generate(live, prompt="x", request_id="mine")[-1].usage.seed)
+            assert generate(live, prompt="x", request_id="other")[-1].usage.seed != seeds[0]
+    assert seeds[0] == seeds[1]
 
 
 # One model, or two that do not fit

@@ -2,14 +2,19 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from serve.arms import DeadlineError, GenerationFailedError
 from serve.errors import (
+    AbortedError,
     ContextLengthError,
+    DeadlineError,
+    EngineFailedError,
     EngineStoppedError,
     InvalidFieldError,
     ModelNotLoadedError,
     ModelsNotComparableError,
+    NeverFitsError,
     QueueFullError,
+    StalePolicyError,
+    UnknownRequestError,
 )
 from serve.statuses import status_of
 from serve.validation import CompletionLengthError, MalformedMessageError
@@ -24,13 +29,17 @@ CODE = grpc.StatusCode
         (InvalidFieldError.of("a", "b"), CODE.INVALID_ARGUMENT),
         (ContextLengthError(1, 2, 2), CODE.OUT_OF_RANGE),
         (CompletionLengthError(0, 3, 2), CODE.OUT_OF_RANGE),
+        (NeverFitsError(3, 2), CODE.OUT_OF_RANGE),
+        (StalePolicyError(), CODE.FAILED_PRECONDITION),
+        (UnknownRequestError(), CODE.NOT_FOUND),
+        (AbortedError(), CODE.CANCELLED),
         (ModelsNotComparableError(), CODE.FAILED_PRECONDITION),
         (ModelNotLoadedError(), CODE.NOT_FOUND),
         (QueueFullError("", 2.5), CODE.RESOURCE_EXHAUSTED),
         (EngineStoppedError(), CODE.UNAVAILABLE),
         (DeadlineError(), CODE.DEADLINE_EXCEEDED),
         (TimeoutError(), CODE.DEADLINE_EXCEEDED),
-        (GenerationFailedError(), CODE.INTERNAL),
+        (EngineFailedError(), CODE.INTERNAL),
         (ZeroDivisionError(), CODE.INTERNAL),
     ],
 )

@@ -100,8 +100,8 @@ class ControlServiceServicer(object):
 
         Further status codes:
         * FAILED_PRECONDITION: expected_revision is not the current one, so someone else was faster;
-        get the policy and decide again. Also: traffic for, or shadows by, a model that is not
-        loaded.
+        get the policy and decide again. Also: shadows without two models that share a tokenizer.
+        * NOT_FOUND: traffic for a model that is not loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,8 +117,9 @@ class ControlServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Abort ends a running request. Its client gets its samples with what they have, as
-        FINISH_REASON_CANCELLED; a Score call ends with the status CANCELLED.
+        """Abort ends a running request: its slots are free within one step, and its call ends with the
+        status CANCELLED, behind what it has streamed. Ids belong to clients: if several use this one,
+        all of theirs end.
 
         Further status codes:
         * NOT_FOUND: no request of that id runs.

@@ -1,0 +1,175 @@
+"""Requests that come again by their id: one run, any number of readers, and the memory of it.
+
+While a run goes on, whoever asks for the same follows it from its first response. A run that
+succeeded is kept for some time. One that nobody follows any more is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from google.protobuf.message import Message
+
+from serve.errors import InvalidFieldError
+
+Emit = Callable[[Any], None]
+Run = Callable[[Emit], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class RunKey:
+    """Names a run: ids belong to tenants, and an id to one request of its tenant."""
+
+    tenant: str
+    request_id: str
+
+
+@dataclass(slots=True)
+class _Recording:
+    """The responses of one run, and who waits for the next one."""
+
+    digest: bytes
+    is_kept: bool
+    responses: list[Message | None] = field(default_factory=list)
+    task: asyncio.Task[None] | None = None
+    followers: list[asyncio.Event] = field(default_factory=list)
+    size_bytes: int = 0
+    expires_s: float = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        return self.task is not None and self.task.done()
+
+    @property
+    def has_succeeded(self) -> bool:
+        task = self.task
+        return task is not None and task.done() and not task.cancelled() and not task.exception()
+
+    def emit(self, response: Message) -> None:
+        self.responses.append(response)
+        self.wake()
+
+    def wake(self) -> None:
+        for follower in self.followers:
+            follower.set()
+
+
+class Replays:
+    """Runs requests, and replays those that succeeded; lives on one asyncio loop.
+
+    At most `max_runs` finished runs with `max_bytes` of responses are kept, for `ttl_s` each; the
+    oldest go first.
+    """
+
+    def __init__(
+        self,
+        max_runs: int,
+        max_bytes: int,
+        ttl_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_runs = max_runs
+        self._max_bytes = max_bytes
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._by_key: dict[RunKey, _Recording] = {}
+        self._finished: dict[RunKey, _Recording] = {}  # those of `_by_key`, oldest first
+        self._num_bytes = 0
+
+    async def follow(
+        self, key: RunKey, digest: bytes, run: Run, *, is_kept: bool
+    ) -> AsyncGenerator[Any, None]:
+        """Yield the responses of the request that `key` names, running it unless it ran or runs.
+
+        `digest` tells requests apart, `run` passes responses to its argument in order. Close the
+        iterator (`aclosing`): the last follower that leaves ends the run. Without `is_kept` nobody
+        else can come for it, and a response is forgotten once it was read.
+
+        Raises:
+            InvalidFieldError: the id belongs to a different request.
+            Exception: whatever `run` raised; that is not replayed.
+        """
+        recording = self._find(key, digest) or self._start(key, digest, run, is_kept)
+        is_new = asyncio.Event()
+        recording.followers.append(is_new)
+        position = 0
+        try:
+            while True:
+                is_new.clear()
+                while position < len(recording.responses):
+                    yield recording.responses[position]
+                    if not is_kept:
+                        recording.responses[position] = None
+                    position += 1
+                if recording.is_over:
+                    break
+                await is_new.wait()
+            assert recording.task is not None
+            recording.task.result()
+        finally:
+            recording.followers.remove(is_new)
+            await self._leave(key, recording)
+
+    def _find(self, key: RunKey, digest: bytes) -> _Recording | None:
+        self._expire()
+        recording = self._by_key.get(key)
+        if recording is not None and recording.digest != digest:
+            state = "was answered a short time ago" if recording.is_over else "is running"
+            raise InvalidFieldError.of(
+                "request_id",
+                f"is {key.request_id!r}, the id of a different request that {state}; must be new, "
+                "or empty, or come with that same request",
+            )
+        return recording
+
+    def _start(self, key: RunKey, digest: bytes, run: Run, is_kept: bool) -> _Recording:
+        recording = _Recording(digest, is_kept)
+        self._by_key[key] = recording
+        recording.task = asyncio.create_task(self._run(run, recording))
+        recording.task.add_done_callback(lambda task: self._end(key, recording))
+        return recording
+
+    async def _run(self, run: Run, recording: _Recording) -> None:
+        await run(recording.emit)
+
+    def _end(self, key: RunKey, recording: _Recording) -> None:
+        recording.wake()
+        if not recording.has_succeeded or not recording.is_kept:
+            self._forget(key, recording)
+            return
+        recording.size_bytes = sum(r.ByteSize() for r in recording.responses if r is not None)
+        recording.expires_s = self._clock() + self._ttl_s
+        self._finished[key] = recording
+        self._num_bytes += recording.size_bytes
+        self._expire()
+
+    def _expire(self) -> None:
+        """Forget the oldest finished runs until all bounds hold."""
+        while self._finished:
+            key, recording = next(iter(self._finished.items()))
+            is_over_bounds = (
+                len(self._finished) > self._max_runs or self._num_bytes > self._max_bytes
+            )
+            if not is_over_bounds and self._clock() < recording.expires_s:
+                break
+            del self._finished[key]
+            self._num_bytes -= recording.size_bytes
+            self._forget(key, recording)
+
+    def _forget(self, key: RunKey, recording: _Recording) -> None:
+        if self._by_key.get(key) is recording:
+            del self._by_key[key]
+
+    async def _leave(self, key: RunKey, recording: _Recording) -> None:
+        """End a run without followers: nobody may join it from now on."""
+        task = recording.task
+        assert task is not None
+        if recording.followers or task.done():
+            return
+        self._forget(key, recording)
+        task.cancel()
+        await asyncio.wait([task])
