@@ -15,7 +15,7 @@ from rich.text import Text
 
 from bundle.errors import UserError
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.client import Client, explain
+from serve.client import Client, Tls, explain
 
 Arms = dict[pb.Role, list[pb.Sample]]
 
@@ -29,6 +29,8 @@ SCALE: tuple[tuple[float, str], ...] = (
 )
 # Answers shown in full per model; of the others only the extracted answer is.
 _MAX_SHOWN = 2
+# The exit code of a shell's command that SIGINT ended.
+INTERRUPTED = 130
 _ROLES = {pb.ROLE_STUDENT: "student", pb.ROLE_TEACHER: "teacher"}
 
 
@@ -68,18 +70,38 @@ class Question:
         return request
 
 
-def run(target: str, question: Question, *, as_json: bool, timeout_s: float) -> None:
-    """Ask, and print; UserError with the server's words when it refuses."""
-    with Client(target, timeout_s=timeout_s) as client:
-        try:
+def run(
+    target: str,
+    question: Question,
+    *,
+    as_json: bool,
+    timeout_s: float,
+    token: str | None = None,
+    tls: Tls | None = None,
+) -> None:
+    """Ask, and print; Ctrl-C cancels the calls and exits with 130.
+
+    UserError with the server's words when it refuses, or when token or TLS cannot be used.
+    """
+    try:
+        with _connect(target, timeout_s, token, tls) as client:
             models = client.get_models()
             response = client.compare(question.to_request())
-        except grpc.RpcError as error:
-            raise UserError(f"{target}: {explain(error)}") from None
+    except grpc.RpcError as error:
+        raise UserError(f"{target}: {explain(error)}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
     if as_json:
         print(to_json(response))
     else:
         Console().print(render(question, models, response))
+
+
+def _connect(target: str, timeout_s: float, token: str | None, tls: Tls | None) -> Client:
+    try:
+        return Client(target, timeout_s=timeout_s, token=token, tls=tls)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{target}: {error}") from None
 
 
 def to_json(response: pb.CompareResponse) -> str:

@@ -2,8 +2,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from rich.console import Console
 from typer import Typer
@@ -11,8 +17,10 @@ from typer.testing import CliRunner
 
 from bundle.errors import UserError
 from protos.tandem.v1 import inference_pb2 as pb
+from protos.tandem.v1 import inference_pb2_grpc
 from serve import cli
 from serve.ask import Question, coloured, legend, render, run, to_json
+from serve.client import Tls
 
 DIVERGENCE = pb.Divergence(k3_mean=0.3, k3_sum=0.6, num_tokens=2, per_token_k3=[0.01, 3.0])
 SAMPLE = pb.Sample(
@@ -154,6 +162,46 @@ def test_refusal_is_a_user_error_with_the_field(live: Any) -> None:
     question = Question("x", num_samples=99)
     with pytest.raises(UserError, match=r"sampling\.num_samples is 99; must be 1 to 64"):
         run(live.server.address, question, as_json=False, timeout_s=10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"token": "secret"}, "in clear"),
+        ({"tls": Tls(ca=Path("absent.pem"))}, r"No such file.*absent\.pem"),
+    ],
+)
+def test_connection_that_cannot_be_made_is_a_user_error(settings: Any, text: str) -> None:
+    with pytest.raises(UserError, match=f"example.com:1: .*{text}"):
+        run("example.com:1", Question("x"), as_json=False, timeout_s=10, **settings)
+
+
+class Silent(inference_pb2_grpc.InferenceServiceServicer):
+    """Never answers Compare, and sends this process SIGINT as soon as it is asked."""
+
+    def __init__(self) -> None:
+        self.is_cancelled = threading.Event()
+
+    def GetModels(self, request: Any, context: Any) -> pb.GetModelsResponse:  # noqa: N802
+        return MODELS
+
+    def Compare(self, request: Any, context: Any) -> pb.CompareResponse:  # noqa: N802
+        context.add_callback(self.is_cancelled.set)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert self.is_cancelled.wait(10)
+        return pb.CompareResponse()
+
+
+def test_ctrl_c_cancels_the_call_and_exits_with_130() -> None:
+    server, service = grpc.server(ThreadPoolExecutor(2)), Silent()
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
+    target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    with pytest.raises(SystemExit) as caught:
+        run(target, Question("x"), as_json=False, timeout_s=30)
+    assert caught.value.code == 130
+    assert service.is_cancelled.wait(5)
+    server.stop(None).wait()
 
 
 def test_serve_names_the_flag_that_is_out_of_bounds() -> None:

@@ -1,0 +1,165 @@
+"""How a client connects: channel options, retries, TLS and the token. Reads no environment."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    # The server allows pings this often; a dead server is then noticed within 40 s.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # 64 samples with log-probabilities of both models exceed the default of 4 MiB.
+    ("grpc.max_receive_message_length", 64 << 20),
+)
+# More than gRPC allows are cut to this by gRPC.
+MAX_ATTEMPTS = 5
+
+# Calls that may be sent again: a request id makes the first idempotent, the others only read.
+_RETRIED: tuple[dict[str, str], ...] = (
+    {"service": "tandem.v1.InferenceService"},
+    {"service": "tandem.v1.ControlService", "method": "GetStatus"},
+    {"service": "tandem.v1.ControlService", "method": "GetPolicy"},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM files of an encrypted connection; ValueError for a certificate without its key.
+
+    `ca` signs the server (none: what gRPC trusts by default); `cert` and `key` are the client's
+    own. `server_name` is the name in the server's certificate where it is not the target's.
+    """
+
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("a client certificate needs its key: give both cert and key, or none")
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Read the files; OSError where one cannot be read."""
+        ca, key, cert = (
+            path.read_bytes() if path else None for path in (self.ca, self.key, self.cert)
+        )
+        return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A server and how to reach it; ValueError for what could not work or would be unsafe.
+
+    `max_attempts` counts the first one: 1 retries nothing.
+    """
+
+    target: str
+    token: str | None = field(default=None, repr=False)
+    tls: Tls | None = None
+    max_attempts: int = MAX_ATTEMPTS
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_attempts <= MAX_ATTEMPTS:
+            raise ValueError(f"max_attempts is {self.max_attempts}; must be 1 to {MAX_ATTEMPTS}")
+        if self.token is None:
+            return
+        if not re.fullmatch(r"[!-~]+", self.token):
+            raise ValueError("the token must be printable ASCII without spaces or line ends")
+        if self.tls is None and not is_local(self.target):
+            raise ValueError(
+                f"the token would travel to {self.target!r} in clear; give tls, or use a loopback "
+                "address"
+            )
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+
+    def open(self) -> grpc.Channel:
+        """Return a channel that connects at its first call; OSError as `Tls.credentials`."""
+        if self.tls is None:
+            return grpc.insecure_channel(self.target, self._options())
+        return grpc.secure_channel(self.target, self.tls.credentials(), self._options())
+
+    def open_async(self) -> grpc.aio.Channel:
+        """Do as `open`, for the running event loop."""
+        if self.tls is None:
+            return grpc.aio.insecure_channel(self.target, self._options())
+        return grpc.aio.secure_channel(self.target, self.tls.credentials(), self._options())
+
+    def _options(self) -> list[tuple[str, str | int]]:
+        options: list[tuple[str, str | int]] = [
+            *CHANNEL_OPTIONS,
+            ("grpc.service_config", service_config(self.max_attempts)),
+        ]
+        if is_local(self.target):
+            # Through a proxy, a loopback address would be the proxy's own.
+            options.append(("grpc.enable_http_proxy", 0))
+        if self.tls is not None and self.tls.server_name is not None:
+            options.append(("grpc.ssl_target_name_override", self.tls.server_name))
+        return options
+
+
+def service_config(max_attempts: int) -> str:
+    """Return gRPC's service config as JSON: spread over all addresses, and retry within a budget.
+
+    Retried are UNAVAILABLE and RESOURCE_EXHAUSTED, behind the server's grpc-retry-pushback-ms or
+    else a random part of a growing pause, before the first response and within the deadline. A
+    request above 256 KiB is sent once, as gRPC keeps no more of it. The budget, per target and
+    process: a failed attempt takes 1 of 10 tokens, a success gives 0.1 back, and retries stop at
+    5. So a server that refuses everything gets at most five attempts too many, and one that
+    refuses now and then a tenth more (gRFC A6).
+    """
+    config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
+    if max_attempts > 1:
+        policy = {
+            "maxAttempts": max_attempts,
+            "initialBackoff": "0.2s",
+            "maxBackoff": "5s",
+            "backoffMultiplier": 2,
+            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+        }
+        config["methodConfig"] = [{"name": _RETRIED, "retryPolicy": policy}]
+        config["retryThrottling"] = {"maxTokens": 10, "tokenRatio": 0.1}
+    return json.dumps(config)
+
+
+def is_local(target: str) -> bool:
+    """Say whether a gRPC target stays on this machine; for a name that is only `localhost`.
+
+    >>> [is_local(t) for t in ("127.0.0.1:1", "[::1]:1", "localhost:1", "unix:/run/tandem")]
+    [True, True, True, True]
+    >>> [is_local(t) for t in ("dns:///localhost:1", "ipv4:127.0.0.1:1,127.0.0.2:1")]
+    [True, True]
+    >>> [is_local(t) for t in ("example.com:1", "ipv4:127.0.0.1:1,10.0.0.1:1", "dns:///10.0.0.1")]
+    [False, False, False]
+    """
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
+    addresses = re.sub(r"^(dns:(//[^/]*/)?|ipv[46]:)", "", target)
+    return all(_is_loopback(_host(address)) for address in addresses.split(","))
+
+
+def _host(address: str) -> str:
+    if address.startswith("["):
+        return address[1:].partition("]")[0]
+    # More than one colon: an IPv6 address without a port.
+    return address.partition(":")[0] if address.count(":") == 1 else address
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,41 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from serve.channel import Endpoint, Tls, service_config
+
+
+def test_certificate_without_its_key_is_refused() -> None:
+    with pytest.raises(ValueError, match="give both"):
+        Tls(cert=Path("cert.pem"))
+
+
+def test_missing_file_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.pem"):
+        Endpoint("127.0.0.1:1", tls=Tls(ca=Path("absent.pem"))).open()
+
+
+@pytest.mark.parametrize("max_attempts", [0, 6])
+def test_attempts_are_bounded(max_attempts: int) -> None:
+    with pytest.raises(ValueError, match="must be 1 to 5"):
+        Endpoint("127.0.0.1:1", max_attempts=max_attempts)
+
+
+@pytest.mark.parametrize("token", ["", "a b", "secret\n", "schlüssel"])
+def test_token_that_no_header_can_hold_is_refused_unshown(token: str) -> None:
+    with pytest.raises(ValueError, match="printable ASCII") as caught:
+        Endpoint("127.0.0.1:1", token=token)
+    assert not token or token not in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["10.0.0.1:1", "dns:///tandem:1", "0.0.0.0:1", "localhost.x:1"])
+def test_token_needs_tls_beyond_this_machine(target: str) -> None:
+    with pytest.raises(ValueError, match="in clear"):
+        Endpoint(target, token="secret")
+    assert "secret" not in repr(Endpoint(target, token="secret", tls=Tls()))
+
+
+def test_one_attempt_needs_no_retry_policy() -> None:
+    assert json.loads(service_config(1)) == {"loadBalancingConfig": [{"round_robin": {}}]}
+    assert json.loads(service_config(3))["methodConfig"][0]["retryPolicy"]["maxAttempts"] == 3
