@@ -59,12 +59,17 @@ RETRY_AFTER_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """How busy an engine is: samples that run or prefill; queued samples and scoring requests."""
+    """How busy an engine is: samples that run or prefill; queued samples and scoring requests.
+
+    `num_unaccounted` are those that entered and neither ended nor are anywhere: 0 unless there is
+    a bug. It is as of the end of the last step.
+    """
 
     num_running: int
     num_waiting: int
     max_num_seqs: int
     is_alive: bool
+    num_unaccounted: int
 
 
 class Engine:
@@ -126,6 +131,9 @@ class Engine:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._admission_lock = threading.Lock()
         self._num_admitted = 0
+        # The ledger, of the engine's thread: what its commands brought in and it has not released.
+        self._num_inside = 0
+        self._num_unaccounted = 0
         self._is_stopping = False
         self._model_s = 0.0
         self._outbox = Outbox()
@@ -188,6 +196,7 @@ class Engine:
             max(self._num_admitted - num_running, 0),
             self.info.max_num_seqs,
             self._thread.is_alive() and not self._is_stopping,
+            self._num_unaccounted,
         )
 
     def _enqueue(self, count: int, command: Callable[[], None]) -> None:
@@ -205,6 +214,7 @@ class Engine:
             self._commands.put(command)
 
     def _release(self) -> None:
+        self._num_inside -= 1
         with self._admission_lock:
             self._num_admitted -= 1
 
@@ -212,11 +222,13 @@ class Engine:
 
     def _add_group(self, group: SequenceGroup) -> None:
         request = group.request
+        self._num_inside += request.sampling.num_samples
         self._groups[request.request_id].append(group)
         self._scheduler.add(make_sequences(group))
         self._watch_deadline(request.request_id, request.deadline_s)
 
     def _add_job(self, job: ScoringJob) -> None:
+        self._num_inside += 1
         self._scoring.append(job)
         self._watch_deadline(job.request.request_id, job.request.deadline_s)
 
@@ -311,6 +323,7 @@ class Engine:
             self._passes.rotate(-1)
             if self._passes[-1]():
                 break
+        self._balance()
         self._outbox.flush()
 
     def _decode(self) -> None:
@@ -443,7 +456,14 @@ class Engine:
                 self._emit_finished(sequence, reason, now_s, error)
         while self._scoring:
             self._fail(self._scoring.popleft(), scoring_error(reason, error))
+        self._balance()
         self._outbox.flush()
+
+    def _balance(self) -> None:
+        """Compare the ledger with what is there."""
+        scheduler = self._scheduler
+        num_here = scheduler.num_active + len(scheduler.waiting) + len(self._scoring)
+        self._num_unaccounted = self._num_inside - num_here
 
     def _fail(self, job: ScoringJob, error: Exception) -> None:
         self._release()
@@ -477,6 +497,8 @@ class Engine:
         self._release()
         if not group.is_scoring:
             self._observer.on_finished(reason)
+            if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+                self._observer.on_wasted(reason, len(sequence.token_ids))
         self._outbox.add(group, sequence.finished_event(reason, now_s, error))
 
     def _forget(self, group: SequenceGroup) -> None:

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from threading import Thread
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, ThreadingWSGIServer
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -21,6 +18,7 @@ from serve.agreement import Agreement
 from serve.arms import SampleResult
 from serve.comparison import SampleDivergence
 from serve.engine import Engine
+from serve.metrics_http import MetricsServer as MetricsServer
 from serve.observer import EngineObserver
 from serve.routing import Role, ServedModel
 from serve.sequence import FinishReason
@@ -32,9 +30,17 @@ _SECONDS = (
     0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0,
 )  # fmt: skip
 _NATS = (-2.0, -1.0, -0.5, -0.2, -0.1, 0.0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
-# How often the HTTP thread looks whether it shall stop.
-_POLL_S = 0.1
 _SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+
+# Closed sets whose series exist from the start, so that a rate sees the first event.
+SHADOW_OUTCOMES = ("compared", "dropped", "error", "deadline")
+REJECTION_REASONS = ("queue_full", "draining", "unauthenticated", "peer_limit")
+WASTE_REASONS = (
+    FinishReason.CANCELLED,
+    FinishReason.DEADLINE,
+    FinishReason.ERROR,
+    FinishReason.SHUTDOWN,
+)
 
 
 class _Uncreated(Collector):
@@ -92,6 +98,9 @@ class EngineMetrics(EngineObserver):
         self._finished = {
             reason: metrics.samples.labels(label, reason.value) for reason in FinishReason
         }
+        self._wasted = {
+            reason: metrics.wasted_tokens.labels(label, reason.value) for reason in WASTE_REASONS
+        }
         self._host = metrics.engine_host.labels(label)
         self._batch_size = metrics.batch_size.labels(label)
         self._ttft = metrics.time_to_first_token.labels(label)
@@ -124,12 +133,16 @@ class EngineMetrics(EngineObserver):
     def on_finished(self, finish_reason: FinishReason) -> None:
         self._finished[finish_reason].inc()
 
+    def on_wasted(self, finish_reason: FinishReason, num_tokens: int) -> None:
+        self._wasted[finish_reason].inc(num_tokens)
+
 
 class ServerMetrics:
     """All metrics of one server, on one registry."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        self._engines: list[Engine] = []
         family = _Family(registry)
         self._define_requests(family)
         self._define_engines(family)
@@ -145,6 +158,13 @@ class ServerMetrics:
         self.admission_rejections = family.counter(
             "admission_rejections_total", "Calls refused although valid.", "reason"
         )
+        for reason in REJECTION_REASONS:
+            self.admission_rejections.labels(reason)
+        self.shadow = family.counter(
+            "shadow_total", "Comparisons behind an answer, by how they ended.", "outcome"
+        )
+        for outcome in SHADOW_OUTCOMES:
+            self.shadow.labels(outcome)
         self.draining = family.gauge("draining", "1 while the server takes no new work.")
         self.build_info = family.gauge("build_info", "Always 1.", "version")
         self.model_info = family.gauge(
@@ -177,11 +197,24 @@ class ServerMetrics:
         self.generation_tokens = family.counter(
             "generation_tokens_total", "Tokens sampled.", "role"
         )
+        self.wasted_tokens = family.counter(
+            "wasted_tokens_total",
+            "Those of them whose sample was not to end by itself.",
+            "role",
+            "reason",
+        )
         self.batch_size = family.gauge("batch_size", "Sequences in the last step.", "role")
         self.sequences_running = family.gauge("sequences_running", "Samples with a slot.", "role")
         self.sequences_waiting = family.gauge("sequences_waiting", "Queued work.", "role")
         self.kv_slots_used_ratio = family.gauge(
             "kv_slots_used_ratio", "Slots of the KV cache in use, 0 to 1.", "role"
+        )
+
+        self.ledger_imbalance = family.gauge(
+            "ledger_imbalance", "Work that engines took and cannot account for; not 0: a bug."
+        )
+        self.ledger_imbalance.set_function(
+            lambda: sum(engine.load().num_unaccounted for engine in self._engines)
         )
 
     def _define_quality(self, family: _Family) -> None:
@@ -229,11 +262,13 @@ class ServerMetrics:
 
     def observer(self, role: Role) -> EngineMetrics:
         """Return what an engine of this role reports to."""
+        self.request_duration.labels(role.value)
         return EngineMetrics(self, role)
 
     def watch(self, model: ServedModel) -> None:
         """Describe a model, and read its engine's load at every scrape."""
         info, role, engine = model.engine.info, model.role.value, model.engine
+        self._engines.append(engine)
         self.model_info.labels(
             role, info.backend, info.device, info.precision, model.manifest_sha256
         ).set(1)
@@ -291,51 +326,3 @@ class ServerMetrics:
 
 def _reader(engine: Engine, name: str) -> Callable[[], float]:
     return lambda: float(getattr(engine.load(), name))
-
-
-class _QuietHandler(WSGIRequestHandler):
-    # A client that connects and says nothing must not hold its thread for ever.
-    timeout = 10
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Scrapes are not news."""
-
-
-class MetricsServer:
-    """`/metrics` (text format) and `/healthz` (200 while healthy, else 503) over HTTP."""
-
-    def __init__(
-        self, registry: CollectorRegistry, is_healthy: Callable[[], bool], host: str, port: int
-    ) -> None:
-        self._registry = registry
-        self._is_healthy = is_healthy
-        self._server = make_server(
-            host, port, self._answer, ThreadingWSGIServer, handler_class=_QuietHandler
-        )
-        self._thread = Thread(
-            target=self._server.serve_forever, args=(_POLL_S,), name="metrics", daemon=True
-        )
-        self.url = f"http://{host}:{self._server.server_port}/metrics"
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    def _answer(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
-        match environ["PATH_INFO"]:
-            case "/metrics":
-                status, kind = "200 OK", CONTENT_TYPE_PLAIN_0_0_4
-                body = generate_latest(self._registry)
-            case "/healthz":
-                is_healthy = self._is_healthy()
-                status = "200 OK" if is_healthy else "503 Service Unavailable"
-                kind, body = "text/plain", b"ok\n" if is_healthy else b"not serving\n"
-            case _:
-                status, kind = "404 Not Found", "text/plain"
-                body = b"/metrics or /healthz\n"
-        start_response(status, [("Content-Type", kind), ("Content-Length", str(len(body)))])
-        return [body]

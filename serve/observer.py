@@ -25,3 +25,6 @@ class EngineObserver:
 
     def on_finished(self, finish_reason: FinishReason) -> None:
         """A sample reached its terminal state."""
+
+    def on_wasted(self, finish_reason: FinishReason, num_tokens: int) -> None:
+        """A sample ended before its end, so that `num_tokens` were generated for nothing."""
