@@ -65,7 +65,7 @@ class ServeConfig(BaseModel):
     max_replays: int = Field(
         default=1024, ge=0, description="answers kept for requests that come again by their id"
     )
-    max_replay_mib: int = Field(default=64, ge=0, description="MiB of them")
+    max_replay_mib: int = Field(default=16, ge=0, description="MiB of them")
     replay_ttl_s: float = Field(default=120.0, ge=0, description="how long they are kept")
 
     student_weight: float = Field(default=1.0, ge=0, le=1e6, description="of ROUTE_AUTO traffic")

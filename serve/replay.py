@@ -34,24 +34,35 @@ class _Recording:
 
     digest: bytes
     is_kept: bool
-    responses: list[Message | None] = field(default_factory=list)
+    responses: list[Message | bytes | None] = field(default_factory=list)
+    response_type: type[Message] = Message
     task: asyncio.Task[None] | None = None
+    is_over: bool = False
+    error: BaseException | None = None
     followers: list[asyncio.Event] = field(default_factory=list)
     size_bytes: int = 0
     expires_s: float = 0.0
 
-    @property
-    def is_over(self) -> bool:
-        return self.task is not None and self.task.done()
-
-    @property
-    def has_succeeded(self) -> bool:
-        task = self.task
-        return task is not None and task.done() and not task.cancelled() and not task.exception()
-
     def emit(self, response: Message) -> None:
+        self.response_type = type(response)
         self.responses.append(response)
         self.wake()
+
+    def take(self, position: int) -> Any:
+        """Return a response; where nobody else can come for it, it is forgotten."""
+        response = self.responses[position]
+        if not self.is_kept:
+            self.responses[position] = None
+        if isinstance(response, bytes):
+            return self.response_type.FromString(response)
+        return response
+
+    def pack(self) -> None:
+        """Serialize the responses, since messages in memory take several times their size."""
+        self.responses = [
+            r.SerializeToString() if isinstance(r, Message) else r for r in self.responses
+        ]
+        self.size_bytes = sum(len(r) for r in self.responses if isinstance(r, bytes))
 
     def wake(self) -> None:
         for follower in self.followers:
@@ -101,15 +112,13 @@ class Replays:
             while True:
                 is_new.clear()
                 while position < len(recording.responses):
-                    yield recording.responses[position]
-                    if not is_kept:
-                        recording.responses[position] = None
+                    yield recording.take(position)
                     position += 1
                 if recording.is_over:
                     break
                 await is_new.wait()
-            assert recording.task is not None
-            recording.task.result()
+            if recording.error is not None:
+                raise recording.error
         finally:
             recording.followers.remove(is_new)
             await self._leave(key, recording)
@@ -129,19 +138,23 @@ class Replays:
     def _start(self, key: RunKey, digest: bytes, run: Run, is_kept: bool) -> _Recording:
         recording = _Recording(digest, is_kept)
         self._by_key[key] = recording
-        recording.task = asyncio.create_task(self._run(run, recording))
-        recording.task.add_done_callback(lambda task: self._end(key, recording))
+        recording.task = asyncio.create_task(self._run(key, recording, run))
         return recording
 
-    async def _run(self, run: Run, recording: _Recording) -> None:
-        await run(recording.emit)
-
-    def _end(self, key: RunKey, recording: _Recording) -> None:
-        recording.wake()
-        if not recording.has_succeeded or not recording.is_kept:
+    async def _run(self, key: RunKey, recording: _Recording, run: Run) -> None:
+        try:
+            await run(recording.emit)
+        except BaseException as error:  # a cancellation, too; followers raise it again
+            recording.error = error
+        recording.is_over = True
+        if recording.is_kept and recording.error is None:
+            self._keep(key, recording)
+        else:
             self._forget(key, recording)
-            return
-        recording.size_bytes = sum(r.ByteSize() for r in recording.responses if r is not None)
+        recording.wake()
+
+    def _keep(self, key: RunKey, recording: _Recording) -> None:
+        recording.pack()
         recording.expires_s = self._clock() + self._ttl_s
         self._finished[key] = recording
         self._num_bytes += recording.size_bytes
@@ -166,10 +179,9 @@ class Replays:
 
     async def _leave(self, key: RunKey, recording: _Recording) -> None:
         """End a run without followers: nobody may join it from now on."""
-        task = recording.task
-        assert task is not None
-        if recording.followers or task.done():
+        if recording.followers or recording.is_over:
             return
         self._forget(key, recording)
-        task.cancel()
-        await asyncio.wait([task])
+        assert recording.task is not None
+        recording.task.cancel()
+        await asyncio.wait([recording.task])

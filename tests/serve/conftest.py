@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from protos.tandem.v1 import inference_pb2_grpc
 from serve.backend import NUM_SPARE_ROWS, ModelInfo
-from serve.client import Client
+from serve.client import Client, ControlClient
 from serve.config import ServeConfig
 from serve.engine import Engine
 from serve.metrics import ServerMetrics
@@ -238,6 +238,7 @@ class LiveServer:
         self._loop = loop
         # Without retries: tests want to see what the server said first.
         self.client = Client(server.address, timeout_s=30, max_attempts=1)
+        self.control = ControlClient(server.control_address, timeout_s=30, max_attempts=1)
         self.channel = grpc.insecure_channel(server.address)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
 
@@ -263,7 +264,9 @@ def serving(loop: asyncio.AbstractEventLoop) -> Callable[..., object]:
     """`with serving(pair) as live`: a real server, drained at the end."""
 
     @contextmanager
-    def serve(pair: Pair, **settings: object) -> Iterator[LiveServer]:
+    def serve(
+        pair: Pair, *, on_drain: Callable[[], None] = lambda: None, **settings: object
+    ) -> Iterator[LiveServer]:
         config = ServeConfig(
             bundle="unused",
             port=0,
@@ -273,7 +276,7 @@ def serving(loop: asyncio.AbstractEventLoop) -> Callable[..., object]:
         )
 
         async def start() -> Server:
-            server = Server(pair.engines, config, pair.metrics)
+            server = Server(pair.engines, config, pair.metrics, on_drain)
             await server.start()
             return server
 
@@ -287,6 +290,7 @@ def serving(loop: asyncio.AbstractEventLoop) -> Callable[..., object]:
             if server.is_healthy():
                 live.stop_soon().result(30)
             live.client.close()
+            live.control.close()
             live.channel.close()
 
     return serve
