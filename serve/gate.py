@@ -237,6 +237,6 @@ def _certificate_name(context: Context) -> str:
     """Return the name in the client's certificate, which TLS has verified; "" without one."""
     properties = context.auth_context()
     for key in ("x509_common_name", "x509_subject_alternative_name"):
-        for name in properties.get(key, ()):
+        for name in filter(None, properties.get(key, ())):
             return name.decode("utf-8", "backslashreplace")
     return ""
