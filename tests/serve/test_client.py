@@ -314,6 +314,12 @@ def test_token_travels_in_clear_to_this_machine_alone() -> None:
         Client("example.com:50051", token="secret")
 
 
+def test_this_machine_is_not_asked_for_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    with serving(Scripted()) as service, Client(service.target, max_attempts=1) as client:
+        client.compare(pb.CompareRequest(prompt="x"))
+
+
 # Asyncio
 
 
