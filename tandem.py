@@ -1,4 +1,4 @@
-"""The one command: `tandem export | serve | ask | demo | doctor`.
+"""The one command: `tandem export | serve | ask | control | token | demo | doctor`.
 
 Only the package of the command that was asked for is imported, so that help is instant and a
 broken GPU library does not keep `tandem doctor` from saying so.
@@ -35,6 +35,8 @@ COMMANDS: Mapping[str, Command] = {
     "export": Command("export.cli:app", "Turn a teacher into a verified bundle."),
     "serve": Command("serve.cli:serve", "Serve a bundle's student, and its teacher, over gRPC."),
     "ask": Command("serve.cli:ask", "Ask a server; show both models' answers side by side."),
+    "control": Command("serve.control_cli:app", "See, steer, drain a server that runs."),
+    "token": Command("serve.cli:token", "Make a credential for a client of a server."),
     "doctor": Command("doctor:doctor", "Say what is wrong with this installation."),
 }
 

@@ -1,4 +1,4 @@
-"""`tandem serve` and `tandem ask`: flags only. What they need is imported when they run."""
+"""`tandem serve`, `ask` and `token`: flags only. What they need is imported when they run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from serve.access import TlsCa, TlsCert, TlsKey, TokenFile, read_token, tls_of
 from serve.flags import with_settings_flags
 from serve.settings import load_settings
 
@@ -61,6 +62,10 @@ def ask(
         bool, typer.Option("--json", help="Print the Compare response as JSON.")
     ] = False,
     timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the answers.")] = 300.0,
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
 ) -> None:
     """Ask both models; show their answers side by side, coloured by divergence."""
     from serve.ask import Question, run
@@ -79,4 +84,22 @@ def ask(
         ),
         as_json=as_json,
         timeout_s=timeout_s,
+        token=read_token(token_file),
+        tls=tls_of(tls_ca, tls_cert, tls_key),
     )
+
+
+def token(
+    name: Annotated[str, typer.Argument(help="The client that it is for.")],
+    scope: Annotated[
+        str, typer.Option(help="What it opens: inference, control, reflection; joined by commas.")
+    ] = "inference",
+) -> None:
+    """Make a token: print it on stdout, and its line of the server's token file on stderr."""
+    from serve.tokens import SCOPES, new_token
+
+    if not SCOPES.issuperset(scope.split(",")):
+        raise typer.BadParameter(f"{scope!r} is not of {', '.join(sorted(SCOPES))}")
+    secret, sha256 = new_token()
+    typer.echo(secret)
+    typer.echo(f"{name} {sha256} {scope}", err=True)

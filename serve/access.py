@@ -1,0 +1,52 @@
+"""The flags by which a command reaches a server that asks for credentials."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bundle.errors import UserError
+
+if TYPE_CHECKING:
+    from serve.client import Tls
+
+TokenFile = Annotated[
+    Path | None, typer.Option("--token-file", help="The first line is the token.")
+]
+TlsCa = Annotated[
+    Path | None, typer.Option("--tls-ca", help="PEM that signs the server; encrypts the call.")
+]
+TlsCert = Annotated[
+    Path | None,
+    typer.Option("--tls-cert", help="PEM of this client, where the server asks for it."),
+]
+TlsKey = Annotated[Path | None, typer.Option("--tls-key", help="PEM key of --tls-cert.")]
+
+
+def read_token(path: Path | None) -> str | None:
+    """Return the first line of a file, None without one. UserError: there is no such line."""
+    if path is None:
+        return None
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"--token-file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--token-file {path} is not UTF-8 text") from None
+    if not lines or not lines[0].strip():
+        raise UserError(f"--token-file {path}: the first line is empty; it must be the token")
+    return lines[0].strip()
+
+
+def tls_of(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
+    """Return how to encrypt; None if nothing asks for it. UserError: half of a certificate."""
+    from serve.client import Tls
+
+    if ca is None and cert is None and key is None:
+        return None
+    try:
+        return Tls(ca=ca, cert=cert, key=key)
+    except ValueError as error:
+        raise UserError(f"--tls-cert and --tls-key: {error}") from None

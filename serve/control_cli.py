@@ -1,0 +1,173 @@
+"""`tandem control`: asks and tells a server through its control listener."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NamedTuple
+
+import grpc
+import typer
+from google.protobuf.json_format import MessageToJson
+from google.protobuf.message import Message
+
+from bundle.errors import UserError
+from protos.tandem.v1 import control_pb2 as pb
+from protos.tandem.v1 import inference_pb2
+from serve.access import TlsCa, TlsCert, TlsKey, TokenFile, read_token, tls_of
+from serve.client import ControlClient, Tls, explain
+
+app = typer.Typer(
+    help="See what a server does, split its traffic, end it or one of its requests.",
+    no_args_is_help=True,
+)
+
+Weight = Annotated[float | None, typer.Option(help="Part of the ROUTE_AUTO traffic, 0 or more.")]
+
+
+class Answer(NamedTuple):
+    """What a command prints: the text, or with --json the message."""
+
+    message: Message
+    text: str
+
+
+@contextmanager
+def connect(
+    target: Annotated[
+        str, typer.Option(help="HOST:PORT of the control listener.")
+    ] = "127.0.0.1:50052",
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 10.0,
+) -> Iterator[ControlClient]:
+    """Yield a client of the server that the flags name; UserError with its words if it refuses."""
+    tls = tls_of(tls_ca, tls_cert, tls_key)
+    with _open(target, timeout_s, read_token(token_file), tls) as control:
+        try:
+            yield control
+        except grpc.RpcError as error:
+            raise UserError(f"{target}: {explain(error)}") from None
+
+
+def _open(target: str, timeout_s: float, token: str | None, tls: Tls | None) -> ControlClient:
+    try:
+        return ControlClient(target, timeout_s=timeout_s, token=token, tls=tls)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{target}: {error}") from None
+
+
+def _command(call: Callable[..., Answer]) -> Callable[..., Answer]:
+    """Make a command of a function whose first parameter is the client, with `connect`'s flags."""
+    _, *own = inspect.signature(call, eval_str=True).parameters.values()
+    shared = inspect.signature(connect, eval_str=True).parameters
+
+    def command(as_json: bool, **flags: Any) -> None:
+        with connect(**{name: flags.pop(name) for name in shared}) as control:
+            answer = call(control, **flags)
+        typer.echo(_to_json(answer.message) if as_json else answer.text)
+
+    json_flag = inspect.Parameter(
+        "as_json",
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        default=False,
+        annotation=Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")],
+    )
+    vars(command)["__signature__"] = inspect.Signature([*own, *shared.values(), json_flag])
+    app.command(call.__name__.replace("_", "-"), help=call.__doc__)(command)
+    return call
+
+
+def _to_json(message: Message) -> str:
+    return MessageToJson(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+
+
+@_command
+def status(control: ControlClient) -> Answer:
+    """Show what the server is doing."""
+    found = control.status()
+    return Answer(found, describe_status(found))
+
+
+@_command
+def policy(control: ControlClient) -> Answer:
+    """Show how requests are answered that leave the route to the server (ROUTE_AUTO)."""
+    found = control.policy()
+    return Answer(found, describe_policy(found))
+
+
+@_command
+def set_policy(
+    control: ControlClient,
+    student_weight: Weight = None,
+    teacher_weight: Weight = None,
+    shadow_rate: Annotated[
+        float | None, typer.Option(help="Part of the answers scored by the other model, 0 to 1.")
+    ] = None,
+    expected_revision: Annotated[
+        int | None, typer.Option(help="Refuse if the policy is not at this revision any more.")
+    ] = None,
+) -> Answer:
+    """Change the policy, until the server ends; what is not given stays as it is."""
+    if student_weight is None and teacher_weight is None and shadow_rate is None:
+        raise typer.BadParameter("give --student-weight, --teacher-weight or --shadow-rate")
+    changed = control.set_policy(
+        student_weight=student_weight,
+        teacher_weight=teacher_weight,
+        shadow_rate=shadow_rate,
+        expected_revision=expected_revision,
+    )
+    return Answer(changed, describe_policy(changed))
+
+
+@_command
+def drain(control: ControlClient) -> Answer:
+    """End the server as SIGTERM does: what runs may end; this command does not wait for it."""
+    control.drain()
+    return Answer(pb.DrainResponse(), "draining")
+
+
+@_command
+def abort(
+    control: ControlClient, request_id: Annotated[str, typer.Argument(help="Its id.")]
+) -> Answer:
+    """End one running request: its call fails with the status CANCELLED."""
+    control.abort(request_id)
+    return Answer(pb.AbortResponse(), f"aborted {request_id}")
+
+
+def describe_status(status: pb.GetStatusResponse) -> str:
+    """Return a status for people, a line per engine."""
+    state = pb.ServerState.Name(status.state).removeprefix("SERVER_STATE_").lower()
+    return "\n".join(
+        [
+            f"{state} for {status.uptime_s:.0f} s, version {status.version}",
+            *map(_describe_engine, status.engines),
+            f"requests: {status.num_requests}, shadows: {status.num_shadows}, "
+            f"ledger imbalance: {status.ledger_imbalance}",
+            describe_policy(status.policy),
+        ]
+    )
+
+
+def _describe_engine(engine: pb.EngineStatus) -> str:
+    name = inference_pb2.Role.Name(engine.role).removeprefix("ROLE_").lower()
+    if not engine.is_alive:
+        return f"{name}: down"
+    return (
+        f"{name}: {engine.num_running} of {engine.max_num_seqs} running, "
+        f"{engine.num_waiting} waiting"
+    )
+
+
+def describe_policy(policy: pb.Policy) -> str:
+    """Return a policy on one line."""
+    return (
+        f"policy {policy.revision}: student {policy.student_weight:g}, "
+        f"teacher {policy.teacher_weight:g}, shadow rate {policy.shadow_rate:g}"
+    )
