@@ -1,0 +1,230 @@
+"""What answers say about the models: extraction, correctness, votes; when the worker is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from serve import answer_classes, equivalence
+from serve.agreement import Agreement, Judge, ReferenceKind
+from serve.answer_formats import compile_formats
+from serve.arms import ArmResult, SampleResult
+from serve.equivalence import AnswerWorker, SymbolicUnavailableError
+from serve.routing import Role
+from serve.sequence import FinishReason
+from serve.specs import AnswerMatch, EvaluationSpec
+
+EQUALS = compile_formats({"equals": r"= *(\S+)", "hanging": "((a+)+$)"})
+BOXED = EvaluationSpec("boxed", pass_at_k=(1,))
+SYMBOLIC = EvaluationSpec("boxed", pass_at_k=(1,), answer_match=AnswerMatch.SYMBOLIC)
+
+
+class ListedWorker(AnswerWorker):
+    """Knows which pairs are the same, and has no result for `unknown`; keeps what it was asked."""
+
+    def __init__(self, *same: set[str], unknown: str | None = None) -> None:
+        super().__init__(1)
+        self.same = same
+        self.unknown = unknown
+        self.asked: list[tuple[str, str]] = []
+
+    async def equivalent(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
+        self.asked.extend(pairs)
+        return [None if self.unknown in pair else set(pair) in self.same for pair in pairs]
+
+
+def samples_of(role: Role, *texts: str | None) -> list[SampleResult]:
+    """None is a sample that was cut off by its deadline."""
+    return [
+        SampleResult(role, i, FinishReason.DEADLINE if text is None else FinishReason.STOP,
+                     text=text or "\\boxed{1}")
+        for i, text in enumerate(texts)
+    ]  # fmt: skip
+
+
+def boxed(role: Role, *answers: str) -> ArmResult:
+    return ArmResult(role, 1, samples_of(role, *(f"\\boxed{{{answer}}}" for answer in answers)))
+
+
+async def run_judge(
+    worker: AnswerWorker, evaluation: EvaluationSpec, *arms: ArmResult
+) -> Agreement | None:
+    judge = Judge(worker, EQUALS)
+    for arm in arms:
+        await judge.read_answers(arm.samples, evaluation)
+    agreement = await judge.judge(evaluation, arms)
+    await worker.stop()
+    return agreement
+
+
+def judged(
+    evaluation: EvaluationSpec, *arms: ArmResult, worker: AnswerWorker | None = None
+) -> Agreement:
+    agreement = asyncio.run(run_judge(worker or AnswerWorker(20), evaluation, *arms))
+    assert agreement is not None
+    return agreement
+
+
+@contextmanager
+def no_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a child process was started")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(equivalence.subprocess, "Popen", refuse)
+        yield
+
+
+def test_exact_answers_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    gold = EvaluationSpec("boxed", reference_answer="1/2", pass_at_k=(1, 2))
+    student = boxed(Role.STUDENT, "\\frac{1}{2}", "0.50", "2")
+    with no_process(monkeypatch):
+        agreement = judged(gold, student, boxed(Role.TEACHER, "0.5", "0.5"))
+    assert [(s.answer, s.correct) for s in student.samples] == [
+        ("0.5", True), ("0.5", True), ("2", False),
+    ]  # fmt: skip
+    assert agreement.same_answer is True
+    assert agreement.reference_kind is ReferenceKind.GOLD
+    assert agreement.pass_at_k[Role.STUDENT] == {1: pytest.approx(2 / 3), 2: 1.0}
+
+
+def test_exact_answers_are_read_without_a_turn_of_the_loop() -> None:
+    judge = Judge(AnswerWorker(1), EQUALS)
+    for step in (judge.read_answers([], BOXED), judge.judge(BOXED, [boxed(Role.STUDENT, "1")])):
+        with pytest.raises(StopIteration):
+            step.send(None)
+
+
+def test_samples_that_did_not_end_well_have_no_answer_and_their_arm_no_vote() -> None:
+    samples = samples_of(Role.STUDENT, "\\boxed{1}", None)
+    gold = EvaluationSpec("boxed", reference_answer="1")
+    agreement = judged(gold, ArmResult(Role.STUDENT, 1, samples))
+    assert [(s.answer, s.correct) for s in samples] == [("1", True), (None, None)]
+    assert agreement.votes == {}
+
+
+def test_without_a_reference_answer_nothing_is_correct_or_wrong() -> None:
+    student = boxed(Role.STUDENT, "1")
+    agreement = judged(BOXED, student)
+    assert [s.correct for s in student.samples] == [None]
+    assert (agreement.pass_at_k, agreement.reference_kind) == ({}, None)
+
+
+def test_an_absent_answer_is_wrong() -> None:
+    samples = samples_of(Role.STUDENT, "I do not know.")
+    judged(EvaluationSpec("boxed", reference_answer="1"), ArmResult(Role.STUDENT, 1, samples))
+    assert [(s.answer, s.correct) for s in samples] == [(None, False)]
+
+
+def test_the_teachers_majority_is_the_reference_where_there_is_no_gold() -> None:
+    agreement = judged(BOXED, boxed(Role.STUDENT, "1", "2"), boxed(Role.TEACHER, "1", "1", "3"))
+    assert agreement.reference_kind is ReferenceKind.TEACHER_CONSENSUS
+    assert agreement.pass_at_k == {
+        Role.STUDENT: {1: 0.5}, Role.TEACHER: {1: pytest.approx(2 / 3)},
+    }  # fmt: skip
+
+
+def test_no_format_no_agreement() -> None:
+    arm = boxed(Role.STUDENT, "1")
+    assert asyncio.run(run_judge(AnswerWorker(1), EvaluationSpec(), arm)) is None
+    assert arm.samples[0].answer is None
+
+
+def test_a_format_of_the_configuration_extracts_in_the_worker() -> None:
+    samples = samples_of(Role.STUDENT, "2 + 2 = 3, no, = 4.0", "nothing", None)
+    gold = EvaluationSpec("equals", reference_answer="4")
+    judged(gold, ArmResult(Role.STUDENT, 1, samples))
+    assert [(s.answer, s.correct) for s in samples] == [("4", True), (None, False), (None, None)]
+
+
+def test_a_format_that_hangs_finds_no_answer() -> None:
+    samples = samples_of(Role.STUDENT, "a" * 40 + "b")
+    worker = AnswerWorker(0.1)
+    judged(EvaluationSpec("hanging"), ArmResult(Role.STUDENT, 1, samples), worker=worker)
+    assert (samples[0].answer, worker.num_failures) == (None, 1)
+
+
+def test_equivalent_answers_are_right_and_share_a_vote() -> None:
+    gold = EvaluationSpec(
+        "boxed", reference_answer="(x+1)^2", pass_at_k=(1,), answer_match=AnswerMatch.SYMBOLIC
+    )
+    student = boxed(Role.STUDENT, "x^2+2x+1", "x^2+1", "(1+x)^2")
+    teacher = boxed(Role.TEACHER, "(x+1)(x+1)")
+    agreement = judged(gold, student, teacher)
+    assert [s.correct for s in student.samples] == [True, False, True]
+    assert [s.answer for s in student.samples] == ["x^2+2x+1", "x^2+1", "(1+x)^2"]
+    assert agreement.votes[Role.STUDENT].share == pytest.approx(2 / 3)
+    assert agreement.votes[Role.TEACHER].answer == "x^2+2x+1"
+    assert agreement.same_answer is True
+    assert agreement.pass_at_k == {
+        Role.STUDENT: {1: pytest.approx(2 / 3)}, Role.TEACHER: {1: 1.0},
+    }  # fmt: skip
+
+
+def test_the_students_spelling_stands_for_both_whichever_arm_comes_first() -> None:
+    worker = ListedWorker({"x+1", "1+x"})
+    teacher, student = boxed(Role.TEACHER, "1+x"), boxed(Role.STUDENT, "x+1")
+    agreement = judged(SYMBOLIC, teacher, student, worker=worker)
+    assert {vote.answer for vote in agreement.votes.values()} == {"x+1"}
+    assert agreement.pass_at_k == {Role.STUDENT: {1: 1.0}, Role.TEACHER: {1: 1.0}}
+
+
+def test_each_distinct_answer_is_compared_with_representatives_only() -> None:
+    worker = ListedWorker({"x+1", "1+x"})
+    judged(SYMBOLIC, boxed(Role.STUDENT, "x+1", "1+x", "x+1", "x+2", "x+2"), worker=worker)
+    assert worker.asked == [("x+1", "1+x"), ("x+1", "x+2")]
+
+
+def test_words_and_numbers_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    gold = EvaluationSpec("boxed", reference_answer="no", answer_match=AnswerMatch.SYMBOLIC)
+    with no_process(monkeypatch):
+        agreement = judged(gold, boxed(Role.STUDENT, "on", "0.3333333", "1/3", "listen+1"))
+    assert agreement.votes[Role.STUDENT].tied == ("0.3333333", "1/3", "listen+1", "on")
+
+
+def test_comparisons_of_a_request_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_classes, "_MAX_COMPARISONS", 3)
+    worker = ListedWorker({"x+1", "1+x"})
+    agreement = judged(SYMBOLIC, boxed(Role.STUDENT, "x+1", "x+2", "x+3", "1+x"), worker=worker)
+    assert len(worker.asked) == 3
+    assert len(agreement.votes[Role.STUDENT].tied) == 4
+
+
+def test_after_two_comparisons_without_a_result_canonical_forms_decide() -> None:
+    worker = ListedWorker({"x+1", "1+x"}, unknown="x^x")
+    answers = ["x^x", "x+1", "x+2", "1+x", "x^x"]
+    agreement = judged(SYMBOLIC, boxed(Role.STUDENT, *answers), worker=worker)
+    assert worker.asked == [("x^x", "x+1"), ("x^x", "x+2")]
+    assert agreement.votes[Role.STUDENT].answer == "x^x"
+
+
+def test_symbolic_matching_is_refused_where_math_verify_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judge = Judge(AnswerWorker(1), {})
+    judge.check(SYMBOLIC)
+    monkeypatch.setattr(equivalence, "is_available", lambda: False)
+    judge.check(BOXED)
+    with pytest.raises(SymbolicUnavailableError):
+        judge.check(SYMBOLIC)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "problem"),
+    [
+        ("boxed", "(x)", "'boxed' is built in"),
+        ("none", "(x)", "'none' is built in"),
+        ("", "(x)", "'': a name"),
+        ("My format", "(x)", "'My format': a name"),
+        ("open", "(x", "'open' is no regular expression"),
+        ("flat", "x", "'flat' has no group"),
+    ],
+)
+def test_a_bad_format_is_refused_by_name(name: str, pattern: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        compile_formats({"good": "(x)", name: pattern})
