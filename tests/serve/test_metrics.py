@@ -405,6 +405,18 @@ def test_scoring_that_is_lost_shows_in_the_ledger(stepped: Stepped) -> None:
     assert stepped.imbalance == 1
 
 
+def test_sequence_that_is_lost_in_a_failure_shows_in_the_ledger_at_once(
+    stepped: Stepped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stepped.submit("r", num_samples=3)
+    stepped.step(2)
+    clear = stepped.engine._scheduler.clear
+    monkeypatch.setattr(stepped.engine._scheduler, "clear", lambda: clear()[1:])
+    fail(stepped)
+    stepped.step()
+    assert len(stepped.endings) == 2 and stepped.imbalance == 1
+
+
 def fail(stepped: Stepped) -> None:
     stepped.backend.error = RuntimeError("injected")
 
