@@ -65,7 +65,7 @@ model_info                          gauge      role backend device precision man
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def answered(serving: Any, make_pair: Any) -> Any:
     """A pair that answered three prompts, and the responses."""
     pair = make_pair()
@@ -494,7 +494,7 @@ def test_ten_thousand_strings_of_each_kind_make_no_series() -> None:
 def test_labels_of_a_server_are_of_closed_sets(serving: Any, make_pair: Any) -> None:
     pair = make_pair()
     with serving(pair, tasks=frozenset({"sums"})) as live:
-        for number in range(60):
+        for number in range(30):
             live.client.compare(request_of(number))
     allowed = {
         "task": {"sums", "other"},
