@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from estimators import consensus
@@ -155,57 +155,3 @@ def _agreement(
         for role, of in outcomes.items()
     }
     return Agreement(votes, rates, kind)
-
-
-def answer_of(sample: SampleResult, evaluation: EvaluationSpec) -> str | None:
-    """Return the sample's canonical answer; None when there is none or it did not end well."""
-    if not sample.is_complete:
-        return None
-    return canonicalise(extract(sample.text, evaluation.answer_format))
-
-
-def is_correct(sample: SampleResult, evaluation: EvaluationSpec) -> bool | None:
-    """Compare the sample's answer with the gold one; None without one or without an outcome."""
-    if evaluation.reference_answer is None or not sample.is_complete:
-        return None
-    return answer_of(sample, evaluation) == canonicalise(evaluation.reference_answer)
-
-
-def judge(evaluation: EvaluationSpec, arms: Iterable[ArmResult]) -> Agreement | None:
-    """Vote and estimate pass@k; None when no answers are extracted.
-
-    The reference is the gold answer, else the teacher's majority, else there is none.
-    """
-    if evaluation.answer_format == "none":
-        return None
-    answers = {
-        arm.role: [answer_of(sample, evaluation) for sample in arm.samples]
-        for arm in arms
-        if arm.is_complete
-    }
-    votes = {role: consensus.majority_vote(of_role) for role, of_role in answers.items()}
-    reference, kind = _reference(evaluation, votes)
-    return Agreement(
-        votes,
-        {
-            role: _pass_at_k(of_role, reference, evaluation.pass_at_k)
-            for role, of_role in answers.items()
-            if reference is not None
-        },
-        kind,
-    )
-
-
-def _reference(
-    evaluation: EvaluationSpec, votes: dict[Role, Vote]
-) -> tuple[str | None, ReferenceKind | None]:
-    if evaluation.reference_answer is not None:
-        return canonicalise(evaluation.reference_answer), ReferenceKind.GOLD
-    if Role.TEACHER in votes and votes[Role.TEACHER].answer is not None:
-        return votes[Role.TEACHER].answer, ReferenceKind.TEACHER_CONSENSUS
-    return None, None
-
-
-def _pass_at_k(answers: list[str | None], reference: str, ks: tuple[int, ...]) -> dict[int, float]:
-    num_correct = sum(answer == reference for answer in answers)
-    return {k: float(pass_at_k(len(answers), num_correct, k)) for k in ks}

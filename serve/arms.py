@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -31,6 +32,9 @@ from serve.specs import GenerationSpec
 from serve.tokenization import CompletionText, StopChecker
 
 logger = logging.getLogger(__name__)
+
+# How much earlier than here a deadline may pass at the client.
+_MAX_TRANSIT_S = 0.05
 
 TopLogprobs = tuple[tuple[int, float], ...]
 
@@ -186,6 +190,15 @@ def _check_any(samples: list[SampleResult]) -> None:
         raise EngineStoppedError("the server shut down before the first token")
 
 
+def reason_to_give_up(deadline_s: float | None) -> FinishReason:
+    """Tell a client whose deadline passed from one that gave up: grpc cancels the call of both.
+
+    The client's clock started before the message was here, so its deadline passes before ours.
+    """
+    is_over = deadline_s is not None and time.monotonic() >= deadline_s - _MAX_TRANSIT_S
+    return FinishReason.DEADLINE if is_over else FinishReason.CANCELLED
+
+
 class _Drawing:
     """Submits a job and follows its events until each sample has ended."""
 
@@ -209,7 +222,7 @@ class _Drawing:
             await self._ended
         finally:
             if len(self._results) < request.sampling.num_samples:
-                engine.cancel(request.request_id)
+                engine.cancel(request.request_id, reason_to_give_up(request.deadline_s))
         return [self._results[index] for index in sorted(self._results)]
 
     def _deliver(self, events: list[Event]) -> None:

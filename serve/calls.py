@@ -17,8 +17,10 @@ from typing import Any
 
 import grpc
 
+from serve.arms import reason_to_give_up
 from serve.errors import EngineStoppedError, QueueFullError
 from serve.metrics import ServerMetrics
+from serve.sequence import FinishReason
 from serve.specs import OTHER_TASK, GenerationSpec
 from serve.statuses import Status, abort, status_of
 
@@ -53,10 +55,8 @@ class Call:
         self.route, self.task = spec.route.value, spec.evaluation.task
 
     def code_when_cancelled(self) -> grpc.StatusCode:
-        """Tell a client that gave up from one whose deadline passed: grpc cancels both."""
-        if time.monotonic() >= self.deadline_s:
-            return grpc.StatusCode.DEADLINE_EXCEEDED
-        return grpc.StatusCode.CANCELLED
+        is_over = reason_to_give_up(self.deadline_s) is FinishReason.DEADLINE
+        return grpc.StatusCode.DEADLINE_EXCEEDED if is_over else grpc.StatusCode.CANCELLED
 
 
 class CallFailedError(Exception):

@@ -6,7 +6,9 @@ import ipaddress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from serve.answer_formats import compile_formats
 
 Backend = Literal["onnx", "torch"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -16,27 +18,31 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 class ServeConfig(BaseModel):
     """The settings of `tandem serve`; its flags are named alike."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    bundle: Path
+    bundle: Path = Field(description="folder of the bundle to serve; required")
     teacher: Path | None = Field(default=None, description="its folder; none: the bundle's own")
     no_teacher: bool = Field(default=False, description="the student alone")
     variant: str | None = Field(default=None, description="ONNX graph; none: the bundle's default")
-    student_backend: Backend = "onnx"
-    teacher_backend: Backend = "torch"
-    teacher_dtype: Dtype = "bfloat16"
-    device: Device = "auto"
+    student_backend: Backend = Field(default="onnx", description="runs the student")
+    teacher_backend: Backend = Field(default="torch", description="runs the teacher")
+    teacher_dtype: Dtype = Field(default="bfloat16", description="of its weights in torch")
+    device: Device = Field(default="auto", description="auto: CUDA where it is there")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of one step")
 
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", description="where clients call")
     port: int = Field(default=50051, ge=0, le=65535, description="0 picks a free one")
-    control_host: str = "127.0.0.1"
+    control_host: str = Field(default="127.0.0.1", description="of the control listener")
     control_port: int = Field(default=50052, ge=0, le=65535, description="0 picks a free one")
-    metrics_host: str = "127.0.0.1"
+    metrics_host: str = Field(default="127.0.0.1", description="of /metrics and /healthz")
     metrics_port: int = Field(default=9464, ge=0, le=65535, description="0 picks a free one")
-    insecure_listen: bool = False
+    insecure_listen: bool = Field(
+        default=False, description="allow an open address without TLS and credentials"
+    )
     reflection: bool = Field(default=False, description="gRPC server reflection")
-    ready_file: Path | None = None
+    ready_file: Path | None = Field(
+        default=None, description="written as JSON with the addresses when ready"
+    )
 
     tls_cert: Path | None = Field(default=None, description="PEM chain; read again as it changes")
     tls_key: Path | None = Field(default=None, description="PEM key of tls_cert")
@@ -46,8 +52,8 @@ class ServeConfig(BaseModel):
     auth_tokens: Path | None = Field(default=None, description="file of hashed tokens and scopes")
     max_concurrent_per_peer: int = Field(default=256, ge=1, description="calls of one client")
 
-    max_num_seqs: int = Field(default=16, ge=1, le=1024)
-    max_model_len: int = Field(default=2048, ge=2)
+    max_num_seqs: int = Field(default=16, ge=1, le=1024, description="samples running per model")
+    max_model_len: int = Field(default=2048, ge=2, description="prompt and completion tokens")
     max_waiting: int = Field(default=1024, ge=0, description="samples queued per model")
     max_pass_tokens: int | None = Field(
         default=None, ge=16, description="of a prefill or scoring pass; none: by the device"
@@ -56,8 +62,8 @@ class ServeConfig(BaseModel):
         default=256, ge=0, description="of earlier prompts' keys and values per model; 0: none"
     )
 
-    max_prompt_bytes: int = Field(default=1 << 20, ge=1, le=3 << 20)
-    max_num_samples: int = Field(default=64, ge=1, le=64)
+    max_prompt_bytes: int = Field(default=1 << 20, ge=1, le=3 << 20, description="of a prompt")
+    max_num_samples: int = Field(default=64, ge=1, le=64, description="of a request")
     max_completion_tokens: int | None = Field(
         default=None, ge=1, description="bound of max_tokens; none: the context"
     )
@@ -72,7 +78,7 @@ class ServeConfig(BaseModel):
     teacher_weight: float = Field(default=0.0, ge=0, le=1e6, description="of ROUTE_AUTO traffic")
     shadow_rate: float = Field(default=0.0, ge=0, le=1, description="scored behind the answer")
     max_shadows: int = Field(default=32, ge=0, description="that wait or run; more are dropped")
-    shadow_timeout_s: float = Field(default=30.0, gt=0)
+    shadow_timeout_s: float = Field(default=30.0, gt=0, description="then a shadow is given up")
 
     tasks: frozenset[str] = Field(default=frozenset(), description="task labels in metrics")
     answer_formats: dict[str, str] = Field(
@@ -83,13 +89,19 @@ class ServeConfig(BaseModel):
     log_requests: bool = Field(default=False, description="a line per call: never its text")
 
     drain_delay_s: float = Field(default=0.0, ge=0, description="not ready, but still serving")
-    drain_grace_s: float = Field(default=30.0, ge=0)
+    drain_grace_s: float = Field(default=30.0, ge=0, description="running work may take")
 
     @model_validator(mode="after")
     def _check_teacher(self) -> ServeConfig:
         if self.no_teacher and self.teacher is not None:
             raise ValueError("--teacher and --no-teacher contradict each other; give one of them")
         return self
+
+    @field_validator("answer_formats")
+    @classmethod
+    def _check_answer_formats(cls, formats: dict[str, str]) -> dict[str, str]:
+        compile_formats(formats)
+        return formats
 
     @model_validator(mode="after")
     def _check_tls(self) -> ServeConfig:

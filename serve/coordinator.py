@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from serve.agreement import Agreement, judge
+from serve.agreement import Agreement, Judge
 from serve.arms import ArmJob, ArmResult, OnChunk, run_arm, run_second_arm
 from serve.comparison import CompletionScore, score_with_models
 from serve.errors import AbortedError, EngineStoppedError, UnknownRequestError
@@ -86,12 +86,14 @@ class Coordinator:
         metrics: ServerMetrics,
         policy: TrafficPolicy,
         shadows: Shadows,
+        judge: Judge,
     ) -> None:
         self.engines = engines
         self.limits = limits
         self.policy = policy
         self._metrics = metrics
         self._shadows = shadows
+        self._judge = judge
         self._mailbox = Mailbox()
         self._running: dict[str, _Running] = {}
         self._num_admitted = 0
@@ -152,7 +154,7 @@ class Coordinator:
             ]
             async with running(*arms_to_run) as tasks:
                 arms = await asyncio.gather(*tasks)
-        agreement = judge(spec.evaluation, arms)
+            agreement = await self._judge.judge(spec.evaluation, arms)
         if agreement is not None:
             self._metrics.on_agreement(agreement, spec.evaluation.task)
         self._shadow(first, arms[0])
@@ -210,6 +212,7 @@ class Coordinator:
 
     async def _jobs(self, spec: GenerationSpec, terms: _Terms) -> list[ArmJob]:
         """Return one job per answering model, checked against the context before any starts."""
+        self._judge.check(spec.evaluation)
         models = choose_models(spec.route, self.engines, self.policy.choose_role(spec.request_id))
         is_scored = resolve_divergence(spec.divergence.enabled, self.engines)
         check_capacity(spec.sampling.num_samples, self.limits)
@@ -253,6 +256,7 @@ class Coordinator:
             self._metrics.on_divergence(
                 sample, spec.evaluation.task, is_truncated=spec.sampling.is_truncated
             )
+        await self._judge.read_answers(result.samples, spec.evaluation)
         on_arm(result)
         return result
 

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # no generic at run time
 Reason = Literal["unauthenticated", "peer_limit"]
+OnRejected = Callable[[Reason, str, grpc.StatusCode], None]
+"""Told why a call was refused, of which method ("Generate"), and with which code."""
 
 # The authenticated client whose call is being handled; "" for an anonymous one.
 current_client: ContextVar[str] = ContextVar("current_client", default="")
@@ -69,7 +71,7 @@ class Gate(grpc.aio.ServerInterceptor):
         scopes: Mapping[str, str | None],
         tokens: TokenFile | None,
         max_concurrent_per_peer: int,
-        on_rejected: Callable[[Reason], None],
+        on_rejected: OnRejected,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`scopes`: method ("/package.Service/Method") or service ("/package.Service/") → scope.
@@ -102,30 +104,32 @@ class Gate(grpc.aio.ServerInterceptor):
         """
         handler = await continuation(handler_call_details)
         scope = self._scope_of(handler_call_details.method)
+        rpc = handler_call_details.method.rpartition("/")[2]
         if handler is None or scope is None:
             return handler
         if self._tokens is None:
-            return None if scope == _DENIED else self._counted(handler, "")
+            return None if scope == _DENIED else self._counted(handler, "", rpc)
         token = _bearer_token(handler_call_details.invocation_metadata)
         client = self._tokens.identify(token) if token else None
         if client is None:
-            return self._refusing(_NO_CREDENTIALS, "")
+            return self._refusing(_NO_CREDENTIALS, "", rpc)
         if scope not in client.scopes:
-            return self._refusing(_NO_SCOPE, client.name)
-        return self._counted(handler, client.name)
+            return self._refusing(_NO_SCOPE, client.name, rpc)
+        return self._counted(handler, client.name, rpc)
 
     def _scope_of(self, method: str) -> str | None:
         service = method[: method.rfind("/") + 1]
         return self._scopes.get(method, self._scopes.get(service, _DENIED))
 
-    def _refusing(self, status: Status, name: str) -> Handler:
+    def _refusing(self, status: Status, name: str, rpc: str) -> Handler:
         async def refuse(requests: object, context: Context) -> None:
-            await self._refuse(context, _Peer(name, _host(context)), status, "unauthenticated")
+            self._note(_Peer(name, _host(context)), status, "unauthenticated", rpc)
+            await abort(context, status)
 
         # Of any kind of call: with a stream of requests grpc reads none for it.
         return grpc.stream_stream_rpc_method_handler(refuse)
 
-    def _counted(self, handler: Handler, name: str) -> Handler:
+    def _counted(self, handler: Handler, name: str, rpc: str) -> Handler:
         """Return a handler that runs another while its peer stays within the limit.
 
         It takes a stream of requests, whatever the other takes, since grpc reads a single request
@@ -139,7 +143,8 @@ class Gate(grpc.aio.ServerInterceptor):
         async def run(requests: AsyncIterator[Any], context: Context) -> Any:
             peer = _Peer(name or _certificate_name(context), _host(context))
             if self._num_running[peer.key] >= self._max_concurrent:
-                await self._refuse(context, peer, self._too_many(), "peer_limit")
+                self._note(peer, self._too_many(), "peer_limit", rpc)
+                await abort(context, self._too_many())
             with self._running(peer):
                 request = requests if handler.request_streaming else await _read_one(context)
                 return await _call(behavior, request, context)
@@ -170,11 +175,10 @@ class Gate(grpc.aio.ServerInterceptor):
             retry_after_s=RETRY_AFTER_S,
         )
 
-    async def _refuse(self, context: Context, peer: _Peer, status: Status, reason: Reason) -> None:
-        self._on_rejected(reason)
+    def _note(self, peer: _Peer, status: Status, reason: Reason, rpc: str) -> None:
+        self._on_rejected(reason, rpc, status.code)
         if self._may_log(peer.host):
             logger.warning("refused a call of %s: %s", peer, status.message)
-        await abort(context, status)
 
     def _may_log(self, host: str) -> bool:
         """Allow one line per second and host, and so many in all that memory stays bounded."""

@@ -18,7 +18,6 @@ from serve.agreement import Agreement
 from serve.arms import SampleResult
 from serve.comparison import SampleDivergence
 from serve.engine import Engine
-from serve.metrics_http import MetricsServer as MetricsServer
 from serve.observer import EngineObserver
 from serve.routing import Role, ServedModel
 from serve.sequence import FinishReason

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from estimators.consensus import Vote
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.agreement import Agreement, answer_of, is_correct
+from serve.agreement import Agreement
 from serve.arms import ArmResult, Chunk, SampleResult, TopLogprobs
 from serve.comparison import CompletionScore, SampleDivergence
 from serve.routing import Role, ServedModel
@@ -51,7 +51,7 @@ def to_sample(sample: SampleResult, spec: GenerationSpec) -> pb.Sample:
         logprobs=sample.logprobs if spec.output.logprobs else (),
         processed_logprobs=sample.processed_logprobs if spec.output.processed_logprobs else (),
         finish_reason=_name("FINISH_REASON", sample.finish_reason),
-        answer=answer_of(sample, spec.evaluation),
+        answer=sample.answer,
         divergence=_sample_divergence(sample, spec),
         timings=pb.Timings(
             queue_s=timings.queue_s,
@@ -63,9 +63,8 @@ def to_sample(sample: SampleResult, spec: GenerationSpec) -> pb.Sample:
         divergence_error=sample.divergence_error,
         top_logprobs=_top_logprobs(sample.top_logprobs),
     )
-    correct = is_correct(sample, spec.evaluation)
-    if correct is not None:
-        message.correct = correct
+    if sample.correct is not None:
+        message.correct = sample.correct
     return message
 
 

@@ -24,23 +24,29 @@ from grpc_health.v1.health import aio as health  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 from prometheus_client import CollectorRegistry
 
+from estimators.answers import ANSWER_FORMATS
 from protos.tandem.v1 import control_pb2 as pb
 from serve import control as control_service
+from serve.agreement import Judge
+from serve.answer_formats import compile_formats
 from serve.calls import CallGuard
 from serve.config import ServeConfig
 from serve.control import ControlService, Lifecycle
 from serve.coordinator import Coordinator
+from serve.equivalence import AnswerWorker
 from serve.gate import Gate, current_client
 from serve.loading import build_engines
-from serve.metrics import MetricsServer, ServerMetrics
+from serve.metrics import ServerMetrics
+from serve.metrics_http import MetricsServer
 from serve.policy import TrafficPolicy
 from serve.replay import Replays
 from serve.routing import Engines
 from serve.service import SERVICE_NAME, InferenceService
 from serve.shadow import Shadows
-from serve.specs import Limits, Range
+from serve.specs import OTHER_TASK, Limits, Range
 from serve.tls import server_credentials
 from serve.tokens import TokenFile
+from serve.vllm_metrics import register_vllm_aliases
 
 _HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -69,11 +75,15 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 
 
 # What a token must allow for each service; None is open to all. Nothing else can be called.
-_SCOPES: Mapping[str, str | None] = {
+_COMMON_SCOPES = {f"/{reflection.SERVICE_NAME}/": "reflection", f"/{_HEALTH_NAME}/": None}
+_DATA_SCOPES: Mapping[str, str | None] = {
     f"/{SERVICE_NAME}/": "inference",
+    "/inference.GRPCInferenceService/": "inference",
+    **_COMMON_SCOPES,
+}
+_CONTROL_SCOPES: Mapping[str, str | None] = {
     f"/{control_service.SERVICE_NAME}/": "control",
-    f"/{reflection.SERVICE_NAME}/": "reflection",
-    f"/{_HEALTH_NAME}/": None,
+    **_COMMON_SCOPES,
 }
 
 
@@ -102,16 +112,23 @@ class Server:
         self._health_watch: asyncio.Task[None] | None = None
         policy = TrafficPolicy(config.student_weight, config.teacher_weight, config.shadow_rate)
         shadows = Shadows(metrics, config.max_shadows, config.shadow_timeout_s)
-        self._coordinator = Coordinator(
-            engines, limits_of(engines, config), metrics, policy, shadows
-        )
+        self._answer_worker = AnswerWorker(config.symbolic_timeout_s)
+        judge = Judge(self._answer_worker, compile_formats(config.answer_formats))
+        limits = limits_of(engines, config)
+        self._coordinator = Coordinator(engines, limits, metrics, policy, shadows, judge)
         tokens = TokenFile(config.auth_tokens) if config.auth_tokens else None
-        self._gate = Gate(_SCOPES, tokens, config.max_concurrent_per_peer, self._count_rejected)
+        # One each: a client at its limit can still be helped over the control plane.
+        self._gate, self._control_gate = (
+            Gate(scopes, tokens, config.max_concurrent_per_peer, self._count_rejected)
+            for scopes in (_DATA_SCOPES, _CONTROL_SCOPES)
+        )
         self._guard = CallGuard(
             metrics, config.max_timeout_s, current_client.get, log_requests=config.log_requests
         )
-        self._data_server = self._new_server()
-        self._control_server = self._new_server()
+        self._data_server, self._control_server = (
+            grpc.aio.server(interceptors=[gate], options=CHANNEL_OPTIONS)
+            for gate in (self._gate, self._control_gate)
+        )
         self._metrics_server: MetricsServer | None = None
         self.address = ""
         self.control_address = ""
@@ -137,6 +154,8 @@ class Server:
         self._metrics.build_info.labels(_version()).set(1)
         for model in self._engines.loaded:
             self._metrics.watch(model)
+        if config.vllm_metrics:
+            register_vllm_aliases(self._metrics)
         self._engines.start()
         await self._data_server.start()
         await self._control_server.start()
@@ -156,6 +175,7 @@ class Server:
         # Joins the engines' threads, which still hand their last events to this loop.
         await asyncio.to_thread(self._engines.stop)
         await self._wait_for_last_words()
+        await self._answer_worker.stop()
         # What is open now are health watches and idle connections: they need no grace.
         await asyncio.gather(self._data_server.stop(_CLOSE_S), self._control_server.stop(_CLOSE_S))
         if self._metrics_server is not None:
@@ -164,9 +184,6 @@ class Server:
     def is_healthy(self) -> bool:
         """Whether new work is wanted: not leaving, and every engine's thread lives."""
         return all(self._health_by_name().values())
-
-    def _new_server(self) -> grpc.aio.Server:
-        return grpc.aio.server(interceptors=[self._gate], options=CHANNEL_OPTIONS)
 
     def _register(self) -> None:
         """Give both listeners their services."""
@@ -204,13 +221,15 @@ class Server:
             )
         return f"{_bracketed(host)}:{bound}"
 
-    def _count_rejected(self, reason: str) -> None:
+    def _count_rejected(self, reason: str, rpc: str, code: grpc.StatusCode) -> None:
+        """Count a call that the gate refused, which no `CallGuard` sees."""
         self._metrics.admission_rejections.labels(reason).inc()
+        self._metrics.requests.labels(rpc, "none", code.name, OTHER_TASK).inc()
 
     async def _wait_for_last_words(self) -> None:
         """Let handlers send what they hold: they have all they will get from the engines."""
         until_s = time.monotonic() + _LAST_WORDS_S
-        while self._gate.num_active and time.monotonic() < until_s:
+        while self._gate.num_active + self._control_gate.num_active and time.monotonic() < until_s:
             await asyncio.sleep(_LAST_WORDS_POLL_S)
 
     def _health_by_name(self) -> dict[str, bool]:
@@ -259,6 +278,7 @@ def limits_of(engines: Engines, config: ServeConfig) -> Limits:
             min(model.engine.info.vocab_size, model.tokenizer.vocab_size) for model in models
         ),
         tasks=config.tasks,
+        answer_formats=(*ANSWER_FORMATS, *config.answer_formats),
         max_queued_samples=config.max_waiting + config.max_num_seqs,
         max_completion_tokens=config.max_completion_tokens or max_model_len,
         max_prompt_bytes=config.max_prompt_bytes,

@@ -9,6 +9,7 @@ import enum
 import math
 from dataclasses import dataclass
 
+from estimators.answers import ANSWER_FORMATS
 from serve.routing import Role, Route
 from serve.sequence import SamplingParams
 
@@ -39,6 +40,7 @@ class Limits:
     max_model_len: int
     vocab_size: int
     tasks: frozenset[str] = frozenset()
+    answer_formats: tuple[str, ...] = tuple(ANSWER_FORMATS)
     max_queued_samples: int = 1 << 31
     max_completion_tokens: int = (1 << 32) - 1
     max_request_id_chars: int = 128

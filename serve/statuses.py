@@ -16,6 +16,7 @@ from google.rpc import (  # type: ignore[import-untyped]
     status_pb2,
 )
 
+from serve.equivalence import SymbolicUnavailableError
 from serve.errors import (
     AbortedError,
     ContextLengthError,
@@ -47,6 +48,7 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (NeverFitsError, grpc.StatusCode.OUT_OF_RANGE),
     (ModelsNotComparableError, grpc.StatusCode.FAILED_PRECONDITION),
     (StalePolicyError, grpc.StatusCode.FAILED_PRECONDITION),
+    (SymbolicUnavailableError, grpc.StatusCode.FAILED_PRECONDITION),
     (ModelNotLoadedError, grpc.StatusCode.NOT_FOUND),
     (UnknownRequestError, grpc.StatusCode.NOT_FOUND),
     (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),

@@ -17,7 +17,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from estimators.answers import ANSWER_FORMATS, canonicalise
+from estimators.answers import canonicalise
 from protos.tandem.v1 import control_pb2 as control_pb
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.errors import (
@@ -32,6 +32,7 @@ from serve.routing import Role, Route
 from serve.sequence import SamplingParams
 from serve.specs import (
     OTHER_TASK,
+    AnswerMatch,
     Basis,
     DivergenceSpec,
     EvaluationSpec,
@@ -422,12 +423,14 @@ def _evaluation(
     options: pb.EvaluationOptions, num_samples: int, limits: Limits, checks: _Checks
 ) -> EvaluationSpec:
     answer_format = options.answer_format or "none"
-    if answer_format not in ANSWER_FORMATS:
+    if answer_format not in limits.answer_formats:
         checks.refuse(
-            "evaluation.answer_format", repr(answer_format), f"one of {', '.join(ANSWER_FORMATS)}"
+            "evaluation.answer_format",
+            repr(answer_format),
+            f"one of {', '.join(limits.answer_formats)}",
         )
     elif answer_format == "none" and (options.HasField("reference_answer") or options.pass_at_k):
-        formats = ", ".join(name for name in ANSWER_FORMATS if name != "none")
+        formats = ", ".join(name for name in limits.answer_formats if name != "none")
         checks.refuse(
             "evaluation.answer_format",
             "none",
@@ -440,6 +443,9 @@ def _evaluation(
         reference_answer=_reference_answer(options, limits, checks),
         pass_at_k=_pass_at_k(options.pass_at_k, num_samples, limits, checks),
         task=options.task if options.task in limits.tasks else OTHER_TASK,
+        answer_match=checks.enum(
+            options, "evaluation.answer_match", AnswerMatch, AnswerMatch.EXACT
+        ),
     )
 
 

@@ -51,7 +51,7 @@ class ScriptedEngine:
     def score(self, request: ScoringRequest) -> Future[list[ScoredCompletion]]:
         return self.scored
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
         self.cancelled.append(request_id)
 
 

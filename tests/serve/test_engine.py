@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from serve.engine import Engine
-from serve.errors import EngineStoppedError, QueueFullError
+from serve.errors import EngineFailedError, EngineStoppedError, QueueFullError
 from serve.observer import EngineObserver
 from serve.prompt import BLOCK_TOKENS
 from serve.sampling import sample
@@ -451,7 +451,7 @@ def test_failing_model_ends_all_in_flight_with_an_error_and_serves_on(
     engine._try_step()
     assert [reader.reasons for reader in readers] == [[FinishReason.ERROR]] * 3
     assert "out of memory" not in readers[0].endings[0].error
-    assert isinstance(future.exception(0), EngineStoppedError) and is_idle(engine)
+    assert isinstance(future.exception(0), EngineFailedError) and is_idle(engine)
     engine._runner._backend.error = None
     after = submit(engine, max_tokens=2, ignore_eos=True)
     run(engine)

@@ -150,7 +150,13 @@ def gated(loop: asyncio.AbstractEventLoop) -> Any:
         **options: Any,
     ) -> Iterator[Gated]:
         echo, rejected = Echo(), []
-        gate = Gate(scopes, tokens, max_concurrent, rejected.append, **options)
+        gate = Gate(
+            scopes,
+            tokens,
+            max_concurrent,
+            lambda reason, rpc, code: rejected.append(reason),
+            **options,
+        )
 
         async def start() -> tuple[grpc.aio.Server, int]:
             server = grpc.aio.server(interceptors=[gate])

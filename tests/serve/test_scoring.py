@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from serve.engine import Engine
-from serve.errors import EngineStoppedError
+from serve.errors import EngineFailedError, EngineStoppedError
 from serve.prefill import Prefiller
 from serve.prefix_cache import PrefixCache
 from serve.prompt import TokenizedPrompt
@@ -209,7 +209,7 @@ def test_first_failure_of_a_forced_scoring_is_its_failure() -> None:
     scores = ForcedScores(2)
     failed = [FinishedEvent(i, FinishReason.ERROR, (), (), Timings(), f"no {i}") for i in (0, 1)]
     scores.sink(list(failed))
-    with pytest.raises(EngineStoppedError, match="no 0"):
+    with pytest.raises(EngineFailedError, match="no 0"):
         scores.future.result(0)
 
 
@@ -219,7 +219,7 @@ def test_first_failure_of_a_forced_scoring_is_its_failure() -> None:
         (FinishReason.DEADLINE, TimeoutError),
         (FinishReason.CANCELLED, CancelledError),
         (FinishReason.SHUTDOWN, EngineStoppedError),
-        (FinishReason.ERROR, EngineStoppedError),
+        (FinishReason.ERROR, EngineFailedError),
     ],
 )
 def test_scoring_error_by_reason(reason: FinishReason, kind: type[Exception]) -> None:

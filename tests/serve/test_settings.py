@@ -194,7 +194,7 @@ def test_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 def test_printed_settings_load_as_the_same_from_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    formats = '{"odd": "#: \\n\\"é\'{\\\\d+}"}'
+    formats = '{"odd": "#: \\n\\"é\'(\\\\d+)"}'
     settings = load_settings(
         {"bundle": "b", "tasks": '["b", "a"]', "answer_formats": formats, "shadow_rate": "1e-6"},
         {"TANDEM_LOG_REQUESTS": "true"},
