@@ -1,0 +1,1 @@
+"""The Open Inference Protocol: `grpc_service.proto` and its stubs (see `serve.open_inference`)."""
