@@ -6,7 +6,6 @@ engine's thread through one queue and take effect between steps.
 
 from __future__ import annotations
 
-import heapq
 import logging
 import queue
 import threading
@@ -21,6 +20,7 @@ import torch
 
 from serve.arbiter import StepArbiter
 from serve.backend import Backend
+from serve.deadlines import Deadlines
 from serve.errors import EngineStoppedError, QueueFullError
 from serve.observer import EngineObserver
 from serve.outbox import Outbox
@@ -125,9 +125,9 @@ class Engine:
         # A request id may name several: a generation, and the scoring of other samples.
         self._groups: defaultdict[str, list[SequenceGroup]] = defaultdict(list)
         # By `id` of the group: what ends before the next pass. A step looks at these, and at the
-        # top of the heap of (deadline, request id), never at everything that waits.
+        # earliest deadline, never at everything that waits.
         self._endings: dict[int, FinishReason] = {}
-        self._deadlines: list[tuple[float, str]] = []
+        self._deadlines = Deadlines(self._live_ids)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._admission_lock = threading.Lock()
         self._num_admitted = 0
@@ -234,14 +234,17 @@ class Engine:
 
     def _watch_deadline(self, request_id: str, deadline_s: float | None) -> None:
         if deadline_s is not None:
-            heapq.heappush(self._deadlines, (deadline_s, request_id))
+            self._deadlines.add(deadline_s, request_id)
+
+    def _live_ids(self) -> set[str]:
+        return {*self._groups, *(job.request.request_id for job in self._scoring)}
 
     def _end_request(
         self, request_id: str, reason: FinishReason, expired_by_s: float | None = None
     ) -> None:
         """Mark groups for their end and fail scoring jobs: all of a request, or the expired ones.
 
-        Keyed by request, not by group: an entry of the heap may outlive what it was made for.
+        Keyed by request, not by group: a deadline may outlive what it was made for.
         """
         for group in self._groups.get(request_id, ()):
             if expired_by_s is None or _is_past(group.request.deadline_s, expired_by_s):
@@ -435,8 +438,7 @@ class Engine:
 
     def _end_cancelled_and_expired(self) -> None:
         now_s = self.clock()
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            _, request_id = heapq.heappop(self._deadlines)
+        for request_id in self._deadlines.pop_expired(now_s):
             self._end_request(request_id, FinishReason.DEADLINE, expired_by_s=now_s)
         if not self._endings:
             return
