@@ -87,7 +87,8 @@ def serving(bundle: Path, flags: Sequence[str] = ()) -> Iterator[dict[str, str]]
     with tempfile.TemporaryDirectory() as scratch:
         ready_file, log_path = Path(scratch) / "ready.json", Path(scratch) / "server.log"
         command = [sys.executable, "-m", "tandem", "serve", "--bundle", str(bundle), *flags]
-        command += ["--port", "0", "--metrics-port", "0", "--ready-file", str(ready_file)]
+        command += ["--port", "0", "--control-port", "0", "--metrics-port", "0"]
+        command += ["--ready-file", str(ready_file)]
         with log_path.open("wb") as log:
             server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:

@@ -96,10 +96,12 @@ def token(
     ] = "inference",
 ) -> None:
     """Make a token: print it on stdout, and its line of the server's token file on stderr."""
-    from serve.tokens import SCOPES, new_token
+    from serve.tokens import new_token, parse_client
 
-    if not SCOPES.issuperset(scope.split(",")):
-        raise typer.BadParameter(f"{scope!r} is not of {', '.join(sorted(SCOPES))}")
+    try:
+        parse_client(name, scope)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     secret, sha256 = new_token()
     typer.echo(secret)
     typer.echo(f"{name} {sha256} {scope}", err=True)

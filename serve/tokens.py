@@ -105,14 +105,20 @@ def _parse(fields: list[str], line: int) -> _Entry:
     if len(fields) != 3:
         raise ValueError(f"{len(fields)} fields; a line is NAME SHA256HEX SCOPE[,SCOPE...]")
     name, sha256, scope_list = fields
+    if not _SHA256.fullmatch(sha256):
+        raise ValueError("the second field is the token's SHA-256: 64 hexadecimal digits")
+    client = parse_client(name, scope_list)
+    return _Entry(client, bytes.fromhex(sha256), line)
+
+
+def parse_client(name: str, scope_list: str) -> Client:
+    """Return the client of a line; ValueError says what name and scopes may be."""
     scopes = scope_list.split(",")
     if not _NAME.fullmatch(name):
         raise ValueError("a name is 1 to 64 of A-Z a-z 0-9 . _ @ -, the first a letter or digit")
-    if not _SHA256.fullmatch(sha256):
-        raise ValueError("the second field is the token's SHA-256: 64 hexadecimal digits")
     if not SCOPES.issuperset(scopes) or len(set(scopes)) < len(scopes):
         raise ValueError(f"scopes are {', '.join(sorted(SCOPES))}, each once, joined by commas")
-    return _Entry(Client(name, frozenset(scopes)), bytes.fromhex(sha256), line)
+    return Client(name, frozenset(scopes))
 
 
 def _check_distinct(entry: _Entry, others: list[_Entry]) -> None:
