@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from bundle.errors import UserError
 
 if TYPE_CHECKING:
-    from serve.client import Tls
+    from serve.client import Client, ControlClient, Tls
+
+    AnyClient = TypeVar("AnyClient", Client, ControlClient)
 
 TokenFile = Annotated[
     Path | None, typer.Option("--token-file", help="The first line is the token.")
@@ -50,3 +52,13 @@ def tls_of(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
         return Tls(ca=ca, cert=cert, key=key)
     except ValueError as error:
         raise UserError(f"--tls-cert and --tls-key: {error}") from None
+
+
+def open_client(
+    kind: type[AnyClient], target: str, timeout_s: float, token: str | None, tls: Tls | None
+) -> AnyClient:
+    """Return a client; UserError for credentials that cannot be read or would be unsafe."""
+    try:
+        return kind(target, timeout_s=timeout_s, token=token, tls=tls)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{target}: {error}") from None

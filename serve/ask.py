@@ -15,6 +15,7 @@ from rich.text import Text
 
 from bundle.errors import UserError
 from protos.tandem.v1 import inference_pb2 as pb
+from serve.access import open_client
 from serve.client import Client, Tls, explain
 
 Arms = dict[pb.Role, list[pb.Sample]]
@@ -84,7 +85,7 @@ def run(
     UserError with the server's words when it refuses, or when token or TLS cannot be used.
     """
     try:
-        with _connect(target, timeout_s, token, tls) as client:
+        with open_client(Client, target, timeout_s, token, tls) as client:
             models = client.get_models()
             response = client.compare(question.to_request())
     except grpc.RpcError as error:
@@ -95,13 +96,6 @@ def run(
         print(to_json(response))
     else:
         Console().print(render(question, models, response))
-
-
-def _connect(target: str, timeout_s: float, token: str | None, tls: Tls | None) -> Client:
-    try:
-        return Client(target, timeout_s=timeout_s, token=token, tls=tls)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{target}: {error}") from None
 
 
 def to_json(response: pb.CompareResponse) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 from dataclasses import dataclass, field
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+
+from serve.loopback import is_loopback
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # The server allows pings this often; a dead server is then noticed within 40 s.
@@ -146,7 +147,7 @@ def is_local(target: str) -> bool:
     if target.startswith(("unix:", "unix-abstract:")):
         return True
     addresses = re.sub(r"^(dns:(//[^/]*/)?|ipv[46]:)", "", target)
-    return all(_is_loopback(_host(address)) for address in addresses.split(","))
+    return all(is_loopback(_host(address)) for address in addresses.split(","))
 
 
 def _host(address: str) -> str:
@@ -154,12 +155,3 @@ def _host(address: str) -> str:
         return address[1:].partition("]")[0]
     # More than one colon: an IPv6 address without a port.
     return address.partition(":")[0] if address.count(":") == 1 else address
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

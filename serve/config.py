@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from serve.answer_formats import compile_formats
+from serve.loopback import is_loopback
 
 Backend = Literal["onnx", "torch"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -117,7 +117,7 @@ class ServeConfig(BaseModel):
         if is_safe or self.insecure_listen:
             return self
         for name, host in (("--host", self.host), ("--control-host", self.control_host)):
-            if not _is_loopback(host):
+            if not is_loopback(host):
                 raise ValueError(
                     f"{name} {host!r} is reachable from outside; that needs --tls-cert and "
                     "--tls-key with --auth-tokens or --tls-client-ca. Use 127.0.0.1, or say "
@@ -130,17 +130,3 @@ class ServeConfig(BaseModel):
         if not self.student_weight and not self.teacher_weight:
             raise ValueError("--student-weight and --teacher-weight are both 0; one must be above")
         return self
-
-
-def _is_loopback(host: str) -> bool:
-    """Say whether only this machine reaches a listener there.
-
-    >>> [_is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example")]
-    [True, True, True, False, False]
-    """
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -15,8 +15,8 @@ from google.protobuf.message import Message
 from bundle.errors import UserError
 from protos.tandem.v1 import control_pb2 as pb
 from protos.tandem.v1 import inference_pb2
-from serve.access import TlsCa, TlsCert, TlsKey, TokenFile, read_token, tls_of
-from serve.client import ControlClient, Tls, explain
+from serve.access import TlsCa, TlsCert, TlsKey, TokenFile, open_client, read_token, tls_of
+from serve.client import ControlClient, explain
 
 app = typer.Typer(
     help="See what a server does, split its traffic, end it or one of its requests.",
@@ -46,18 +46,11 @@ def connect(
 ) -> Iterator[ControlClient]:
     """Yield a client of the server that the flags name; UserError with its words if it refuses."""
     tls = tls_of(tls_ca, tls_cert, tls_key)
-    with _open(target, timeout_s, read_token(token_file), tls) as control:
+    with open_client(ControlClient, target, timeout_s, read_token(token_file), tls) as control:
         try:
             yield control
         except grpc.RpcError as error:
             raise UserError(f"{target}: {explain(error)}") from None
-
-
-def _open(target: str, timeout_s: float, token: str | None, tls: Tls | None) -> ControlClient:
-    try:
-        return ControlClient(target, timeout_s=timeout_s, token=token, tls=tls)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{target}: {error}") from None
 
 
 def _command(call: Callable[..., Answer]) -> Callable[..., Answer]:
