@@ -1,0 +1,235 @@
+"""`inference.GRPCInferenceService`, the Open Inference Protocol: what Triton's clients speak.
+
+Translates and nothing else: requests go through `InferenceService.generate`, so limits, statuses,
+repeated requests and metrics are those of our own service. What the tensors are is said in
+protos/oip/grpc_service.proto.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+
+import grpc
+
+from protos.oip import grpc_service_pb2 as oip
+from protos.tandem.v1 import inference_pb2 as pb
+from serve.calls import Call, CallFailedError, CallGuard, Context, serialize, unary
+from serve.coordinator import Coordinator
+from serve.errors import InvalidFieldError, QueueFullError
+from serve.infer_models import NAME, VERSION, to_config, to_metadata, to_role
+from serve.infer_requests import FINAL, Inference, to_inference
+from serve.routing import Role, are_comparable
+from serve.statuses import Status
+from serve.validation import parse
+
+SERVICE_NAME = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+MAX_REQUESTS_PER_STREAM = 64
+_RETRY_AFTER_S = 1.0
+
+Generate = Callable[[Call, pb.GenerateRequest], AsyncGenerator[pb.GenerateResponse, None]]
+Write = Callable[[oip.ModelStreamInferResponse], Awaitable[None]]
+
+
+class OpenInferenceService:
+    """Translates between the protocol and our own service; lives on one asyncio loop.
+
+    `health` says by name what is serving: "readiness", "model.student", "model.teacher".
+    """
+
+    def __init__(
+        self,
+        generate: Generate,
+        coordinator: Coordinator,
+        guard: CallGuard,
+        version: str,
+        health: Callable[[], Mapping[str, bool]],
+    ) -> None:
+        self._generate = generate
+        self._engines = coordinator.engines
+        self._guard = guard
+        self._version = version
+        self._health = health
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Return what `grpc.aio.Server.add_generic_rpc_handlers` takes."""
+        methods = {
+            "ServerLive": self._server_live,
+            "ServerReady": self._server_ready,
+            "ModelReady": self._model_ready,
+            "ServerMetadata": self._server_metadata,
+            "ModelMetadata": self._model_metadata,
+            "ModelConfig": self._model_config,
+            "ModelInfer": self._model_infer,
+            "RepositoryIndex": self._repository_index,
+        }
+        stream: grpc.RpcMethodHandler[bytes, oip.ModelStreamInferResponse] = (
+            grpc.stream_stream_rpc_method_handler(self._model_stream_infer, None, serialize)
+        )
+        return grpc.method_handlers_generic_handler(
+            SERVICE_NAME,
+            {
+                **{rpc: unary(self._guard.surround(rpc, m)) for rpc, m in methods.items()},
+                "ModelStreamInfer": stream,
+            },
+        )
+
+    # Health and description
+
+    async def _server_live(
+        self, call: Call, data: bytes, context: Context
+    ) -> oip.ServerLiveResponse:
+        parse(data, oip.ServerLiveRequest)
+        return oip.ServerLiveResponse(live=True)
+
+    async def _server_ready(
+        self, call: Call, data: bytes, context: Context
+    ) -> oip.ServerReadyResponse:
+        parse(data, oip.ServerReadyRequest)
+        return oip.ServerReadyResponse(ready=self._health()["readiness"])
+
+    async def _model_ready(
+        self, call: Call, data: bytes, context: Context
+    ) -> oip.ModelReadyResponse:
+        request = parse(data, oip.ModelReadyRequest)
+        role = self._loaded(request.name, request.version)
+        return oip.ModelReadyResponse(ready=self._is_ready(role))
+
+    async def _server_metadata(
+        self, call: Call, data: bytes, context: Context
+    ) -> oip.ServerMetadataResponse:
+        parse(data, oip.ServerMetadataRequest)
+        return oip.ServerMetadataResponse(name=NAME, version=self._version)
+
+    async def _model_metadata(
+        self, call: Call, data: bytes, context: Context
+    ) -> oip.ModelMetadataResponse:
+        request = parse(data, oip.ModelMetadataRequest)
+        role = self._loaded(request.name, request.version)
+        return to_metadata(role, has_k3=self._has_k3())
+
+    async def _model_config(
+        self, call: Call, data: bytes, context: Context
+    ) -> oip.ModelConfigResponse:
+        request = parse(data, oip.ModelConfigRequest)
+        role = self._loaded(request.name, request.version)
+        return oip.ModelConfigResponse(config=to_config(role, has_k3=self._has_k3()))
+
+    async def _repository_index(
+        self, call: Call, data: bytes, context: Context
+    ) -> oip.RepositoryIndexResponse:
+        request = parse(data, oip.RepositoryIndexRequest)
+        if request.repository_name:
+            raise InvalidFieldError.of("repository_name", "must be empty: there is one repository")
+        ready_by_role = {model.role: self._is_ready(model.role) for model in self._engines.loaded}
+        return oip.RepositoryIndexResponse(
+            models=[
+                oip.RepositoryIndexResponse.ModelIndex(
+                    name=role.value, version=VERSION, state="READY" if is_ready else "UNAVAILABLE"
+                )
+                for role, is_ready in ready_by_role.items()
+                if is_ready or not request.ready
+            ]
+        )
+
+    def _loaded(self, name: str, version: str) -> Role:
+        """Return a model that is there; ModelNotLoadedError else."""
+        return self._engines.get(to_role(name, version)).role
+
+    def _is_ready(self, role: Role) -> bool:
+        return self._health()[f"model.{role.value}"]
+
+    def _has_k3(self) -> bool:
+        return are_comparable(self._engines.loaded)
+
+    # Inference
+
+    async def _model_infer(
+        self, call: Call, data: bytes, context: Context
+    ) -> oip.ModelInferResponse:
+        source = parse(data, oip.ModelInferRequest)
+        inference = to_inference(source, may_stream=False)
+        async with aclosing(self._responses(call, inference)) as responses:
+            (response,) = [response async for response in responses]
+        return response
+
+    async def _model_stream_infer(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        """Answer requests side by side. What ends the call ends all of them."""
+        lock, running = asyncio.Lock(), set[asyncio.Task[None]]()
+
+        async def write(response: oip.ModelStreamInferResponse) -> None:
+            async with lock:
+                await context.write(response)
+
+        async with asyncio.TaskGroup() as group:
+            async for data in requests:
+                call = self._guard.begin("ModelStreamInfer", context.time_remaining())
+                is_full = len(running) >= MAX_REQUESTS_PER_STREAM
+                task = group.create_task(self._answer(call, data, write, is_full=is_full))
+                running.add(task)
+                task.add_done_callback(running.discard)
+                if is_full:
+                    # The next one is read when this client has been told: what waits is bounded.
+                    await asyncio.wait([task])
+
+    async def _answer(self, call: Call, data: bytes, write: Write, *, is_full: bool) -> None:
+        """Write the responses to one request of a stream, or why there are none."""
+        source = oip.ModelInferRequest()
+        try:
+            with self._guard.watch(call):
+                source = parse(data, oip.ModelInferRequest)
+                if is_full:
+                    raise QueueFullError(
+                        f"{MAX_REQUESTS_PER_STREAM} requests of this stream run, the most it may",
+                        _RETRY_AFTER_S,
+                    )
+                inference = to_inference(source, may_stream=True)
+                async with aclosing(self._stream_responses(call, inference)) as responses:
+                    async for response in responses:
+                        await write(oip.ModelStreamInferResponse(infer_response=response))
+        except CallFailedError as failed:
+            await write(_to_error(source, failed.status))
+
+    async def _stream_responses(
+        self, call: Call, inference: Inference
+    ) -> AsyncGenerator[oip.ModelInferResponse, None]:
+        """Yield responses that say which one is the last."""
+        async with aclosing(self._responses(call, inference)) as responses:
+            async for response in responses:
+                is_last = "finish_reason" in response.parameters
+                is_final = is_last and not inference.wants_empty_final
+                response.parameters[FINAL].bool_param = is_final
+                yield response
+        if inference.wants_empty_final:
+            response = inference.respond_empty()
+            response.parameters[FINAL].bool_param = True
+            yield response
+
+    async def _responses(
+        self, call: Call, inference: Inference
+    ) -> AsyncGenerator[oip.ModelInferResponse, None]:
+        """Yield chunks of tokens if they are asked for, and at the end what is left to say."""
+        if inference.timeout_s is not None:
+            call.deadline_s = min(call.deadline_s, call.arrival_s + inference.timeout_s)
+        sample, prefix = pb.Sample(), inference.prefix
+        with inference.fields_as_given():
+            async with aclosing(self._generate(call, inference.request)) as events:
+                async for event in events:
+                    if event.HasField("tokens"):
+                        chunk = event.tokens
+                        yield inference.respond(
+                            chunk.token_ids, prefix + chunk.text, chunk.logprobs
+                        )
+                        prefix = ""
+                    elif event.HasField("complete"):
+                        sample = event.complete.sample
+        yield inference.respond_last(sample, prefix)
+
+
+def _to_error(source: oip.ModelInferRequest, status: Status) -> oip.ModelStreamInferResponse:
+    response = oip.ModelInferResponse(model_name=source.model_name, id=source.id)
+    response.parameters[FINAL].bool_param = True
+    return oip.ModelStreamInferResponse(
+        error_message=f"{status.code.name}: {status.message}", infer_response=response
+    )
