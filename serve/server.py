@@ -38,6 +38,8 @@ from serve.gate import Gate, current_client
 from serve.loading import build_engines
 from serve.metrics import ServerMetrics
 from serve.metrics_http import MetricsServer
+from serve.open_inference import SERVICE_NAME as OPEN_INFERENCE_NAME
+from serve.open_inference import OpenInferenceService
 from serve.policy import TrafficPolicy
 from serve.replay import Replays
 from serve.routing import Engines
@@ -78,7 +80,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 _COMMON_SCOPES = {f"/{reflection.SERVICE_NAME}/": "reflection", f"/{_HEALTH_NAME}/": None}
 _DATA_SCOPES: Mapping[str, str | None] = {
     f"/{SERVICE_NAME}/": "inference",
-    "/inference.GRPCInferenceService/": "inference",
+    f"/{OPEN_INFERENCE_NAME}/": "inference",
     **_COMMON_SCOPES,
 }
 _CONTROL_SCOPES: Mapping[str, str | None] = {
@@ -197,17 +199,20 @@ class Server:
             self._on_drain,
         )
         control = ControlService(coordinator, lifecycle, guard)
-        self._data_server.add_generic_rpc_handlers((inference.handler(),))
+        open_inference = OpenInferenceService(
+            inference.generate, coordinator, guard, _version(), self._health_by_name
+        )
+        self._data_server.add_generic_rpc_handlers((inference.handler(), open_inference.handler()))
         self._control_server.add_generic_rpc_handlers((control.handler(),))
         for server in (self._data_server, self._control_server):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if config.reflection:
-            names = (SERVICE_NAME, _HEALTH_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._data_server)
-            reflection.enable_server_reflection(
-                (control_service.SERVICE_NAME, _HEALTH_NAME, reflection.SERVICE_NAME),
-                self._control_server,
-            )
+            self._reflect(self._data_server, SERVICE_NAME, OPEN_INFERENCE_NAME)
+            self._reflect(self._control_server, control_service.SERVICE_NAME)
+
+    def _reflect(self, server: grpc.aio.Server, *names: str) -> None:
+        """Let clients list a listener's services and their messages."""
+        reflection.enable_server_reflection((*names, _HEALTH_NAME, reflection.SERVICE_NAME), server)
 
     def _listen(self, server: grpc.aio.Server, host: str, port: int) -> str:
         """Open a port, encrypted if there is a certificate, and return its address."""
