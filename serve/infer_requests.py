@@ -52,15 +52,15 @@ class Inference:
 
     def respond(
         self,
-        token_ids: Sequence[int],
-        text: str,
-        logprobs: Sequence[float],
+        token_ids: Sequence[int] | None,
+        text: str | None,
+        logprobs: Sequence[float] | None,
         k3: Sequence[float] | None = None,
     ) -> oip.ModelInferResponse:
-        """Return a response with the outputs asked for; without k3 where there is none."""
+        """Return a response with the outputs asked for, without those that are None."""
         values = {
             "output_ids": token_ids,
-            "text_output": [text.encode()],
+            "text_output": None if text is None else [text.encode()],
             "logprobs": logprobs,
             "k3": k3,
         }
@@ -71,12 +71,18 @@ class Inference:
         return response
 
     def respond_last(self, sample: pb.Sample, prefix: str) -> oip.ModelInferResponse:
-        """Return what is left to say of a completion: all of it, if it was not streamed."""
+        """Return what is left to say of a completion: all of it, if it was not streamed.
+
+        A client that is told by an empty response gets no outputs without tokens: tools count
+        every response with outputs as one with tokens.
+        """
         k3 = sample.divergence.per_token_k3 if sample.HasField("divergence") else None
-        if self.request.output.stream:
-            response = self.respond((), prefix, (), k3)
-        else:
+        if not self.request.output.stream:
             response = self.respond(sample.token_ids, prefix + sample.text, sample.logprobs, k3)
+        elif self.wants_empty_final:
+            response = self.respond(None, prefix or None, None, k3)
+        else:
+            response = self.respond((), prefix, (), k3)
         reason = pb.FinishReason.Name(sample.finish_reason).removeprefix("FINISH_REASON_")
         response.parameters["finish_reason"].string_param = reason.lower()
         if sample.divergence_error:

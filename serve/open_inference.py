@@ -194,14 +194,15 @@ class OpenInferenceService:
     async def _stream_responses(
         self, call: Call, inference: Inference
     ) -> AsyncGenerator[oip.ModelInferResponse, None]:
-        """Yield responses that say which one is the last."""
+        """Yield responses that say which one is the last: an empty one, if that is wanted."""
+        is_final = False
         async with aclosing(self._responses(call, inference)) as responses:
             async for response in responses:
                 is_last = "finish_reason" in response.parameters
-                is_final = is_last and not inference.wants_empty_final
+                is_final = is_last and not (inference.wants_empty_final and response.outputs)
                 response.parameters[FINAL].bool_param = is_final
                 yield response
-        if inference.wants_empty_final:
+        if not is_final:
             response = inference.respond_empty()
             response.parameters[FINAL].bool_param = True
             yield response

@@ -136,9 +136,10 @@ class GRPCInferenceServiceServicer(object):
         """ModelStreamInfer answers any number of requests, several at a time, each with one response per
         chunk of tokens. k3 is known only behind the last token: it comes with the last response.
 
-        Every response has the bool parameter triton_final_response. It is true on the last one of a
-        request, which has all outputs that were asked for, without tokens except for k3. With
-        triton_enable_empty_final_response one without outputs follows, and only that one is final.
+        Every response has the bool parameter triton_final_response, true on the last one of a request:
+        that has all outputs that were asked for, without tokens except for k3. With
+        triton_enable_empty_final_response the last one has no outputs; k3 has a response of its own
+        before it.
 
         A request that fails gets a response with error_message, "CODE: text", and its id; the stream goes
         on. Closing the sending side lets the requests that run end; cancelling the call ends them.
