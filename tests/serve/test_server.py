@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import ValidationError
 
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.client import Client
+from serve.client import Client, ControlClient
 from serve.config import ServeConfig
 from serve.routing import Role
 from serve.server import limits_of
@@ -84,6 +84,18 @@ def test_what_outlasts_the_grace_ends_with_shutdown(serving: Any, make_pair: Any
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_open_health_watch_does_not_hold_up_the_end(serving: Any, make_pair: Any) -> None:
+    with serving(make_pair()) as live:
+        stub = health_pb2_grpc.HealthStub(live.channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service="readiness"))
+        assert next(watch).status == SERVING
+        started_s = time.monotonic()
+        live.stop_soon().result(30)
+        assert time.monotonic() - started_s < 3
+        assert next(watch).status == NOT_SERVING
+        watch.cancel()
+
+
 def test_dead_engine_takes_readiness_off_and_the_other_model_serves_on(
     serving: Any, make_pair: Any
 ) -> None:
@@ -138,8 +150,8 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM])
-def test_signal_ends_the_server_with_exit_0(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("how", ["SIGTERM", "Drain"])
+def test_server_drains_and_ends_with_exit_0(tmp_path: Path, how: str) -> None:
     ready = tmp_path / "ready.json"
     script = SERVE_UNTIL_SIGNAL.format(
         root=str(Path(__file__).parents[2]), tests=str(Path(__file__).parent), ready=str(ready)
@@ -150,7 +162,11 @@ def test_signal_ends_the_server_with_exit_0(tmp_path: Path, number: signal.Signa
         assert addresses["metrics_url"].startswith("http://127.0.0.1:")
         with Client(addresses["address"], timeout_s=30) as client:
             assert len(client.get_models().models) == 2
-        process.send_signal(number)
+        if how == "Drain":
+            with ControlClient(addresses["control_address"], timeout_s=30) as control:
+                control.drain()
+        else:
+            process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     finally:
         process.kill()

@@ -256,6 +256,22 @@ def test_stop_string_ends_and_is_cut(serving: Any, make_pair: Any, continuing_wi
     assert list(sample.text_ends) == [1, 2, 2, 2]
 
 
+def test_stream_brings_exact_and_per_token_divergence(live: Any) -> None:
+    request = pb.GenerateRequest(
+        prompt="x",
+        route=pb.ROUTE_TEACHER,
+        sampling=pb.SamplingParams(num_samples=2, max_tokens=12),
+        divergence=pb.DivergenceOptions(exact=True, per_token=True),
+    )
+    samples = live.client.generate(request).result().samples
+    assert len(samples) == 2
+    for sample in samples:
+        divergence = sample.divergence
+        assert divergence.exact_mean >= 0 and 0 <= divergence.predicted_acceptance <= 1
+        assert len(divergence.per_token_k3) == len(sample.token_ids)
+        assert sum(divergence.per_token_k3) == pytest.approx(divergence.k3_sum)
+
+
 def test_without_stream_only_the_final_events_come(live: Any) -> None:
     events = generate(live, prompt="x", output=pb.OutputOptions(stream=False))
     assert [event.WhichOneof("event") for event in events] == ["complete", "usage"]
