@@ -83,7 +83,6 @@ def test_what_outlasts_the_grace_ends_with_shutdown(serving: Any, make_pair: Any
     assert events[-1].HasField("usage")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_open_health_watch_does_not_hold_up_the_end(serving: Any, make_pair: Any) -> None:
     with serving(make_pair()) as live:
         stub = health_pb2_grpc.HealthStub(live.channel)
@@ -96,6 +95,7 @@ def test_open_health_watch_does_not_hold_up_the_end(serving: Any, make_pair: Any
         watch.cancel()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_dead_engine_takes_readiness_off_and_the_other_model_serves_on(
     serving: Any, make_pair: Any
 ) -> None:
