@@ -17,11 +17,11 @@ from protos.oip import grpc_service_pb2 as oip
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.calls import Call, CallFailedError, CallGuard, Context, serialize, unary
 from serve.coordinator import Coordinator
-from serve.errors import InvalidFieldError, QueueFullError
+from serve.errors import EngineStoppedError, InvalidFieldError, QueueFullError
 from serve.infer_models import NAME, VERSION, to_config, to_metadata, to_role
 from serve.infer_requests import FINAL, Inference, to_inference
 from serve.routing import Role, are_comparable
-from serve.statuses import Status
+from serve.statuses import Status, abort, status_of
 from serve.validation import parse
 
 SERVICE_NAME = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
@@ -51,6 +51,12 @@ class OpenInferenceService:
         self._guard = guard
         self._version = version
         self._health = health
+        self._readers: set[asyncio.Task[None]] = set()
+
+    def close(self) -> None:
+        """Read no more from streams: they end with UNAVAILABLE when what runs on them has ended."""
+        for reader in self._readers:
+            reader.cancel()
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Return what `grpc.aio.Server.add_generic_rpc_handlers` takes."""
@@ -156,22 +162,37 @@ class OpenInferenceService:
 
     async def _model_stream_infer(self, requests: AsyncIterator[bytes], context: Context) -> None:
         """Answer requests side by side. What ends the call ends all of them."""
-        lock, running = asyncio.Lock(), set[asyncio.Task[None]]()
+        lock = asyncio.Lock()
 
         async def write(response: oip.ModelStreamInferResponse) -> None:
             async with lock:
                 await context.write(response)
 
-        async with asyncio.TaskGroup() as group:
-            async for data in requests:
-                call = self._guard.begin("ModelStreamInfer", context.time_remaining())
-                is_full = len(running) >= MAX_REQUESTS_PER_STREAM
-                task = group.create_task(self._answer(call, data, write, is_full=is_full))
-                running.add(task)
-                task.add_done_callback(running.discard)
-                if is_full:
-                    # The next one is read when this client has been told: what waits is bounded.
-                    await asyncio.wait([task])
+        async with asyncio.TaskGroup() as answers:
+            reader = answers.create_task(self._read(requests, context, write, answers))
+            self._readers.add(reader)
+            reader.add_done_callback(self._readers.discard)
+        if reader.cancelled():
+            await abort(context, status_of(EngineStoppedError("the server is draining")))
+
+    async def _read(
+        self,
+        requests: AsyncIterator[bytes],
+        context: Context,
+        write: Write,
+        answers: asyncio.TaskGroup,
+    ) -> None:
+        """Start a task for each request of a stream, but for so many at a time."""
+        running = set[asyncio.Task[None]]()
+        async for data in requests:
+            call = self._guard.begin("ModelStreamInfer", context.time_remaining())
+            is_full = len(running) >= MAX_REQUESTS_PER_STREAM
+            task = answers.create_task(self._answer(call, data, write, is_full=is_full))
+            running.add(task)
+            task.add_done_callback(running.discard)
+            if is_full:
+                # The next one is read when this client has been told: what waits is bounded.
+                await asyncio.wait([task])
 
     async def _answer(self, call: Call, data: bytes, write: Write, *, is_full: bool) -> None:
         """Write the responses to one request of a stream, or why there are none."""
