@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from serve.admission import check_capacity, check_context, tokenize, tokenize_completions
 from serve.agreement import Agreement, Judge
 from serve.arms import ArmJob, ArmResult, OnChunk, run_arm, run_second_arm
 from serve.comparison import CompletionScore, score_with_models
@@ -33,7 +34,6 @@ from serve.scoring import ScoringRequest
 from serve.shadow import Shadows
 from serve.specs import GenerationSpec, Limits, Prompt, ScoreSpec
 from serve.tokenization import Tokenizer
-from serve.validation import check_capacity, check_context, tokenize, tokenize_completions
 
 OnArm = Callable[[ArmResult], None]
 RunArm = Callable[[ArmJob, OnChunk], Awaitable[ArmResult]]

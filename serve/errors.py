@@ -3,6 +3,7 @@
     TandemError
     ├── InvalidFieldError          a field is out of bounds, missing or contradictory
     ├── ContextLengthError         prompt + max_tokens exceeds what the model can hold
+    ├── CompletionLengthError      the same of a completion that is to be scored
     ├── ModelsNotComparableError   a divergence needs two models with the same tokenizer
     ├── ModelNotLoadedError        the asked role is not served here
     ├── UnknownRequestError        no request of that id runs
@@ -58,6 +59,16 @@ class ContextLengthError(TandemError):
         super().__init__(
             f"{num_prompt_tokens} prompt tokens + max_tokens {max_tokens} = "
             f"{num_prompt_tokens + max_tokens} exceed the context of {max_model_len} tokens"
+        )
+
+
+class CompletionLengthError(TandemError):
+    """A prompt and a completion to be scored do not fit into the model's context."""
+
+    def __init__(self, index: int, num_tokens: int, max_model_len: int) -> None:
+        self.field = f"completions[{index}]"
+        super().__init__(
+            f"prompt and completion have {num_tokens} tokens, the context takes {max_model_len}"
         )
 
 

@@ -19,6 +19,7 @@ from google.rpc import (  # type: ignore[import-untyped]
 from serve.equivalence import SymbolicUnavailableError
 from serve.errors import (
     AbortedError,
+    CompletionLengthError,
     ContextLengthError,
     DeadlineError,
     EngineFailedError,
@@ -31,7 +32,7 @@ from serve.errors import (
     StalePolicyError,
     UnknownRequestError,
 )
-from serve.validation import CompletionLengthError, MalformedMessageError
+from serve.validation import MalformedMessageError
 
 logger = logging.getLogger(__name__)
 

@@ -1,12 +1,11 @@
 """Messages in, checked and complete requests out.
 
 Every bound is in `serve.specs.Limits`. All refused fields of a message are reported together, by
-path. What needs the tokenizer (`tokenize`, `check_context`) comes after what does not.
+path. What needs the tokenizer comes behind it, in `serve.admission`.
 """
 
 from __future__ import annotations
 
-import enum
 import hashlib
 import secrets
 from collections.abc import Sequence
@@ -20,13 +19,8 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from estimators.answers import canonicalise
 from protos.tandem.v1 import control_pb2 as control_pb
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.errors import (
-    ContextLengthError,
-    FieldViolation,
-    InvalidFieldError,
-    NeverFitsError,
-    TandemError,
-)
+from serve.checks import MAX_SHOWN_CHARS, Checks
+from serve.errors import FieldViolation, InvalidFieldError, TandemError
 from serve.policy import TrafficPolicy
 from serve.routing import Role, Route
 from serve.sequence import SamplingParams
@@ -43,30 +37,15 @@ from serve.specs import (
     Range,
     ScoreSpec,
 )
-from serve.tokenization import Tokenizer
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
-AnyEnum = TypeVar("AnyEnum", bound=enum.Enum)
 
 WEIGHT = Range(0, 1e6)
 CHAT_ROLES = ("system", "user", "assistant")
-# Status details travel in HTTP/2 trailers, of which a client takes 8 KiB by default.
-_MAX_VIOLATIONS = 16
-_MAX_SHOWN_CHARS = 60
 
 
 class MalformedMessageError(TandemError):
     """The bytes received are not a message of the expected type."""
-
-
-class CompletionLengthError(TandemError):
-    """A prompt and a completion to be scored do not fit into the model's context."""
-
-    def __init__(self, index: int, num_tokens: int, max_model_len: int) -> None:
-        self.field = f"completions[{index}]"
-        super().__init__(
-            f"prompt and completion have {num_tokens} tokens, the context takes {max_model_len}"
-        )
 
 
 # From bytes
@@ -104,18 +83,18 @@ def _check_oneofs(data: bytes, message: Message) -> None:
 
 def validate_generate(request: pb.GenerateRequest, limits: Limits) -> GenerationSpec:
     """Check a Generate request and fill in its defaults; InvalidFieldError names each bad field."""
-    checks = _Checks()
+    checks = Checks()
     route = checks.enum(request, "route", Route, Route.AUTO)
     return _validate_generation(request, route, limits, checks)
 
 
 def validate_compare(request: pb.CompareRequest, limits: Limits) -> GenerationSpec:
     """As `validate_generate`; a Compare request has no route, both models answer."""
-    return _validate_generation(request, Route.BOTH, limits, _Checks())
+    return _validate_generation(request, Route.BOTH, limits, Checks())
 
 
 def _validate_generation(
-    request: pb.GenerateRequest | pb.CompareRequest, route: Route, limits: Limits, checks: _Checks
+    request: pb.GenerateRequest | pb.CompareRequest, route: Route, limits: Limits, checks: Checks
 ) -> GenerationSpec:
     sampling = _sampling(request, limits, checks)
     spec = GenerationSpec(
@@ -134,7 +113,7 @@ def _validate_generation(
 
 def validate_score(request: pb.ScoreRequest, limits: Limits) -> ScoreSpec:
     """Check a Score request and fill in its defaults; InvalidFieldError names each bad field."""
-    checks = _Checks()
+    checks = Checks()
     spec = ScoreSpec(
         request_id=_request_id(request.request_id, limits, checks),
         prompt=_prompt(request, limits, checks),
@@ -153,7 +132,7 @@ def validate_set_policy(
     request: control_pb.SetPolicyRequest, current: TrafficPolicy
 ) -> TrafficPolicy:
     """Return the policy with what the request changes; InvalidFieldError names each bad field."""
-    checks = _Checks()
+    checks = Checks()
     weights = {
         name: checks.number(request, name, WEIGHT, getattr(current, name))
         for name in ("student_weight", "teacher_weight")
@@ -174,130 +153,10 @@ def validate_abort(request: control_pb.AbortRequest) -> str:
     return request.request_id
 
 
-# With the tokenizer
-
-
-def tokenize(prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the prompt's token ids, at least one.
-
-    Raises:
-        InvalidFieldError: the text has no tokens, or the chat template refuses the messages.
-    """
-    if prompt.token_ids:
-        return prompt.token_ids
-    token_ids = (
-        tokenizer.encode_chat(prompt.messages) if prompt.messages else tokenizer.encode(prompt.text)
-    )
-    if not token_ids:
-        raise InvalidFieldError.of(
-            "messages" if prompt.messages else "prompt", "has no tokens; must have at least one"
-        )
-    return token_ids
-
-
-def check_context(num_prompt_tokens: int, max_tokens: int, limits: Limits) -> None:
-    """Raise ContextLengthError unless the prompt and its completions fit into the context."""
-    if num_prompt_tokens + max_tokens > limits.max_model_len:
-        raise ContextLengthError(num_prompt_tokens, max_tokens, limits.max_model_len)
-
-
-def check_capacity(num_samples: int, limits: Limits) -> None:
-    """Raise NeverFitsError when even an idle server could not take all samples."""
-    if num_samples > limits.max_queued_samples:
-        raise NeverFitsError(num_samples, limits.max_queued_samples)
-
-
-def tokenize_completions(
-    spec: ScoreSpec, num_prompt_tokens: int, tokenizer: Tokenizer, limits: Limits
-) -> tuple[tuple[int, ...], ...]:
-    """Return the token ids of the completions to score, each at least one.
-
-    Raises:
-        InvalidFieldError: a text has no tokens.
-        CompletionLengthError: prompt and completion exceed the context.
-    """
-    completions = []
-    for index, completion in enumerate(spec.completions):
-        if isinstance(completion, str):
-            completion = tokenizer.encode(completion, is_continuation=True)
-        if not completion:
-            raise InvalidFieldError.of(
-                f"completions[{index}].text", "has no tokens; must have at least one"
-            )
-        num_tokens = num_prompt_tokens + len(completion)
-        if num_tokens > limits.max_model_len:
-            raise CompletionLengthError(index, num_tokens, limits.max_model_len)
-        completions.append(completion)
-    return tuple(completions)
-
-
 # The parts of a request
 
 
-class _Checks:
-    """Collects what is refused, and stands in a default for it so that checking can go on."""
-
-    def __init__(self) -> None:
-        self._violations: list[FieldViolation] = []
-
-    def refuse(self, field: str, value: object, allowed: str) -> None:
-        self._violations.append(FieldViolation(field, f"is {_show(value)}; must be {allowed}"))
-
-    def raise_if_any(self) -> None:
-        if self._violations:
-            raise InvalidFieldError(*self._violations[:_MAX_VIOLATIONS])
-
-    def number(
-        self, message: Message, path: str, allowed: Range, default: Any, note: str = ""
-    ) -> Any:
-        """Return the optional number at the end of `path`, or `default` when it is unset."""
-        name = path.rpartition(".")[2]
-        if not message.HasField(name):
-            return default
-        value = getattr(message, name)
-        if allowed.allows(value):
-            return value
-        self.refuse(path, value, f"{allowed}{note}")
-        return default
-
-    def enum(self, message: Message, path: str, kind: type[AnyEnum], default: AnyEnum) -> AnyEnum:
-        """Return our enum for the message's; both name their members alike, 0 is the default."""
-        field = message.DESCRIPTOR.fields_by_name[path.rpartition(".")[2]]
-        value = getattr(message, field.name)
-        return default if value == 0 else self.enum_value(field, path, value, kind, default)
-
-    def enum_value(
-        self, field: Any, path: str, value: int, kind: type[AnyEnum], default: AnyEnum
-    ) -> AnyEnum:
-        known = {
-            item.number: member
-            for item in field.enum_type.values
-            for member in kind
-            if item.name.endswith(f"_{member.name}")
-        }
-        if value not in known:
-            names = [item.name for item in field.enum_type.values if item.number in known]
-            self.refuse(path, value, f"one of {', '.join(names)}")
-        return known.get(value, default)
-
-    def size(self, field: str, size: int, allowed: Range, unit: str) -> bool:
-        """Say whether a length is allowed, and refuse it if not."""
-        if not allowed.allows(size):
-            self.refuse(field, f"{size} {unit}", f"{allowed} {unit}")
-        return allowed.allows(size)
-
-
-def _show(value: object) -> str:
-    """Return a value as it goes into an error, cut to a length that fits into one.
-
-    >>> _show("x" * 1000)[-12:], _show(float("nan"))
-    ('xxxxxxxxx...', 'nan')
-    """
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."
-
-
-def _request_id(request_id: str, limits: Limits, checks: _Checks) -> str:
+def _request_id(request_id: str, limits: Limits, checks: Checks) -> str:
     """Return the id given, or a random one."""
     if not request_id:
         return secrets.token_hex(16)
@@ -305,13 +164,13 @@ def _request_id(request_id: str, limits: Limits, checks: _Checks) -> str:
     if len(request_id) > limits.max_request_id_chars or not is_printable:
         checks.refuse(
             "request_id",
-            repr(request_id[:_MAX_SHOWN_CHARS]),
+            repr(request_id[:MAX_SHOWN_CHARS]),
             f"at most {limits.max_request_id_chars} printable ASCII characters",
         )
     return request_id
 
 
-def _prompt(request: Any, limits: Limits, checks: _Checks) -> Prompt:
+def _prompt(request: Any, limits: Limits, checks: Checks) -> Prompt:
     match request.WhichOneof("input"):
         case "prompt":
             num_bytes = len(request.prompt.encode())
@@ -328,7 +187,7 @@ def _prompt(request: Any, limits: Limits, checks: _Checks) -> Prompt:
 
 
 def _messages(
-    messages: Sequence[pb.ChatMessage], limits: Limits, checks: _Checks
+    messages: Sequence[pb.ChatMessage], limits: Limits, checks: Checks
 ) -> tuple[tuple[str, str], ...]:
     path = "messages.messages"
     if not checks.size(path, len(messages), Range(1, limits.max_messages), "messages"):
@@ -343,7 +202,7 @@ def _messages(
     return tuple((message.role, message.content) for message in messages)
 
 
-def _token_ids(path: str, ids: Sequence[int], limits: Limits, checks: _Checks) -> tuple[int, ...]:
+def _token_ids(path: str, ids: Sequence[int], limits: Limits, checks: Checks) -> tuple[int, ...]:
     """Check ids against the vocabulary, unless they are more than the context holds anyway."""
     if not ids:
         checks.refuse(path, "empty", "at least one token id")
@@ -352,7 +211,7 @@ def _token_ids(path: str, ids: Sequence[int], limits: Limits, checks: _Checks) -
     return tuple(ids)
 
 
-def _check_vocabulary(path: str, ids: Sequence[int], limits: Limits, checks: _Checks) -> None:
+def _check_vocabulary(path: str, ids: Sequence[int], limits: Limits, checks: Checks) -> None:
     for index, token_id in enumerate(ids):
         if token_id >= limits.vocab_size:
             checks.refuse(f"{path}[{index}]", token_id, f"below {limits.vocab_size}")
@@ -369,7 +228,7 @@ def _seed(request: pb.GenerateRequest | pb.CompareRequest) -> int:
 
 
 def _sampling(
-    request: pb.GenerateRequest | pb.CompareRequest, limits: Limits, checks: _Checks
+    request: pb.GenerateRequest | pb.CompareRequest, limits: Limits, checks: Checks
 ) -> SamplingParams:
     params = request.sampling
     default = SamplingParams(max_tokens=min(128, limits.max_completion_tokens))
@@ -393,7 +252,7 @@ def _sampling(
     )
 
 
-def _stop_token_ids(ids: Sequence[int], limits: Limits, checks: _Checks) -> frozenset[int]:
+def _stop_token_ids(ids: Sequence[int], limits: Limits, checks: Checks) -> frozenset[int]:
     path = "sampling.stop_token_ids"
     if not checks.size(path, len(ids), Range(0, limits.max_stop_token_ids), "ids"):
         return frozenset()
@@ -401,7 +260,7 @@ def _stop_token_ids(ids: Sequence[int], limits: Limits, checks: _Checks) -> froz
     return frozenset(ids)
 
 
-def _stop_strings(stop: Sequence[str], limits: Limits, checks: _Checks) -> tuple[str, ...]:
+def _stop_strings(stop: Sequence[str], limits: Limits, checks: Checks) -> tuple[str, ...]:
     if not checks.size("sampling.stop", len(stop), Range(0, limits.max_stop_strings), "strings"):
         return ()
     for index, text in enumerate(stop):
@@ -410,7 +269,7 @@ def _stop_strings(stop: Sequence[str], limits: Limits, checks: _Checks) -> tuple
     return tuple(stop)
 
 
-def _divergence(options: pb.DivergenceOptions, checks: _Checks) -> DivergenceSpec:
+def _divergence(options: pb.DivergenceOptions, checks: Checks) -> DivergenceSpec:
     return DivergenceSpec(
         enabled=options.enabled if options.HasField("enabled") else None,
         basis=checks.enum(options, "divergence.basis", Basis, Basis.TEMPERED),
@@ -420,7 +279,7 @@ def _divergence(options: pb.DivergenceOptions, checks: _Checks) -> DivergenceSpe
 
 
 def _evaluation(
-    options: pb.EvaluationOptions, num_samples: int, limits: Limits, checks: _Checks
+    options: pb.EvaluationOptions, num_samples: int, limits: Limits, checks: Checks
 ) -> EvaluationSpec:
     answer_format = options.answer_format or "none"
     if answer_format not in limits.answer_formats:
@@ -449,7 +308,7 @@ def _evaluation(
     )
 
 
-def _reference_answer(options: pb.EvaluationOptions, limits: Limits, checks: _Checks) -> str | None:
+def _reference_answer(options: pb.EvaluationOptions, limits: Limits, checks: Checks) -> str | None:
     if not options.HasField("reference_answer"):
         return None
     path, answer = "evaluation.reference_answer", options.reference_answer
@@ -460,7 +319,7 @@ def _reference_answer(options: pb.EvaluationOptions, limits: Limits, checks: _Ch
 
 
 def _pass_at_k(
-    ks: Sequence[int], num_samples: int, limits: Limits, checks: _Checks
+    ks: Sequence[int], num_samples: int, limits: Limits, checks: Checks
 ) -> tuple[int, ...]:
     path = "evaluation.pass_at_k"
     if not checks.size(path, len(ks), Range(0, limits.max_pass_at_k), "values"):
@@ -471,7 +330,7 @@ def _pass_at_k(
     return tuple(sorted(set(ks)))
 
 
-def _output(options: pb.OutputOptions, limits: Limits, checks: _Checks) -> OutputSpec:
+def _output(options: pb.OutputOptions, limits: Limits, checks: Checks) -> OutputSpec:
     def flag(name: str, default: bool = True) -> bool:
         return bool(getattr(options, name)) if options.HasField(name) else default
 
@@ -485,7 +344,7 @@ def _output(options: pb.OutputOptions, limits: Limits, checks: _Checks) -> Outpu
 
 
 def _completions(
-    completions: Sequence[pb.Completion], limits: Limits, checks: _Checks
+    completions: Sequence[pb.Completion], limits: Limits, checks: Checks
 ) -> tuple[str | tuple[int, ...], ...]:
     allowed = Range(1, limits.max_completions)
     if not checks.size("completions", len(completions), allowed, "completions"):
@@ -497,7 +356,7 @@ def _completions(
 
 
 def _completion(
-    path: str, completion: pb.Completion, limits: Limits, checks: _Checks
+    path: str, completion: pb.Completion, limits: Limits, checks: Checks
 ) -> str | tuple[int, ...]:
     match completion.WhichOneof("content"):
         case "text":
@@ -511,7 +370,7 @@ def _completion(
             return ()
 
 
-def _roles(roles: Sequence[int], checks: _Checks) -> tuple[Role, ...]:
+def _roles(roles: Sequence[int], checks: Checks) -> tuple[Role, ...]:
     field = pb.ScoreRequest.DESCRIPTOR.fields_by_name["roles"]
     if len(set(roles)) < len(roles):
         checks.refuse("roles", list(roles[:4]), "without repetition")

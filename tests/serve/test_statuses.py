@@ -4,6 +4,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from serve.errors import (
     AbortedError,
+    CompletionLengthError,
     ContextLengthError,
     DeadlineError,
     EngineFailedError,
@@ -17,7 +18,7 @@ from serve.errors import (
     UnknownRequestError,
 )
 from serve.statuses import status_of
-from serve.validation import CompletionLengthError, MalformedMessageError
+from serve.validation import MalformedMessageError
 
 CODE = grpc.StatusCode
 

@@ -3,17 +3,12 @@ import math
 import pytest
 
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.errors import ContextLengthError, InvalidFieldError
+from serve.errors import InvalidFieldError
 from serve.routing import Role, Route
-from serve.specs import Basis, Limits, Prompt, Range
-from serve.tokenization import Tokenizer
+from serve.specs import Basis, Limits, Range
 from serve.validation import (
-    CompletionLengthError,
     MalformedMessageError,
-    check_context,
     parse,
-    tokenize,
-    tokenize_completions,
     validate_compare,
     validate_generate,
     validate_score,
@@ -218,29 +213,6 @@ def test_text_and_ids_together_are_refused() -> None:
     with pytest.raises(InvalidFieldError) as caught:
         parse(data, pb.GenerateRequest)
     assert [v.field for v in caught.value.violations] == ["prompt", "prompt_token_ids"]
-
-
-def test_prompt_ids_are_used_as_they_are(tokenizer: Tokenizer) -> None:
-    assert tokenize(Prompt(token_ids=(7, 8)), tokenizer) == (7, 8)
-
-
-def test_template_that_renders_nothing_is_refused(make_tokenizer: type[Tokenizer]) -> None:
-    with pytest.raises(InvalidFieldError, match="messages: has no tokens"):
-        tokenize(Prompt(messages=(("user", ""),)), make_tokenizer(""))
-
-
-def test_prompt_and_max_tokens_may_fill_the_context_exactly() -> None:
-    check_context(60, 40, LIMITS)
-    with pytest.raises(ContextLengthError, match="60 prompt tokens"):
-        check_context(60, 41, LIMITS)
-
-
-def test_completion_over_the_context_names_its_place(tokenizer: Tokenizer) -> None:
-    completions = [pb.Completion(text="a"), pb.Completion(text="a" * 41)]
-    spec = validate_score(pb.ScoreRequest(prompt="x", completions=completions), LIMITS)
-    with pytest.raises(CompletionLengthError) as caught:
-        tokenize_completions(spec, 60, tokenizer, LIMITS)
-    assert caught.value.field == "completions[1]"
 
 
 def test_range_tests_finiteness_first() -> None:
