@@ -2,13 +2,14 @@
 
     TandemError
     ├── InvalidFieldError          a field is out of bounds, missing or contradictory
-    ├── ContextLengthError         prompt + max_tokens exceeds what the model can hold
-    ├── CompletionLengthError      the same of a completion that is to be scored
+    ├── TooLargeError              it can never be served here:
+    │   ├── ContextLengthError     prompt + max_tokens exceeds what the model can hold
+    │   ├── CompletionLengthError  the same of a completion that is to be scored
+    │   └── NeverFitsError         more samples than the queue and the slots ever hold
     ├── ModelsNotComparableError   a divergence needs two models with the same tokenizer
     ├── ModelNotLoadedError        the asked role is not served here
     ├── UnknownRequestError        no request of that id runs
     ├── StalePolicyError           the traffic policy was changed by someone else meanwhile
-    ├── NeverFitsError             more samples than the queue and the slots ever hold
     ├── QueueFullError             more waiting work than the server accepts
     ├── DeadlineError              the deadline passed before there was anything to return
     ├── AbortedError               an operator ended the request
@@ -52,8 +53,16 @@ class InvalidFieldError(TandemError):
         return cls(FieldViolation(field, description))
 
 
-class ContextLengthError(TandemError):
+class TooLargeError(TandemError):
+    """What is asked for can never be served here; `field` is what to make smaller."""
+
+    field: str
+
+
+class ContextLengthError(TooLargeError):
     """The prompt and the tokens asked for do not fit into the model's context."""
+
+    field = "sampling.max_tokens"
 
     def __init__(self, num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
         super().__init__(
@@ -62,7 +71,7 @@ class ContextLengthError(TandemError):
         )
 
 
-class CompletionLengthError(TandemError):
+class CompletionLengthError(TooLargeError):
     """A prompt and a completion to be scored do not fit into the model's context."""
 
     def __init__(self, index: int, num_tokens: int, max_model_len: int) -> None:
@@ -88,8 +97,10 @@ class StalePolicyError(TandemError):
     """The policy is not the one that the change was made for."""
 
 
-class NeverFitsError(TandemError):
+class NeverFitsError(TooLargeError):
     """More samples are asked for than this server could ever hold."""
+
+    field = "sampling.num_samples"
 
     def __init__(self, num_samples: int, max_samples: int) -> None:
         super().__init__(

@@ -14,7 +14,7 @@ from typing import Any
 
 from protos.oip import grpc_service_pb2 as oip
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.errors import FieldViolation, InvalidFieldError
+from serve.errors import FieldViolation, InvalidFieldError, TooLargeError
 from serve.infer_models import OUTPUTS, VERSION, to_role
 from serve.infer_settings import MAX_UINT32, PROMPTS, Settings, read_text, unknown_name
 from serve.routing import Role
@@ -42,13 +42,16 @@ class Inference:
 
     @contextmanager
     def fields_as_given(self) -> Iterator[None]:
-        """Have an InvalidFieldError of the block name fields as the client knows them."""
+        """Have errors of the block name fields as the client knows them."""
         try:
             yield
         except InvalidFieldError as error:
             raise InvalidFieldError(
                 *(FieldViolation(self._place(v.field), v.description) for v in error.violations)
             ) from error
+        except TooLargeError as error:
+            error.field = self._place(error.field)
+            raise
 
     def respond(
         self,

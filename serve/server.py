@@ -81,6 +81,10 @@ _COMMON_SCOPES = {f"/{reflection.SERVICE_NAME}/": "reflection", f"/{_HEALTH_NAME
 _DATA_SCOPES: Mapping[str, str | None] = {
     f"/{SERVICE_NAME}/": "inference",
     f"/{OPEN_INFERENCE_NAME}/": "inference",
+    # Triton's probes are as open as Health.
+    f"/{OPEN_INFERENCE_NAME}/ServerLive": None,
+    f"/{OPEN_INFERENCE_NAME}/ServerReady": None,
+    f"/{OPEN_INFERENCE_NAME}/ModelReady": None,
     **_COMMON_SCOPES,
 }
 _CONTROL_SCOPES: Mapping[str, str | None] = {
@@ -176,6 +180,7 @@ class Server:
         await self._coordinator.drain(self._config.drain_grace_s)
         # Joins the engines' threads, which still hand their last events to this loop.
         await asyncio.to_thread(self._engines.stop)
+        self._open_inference.close()
         await self._wait_for_last_words()
         await self._answer_worker.stop()
         # What is open now are health watches and idle connections: they need no grace.
@@ -199,10 +204,12 @@ class Server:
             self._on_drain,
         )
         control = ControlService(coordinator, lifecycle, guard)
-        open_inference = OpenInferenceService(
+        self._open_inference = OpenInferenceService(
             inference.generate, coordinator, guard, _version(), self._health_by_name
         )
-        self._data_server.add_generic_rpc_handlers((inference.handler(), open_inference.handler()))
+        self._data_server.add_generic_rpc_handlers(
+            (inference.handler(), self._open_inference.handler())
+        )
         self._control_server.add_generic_rpc_handlers((control.handler(),))
         for server in (self._data_server, self._control_server):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -19,17 +19,15 @@ from google.rpc import (  # type: ignore[import-untyped]
 from serve.equivalence import SymbolicUnavailableError
 from serve.errors import (
     AbortedError,
-    CompletionLengthError,
-    ContextLengthError,
     DeadlineError,
     EngineFailedError,
     EngineStoppedError,
     InvalidFieldError,
     ModelNotLoadedError,
     ModelsNotComparableError,
-    NeverFitsError,
     QueueFullError,
     StalePolicyError,
+    TooLargeError,
     UnknownRequestError,
 )
 from serve.validation import MalformedMessageError
@@ -44,9 +42,7 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (MalformedMessageError, grpc.StatusCode.INVALID_ARGUMENT),
     (InvalidFieldError, grpc.StatusCode.INVALID_ARGUMENT),
-    (ContextLengthError, grpc.StatusCode.OUT_OF_RANGE),
-    (CompletionLengthError, grpc.StatusCode.OUT_OF_RANGE),
-    (NeverFitsError, grpc.StatusCode.OUT_OF_RANGE),
+    (TooLargeError, grpc.StatusCode.OUT_OF_RANGE),
     (ModelsNotComparableError, grpc.StatusCode.FAILED_PRECONDITION),
     (StalePolicyError, grpc.StatusCode.FAILED_PRECONDITION),
     (SymbolicUnavailableError, grpc.StatusCode.FAILED_PRECONDITION),
@@ -110,11 +106,7 @@ def _internal(text: str, error: Exception) -> Status:
 def _violations(error: Exception) -> tuple[Message, ...]:
     if isinstance(error, InvalidFieldError):
         fields = [(v.field, v.description) for v in error.violations]
-    elif isinstance(error, ContextLengthError):
-        fields = [("sampling.max_tokens", str(error))]
-    elif isinstance(error, NeverFitsError):
-        fields = [("sampling.num_samples", str(error))]
-    elif isinstance(error, CompletionLengthError):
+    elif isinstance(error, TooLargeError):
         fields = [(error.field, str(error))]
     else:
         return ()

@@ -514,6 +514,7 @@ def test_too_long_request_is_out_of_range(stub: Any) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         stub.ModelInfer(infer_request(max_tokens=256))
     assert caught.value.code() is CODE.OUT_OF_RANGE
+    assert list(violations(caught.value)) == ["parameters[max_tokens]"]
 
 
 def test_requests_are_counted_once_each(serving: Any, make_pair: Any) -> None:
@@ -675,3 +676,30 @@ def test_stream_takes_only_so_many_requests_at_once(stuck: Any) -> None:
     assert open_stream.read().infer_response.id == "next"
     open_stream.close()
     assert list(open_stream.call) == []
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_drain_ends_a_stream_behind_its_last_response(
+    serving: Any, make_pair: Any, is_busy: bool
+) -> None:
+    pair = make_pair()
+    with serving(pair) as live:
+        open_stream = Stream(live)
+        open_stream.send(infer_request(id="first", stream=False))
+        assert open_stream.read().infer_response.id == "first"
+        if is_busy:
+            pair.backends[Role.STUDENT].may_run.clear()
+            open_stream.send(infer_request(id="last", stream=False))
+            eventually(lambda: pair.engines.student.engine.load().num_running > 0)
+        started_s = time.monotonic()
+        stopping = live.stop_soon()
+        pair.backends[Role.STUDENT].may_run.set()
+        if is_busy:
+            assert value_of(open_stream.read().infer_response, "output_ids")
+        with pytest.raises(grpc.RpcError) as caught:
+            open_stream.read()
+        assert caught.value.code() is CODE.UNAVAILABLE
+        assert caught.value.details() == "the server is draining"
+        stopping.result(30)
+        assert time.monotonic() - started_s < 4
+        open_stream.close()

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 from pydantic import ValidationError
 
+from protos.oip import grpc_service_pb2, grpc_service_pb2_grpc
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client, ControlClient, Tls
 from serve.config import ServeConfig
@@ -104,6 +105,15 @@ def test_health_needs_no_token(secured: tuple[Any, Tls]) -> None:
             stub = health_pb2_grpc.HealthStub(channel)
             status = stub.Check(health_pb2.HealthCheckRequest(service="readiness"), timeout=10)
         assert status.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_probes_of_triton_need_no_token(secured: tuple[Any, Tls]) -> None:
+    with secure_channel(secured, secured[0].server.address) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        assert stub.ServerReady(grpc_service_pb2.ServerReadyRequest(), timeout=10).ready
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ServerMetadata(grpc_service_pb2.ServerMetadataRequest(), timeout=10)
+    assert caught.value.code() is CODE.UNAUTHENTICATED
 
 
 def test_reflection_needs_its_scope(secured: tuple[Any, Tls]) -> None:
