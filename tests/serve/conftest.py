@@ -235,7 +235,7 @@ class LiveServer:
     def __init__(self, server: Server, pair: Pair, loop: asyncio.AbstractEventLoop) -> None:
         self.server = server
         self.pair = pair
-        self._loop = loop
+        self.loop = loop
         # Without retries: tests want to see what the server said first.
         self.client = Client(server.address, timeout_s=30, max_attempts=1)
         self.control = ControlClient(server.control_address, timeout_s=30, max_attempts=1)
@@ -244,7 +244,7 @@ class LiveServer:
 
     def stop_soon(self) -> object:
         """Begin the drain; the result's `result()` waits for its end."""
-        return asyncio.run_coroutine_threadsafe(self.server.stop(), self._loop)
+        return asyncio.run_coroutine_threadsafe(self.server.stop(), self.loop)
 
 
 @pytest.fixture(scope="session")
