@@ -1,49 +1,34 @@
 """The report's plots: plain values in, one inline `<svg>` element out.
 
-The same values give the same bytes whatever the user's matplotlib settings. Colours are those of
-Okabe and Ito, "Color Universal Design" (2008), which colour-blind readers tell apart; lines and
-points carry their names beside them. What is NaN or infinite is not drawn.
+Lines and points carry their names beside them. What is NaN or infinite is not drawn.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, pairwise, product
 from typing import Any
 
-import matplotlib
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00",
-)  # fmt: skip
-GREY = "#777777"
+from export.svg import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    draw_svg,
+    move_to_free_place,
+    scale_y,
+    shorten,
+)
+
 LINE_STYLES = tuple(product(("-", "--", ":"), (BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE)))
-WIDTH_IN = 9.0
-MIN_LOG_RANGE = 20.0  # values that differ by more are drawn on a logarithmic axis
-MAX_NAME_LETTERS = 40  # longer names would leave no room for the plot; tables have them whole
 NATS = "nats per token"
-STYLE = {
-    "svg.hashsalt": "tandem",
-    "svg.fonttype": "none",  # text stays text: searchable, and small
-    "text.parse_math": False,  # a "$" in a name is a dollar
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "figure.dpi": 72,  # what SVG is written in, so that measured labels have their final size
-}
-NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +124,13 @@ def draw_waterfall(increments: Sequence[Increment]) -> str:
             label = f"{hop.kl:.4g}" + (f"  ({change:+.3g})" if hop.start_name else "")
             right = max(hop.kl, hop.start_kl)
             axes.annotate(label, (right, row), (7, 0), textcoords="offset points", va="center")
-        axes.set_yticks(range(len(increments)), [_short(hop.name) for hop in increments])
+        axes.set_yticks(range(len(increments)), [shorten(hop.name) for hop in increments])
         axes.set_ylim(len(increments) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
         axes.set_xlim(left=min(0.0, *(hop.kl for hop in increments)))
         axes.set_xlabel(f"KL(teacher ‖ ·), {NATS}; in brackets the change by the hop")
 
-    return _svg("waterfall", 0.9 + 0.36 * len(increments), paint)
+    return draw_svg("waterfall", 0.9 + 0.36 * len(increments), paint)
 
 
 def draw_pareto(points: Sequence[ParetoPoint], references: Sequence[tuple[str, float]]) -> str:
@@ -161,13 +146,13 @@ def draw_pareto(points: Sequence[ParetoPoint], references: Sequence[tuple[str, f
             axes.plot(*zip(*front, strict=True), color=BLUE, drawstyle="steps-post")
         for point in points:
             axes.plot(point.step_s * 1e3, point.kl, **_marker(point))
-        _scale(axes, [point.kl for point in points])
+        scale_y(axes, [point.kl for point in points])
         lines = sorted(references, key=lambda reference: reference[1])
         names = [_reference_line(axes, index, *line) for index, line in enumerate(lines)]
         axes.set_xlim(left=0)
         _label_points(axes, points, names)
 
-    return _svg("pareto", 4.6, paint)
+    return draw_svg("pareto", 4.6, paint)
 
 
 def draw_phase(phase: PhaseCurves, svg_name: str) -> str:
@@ -189,10 +174,10 @@ def draw_phase(phase: PhaseCurves, svg_name: str) -> str:
         rows = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)
         for (unit, terms), axes in zip(panels, rows[:, 0], strict=True):
             _paint_terms(axes, phase.steps, terms)
-            axes.set_ylabel(_short(unit))
+            axes.set_ylabel(shorten(unit))
         rows[-1, 0].set_xlabel("optimizer step")
 
-    return _svg(svg_name, 0.5 + sum(heights), paint)
+    return draw_svg(svg_name, 0.5 + sum(heights), paint)
 
 
 def draw_layer_ranking(layers: Sequence[RemovedLayer]) -> str:
@@ -224,7 +209,7 @@ def _bars(
         axes.set_xlabel(axis_names[0])
         axes.set_ylabel(axis_names[1])
 
-    return _svg(svg_name, 3.2, paint)
+    return draw_svg(svg_name, 3.2, paint)
 
 
 def _marker(point: ParetoPoint) -> dict[str, Any]:
@@ -245,13 +230,13 @@ def _pareto_label(point: ParetoPoint) -> str:
         for note, holds in (("default", point.is_default), ("failed a gate", not point.is_passed))
         if holds
     ]
-    return _short(point.name) + (f" ({', '.join(notes)})" if notes else "")
+    return shorten(point.name) + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _reference_line(axes: Any, index: int, name: str, step_s: float) -> Any:
     axes.axvline(step_s * 1e3, color=GREY, linestyle="--", linewidth=1.2)
     return axes.annotate(
-        _short(name),
+        shorten(name),
         (step_s * 1e3, 0.98),
         (-4 if index == 0 else 4, 0),  # two lines close together keep their names apart
         xycoords=("data", "axes fraction"),
@@ -264,7 +249,7 @@ def _reference_line(axes: Any, index: int, name: str, step_s: float) -> Any:
 
 
 def _paint_terms(axes: Any, steps: Sequence[int], terms: Sequence[LossTerm]) -> None:
-    _scale(axes, [value for term in terms for value in term.values])
+    scale_y(axes, [value for term in terms for value in term.values])
     ends = []
     for (line_style, color), term in zip(cycle(LINE_STYLES), terms, strict=False):
         axes.plot(steps, term.values, line_style, color=color, linewidth=1.6)
@@ -274,9 +259,9 @@ def _paint_terms(axes: Any, steps: Sequence[int], terms: Sequence[LossTerm]) -> 
     axes.figure.draw_without_rendering()  # settles where the ends are
     taken: list[Any] = []
     for name, end, color in ends:
-        text = axes.annotate(_short(name), end, (8, 0), textcoords="offset points", va="center")
+        text = axes.annotate(shorten(name), end, (8, 0), textcoords="offset points", va="center")
         text.set_color(color)
-        _move_to_free_place(
+        move_to_free_place(
             text, [(8, sign * dy) for dy in range(0, 90, 6) for sign in (1, -1)], taken
         )
 
@@ -293,7 +278,7 @@ def _label_points(axes: Any, points: Sequence[ParetoPoint], names: Sequence[Any]
         position = (point.step_s * 1e3, point.kl)
         label = _pareto_label(point)
         text = axes.annotate(label, position, (0, 0), textcoords="offset points", va="center")
-        _move_to_free_place(text, places, taken, within=axes.bbox)
+        move_to_free_place(text, places, taken, within=axes.bbox)
         axes.annotate(
             "",
             position,
@@ -301,50 +286,3 @@ def _label_points(axes: Any, points: Sequence[ParetoPoint], names: Sequence[Any]
             textcoords="offset points",
             arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6},
         )
-
-
-def _move_to_free_place(
-    text: Any, places: Iterable[tuple[float, float]], taken: list[Any], within: Any = None
-) -> None:
-    """Move `text` to the first offset that covers nothing, and add its box to `taken`."""
-    for dx, dy in places:
-        text.set_position((dx, dy))
-        text.set_horizontalalignment("left" if dx > 0 else "right")
-        box = text.get_window_extent()
-        is_inside = within is None or (within.containsx(box.x0) and within.containsx(box.x1))
-        if is_inside and not box.count_overlaps(taken):
-            break
-    taken.append(box)
-
-
-def _scale(axes: Any, values: Iterable[float]) -> None:
-    """Make the y axis logarithmic where positive values differ by more than MIN_LOG_RANGE."""
-    finite = [value for value in values if math.isfinite(value)]
-    if finite and min(finite) > 0 and max(finite) > MIN_LOG_RANGE * min(finite):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= MAX_NAME_LETTERS else f"{name[: MAX_NAME_LETTERS - 1]}…"
-
-
-def _svg(name: str, height_in: float, paint: Callable[[Any], None]) -> str:
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        # The reader's browser draws the text, with fonts of its own.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
-        FigureCanvasSVG(figure)
-        paint(figure)
-        target = io.StringIO()
-        figure.savefig(target, format="svg", metadata=NO_METADATA)
-    return _inline(target.getvalue(), name)
-
-
-def _inline(document: str, name: str) -> str:
-    """Return the `<svg>` element of an SVG document, its ids unique among all plots of a page."""
-    element = document[document.index("<svg") :]
-    element = re.sub(r' id="', f' id="{name}-', element)
-    return re.sub(r'(url\(|href=")#', rf"\1#{name}-", element)
