@@ -23,7 +23,7 @@ from export.svg import (
     VERMILION,
     draw_svg,
     move_to_free_place,
-    scale_y,
+    scale_axis,
     shorten,
 )
 
@@ -146,7 +146,7 @@ def draw_pareto(points: Sequence[ParetoPoint], references: Sequence[tuple[str, f
             axes.plot(*zip(*front, strict=True), color=BLUE, drawstyle="steps-post")
         for point in points:
             axes.plot(point.step_s * 1e3, point.kl, **_marker(point))
-        scale_y(axes, [point.kl for point in points])
+        scale_axis(axes, "y", [point.kl for point in points])
         lines = sorted(references, key=lambda reference: reference[1])
         names = [_reference_line(axes, index, *line) for index, line in enumerate(lines)]
         axes.set_xlim(left=0)
@@ -249,7 +249,7 @@ def _reference_line(axes: Any, index: int, name: str, step_s: float) -> Any:
 
 
 def _paint_terms(axes: Any, steps: Sequence[int], terms: Sequence[LossTerm]) -> None:
-    scale_y(axes, [value for term in terms for value in term.values])
+    scale_axis(axes, "y", [value for term in terms for value in term.values])
     ends = []
     for (line_style, color), term in zip(cycle(LINE_STYLES), terms, strict=False):
         axes.plot(steps, term.values, line_style, color=color, linewidth=1.6)

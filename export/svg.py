@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -71,12 +71,12 @@ def shorten(name: str) -> str:
     return name if len(name) <= MAX_NAME_LETTERS else f"{name[: MAX_NAME_LETTERS - 1]}…"
 
 
-def scale_y(axes: Any, values: Iterable[float]) -> None:
-    """Make the y axis logarithmic where positive values differ by more than MIN_LOG_RANGE."""
+def scale_axis(axes: Any, name: Literal["x", "y"], values: Iterable[float]) -> None:
+    """Make an axis logarithmic where its positive values differ by more than MIN_LOG_RANGE."""
     finite = [value for value in values if math.isfinite(value)]
     if finite and min(finite) > 0 and max(finite) > MIN_LOG_RANGE * min(finite):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set(**{f"{name}scale": "log"})
+        getattr(axes, f"{name}axis").set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def move_to_free_place(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import matplotlib
@@ -13,7 +13,7 @@ from export.svg import (
     draw_svg,
     inline_svg,
     move_to_free_place,
-    scale_y,
+    scale_axis,
     shorten,
 )
 
@@ -67,6 +67,7 @@ def test_long_name_is_cut() -> None:
     assert shorten("y" * (MAX_NAME_LETTERS + 1)) == "y" * (MAX_NAME_LETTERS - 1) + "…"
 
 
+@pytest.mark.parametrize("name", ["x", "y"])
 @pytest.mark.parametrize(
     ("values", "scale"),
     [
@@ -78,17 +79,18 @@ def test_long_name_is_cut() -> None:
     ],
 )
 def test_wide_range_of_positive_values_gets_a_logarithmic_axis(
-    values: tuple[float, ...], scale: str
+    name: Literal["x", "y"], values: tuple[float, ...], scale: str
 ) -> None:
     found = []
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
-        scale_y(axes, values)
-        found.append(axes.get_yscale())
+        scale_axis(axes, name, values)
+        found.append((axes.get_xscale(), axes.get_yscale()))
 
     draw_svg("scale", 1.0, paint)
-    assert found == [scale]
+    other = "linear"
+    assert found == [(scale, other) if name == "x" else (other, scale)]
 
 
 def test_label_goes_where_nothing_is_and_takes_that_place() -> None:
