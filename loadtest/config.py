@@ -45,7 +45,8 @@ class RunConfig(BaseModel):
         default=(4,), description="requests at a time per arm (closed loop)"
     )
     trace: Path | None = Field(
-        default=None, description="one time in seconds per line, from 0 (arrival trace)"
+        default=None,
+        description="one time in seconds per line; its first duration_s are played as they are",
     )
     duration_s: float = Field(default=60.0, gt=0, description="of load per arm and rate")
     warmup_s: float = Field(default=10.0, ge=0, description="before it, not counted")
@@ -69,6 +70,13 @@ class RunConfig(BaseModel):
             raise ValueError("arrival trace and --trace FILE belong together; give both or none")
         if any(rate <= 0 for rate in self.rates_rps) or not self.rates_rps:
             raise ValueError(f"rates are {self.rates_rps}; all must be above 0, at least one")
+        if any(each < 1 for each in self.concurrency) or not self.concurrency:
+            raise ValueError(
+                f"concurrency is {self.concurrency}; all must be above 0, at least one"
+            )
+        for loads in (self.rates_rps, self.concurrency):
+            if len(set(loads)) < len(loads):
+                raise ValueError(f"loads are {loads}; each may be given once")
         if any(k > self.num_samples or k < 1 for k in self.pass_at_k):
             raise ValueError(f"pass_at_k is {self.pass_at_k}; each is 1 to {self.num_samples}")
         return self

@@ -22,6 +22,7 @@ class Prompt:
 
     `reference_answer` is canonical under `estimators.answers.canonicalise`; `answer_format` names
     the extractor ("none": there is nothing to judge). `max_tokens` None: the run's own.
+    `ignore_eos`: every sample is `max_tokens` long, whatever the model says.
     """
 
     prompt_id: str
@@ -29,14 +30,16 @@ class Prompt:
     reference_answer: str | None = None
     answer_format: str = "none"
     max_tokens: int | None = None
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
     """One request of a schedule.
 
-    In closed loops `intended_s` is None: a request is sent when a worker is free. Requests of the
-    same `pair` (prompt, seed, place in their block) differ in their arm alone.
+    In closed loops `intended_s` and `rate_rps` are None: a request is sent when one of
+    `concurrency` workers is free. Requests of the same `pair` (prompt, seed, place in their block)
+    differ in their arm alone.
     """
 
     number: int
@@ -48,6 +51,14 @@ class PlannedRequest:
     seed: int
     phase: Phase
     intended_s: float | None
+    concurrency: int | None = None
+
+    @property
+    def load(self) -> float:
+        """Requests per second (open loop), or at a time (closed), per arm."""
+        load = self.concurrency if self.rate_rps is None else self.rate_rps
+        assert load is not None, self
+        return load
 
 
 @dataclass(slots=True)
