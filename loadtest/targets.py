@@ -122,7 +122,7 @@ class TandemTarget:
                 temperature=config.temperature,
                 max_tokens=prompt.max_tokens or config.max_tokens,
                 seed=plan.seed,
-                ignore_eos=prompt.ignore_eos or None,
+                ignore_eos=prompt.ignore_eos,
             ),
             divergence=pb.DivergenceOptions(enabled=False),
             output=pb.OutputOptions(logprobs=False),

@@ -146,7 +146,9 @@ def test_request_says_all_that_the_run_asks_for(run: Any) -> None:
     assert judged == pb.GenerateRequest(
         route=pb.ROUTE_TEACHER,
         messages=pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="2 + 2 =")]),
-        sampling=pb.SamplingParams(num_samples=3, temperature=0.5, max_tokens=11, seed=7),
+        sampling=pb.SamplingParams(
+            num_samples=3, temperature=0.5, max_tokens=11, seed=7, ignore_eos=False
+        ),
         divergence=pb.DivergenceOptions(enabled=False),
         evaluation=pb.EvaluationOptions(answer_format="last_number", reference_answer="4"),
         output=pb.OutputOptions(logprobs=False),
