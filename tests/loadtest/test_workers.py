@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from bundle.errors import UserError
+from loadtest.config import RunConfig
+from loadtest.records import Phase, PlannedRequest, Prompt
+from loadtest.schedule import Block, plan
+from loadtest.targets import Credentials
+from loadtest.workers import (
+    ClientFailedError,
+    LoadResult,
+    Progress,
+    open_target,
+    partition,
+    run_load,
+)
+from protos.tandem.v1 import inference_pb2 as pb
+from protos.tandem.v1 import inference_pb2_grpc
+
+PROMPTS = {"p": Prompt("p", "?")}
+
+
+class Prompted(inference_pb2_grpc.InferenceServiceServicer):
+    """Answers at once; has a student only."""
+
+    def Generate(self, request: Any, context: Any) -> Iterator[pb.GenerateResponse]:  # noqa: N802
+        yield pb.GenerateResponse(tokens=pb.TokenChunk(token_ids=[5]))
+        yield pb.GenerateResponse(complete=pb.Complete(sample=pb.Sample(token_ids=[5])))
+        yield pb.GenerateResponse(usage=pb.Usage())
+
+    def GetModels(self, request: Any, context: Any) -> pb.GetModelsResponse:  # noqa: N802
+        return pb.GetModelsResponse(models=[pb.Model(role=pb.ROLE_STUDENT)])
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(8))
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(Prompted(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None).wait()
+
+
+def config_of(target: str, **settings: Any) -> RunConfig:
+    given = {"arms": ("student",), "arrival": "constant", "warmup_s": 0, "gap_s": 0.1, **settings}
+    return RunConfig(target=target, out=Path("unused"), **given)
+
+
+def load(config: RunConfig, on_progress: Callable[[Progress], None]) -> LoadResult:
+    blocks = plan(config, list(PROMPTS.values())).blocks
+    return run_load(config, PROMPTS, blocks, on_progress)
+
+
+def test_processes_share_requests_and_clock(target: str) -> None:
+    config = config_of(target, processes=2, rates_rps=(40.0,), duration_s=0.8, block_s=0.4)
+    seen: list[Progress] = []
+    result = load(config, seen.append)
+    assert [record.plan.number for record in result.records] == list(range(32))
+    assert {record.status for record in result.records} == {"OK"}
+    # A process with a clock of its own would be early, or late for all it sends.
+    lags_s = [record.send_lag_s for record in result.records]
+    assert min(lags_s) >= 0 and sorted(lags_s)[16] < 0.05
+    assert [(cost.block, cost.process) for cost in result.costs] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(cost.cpu_share > 0 for cost in result.costs)
+    assert (seen[-1].num_sent, seen[-1].num_ended, seen[-1].num_failed) == (32, 32, 0)
+    assert seen[-1].elapsed_s > 0.8
+    assert not result.is_interrupted
+
+
+def test_ctrl_c_keeps_what_was_recorded(target: str) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(progress: Progress) -> None:
+        if progress.num_ended >= 5 and signal.getsignal(signal.SIGINT) is not before:
+            signal.raise_signal(signal.SIGINT)
+
+    result = load(config_of(target, rates_rps=(20.0,), duration_s=60), interrupt)
+    assert result.is_interrupted
+    assert 5 <= len(result.records) < 200
+    assert result.records[0].is_ok
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_second_ctrl_c_does_not_wait(target: str) -> None:
+    def interrupt(progress: Progress) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        load(config_of(target, duration_s=60), interrupt)
+    assert not multiprocessing.active_children()
+
+
+def test_process_that_dies_fails_the_run(target: str) -> None:
+    def kill(progress: Progress) -> None:
+        multiprocessing.active_children()[0].kill()
+
+    with pytest.raises(ClientFailedError, match="ended with exit code -9"):
+        load(config_of(target, processes=2, duration_s=60), kill)
+    assert not multiprocessing.active_children()
+
+
+def test_childs_complaint_is_the_runs(target: str) -> None:
+    with pytest.raises(UserError, match="does not serve teacher; it has student"):
+        load(config_of(target, arms=("student", "teacher")), lambda progress: None)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("protocol", ["tandem", "oip"])
+def test_unusable_credentials_are_the_users_error(protocol: str) -> None:
+    config = config_of("example.com:1", protocol=protocol)
+    with pytest.raises(UserError, match=r"--target example.com:1: the token would travel"):
+        open_target(config, PROMPTS, Credentials(token="secret"))
+
+
+def closed_block(num_requests: int, load: float) -> Block:
+    requests = tuple(
+        PlannedRequest(number, "student", None, 0, number, "p", 0, Phase.MEASURED, None, int(load))
+        for number in range(num_requests)
+    )
+    return Block(0, load, "student", 0.0, 1.0, Phase.MEASURED, requests)
+
+
+def test_workers_of_a_closed_loop_are_shared_out() -> None:
+    parts = [partition([closed_block(7, 5)], process, 3)[0] for process in range(3)]
+    assert [part.load for part in parts] == [2, 2, 1]
+    assert [[r.number for r in part.requests] for part in parts] == [[0, 3, 6], [1, 4], [2, 5]]
