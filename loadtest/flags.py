@@ -1,0 +1,121 @@
+"""The flags of `tandem loadtest run`: one for each field of RunConfig, made from it.
+
+They are named as the fields are, less the unit: `--rates` for `rates_rps`. A list is joined by
+commas. Values are taken as text and parsed by RunConfig, so that all errors are told together.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+from bundle.errors import UserError
+from loadtest.config import RunConfig
+
+# Sections of the help, each by its first field.
+SECTIONS = {
+    "target": "What is tested",
+    "dataset": "What is asked",
+    "arrival": "How it is asked",
+    "slo": "What it must meet",
+    "processes": "Client",
+}
+_METAVARS = {int: "INTEGER", float: "NUMBER", Path: "PATH", str: "TEXT"}
+
+
+class SettingsError(UserError):
+    """One or more settings are wrong, a line each."""
+
+    exit_code = 2
+
+
+def parse_config(flags: Mapping[str, str | None]) -> RunConfig:
+    """Return the settings of a run; a flag that is None was not given. SettingsError."""
+    given = {
+        name: [part.strip() for part in value.split(",")] if _is_list(name) else value
+        for name, value in flags.items()
+        if value is not None
+    }
+    try:
+        return RunConfig.model_validate(given)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        raise SettingsError("\n".join(_explain(each, flags) for each in found)) from None
+
+
+def _explain(error: ErrorDetails, flags: Mapping[str, str | None]) -> str:
+    message = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:
+        return message
+    name = str(error["loc"][0])
+    given = flags.get(name)
+    return f"{flag_of(name)}: {message}" + ("" if given is None else f", got {given!r}")
+
+
+def with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command's `**flags` be one flag for each field of RunConfig."""
+    parameters = inspect.signature(command, eval_str=True).parameters.values()
+    own = [each for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    vars(command)["__signature__"] = inspect.Signature([*_config_parameters(), *own])
+    return command
+
+
+def _config_parameters() -> Iterator[inspect.Parameter]:
+    section = ""
+    for name, field in RunConfig.model_fields.items():
+        section = SECTIONS.get(name, section)
+        option = typer.Option(
+            flag_of(name),
+            help=field.description,
+            metavar=_metavar_of(name),
+            show_default=_default_of(name) or False,
+            rich_help_panel=section,
+        )
+        yield inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[str | None, option],
+        )
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a setting.
+
+    >>> flag_of("rates_rps"), flag_of("max_tokens"), flag_of("duration_s")
+    ('--rates', '--max-tokens', '--duration')
+    """
+    return "--" + name.removesuffix("_rps").removesuffix("_s").replace("_", "-")
+
+
+def _kinds(name: str) -> tuple[Any, ...]:
+    """Return the types that a setting may have besides None, of a list its elements'."""
+    annotation = RunConfig.model_fields[name].annotation
+    kinds = get_args(annotation) if get_origin(annotation) is not Literal else (annotation,)
+    return tuple(kind for kind in kinds or (annotation,) if kind not in (NoneType, Ellipsis))
+
+
+def _is_list(name: str) -> bool:
+    return get_origin(RunConfig.model_fields[name].annotation) is tuple
+
+
+def _metavar_of(name: str) -> str:
+    kind = _kinds(name)[0]
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    return f"{_METAVARS[kind]},…" if _is_list(name) else _METAVARS[kind]
+
+
+def _default_of(name: str) -> str:
+    """Return the default as a flag would say it; empty where there is none."""
+    default = RunConfig.model_fields[name].default
+    if default is None or default is PydanticUndefined:
+        return ""
+    return ",".join(map(str, default)) if _is_list(name) else str(default)
