@@ -1,7 +1,6 @@
 """One model's part of a request: draw the samples, then have the other model score them.
 
-An arm runs on the asyncio loop and talks to engines; `serve.service` runs one or two of them and
-turns what they return into messages.
+An arm runs on the asyncio loop and talks to engines; `serve.coordinator` runs one or two of them.
 """
 
 from __future__ import annotations

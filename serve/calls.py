@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 
 from serve.arms import reason_to_give_up
-from serve.errors import EngineStoppedError, QueueFullError
+from serve.errors import DrainingError, QueueFullError
 from serve.metrics import ServerMetrics
 from serve.sequence import FinishReason
 from serve.specs import OTHER_TASK, GenerationSpec
@@ -135,7 +135,7 @@ class CallGuard:
     def _count_rejection(self, error: Exception) -> None:
         if isinstance(error, QueueFullError):
             self._metrics.admission_rejections.labels("queue_full").inc()
-        elif isinstance(error, EngineStoppedError):
+        elif isinstance(error, DrainingError):
             self._metrics.admission_rejections.labels("draining").inc()
 
     def _log(self, call: Call, code: grpc.StatusCode) -> None:

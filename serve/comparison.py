@@ -18,6 +18,7 @@ from estimators.divergence import DivergenceSummary
 from serve.errors import TandemError
 from serve.routing import Role, ServedModel
 from serve.scoring import ScoredCompletion, ScoringRequest
+from serve.tasks import running
 
 FloatArray = NDArray[np.float64]
 
@@ -102,7 +103,8 @@ async def compare_exactly(
     """Compare full distributions on the one completion of `request`, at its temperature."""
     assert len(request.completions) == 1, "sample by sample, to bound memory"
     request = replace(request, with_logits=True)
-    scored = await asyncio.gather(score(policy, request), score(reference, request))
+    async with running(score(policy, request), score(reference, request)) as tasks:
+        scored = await asyncio.gather(*tasks)
     policy_logits, reference_logits = (completions[0].logits for completions in scored)
     assert policy_logits is not None and reference_logits is not None
     return await asyncio.to_thread(
@@ -140,7 +142,8 @@ async def score_with_models(
 
     With divergences (of two models) each model is the policy of its own scores.
     """
-    by_model = await asyncio.gather(*(score(model, request) for model, request in requests))
+    async with running(*(score(model, request) for model, request in requests)) as tasks:
+        by_model = await asyncio.gather(*tasks)
     scores = [
         CompletionScore(model.role, index, token_ids, scored.logprobs)
         for (model, request), of_model in zip(requests, by_model, strict=True)

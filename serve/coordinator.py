@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from serve.admission import check_capacity, check_context, tokenize, tokenize_co
 from serve.agreement import Agreement, Judge
 from serve.arms import ArmJob, ArmResult, OnChunk, run_arm, run_second_arm
 from serve.comparison import CompletionScore, score_with_models
-from serve.errors import AbortedError, EngineStoppedError, UnknownRequestError
+from serve.errors import AbortedError, DrainingError, UnknownRequestError
 from serve.mailbox import Mailbox
 from serve.metrics import ServerMetrics
 from serve.policy import TrafficPolicy
@@ -33,6 +33,7 @@ from serve.routing import (
 from serve.scoring import ScoringRequest
 from serve.shadow import Shadows
 from serve.specs import GenerationSpec, Limits, Prompt, ScoreSpec
+from serve.tasks import running
 from serve.tokenization import Tokenizer
 
 OnArm = Callable[[ArmResult], None]
@@ -45,6 +46,12 @@ class Answer:
 
     arms: list[ArmResult]
     agreement: Agreement | None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every sample ended as it should, and has the divergence that was asked for."""
+        samples = [sample for arm in self.arms for sample in arm.samples]
+        return all(sample.is_complete and not sample.divergence_error for sample in samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +194,11 @@ class Coordinator:
         """Count a request among those that run, under a key that no other one has ever had.
 
         Raises:
-            EngineStoppedError: the server is draining.
+            DrainingError: the server is draining.
             AbortedError: `abort` ended the block.
         """
         if self._is_draining:
-            raise EngineStoppedError("the server is draining and takes no new work")
+            raise DrainingError("the server is draining and takes no new work")
         task = asyncio.current_task()
         assert task is not None
         self._num_admitted += 1
@@ -223,7 +230,7 @@ class Coordinator:
             reference = self.engines.get(model.role.other) if is_scored else None
             jobs.append(
                 ArmJob(
-                    key=terms.key,
+                    key=f"{terms.key} {model.role.value}",
                     tenant=terms.tenant,
                     model=model,
                     reference=reference,
@@ -285,17 +292,3 @@ async def _tokenize(prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
     if prompt.token_ids:
         return prompt.token_ids
     return await asyncio.to_thread(tokenize, prompt, tokenizer)
-
-
-@asynccontextmanager
-async def running(
-    *coroutines: Coroutine[Any, Any, Any],
-) -> AsyncIterator[list[asyncio.Task[Any]]]:
-    """Run coroutines as tasks during the block; none of them outlives it."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-    try:
-        yield tasks
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -14,7 +14,8 @@
     ├── DeadlineError              the deadline passed before there was anything to return
     ├── AbortedError               an operator ended the request
     ├── EngineFailedError          the model failed on this request
-    └── EngineStoppedError         the engine is draining or down
+    └── EngineStoppedError         the engine is down
+        └── DrainingError          the whole server takes no new work
 
 Modules that have an error of their own say so; `serve.statuses` maps all of them to status codes
 in one place, and nothing below it knows about gRPC. One more is for the command line alone:
@@ -131,6 +132,10 @@ class EngineFailedError(TandemError):
 
 class EngineStoppedError(TandemError):
     """The engine is draining or down and takes no new work."""
+
+
+class DrainingError(EngineStoppedError):
+    """The server is on its way out and takes no new work."""
 
 
 class DeviceMissingError(UserError):

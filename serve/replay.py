@@ -1,7 +1,8 @@
 """Requests that come again by their id: one run, any number of readers, and the memory of it.
 
 While a run goes on, whoever asks for the same follows it from its first response. A run that
-succeeded is kept for some time. One that nobody follows any more is cancelled.
+succeeded, with nothing in its answer cut short or failed, is kept for some time. One that nobody
+follows any more is cancelled.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 from google.protobuf.message import Message
 
-from serve.errors import InvalidFieldError
+from serve.errors import DeadlineError, InvalidFieldError
 
 Emit = Callable[[Any], None]
-Run = Callable[[Emit], Awaitable[None]]
+Run = Callable[[Emit], Awaitable[bool]]
+"""Emits responses in order; returns whether whoever asks again shall get the same ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,13 @@ class _Recording:
 
     def pack(self) -> None:
         """Serialize the responses, since messages in memory take several times their size."""
+        self.size_bytes = self.num_bytes()
         self.responses = [
             r.SerializeToString() if isinstance(r, Message) else r for r in self.responses
         ]
-        self.size_bytes = sum(len(r) for r in self.responses if isinstance(r, bytes))
+
+    def num_bytes(self) -> int:
+        return sum(r.ByteSize() for r in self.responses if isinstance(r, Message))
 
     def wake(self) -> None:
         for follower in self.followers:
@@ -92,19 +98,36 @@ class Replays:
         self._num_bytes = 0
 
     async def follow(
-        self, key: RunKey, digest: bytes, run: Run, *, is_kept: bool
+        self, key: RunKey, digest: bytes, run: Run, *, is_kept: bool, deadline_s: float
     ) -> AsyncGenerator[Any, None]:
         """Yield the responses of the request that `key` names, running it unless it ran or runs.
 
-        `digest` tells requests apart, `run` passes responses to its argument in order. Close the
-        iterator (`aclosing`): the last follower that leaves ends the run. Without `is_kept` nobody
-        else can come for it, and a response is forgotten once it was read.
+        `digest` tells requests apart. Close the iterator (`aclosing`): the last follower that
+        leaves ends the run. Without `is_kept` nobody else can come for it, and a response is
+        forgotten once it was read. A run that ended by its own deadline is begun again for a
+        follower whose `deadline_s` is later, unless that one has seen a part of it.
 
         Raises:
             InvalidFieldError: the id belongs to a different request.
             Exception: whatever `run` raised; that is not replayed.
         """
-        recording = self._find(key, digest) or self._start(key, digest, run, is_kept)
+        while True:
+            recording = self._find(key, digest)
+            is_own = recording is None
+            if recording is None:
+                recording = self._start(key, digest, run, is_kept)
+            async with aclosing(self._read(key, recording)) as responses:
+                async for response in responses:
+                    yield response
+            error = recording.error
+            if error is None:
+                return
+            is_too_early = isinstance(error, (DeadlineError, TimeoutError))
+            if is_own or recording.responses or not is_too_early or self._clock() >= deadline_s:
+                raise error
+
+    async def _read(self, key: RunKey, recording: _Recording) -> AsyncGenerator[Any, None]:
+        """Yield a run's responses until it is over."""
         is_new = asyncio.Event()
         recording.followers.append(is_new)
         position = 0
@@ -117,8 +140,6 @@ class Replays:
                 if recording.is_over:
                     break
                 await is_new.wait()
-            if recording.error is not None:
-                raise recording.error
         finally:
             recording.followers.remove(is_new)
             await self._leave(key, recording)
@@ -142,12 +163,13 @@ class Replays:
         return recording
 
     async def _run(self, key: RunKey, recording: _Recording, run: Run) -> None:
+        is_final = False
         try:
-            await run(recording.emit)
+            is_final = await run(recording.emit)
         except BaseException as error:  # a cancellation, too; followers raise it again
             recording.error = error
         recording.is_over = True
-        if recording.is_kept and recording.error is None:
+        if recording.is_kept and is_final and recording.num_bytes() <= self._max_bytes:
             self._keep(key, recording)
         else:
             self._forget(key, recording)

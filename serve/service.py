@@ -63,8 +63,8 @@ class InferenceService:
         spec = validate_generate(request, self._limits)
         call.label(spec)
 
-        async def run(emit: Emit) -> None:
-            await self._fill(emit, call, spec)
+        async def run(emit: Emit) -> bool:
+            return await self._fill(emit, call, spec)
 
         async with aclosing(self._follow(call, request, spec, run)) as responses:
             async for response in responses:
@@ -76,8 +76,8 @@ class InferenceService:
             async for response in responses:
                 await context.write(response)
 
-    async def _fill(self, emit: Emit, call: Call, spec: GenerationSpec) -> None:
-        """Emit responses as they come from all arms."""
+    async def _fill(self, emit: Emit, call: Call, spec: GenerationSpec) -> bool:
+        """Emit responses as they come from all arms; returns whether nothing in them failed."""
 
         def on_chunk(chunk: Chunk) -> None:
             if spec.output.stream:
@@ -95,6 +95,7 @@ class InferenceService:
             emit(pb.GenerateResponse(agreement=replies.to_agreement(answer.agreement)))
         usage = replies.to_usage(spec, answer.arms, call.seconds)
         emit(pb.GenerateResponse(usage=usage))
+        return answer.is_whole
 
     async def _compare(self, call: Call, data: bytes, context: Context) -> pb.CompareResponse:
         request = parse(data, pb.CompareRequest)
@@ -104,7 +105,7 @@ class InferenceService:
         if len(loaded) < 2:
             raise ModelsNotComparableError(f"only the {loaded[0].role.value} is loaded")
 
-        async def run(emit: Emit) -> None:
+        async def run(emit: Emit) -> bool:
             answer = await self._coordinator.answer(
                 spec, _ignore, _ignore, deadline_s=call.deadline_s, tenant=call.tenant
             )
@@ -117,6 +118,7 @@ class InferenceService:
                     usage=replies.to_usage(spec, answer.arms, call.seconds),
                 )
             )
+            return answer.is_whole
 
         response: pb.CompareResponse = await self._only_response(call, request, spec, run)
         return response
@@ -126,7 +128,7 @@ class InferenceService:
         spec = validate_score(request, self._limits)
         call.request_id = spec.request_id
 
-        async def run(emit: Emit) -> None:
+        async def run(emit: Emit) -> bool:
             answer = await self._coordinator.score(
                 spec, deadline_s=call.deadline_s, tenant=call.tenant
             )
@@ -136,6 +138,7 @@ class InferenceService:
                     usage=replies.to_score_usage(spec, answer.requests, call.seconds),
                 )
             )
+            return True
 
         response: pb.ScoreResponse = await self._only_response(call, request, spec, run)
         return response
@@ -157,7 +160,13 @@ class InferenceService:
     ) -> AsyncGenerator[Any, None]:
         """Run the request, or follow the run of the same one, which only a given id can name."""
         key = RunKey(call.tenant, spec.request_id)
-        return self._replays.follow(key, _digest(request), run, is_kept=bool(request.request_id))
+        return self._replays.follow(
+            key,
+            _digest(request),
+            run,
+            is_kept=bool(request.request_id),
+            deadline_s=call.deadline_s,
+        )
 
 
 def _digest(request: Message) -> bytes:

@@ -43,7 +43,10 @@ class Shadows:
         if len(self._tasks) >= self._max_pending:
             self._metrics.shadow.labels("dropped").inc()
             return
-        job = replace(job, key=f"{job.key} shadow", deadline_s=time.monotonic() + self._timeout_s)
+        # Exact divergences would need a pass of the model that answers.
+        spec = replace(job.spec, divergence=replace(job.spec.divergence, exact=False))
+        deadline_s = time.monotonic() + self._timeout_s
+        job = replace(job, key=f"{job.key} shadow", spec=spec, deadline_s=deadline_s)
         copies = [replace(sample) for sample in samples]
         task = asyncio.create_task(self._run(job, reference, copies))
         self._tasks.add(task)

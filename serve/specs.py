@@ -43,7 +43,6 @@ class Limits:
     answer_formats: tuple[str, ...] = tuple(ANSWER_FORMATS)
     max_queued_samples: int = 1 << 31
     max_completion_tokens: int = (1 << 32) - 1
-    max_request_id_chars: int = 128
     max_prompt_bytes: int = 1 << 20
     max_messages: int = 256
     max_completions: int = 64

@@ -30,12 +30,15 @@ from serve.errors import (
     TooLargeError,
     UnknownRequestError,
 )
-from serve.validation import MalformedMessageError
+from serve.wire import MalformedMessageError
 
 logger = logging.getLogger(__name__)
 
 # A draining server is gone, or replaced, after about this long.
 STOPPED_RETRY_AFTER_S = 1.0
+# Text and details travel in HTTP/2 trailers, of which a client takes 8 KiB by default.
+_MAX_CHARS = 800
+_MAX_FIELD_CHARS = 240
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
@@ -89,7 +92,12 @@ def status_of(error: Exception) -> Status:
     if code is None:
         text = str(error) if isinstance(error, EngineFailedError) else "internal error"
         return _internal(text, error)
-    return Status(code, str(error), _violations(error), _retry_after_s(error))
+    return Status(code, _cut(str(error), _MAX_CHARS), _violations(error), _retry_after_s(error))
+
+
+def _cut(text: str, max_chars: int) -> str:
+    """Keep a text that may hold the client's own within what trailers can carry."""
+    return text if len(text) <= max_chars else f"{text[:max_chars]}..."
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], status: Status) -> NoReturn:
@@ -113,7 +121,12 @@ def _violations(error: Exception) -> tuple[Message, ...]:
     field_violation = error_details_pb2.BadRequest.FieldViolation
     return (
         error_details_pb2.BadRequest(
-            field_violations=[field_violation(field=f, description=d) for f, d in fields]
+            field_violations=[
+                field_violation(
+                    field=_cut(f, _MAX_FIELD_CHARS), description=_cut(d, _MAX_FIELD_CHARS)
+                )
+                for f, d in fields
+            ]
         ),
     )
 

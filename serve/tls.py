@@ -91,14 +91,15 @@ def _check(files: TlsFiles) -> None:
     try:
         # Without a password an encrypted key would be asked for on the terminal.
         context.load_cert_chain(files.cert, files.key, password="")
-    except ssl.SSLError as error:
+    except OSError as error:  # of which ssl.SSLError is one; a file may be gone by now
+        reason = getattr(error, "reason", None) or error
         raise UserError(
-            f"--tls-cert {files.cert} and --tls-key {files.key}: {error.reason or error}; give a "
+            f"--tls-cert {files.cert} and --tls-key {files.key}: {reason}; give a "
             "PEM chain, the server's own certificate first, and the unencrypted PEM key of that"
         ) from error
     if files.client_ca is None:
         return
     try:
         context.load_verify_locations(files.client_ca)
-    except ssl.SSLError as error:
+    except OSError as error:
         raise UserError(f"--tls-client-ca {files.client_ca}: no PEM certificate in it") from error

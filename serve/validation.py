@@ -12,15 +12,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import DecodeError, Message
-from google.protobuf.unknown_fields import UnknownFieldSet
 
 from estimators.answers import canonicalise
 from protos.tandem.v1 import control_pb2 as control_pb
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.checks import MAX_SHOWN_CHARS, Checks
-from serve.errors import FieldViolation, InvalidFieldError, TandemError
+from serve.errors import FieldViolation, InvalidFieldError
 from serve.policy import TrafficPolicy
 from serve.routing import Role, Route
 from serve.sequence import SamplingParams
@@ -37,15 +35,13 @@ from serve.specs import (
     Range,
     ScoreSpec,
 )
+from serve.wire import MalformedMessageError, field_numbers
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 WEIGHT = Range(0, 1e6)
+MAX_REQUEST_ID_CHARS = 128
 CHAT_ROLES = ("system", "user", "assistant")
-
-
-class MalformedMessageError(TandemError):
-    """The bytes received are not a message of the expected type."""
 
 
 # From bytes
@@ -69,9 +65,12 @@ def parse(data: bytes, message_type: type[AnyMessage]) -> AnyMessage:
 
 
 def _check_oneofs(data: bytes, message: Message) -> None:
-    fields = UnknownFieldSet(Empty.FromString(data))
-    present = {fields[i].field_number for i in range(len(fields))}
-    for oneof in message.DESCRIPTOR.oneofs:
+    """Refuse several members of one oneof; looks at the bytes, of which parsing kept the last."""
+    oneofs = [oneof for oneof in message.DESCRIPTOR.oneofs if len(oneof.fields) > 1]
+    if not oneofs:
+        return
+    present = set(field_numbers(data))
+    for oneof in oneofs:
         given = [field.name for field in oneof.fields if field.number in present]
         if len(given) > 1:
             text = f"{' and '.join(given)} are given together; must be exactly one of them"
@@ -148,8 +147,12 @@ def validate_set_policy(
 
 def validate_abort(request: control_pb.AbortRequest) -> str:
     """Return the id of the request to end."""
-    if not request.request_id:
-        raise InvalidFieldError.of("request_id", "is empty; must name a running request")
+    if not 0 < len(request.request_id) <= MAX_REQUEST_ID_CHARS:
+        raise InvalidFieldError.of(
+            "request_id",
+            f"has {len(request.request_id)} characters; must name a running request, with 1 to "
+            f"{MAX_REQUEST_ID_CHARS} of them",
+        )
     return request.request_id
 
 
@@ -161,11 +164,11 @@ def _request_id(request_id: str, limits: Limits, checks: Checks) -> str:
     if not request_id:
         return secrets.token_hex(16)
     is_printable = request_id.isascii() and request_id.isprintable()
-    if len(request_id) > limits.max_request_id_chars or not is_printable:
+    if len(request_id) > MAX_REQUEST_ID_CHARS or not is_printable:
         checks.refuse(
             "request_id",
             repr(request_id[:MAX_SHOWN_CHARS]),
-            f"at most {limits.max_request_id_chars} printable ASCII characters",
+            f"at most {MAX_REQUEST_ID_CHARS} printable ASCII characters",
         )
     return request_id
 

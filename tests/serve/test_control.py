@@ -128,7 +128,12 @@ def test_abort_ends_a_scoring_that_waits(serving: Any, make_pair: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_id", "code"), [("nobody", CODE.NOT_FOUND), ("", CODE.INVALID_ARGUMENT)]
+    ("request_id", "code"),
+    [
+        ("nobody", CODE.NOT_FOUND),
+        ("", CODE.INVALID_ARGUMENT),
+        ("x" * 20_000, CODE.INVALID_ARGUMENT),
+    ],
 )
 def test_abort_of_nothing_is_refused(live: Any, request_id: str, code: grpc.StatusCode) -> None:
     assert failure(lambda: live.control.abort(request_id)).code() is code

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.errors import InvalidFieldError
+from serve.errors import DeadlineError, InvalidFieldError
 from serve.replay import Emit, Replays, RunKey
 
 KEY = RunKey("tenant", "id")
@@ -19,8 +19,15 @@ KEY = RunKey("tenant", "id")
 class Run:
     """Emits `texts` one by one, each when the test lets it; counts how often it began and ended."""
 
-    def __init__(self, *texts: str, is_held: bool = False, error: Exception | None = None) -> None:
+    def __init__(
+        self,
+        *texts: str,
+        is_held: bool = False,
+        is_final: bool = True,
+        error: Exception | None = None,
+    ) -> None:
         self.texts = texts
+        self.is_final = is_final
         self.error = error
         self.may_go_on = asyncio.Event()
         if not is_held:
@@ -28,7 +35,7 @@ class Run:
         self.num_begun = 0
         self.num_cancelled = 0
 
-    async def __call__(self, emit: Emit) -> None:
+    async def __call__(self, emit: Emit) -> bool:
         self.num_begun += 1
         try:
             for text in self.texts:
@@ -36,13 +43,14 @@ class Run:
                 await self.may_go_on.wait()
             if self.error is not None:
                 raise self.error
+            return self.is_final
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
 
 
 async def texts_of(replays: Replays, run: Run, **settings: Any) -> list[str]:
-    call = {"key": KEY, "digest": b"1", "is_kept": True} | settings
+    call = {"key": KEY, "digest": b"1", "is_kept": True, "deadline_s": 100.0} | settings
     async with aclosing(replays.follow(run=run, **call)) as responses:
         return [response.text async for response in responses]
 
@@ -104,6 +112,54 @@ async def test_failure_is_told_and_not_replayed() -> None:
     with pytest.raises(ZeroDivisionError):
         await texts_of(replays, Run("a", error=ZeroDivisionError()))
     assert await texts_of(replays, Run("b")) == ["b"]
+
+
+@async_test
+async def test_answer_that_is_not_whole_is_not_replayed() -> None:
+    replays, run = make(), Run("a", is_final=False)
+    assert await texts_of(replays, run) == await texts_of(replays, run) == ["a"]
+    assert run.num_begun == 2
+
+
+@async_test
+async def test_answer_above_the_bound_is_not_kept_and_displaces_no_other() -> None:
+    replays, small, large = make(max_bytes=20), Run("x"), Run("x" * 30)
+    other = RunKey("", "large")
+    for _ in range(2):
+        await texts_of(replays, small)
+        await texts_of(replays, large, key=other)
+    assert (small.num_begun, large.num_begun) == (1, 2)
+
+
+@pytest.mark.parametrize(("deadline_s", "num_begun"), [(100.0, 2), (0.0, 1)])
+def test_run_that_ended_by_its_deadline_begins_again_for_a_later_one(
+    deadline_s: float, num_begun: int
+) -> None:
+    async def test() -> None:
+        replays, run = make(), Run()
+        gate = asyncio.Event()
+
+        async def wait_then_fail(emit: Emit) -> bool:
+            run.num_begun += 1
+            await gate.wait()
+            if run.num_begun == 1:
+                raise DeadlineError("too late")
+            emit(pb.TokenChunk(text="a"))
+            return True
+
+        first = asyncio.create_task(texts_of(replays, wait_then_fail))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        second = asyncio.create_task(
+            texts_of(replays, wait_then_fail, deadline_s=deadline_s)  # type: ignore[arg-type]
+        )
+        await asyncio.sleep(0.01)
+        gate.set()
+        found = await asyncio.gather(first, second, return_exceptions=True)
+        assert isinstance(found[0], DeadlineError)
+        assert found[1] == ["a"] if num_begun == 2 else isinstance(found[1], DeadlineError)
+        assert run.num_begun == num_begun
+
+    asyncio.run(test())
 
 
 @async_test

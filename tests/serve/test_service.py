@@ -499,6 +499,17 @@ def test_repeated_request_follows_the_one_that_runs(serving: Any, make_pair: Any
         assert list(second)[-1].usage.request_id == "mine"
 
 
+def test_answer_without_its_divergence_is_computed_again(serving: Any, make_pair: Any) -> None:
+    with serving(make_pair()) as live:
+        request = pb.GenerateRequest(prompt="x", request_id="mine", route=pb.ROUTE_STUDENT)
+        live.pair.backends[Role.TEACHER].error = RuntimeError("broken on purpose")
+        (sample,) = live.client.generate(request).result().samples
+        assert sample.divergence_error
+        live.pair.backends[Role.TEACHER].error = None
+        (again,) = live.client.generate(request).result().samples
+    assert again.HasField("divergence") and again.token_ids == sample.token_ids
+
+
 def test_seed_follows_from_a_given_request_id(serving: Any, make_pair: Any) -> None:
     seeds = []
     for _ in range(2):

@@ -105,6 +105,18 @@ def test_reference_that_fails_fails_no_answer(serving: Any, make_pair: Any) -> N
         assert wait_for_shadows(live, 1) == {"error": 1}
 
 
+def test_shadow_asks_nothing_of_the_model_that_answered(serving: Any, make_pair: Any) -> None:
+    wishes = pb.DivergenceOptions(enabled=False, exact=True)
+    with serving(make_pair(), shadow_rate=1) as live:
+        answer(live, route=pb.ROUTE_AUTO, divergence=wishes)
+        assert wait_for_shadows(live, 1) == {"compared": 1}
+        steps = {
+            role: live.pair.value("engine_step_seconds_count", role=role, phase="score")
+            for role in ("student", "teacher")
+        }
+    assert steps == {"student": 0, "teacher": 1}
+
+
 def test_shadow_that_takes_too_long_is_given_up(serving: Any, make_pair: Any) -> None:
     settings = {"shadow_rate": 1, "shadow_timeout_s": 0.05}
     with serving(make_pair(), **settings) as live, held(live, Role.TEACHER):

@@ -18,7 +18,7 @@ from serve.errors import (
     UnknownRequestError,
 )
 from serve.statuses import status_of
-from serve.validation import MalformedMessageError
+from serve.wire import MalformedMessageError
 
 CODE = grpc.StatusCode
 

@@ -7,12 +7,12 @@ from serve.errors import InvalidFieldError
 from serve.routing import Role, Route
 from serve.specs import Basis, Limits, Range
 from serve.validation import (
-    MalformedMessageError,
     parse,
     validate_compare,
     validate_generate,
     validate_score,
 )
+from serve.wire import MalformedMessageError
 
 LIMITS = Limits(max_model_len=100, vocab_size=50, tasks=frozenset({"math"}))
 
