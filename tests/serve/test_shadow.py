@@ -114,7 +114,7 @@ def test_shadow_asks_nothing_of_the_model_that_answered(serving: Any, make_pair:
             role: live.pair.value("engine_step_seconds_count", role=role, phase="score")
             for role in ("student", "teacher")
         }
-    assert steps == {"student": 0, "teacher": 1}
+    assert steps["student"] == 0 < steps["teacher"]
 
 
 def test_shadow_that_takes_too_long_is_given_up(serving: Any, make_pair: Any) -> None:
