@@ -66,21 +66,21 @@ def quantile_estimate(data: Clustered, quantile: float) -> Estimate:
     return percentile_interval(value, replicates, len(data.values))
 
 
-def quantile_ratio(numerator: Clustered, denominator: Clustered, quantile: float) -> Estimate:
+def quantile_ratio(
+    numerator: Clustered, denominator: Clustered, quantile: float
+) -> Estimate | None:
     """Return one sample's quantile over another's; each resample draws the same clusters of both.
 
-    Clusters that one side lacks are left out. `n` counts the clusters.
-
-    Raises:
-        ValueError: no common cluster, or a denominator of 0.
+    Clusters that one side lacks are left out. `n` counts the clusters. None: no common cluster, too
+    few values in them (`is_enough`), or a denominator of 0.
     """
     common = set(numerator.clusters) & set(denominator.clusters)
-    if not common:
-        raise ValueError("no cluster has values on both sides: there is nothing to compare")
     above, below = _only(numerator, common), _only(denominator, common)
+    if not is_enough(min(len(above.values), len(below.values)), 100 * quantile):
+        return None
     bottom = percentile(below.values, 100 * quantile)
     if bottom <= 0:
-        raise ValueError(f"the quantile {quantile} of the denominator is {bottom}")
+        return None
     labels = number_clusters([*above.clusters, *below.clusters])
     tops = _replicates(above, labels[: len(above.values)], quantile)
     bottoms = _replicates(below, labels[len(above.values) :], quantile)

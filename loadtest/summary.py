@@ -46,7 +46,7 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Latency in seconds. A percentile is None when fewer than one value is expected above it."""
+    """Latency in seconds. A percentile is None when less than one value is expected above it."""
 
     count: int
     mean: float | None
@@ -108,7 +108,8 @@ class Cell:
 class Comparison:
     """Two arms on the same requests at one load.
 
-    `ratios` are b/a by metric: a latency ratio of 3.1 reads "a is 3.1 times as fast as b".
+    `ratios` say how many times as fast a is: of times b/a, of `output_tokens_per_s` (a request's
+    tokens over its seconds) a/b. They are taken over the pairs that both arms ended OK.
     `differences` are a − b by metric, `pass@K` and `majority`: −0.05 reads "a is 5 points worse".
     `agreement` is the share of pairs whose majority answers are the same.
     """

@@ -115,6 +115,7 @@ def test_ratio_intervals_cover_as_often_as_they_say() -> None:
         fast = length * np.exp(rng.normal(0, 0.3, size=60))
         slow = 3 * length * np.exp(rng.normal(0, 0.3, size=60))
         found = quantile_ratio(each_its_own(slow.tolist()), each_its_own(fast.tolist()), 0.5)
+        assert found is not None
         hits += covers(found, 3.0)
     assert 0.90 <= hits / 200 <= 0.99
 
@@ -125,22 +126,21 @@ def test_paired_ratio_is_exact_where_every_pair_has_it() -> None:
     found = quantile_ratio(
         each_its_own((3 * lengths).tolist()), each_its_own(lengths.tolist()), 0.5
     )
-    assert found.value == pytest.approx(3.0) and found.n == 30
+    assert found is not None and found.value == pytest.approx(3.0) and found.n == 30
     assert found.low is None or (found.low, found.high) == pytest.approx((3.0, 3.0))
 
 
 def test_ratio_uses_clusters_of_both_sides_alone() -> None:
     slow = Clustered([4.0, 6.0, 1e9], ["a", "b", "only here"])
     fast = Clustered([3.0, 2.0, 1e-9], ["b", "a", "only there"])
-    assert quantile_ratio(slow, fast, 0.5).value == 2.0
-    assert quantile_ratio(slow, fast, 0.5).n == 2
+    found = quantile_ratio(slow, fast, 0.5)
+    assert found is not None and (found.value, found.n) == (2.0, 2)
 
 
-def test_ratio_is_refused_without_common_clusters_or_with_a_zero_below() -> None:
-    with pytest.raises(ValueError, match="no cluster has values on both sides"):
-        quantile_ratio(Clustered([1.0], ["a"]), Clustered([1.0], ["b"]), 0.5)
-    with pytest.raises(ValueError, match=r"quantile 0\.5 of the denominator is 0\.0"):
-        quantile_ratio(Clustered([1.0], ["a"]), Clustered([0.0], ["a"]), 0.5)
+def test_ratio_needs_common_clusters_enough_values_and_a_denominator() -> None:
+    assert quantile_ratio(Clustered([1.0] * 2, "aa"), Clustered([1.0] * 2, "bb"), 0.5) is None
+    assert quantile_ratio(each_its_own([1.0] * 9), each_its_own([1.0] * 9), 0.9) is None
+    assert quantile_ratio(each_its_own([1.0] * 9), each_its_own([0.0] * 9), 0.5) is None
 
 
 def test_ratio_has_no_interval_where_a_resample_divides_by_zero() -> None:
