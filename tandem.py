@@ -1,10 +1,11 @@
-"""The one command: `tandem export | serve | ask | control | token | demo | doctor`.
+"""The one command: `tandem export | serve | ask | control | token | loadtest | demo | doctor`.
 
 Only the package of the command that was asked for is imported, so that help is instant and a
 broken GPU library does not keep `tandem doctor` from saying so.
 
 Exit codes: 0 done, 1 an expected error (one line on stderr), 2 wrong usage or a wrong recipe, 3
-what was asked for cannot be had: for `export` a gate failed, for `serve` the device is not there.
+what was asked for cannot be had: for `export` a gate failed, for `serve` the device is not there,
+for `loadtest` a gate broke or the run is INVALID.
 `export` alone: 4 an input changed since the run that is resumed, 5 interrupted (SIGINT, SIGTERM),
 with everything finished kept.
 """
@@ -37,6 +38,7 @@ COMMANDS: Mapping[str, Command] = {
     "ask": Command("serve.cli:ask", "Ask a server; show both models' answers side by side."),
     "control": Command("serve.control_cli:app", "See, steer, drain a server that runs."),
     "token": Command("serve.cli:token", "Make a credential for a client of a server."),
+    "loadtest": Command("loadtest.cli:app", "Student against teacher under load: faster, worse?"),
     "doctor": Command("doctor:doctor", "Say what is wrong with this installation."),
 }
 

@@ -63,7 +63,7 @@ def with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command's `**flags` be one flag for each field of RunConfig."""
     parameters = inspect.signature(command, eval_str=True).parameters.values()
     own = [each for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD]
-    vars(command)["__signature__"] = inspect.Signature([*_config_parameters(), *own])
+    vars(command)["__signature__"] = inspect.Signature([*own, *_config_parameters()])
     return command
 
 

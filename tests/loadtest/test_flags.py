@@ -16,7 +16,7 @@ def options() -> dict[str, Any]:
 
     @app.command()
     @with_config_flags
-    def run(**flags: str | None) -> None: ...
+    def run(as_json: bool = False, **flags: str | None) -> None: ...
 
     return {str(each.name): each for each in typer.main.get_command(app).params}
 

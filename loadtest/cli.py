@@ -1,0 +1,165 @@
+"""`tandem loadtest`: flags only. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bundle.errors import UserError
+from loadtest.flags import SettingsError, parse_config, with_config_flags
+from loadtest.progress import Reporter
+from serve.access import TlsCa, TlsCert, TlsKey, TokenFile, read_token, tls_of
+
+if TYPE_CHECKING:
+    from loadtest.config import RunConfig
+    from loadtest.find_max import MaxRate
+    from loadtest.schedule import Schedule
+    from loadtest.summary import Summary
+    from loadtest.targets import Credentials
+
+HELP = """Measure under load which model is faster, which is worse, and whether it is real.
+
+Exit codes: 0 done; 1 an expected error, in one line; 2 wrong usage; 3 a gate broke, or the run is
+INVALID: its client was not fast enough to be believed.
+"""
+
+app = typer.Typer(help=HELP, no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Argument(help="A run's folder.", exists=True, file_okay=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="The last line on stdout is JSON.")]
+
+
+class InvalidRunError(UserError):
+    """A run was made, but its numbers are not those of the server."""
+
+    exit_code = 3
+
+
+@app.command()
+@with_config_flags
+def run(
+    find_max: Annotated[
+        bool,
+        typer.Option("--find-max", help="Search the highest rate that meets --slo, from --rates."),
+    ] = False,
+    as_json: AsJson = False,
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    **flags: str | None,
+) -> None:
+    """Put the load on a server, and write what came of it to --out."""
+    config = parse_config(flags)
+    from loadtest.targets import Credentials
+
+    credentials = Credentials(read_token(token_file), tls_of(tls_ca, tls_cert, tls_key))
+    if find_max:
+        _find_max(config, credentials, as_json)
+    else:
+        _run(config, credentials, as_json)
+
+
+def _run(config: RunConfig, credentials: Credentials, as_json: bool) -> None:
+    from loadtest import run
+    from loadtest.summary import to_json
+
+    folder = run.run(config, credentials, Reporter())
+    summary = _read_summary(folder)
+    if as_json:
+        _print_json({"out": str(folder), "summary": json.loads(to_json(summary))})
+    else:
+        typer.echo((folder / "summary.md").read_text(encoding="utf-8"))
+        typer.echo(str(folder / "report.html"))
+    if not summary.validity.is_valid:
+        raise InvalidRunError(f"{folder} is INVALID: {'; '.join(summary.validity.problems)}")
+
+
+def _find_max(config: RunConfig, credentials: Credentials, as_json: bool) -> None:
+    if not config.slo or config.arrival not in ("poisson", "constant"):
+        raise SettingsError("--find-max needs --slo, and --arrival poisson or constant")
+    from loadtest import run
+
+    found = run.find_max(config, credentials, Reporter())
+    if as_json:
+        _print_json(json.loads((config.out / "find_max.json").read_text(encoding="utf-8")))
+    else:
+        typer.echo("\n".join(_describe_rate(arm, rate) for arm, rate in found.items()))
+
+
+def _describe_rate(arm: str, rate: MaxRate) -> str:
+    if rate.meets_rps is None:
+        return f"{arm}: does not meet the SLO, not even at {rate.fails_rps:g} requests per second"
+    if rate.fails_rps is None:
+        return f"{arm}: meets the SLO at {rate.meets_rps:g} requests per second, the most tried"
+    return (
+        f"{arm}: meets the SLO at {rate.meets_rps:g} requests per second, "
+        f"not for sure at {rate.fails_rps:g}"
+    )
+
+
+@app.command()
+@with_config_flags
+def plan(as_json: AsJson = False, **flags: str | None) -> None:
+    """Show what `run` with the same flags would send, and send nothing."""
+    config = parse_config({**flags, "out": flags["out"] or "."})
+    from loadtest import dataset, schedule
+
+    prompts = dataset.load_prompts(config)
+    found = schedule.plan(config, prompts)
+    if as_json:
+        _print_json(_facts(config, found))
+    else:
+        typer.echo(_describe(config, found))
+
+
+def _facts(config: RunConfig, schedule: Schedule) -> dict[str, object]:
+    """A closed loop's number of requests is not known before: null."""
+    return {
+        "schedule_sha256": schedule.sha256,
+        "num_requests": len(schedule.requests) if config.is_open_loop else None,
+        "num_blocks": len(schedule.blocks),
+        "loads": schedule.loads,
+        "duration_s": schedule.duration_s,
+    }
+
+
+def _describe(config: RunConfig, schedule: Schedule) -> str:
+    num_requests = f"{len(schedule.requests)} requests" if config.is_open_loop else "closed loop"
+    unit = "requests per second" if config.is_open_loop else "requests at a time"
+    loads = ", ".join(f"{load:g}" for load in schedule.loads)
+    return (
+        f"{num_requests} in {len(schedule.blocks)} blocks, {schedule.duration_s:.0f} s; "
+        f"{loads} {unit} for {', '.join(config.arms)}\n"
+        f"schedule {schedule.sha256}"
+    )
+
+
+@app.command()
+def report(folder: Folder) -> None:
+    """Write a run's report.html anew from its other artifacts."""
+    from loadtest.report import write_report
+
+    typer.echo(str(write_report(folder)))
+
+
+# --- shared
+
+
+def _read_summary(folder: Path) -> Summary:
+    from loadtest import summary
+
+    path = folder / "summary.json"
+    try:
+        return summary.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not what a run writes: {error}") from None
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, allow_nan=False))

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import loadtest
+import tandem
+from loadtest.config import RunConfig
+from loadtest.find_max import MaxRate
+from loadtest.progress import Reporter
+from loadtest.summary import Summary, Validity, to_json
+from loadtest.targets import Credentials
+
+Main = Callable[..., tuple[int, str, str]]
+VALID = Validity(True, (), None, None)
+SLOW = Validity(False, ("send lag p99 is 9 ms, limit 1 ms", "CPU 0.9, limit 0.8"), 0.009, 0.9)
+
+
+@pytest.fixture
+def main(capsys: pytest.CaptureFixture[str]) -> Main:
+    """Run `tandem loadtest`; returns its exit code, what it printed and what it complained of."""
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            tandem.main(["loadtest", *map(str, words)])
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+class Pipeline:
+    """Stands for `loadtest.run`: keeps what it was told, and writes a run without requests."""
+
+    def __init__(self) -> None:
+        self.config: RunConfig | None = None
+        self.credentials: Credentials | None = None
+        self.validity = VALID
+        self.rate = MaxRate(4.0, 4.5, ())
+
+    def run(self, config: RunConfig, credentials: Credentials, reporter: Reporter) -> Path:
+        self.config, self.credentials = config, credentials
+        write_summary(config.out, self.validity)
+        (config.out / "summary.md").write_text("# what came of it\n")
+        return config.out
+
+    def find_max(
+        self, config: RunConfig, credentials: Credentials, reporter: Reporter
+    ) -> dict[str, MaxRate]:
+        self.config, self.credentials = config, credentials
+        config.out.mkdir()
+        (config.out / "find_max.json").write_text('{"arms": {}}')
+        return {"student": self.rate}
+
+
+def write_summary(folder: Path, validity: Validity) -> None:
+    folder.mkdir()
+    summary = Summary({"seed": 3}, "0" * 64, {}, (), validity, 0, (), ())
+    (folder / "summary.json").write_text(to_json(summary))
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    made = Pipeline()
+    module = SimpleNamespace(run=made.run, find_max=made.find_max)
+    monkeypatch.setitem(sys.modules, "loadtest.run", module)
+    monkeypatch.setattr(loadtest, "run", module, raising=False)
+    return made
+
+
+# run
+
+
+def test_run_is_told_what_the_flags_say(main: Main, pipeline: Pipeline, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret\n")
+    out = tmp_path / "run"
+    code, printed, complaint = main(
+        *("run", "--out", out, "--target", "server:1", "--arms", "student", "--rates", "1,2.5"),
+        *("--duration", "7", "--warmup", "0", "--seed", "3", "--token-file", token),
+    )
+    assert (code, complaint) == (0, "")
+    assert pipeline.config == RunConfig(
+        out=out,
+        target="server:1",
+        arms=("student",),
+        rates_rps=(1.0, 2.5),
+        duration_s=7.0,
+        warmup_s=0.0,
+        seed=3,
+    )
+    assert pipeline.credentials == Credentials("secret", None)
+    assert printed == f"# what came of it\n\n{out / 'report.html'}\n"
+
+
+def test_last_line_of_a_run_is_json(main: Main, pipeline: Pipeline, tmp_path: Path) -> None:
+    code, printed, _ = main("run", "--out", tmp_path / "run", "--json")
+    found = json.loads(printed.splitlines()[-1])
+    assert code == 0
+    assert found["out"] == str(tmp_path / "run")
+    assert found["summary"]["config"] == {"seed": 3}
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_invalid_run_exits_with_3_and_says_why(
+    main: Main, pipeline: Pipeline, tmp_path: Path, flags: list[str]
+) -> None:
+    pipeline.validity = SLOW
+    code, printed, complaint = main("run", "--out", tmp_path / "run", *flags)
+    assert code == 3
+    assert printed
+    assert complaint == (
+        f"tandem: {tmp_path / 'run'} is INVALID: send lag p99 is 9 ms, limit 1 ms; "
+        "CPU 0.9, limit 0.8\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rate", "line"),
+    [
+        ((4.0, 4.5), "student: meets the SLO at 4 requests per second, not for sure at 4.5\n"),
+        ((None, 0.01), "student: does not meet the SLO, not even at 0.01 requests per second\n"),
+        ((64.0, None), "student: meets the SLO at 64 requests per second, the most tried\n"),
+    ],
+)
+def test_highest_rate_is_one_line_per_arm(
+    main: Main, pipeline: Pipeline, tmp_path: Path, rate: tuple[Any, Any], line: str
+) -> None:
+    pipeline.rate = MaxRate(*rate, ())
+    found = main("run", "--out", tmp_path / "run", "--find-max", "--slo", "ttft_p95=0.2")
+    assert found == (0, line, "")
+
+
+def test_highest_rate_as_json(main: Main, pipeline: Pipeline, tmp_path: Path) -> None:
+    flags = ("--find-max", "--slo", "ttft_p95=0.2", "--arrival", "constant", "--json")
+    assert main("run", "--out", tmp_path / "run", *flags)[:2] == (0, '{"arms": {}}\n')
+
+
+@pytest.mark.parametrize("flags", [[], ["--slo", "ttft_p95=0.2", "--arrival", "closed"]])
+def test_highest_rate_needs_an_objective_and_an_open_loop(
+    main: Main, tmp_path: Path, flags: list[str]
+) -> None:
+    code, _, complaint = main("run", "--out", tmp_path / "run", "--find-max", *flags)
+    assert code == 2
+    assert "--find-max needs --slo, and --arrival poisson or constant" in complaint
+
+
+def test_run_without_a_folder_is_wrong_usage(main: Main) -> None:
+    assert main("run") == (2, "", "tandem: --out: Field required\n")
+
+
+# plan
+
+
+def test_plan_shows_what_would_be_sent(main: Main) -> None:
+    flags = ("--arrival", "constant", "--rates", "2", "--duration", "10", "--warmup", "5")
+    code, printed, complaint = main("plan", *flags)
+    first, second = printed.splitlines()
+    assert (code, complaint) == (0, "")
+    assert first == "60 requests in 6 blocks, 35 s; 2 requests per second for student, teacher"
+    assert main("plan", *flags)[1].splitlines()[1] == second
+    assert main("plan", *flags, "--seed", "1")[1].splitlines()[1] != second
+
+
+def test_plan_as_json(main: Main) -> None:
+    flags = ("--arrival", "constant", "--rates", "2,1", "--duration", "10", "--warmup", "0")
+    code, printed, _ = main("plan", *flags, "--json")
+    found = json.loads(printed)
+    assert code == 0
+    assert len(found.pop("schedule_sha256")) == 64
+    assert found == {"num_requests": 60, "num_blocks": 8, "loads": [1, 2], "duration_s": 47}
+
+
+def test_plan_of_a_closed_loop_cannot_say_how_many_requests(main: Main) -> None:
+    flags = ("--arrival", "closed", "--concurrency", "1,2", "--duration", "1")
+    assert json.loads(main("plan", *flags, "--json")[1])["num_requests"] is None
+    assert main("plan", *flags)[1].startswith("closed loop in ")
+    assert "1, 2 requests at a time" in main("plan", *flags)[1]
+
+
+def test_plan_of_a_missing_dataset_exits_with_1(main: Main, tmp_path: Path) -> None:
+    code, _, complaint = main("plan", "--dataset", tmp_path / "missing.jsonl")
+    assert code == 1
+    assert "is no file" in complaint
+
+
+# help
+
+
+def test_help_is_instant_since_it_loads_no_library_of_a_command() -> None:
+    code = (
+        "import sys, loadtest.cli;"
+        "heavy = {'torch', 'transformers', 'onnxruntime', 'grpc', 'numpy', 'jinja2', 'rich'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
