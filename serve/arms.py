@@ -268,6 +268,9 @@ class _Drawing:
         chunk = self._chunk(chunks, event.index, len(event.token_ids))
         self._release(chunk, self._texts[event.index].finish())
         whole = "".join(self._released[event.index])
+        text_ends = [min(end, len(whole)) for end in self._text_ends[event.index]]
+        # Where the last token leaves a character incomplete, what stands for it is its text.
+        text_ends[-1:] = [len(whole)] * len(text_ends[-1:])
         self._results[event.index] = SampleResult(
             role=self._job.model.role,
             index=event.index,
@@ -277,7 +280,7 @@ class _Drawing:
             processed_logprobs=event.processed_logprobs,
             top_logprobs=self._top_logprobs[event.index],
             text=whole,
-            text_ends=[min(end, len(whole)) for end in self._text_ends[event.index]],
+            text_ends=text_ends,
             timings=event.timings,
             num_cached_prompt_tokens=event.num_cached_prompt_tokens,
             error=event.error,

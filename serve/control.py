@@ -88,8 +88,9 @@ class ControlService:
                 f"expected_revision is {request.expected_revision}, the policy is at revision "
                 f"{current.revision}; get it and decide again"
             )
-        check_policy(changed, self._coordinator.engines)
-        self._coordinator.policy = replace(changed, revision=current.revision + 1)
+        if changed != current:
+            check_policy(changed, self._coordinator.engines)
+            self._coordinator.policy = replace(changed, revision=current.revision + 1)
         return pb.SetPolicyResponse(policy=_to_policy(self._coordinator.policy))
 
     async def _drain(self, call: Call, data: bytes, context: Context) -> pb.DrainResponse:

@@ -136,7 +136,7 @@ def to_usage(spec: GenerationSpec, arms: Iterable[ArmResult], seconds: float) ->
 
 
 def to_score(score: CompletionScore, spec: ScoreSpec) -> pb.Score:
-    basis = Basis.RAW if spec.temperature == 1.0 else Basis.TEMPERED
+    basis = spec.divergence.basis
     divergence = None
     if score.divergence is not None:
         divergence = to_divergence(score.divergence, basis, spec.divergence, with_logprobs=True)

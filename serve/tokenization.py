@@ -6,6 +6,7 @@ Works on `tokenizer.json` alone (the `tokenizers` library); transformers is neve
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,8 @@ from serve.errors import InvalidFieldError
 from serve.sequence import StopCheck
 
 _REPLACEMENT = "\ufffd"
+# Stands for the content of a turn while a template is rendered; private-use characters.
+_PLACEHOLDER = re.compile("\ue0f0([0-9]+)\ue0f1")
 
 
 class Tokenizer:
@@ -84,16 +87,46 @@ class Tokenizer:
             raise InvalidFieldError.of(
                 "messages", "this model has no chat template; send prompt or prompt_token_ids"
             )
-        turns = [{"role": role, "content": content} for role, content in messages]
+        turns = list(messages)
+        if not any(name in content for _, content in turns for name in self._special_names):
+            return self.encode(self._render(turns), is_continuation=True)
+        # What a user writes must not end the user's turn: it is tokenized apart, as text.
+        contents = [content for _, content in turns]
+        text = self._render([(role, _placeholder(i)) for i, (role, _) in enumerate(turns)])
+        ids: list[int] = []
+        # The template's own text and the numbers of turns alternate.
+        for place, part in enumerate(_PLACEHOLDER.split(text)):
+            if place % 2:
+                ids += self._as_text.encode(contents[int(part)], add_special_tokens=False).ids
+            else:
+                ids += self.encode(part, is_continuation=True)
+        return tuple(ids)
+
+    def _render(self, turns: Sequence[tuple[str, str]]) -> str:
+        """Return the text of a conversation; InvalidFieldError when the template refuses it."""
+        assert self._template is not None
+        messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            text = self._template.render(
-                messages=turns, add_generation_prompt=True, **self._special_tokens
+            return self._template.render(
+                messages=messages, add_generation_prompt=True, **self._special_tokens
             )
         except TemplateError as error:
             raise InvalidFieldError.of(
                 "messages", f"the chat template refuses them: {error}"
             ) from None
-        return self.encode(text, is_continuation=True)
+
+    @cached_property
+    def _special_names(self) -> tuple[str, ...]:
+        """The names that stand for special tokens in a text."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
+
+    @cached_property
+    def _as_text(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, to which the names of special tokens are text like any other."""
+        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        copy.encode_special_tokens = True
+        return copy
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens; special tokens have none."""
@@ -106,6 +139,10 @@ class Tokenizer:
 
 def _is_special(key: str, value: Any) -> bool:
     return key.endswith("_token") and isinstance(value, str)
+
+
+def _placeholder(number: int) -> str:
+    return f"\ue0f0{number}\ue0f1"
 
 
 def _compile(chat_template: str) -> Template:

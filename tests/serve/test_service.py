@@ -346,6 +346,21 @@ def test_score_gives_the_logprobs_of_a_sample_back(live: Any) -> None:
     assert teacher.divergence.policy == pb.ROLE_TEACHER
 
 
+@pytest.mark.parametrize("basis", [pb.BASIS_TEMPERED, pb.BASIS_RAW])
+def test_score_reports_the_basis_asked_for(live: Any, basis: pb.Basis) -> None:
+    completions, divergence = [pb.Completion(text="y")], pb.DivergenceOptions(basis=basis)
+    request = pb.ScoreRequest(prompt="x", completions=completions, divergence=divergence)
+    assert {s.divergence.basis for s in live.client.score(request).scores} == {basis}
+
+
+def test_last_token_completes_the_text(live: Any) -> None:
+    sampling = pb.SamplingParams(num_samples=32, max_tokens=7, ignore_eos=True, seed=3)
+    request = pb.GenerateRequest(prompt="x", route=pb.ROUTE_STUDENT, sampling=sampling)
+    samples = live.client.generate(request).result().samples
+    assert all(sample.text_ends[-1] == len(sample.text) for sample in samples)
+    assert any(sample.text.endswith("\ufffd") for sample in samples)
+
+
 def test_score_takes_text_and_one_role(live: Any) -> None:
     completions = [pb.Completion(text="ab"), pb.Completion(text="c")]
     response = live.client.score(

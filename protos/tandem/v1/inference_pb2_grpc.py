@@ -33,7 +33,8 @@ class InferenceServiceStub(object):
     BadRequest detail names each field. Retrying is useless.
     * UNAUTHENTICATED: the server wants a token (or a client certificate) and got none that it
     knows. Send "authorization: Bearer TOKEN".
-    * RESOURCE_EXHAUSTED: too many calls of this client run already. Wait as RetryInfo says.
+    * RESOURCE_EXHAUSTED: too many calls of this client run already. Wait as RetryInfo says. Without
+    RetryInfo: the message is larger than 4 MiB; make it smaller.
     * UNAVAILABLE: the server is draining or its engine is down. Retry after the RetryInfo detail,
     preferably elsewhere.
     * INTERNAL: a fault of the server, also non-finite logits. Report the error id in the message;
@@ -76,7 +77,8 @@ class InferenceServiceServicer(object):
     BadRequest detail names each field. Retrying is useless.
     * UNAUTHENTICATED: the server wants a token (or a client certificate) and got none that it
     knows. Send "authorization: Bearer TOKEN".
-    * RESOURCE_EXHAUSTED: too many calls of this client run already. Wait as RetryInfo says.
+    * RESOURCE_EXHAUSTED: too many calls of this client run already. Wait as RetryInfo says. Without
+    RetryInfo: the message is larger than 4 MiB; make it smaller.
     * UNAVAILABLE: the server is draining or its engine is down. Retry after the RetryInfo detail,
     preferably elsewhere.
     * INTERNAL: a fault of the server, also non-finite logits. Report the error id in the message;
@@ -95,8 +97,10 @@ class InferenceServiceServicer(object):
         * NOT_FOUND: the route needs a model that is not loaded (see GetModels).
         * RESOURCE_EXHAUSTED: the queue is full. Wait as RetryInfo (and the trailer
         grpc-retry-pushback-ms) says, then retry.
-        * DEADLINE_EXCEEDED: the deadline passed while queued or running. Retry with a longer one; a
-        queued request past its deadline never reached the model.
+        * DEADLINE_EXCEEDED: the deadline, or the server's own limit, passed while queued or running.
+        Retry with a longer one; a queued request past its deadline never reached the model. Where
+        some samples had ended by then, the stream ends well and the others are
+        FINISH_REASON_DEADLINE.
         * CANCELLED: the call was cancelled; its slots are freed within one step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -175,7 +179,8 @@ class InferenceService(object):
     BadRequest detail names each field. Retrying is useless.
     * UNAUTHENTICATED: the server wants a token (or a client certificate) and got none that it
     knows. Send "authorization: Bearer TOKEN".
-    * RESOURCE_EXHAUSTED: too many calls of this client run already. Wait as RetryInfo says.
+    * RESOURCE_EXHAUSTED: too many calls of this client run already. Wait as RetryInfo says. Without
+    RetryInfo: the message is larger than 4 MiB; make it smaller.
     * UNAVAILABLE: the server is draining or its engine is down. Retry after the RetryInfo detail,
     preferably elsewhere.
     * INTERNAL: a fault of the server, also non-finite logits. Report the error id in the message;
