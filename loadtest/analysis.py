@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from loadtest.config import RunConfig
+from loadtest.metrics import RATIOS
 from loadtest.percentiles import (
     Clustered,
     distribution,
@@ -20,34 +21,26 @@ from loadtest.slo import parse_slo
 from loadtest.statistics import ratio_of_ratios, wilson
 from loadtest.summary import Cell, Comparison, Distribution, Estimate, Summary, Validity
 
+if TYPE_CHECKING:
+    from loadtest.runner import BlockCost
+
 MAX_CLIENT_CPU_SHARE = 0.8
 MIN_SEND_LAG_LIMIT_S = 0.001
 MAX_SEND_LAG_SHARE = 0.01
 
 _LEAST_ITL_S = 1e-5
-_RATIOS = (
-    ("ttft", 50), ("ttft", 95), ("itl", 50), ("itl", 95), ("tpot", 50), ("e2e", 50), ("e2e", 95),
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Circumstances:
-    """What the records of a run do not say.
-
-    `client_cpu_shares` are of one core, one value per client process (and block, where known);
-    `problems` are further reasons why the run is not to be believed.
-    """
-
-    client_cpu_shares: Sequence[float]
-    schedule_sha256: str
-    versions: dict[str, str] = field(default_factory=dict)
-    models: tuple[dict[str, object], ...] = ()
-    cross_check: dict[str, object] | None = None
-    problems: tuple[str, ...] = ()
 
 
 def summarize(
-    config: RunConfig, records: Sequence[RequestRecord], circumstances: Circumstances
+    config: RunConfig,
+    schedule_sha256: str,
+    records: Sequence[RequestRecord],
+    costs: Sequence[BlockCost],
+    *,
+    versions: dict[str, str],
+    models: Sequence[dict[str, object]],
+    cross_check: dict[str, object] | None = None,
+    is_interrupted: bool = False,
 ) -> Summary:
     """Return what the measured requests come to; the warm-up's are left out.
 
@@ -55,27 +48,27 @@ def summarize(
         ValueError: `config.slo` cannot be read.
     """
     measured = [record for record in records if record.plan.phase is Phase.MEASURED]
-    loads = sorted({record.plan.load for record in measured})
-    cells = [
-        summarize_cell(config, arm, load, _of(measured, arm, load))
-        for load in loads
+    groups = {
+        (load, arm): _of(measured, arm, load)
+        for load in sorted({record.plan.load for record in measured})
         for arm in config.arms
-    ]
+    }
+    cells = [summarize_cell(config, arm, load, of) for (load, arm), of in groups.items()]
     comparisons = [
-        compare_arms(config, load, _of(measured, config.arms[0], load), _of(measured, arm, load))
-        for load in loads
-        for arm in config.arms[1:]
+        compare_arms(config, groups[load, config.arms[0]], of)
+        for (load, arm), of in groups.items()
+        if arm != config.arms[0]
     ]
     return Summary(
         config=config.model_dump(mode="json"),
-        schedule_sha256=circumstances.schedule_sha256,
-        versions=circumstances.versions,
-        models=circumstances.models,
-        validity=judge_validity(measured, circumstances),
+        schedule_sha256=schedule_sha256,
+        versions=versions,
+        models=tuple(models),
+        validity=judge_validity(measured, costs, is_interrupted),
         num_errors=sum(cell.outcomes.get("error", 0) for cell in cells),
         cells=tuple(cells),
         comparisons=tuple(each for each in comparisons if each is not None),
-        cross_check=circumstances.cross_check,
+        cross_check=cross_check,
     )
 
 
@@ -106,14 +99,14 @@ def summarize_cell(
 
 
 def compare_arms(
-    config: RunConfig, load: float, a: Sequence[RequestRecord], b: Sequence[RequestRecord]
+    config: RunConfig, a: Sequence[RequestRecord], b: Sequence[RequestRecord]
 ) -> Comparison | None:
-    """Return how a compares with b over the pairs that both ended OK; None without any."""
+    """Return how a compares with b at one load, over the pairs both ended OK; None without any."""
     pairs = pair_up(a, b)
     if not pairs:
         return None
     return Comparison(
-        load=load,
+        load=pairs[0][0].plan.load,
         arm_a=pairs[0][0].plan.arm,
         arm_b=pairs[0][1].plan.arm,
         num_pairs=len(pairs),
@@ -140,7 +133,7 @@ def ratios(pairs: Sequence[Pair]) -> dict[str, Estimate]:
         f"{metric}_p{percent}": quantile_ratio(
             _latencies(seconds, metric), _latencies(firsts, metric), percent / 100
         )
-        for metric, percent in _RATIOS
+        for metric, percent in RATIOS
     }
     found["output_tokens_per_s"] = _token_rate_ratio(pairs)
     return {name: ratio for name, ratio in found.items() if ratio is not None}
@@ -157,28 +150,46 @@ def _token_rate_ratio(pairs: Sequence[Pair]) -> Estimate | None:
     return ratio_of_ratios(rates[0], rates[1], [a.plan.prompt_id for a, _ in speaking])
 
 
-def judge_validity(measured: Sequence[RequestRecord], circumstances: Circumstances) -> Validity:
+def judge_validity(
+    measured: Sequence[RequestRecord], costs: Sequence[BlockCost], is_interrupted: bool = False
+) -> Validity:
     """Return whether the client was on time and had time to spare; each arm and load by itself."""
-    problems = list(circumstances.problems)
+    problems = ["it was interrupted: a part of its load is missing"] if is_interrupted else []
     if not measured:
         problems.append("no request was measured")
     groups: dict[tuple[str, float], list[RequestRecord]] = {}
     for record in measured:
         groups.setdefault((record.plan.arm, record.plan.load), []).append(record)
     for (arm, load), group in groups.items():
-        problems += _lag_problem(f"{arm} at load {load:g}", group)
-    cpu_share = max(circumstances.client_cpu_shares, default=None)
-    if cpu_share is not None and cpu_share > MAX_CLIENT_CPU_SHARE:
-        problems.append(
-            f"a client process used {cpu_share:.0%} of a core, more than"
-            f" {MAX_CLIENT_CPU_SHARE:.0%}: give it more --processes or a faster machine"
-        )
+        problems += _lag_problems(f"{arm} at load {load:g}", group)
+    blocks = {record.plan.block for record in measured}
+    costs = [cost for cost in costs if cost.block in blocks]
+    problems += _cost_problems(costs)
     lags_s = _lags_s(measured)
-    lag_s = percentile(lags_s, 99) if lags_s else None
-    return Validity(not problems, tuple(problems), lag_s, cpu_share)
+    return Validity(
+        is_valid=not problems,
+        problems=tuple(problems),
+        send_lag_p99_s=percentile(lags_s, 99) if lags_s else None,
+        max_client_cpu_share=max((cost.cpu_share for cost in costs), default=None),
+    )
 
 
-def _lag_problem(name: str, records: Sequence[RequestRecord]) -> list[str]:
+def _cost_problems(costs: Sequence[BlockCost]) -> Iterator[str]:
+    cpu_share = max((cost.cpu_share for cost in costs), default=0.0)
+    if cpu_share > MAX_CLIENT_CPU_SHARE:
+        yield (
+            f"a client process used {cpu_share:.0%} of a core, more than"
+            f" {MAX_CLIENT_CPU_SHARE:.0%}: give it more processes or a faster machine"
+        )
+    num_idle = len({cost.block for cost in costs if cost.has_run_out})
+    if num_idle:
+        yield (
+            f"in {num_idle} blocks the closed loop had sent all that was planned for it before the"
+            " end: the server answers faster than a closed loop can ask"
+        )
+
+
+def _lag_problems(name: str, records: Sequence[RequestRecord]) -> list[str]:
     lags_s, ended = _lags_s(records), [record.e2e_s for record in records if record.is_ok]
     limit_s = MIN_SEND_LAG_LIMIT_S
     if ended:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loadtest.analysis import Circumstances, compare_arms, pair_up, summarize, summarize_cell
+from loadtest.analysis import compare_arms, pair_up, summarize, summarize_cell
 from loadtest.config import RunConfig
 from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
+from loadtest.runner import BlockCost
 from loadtest.statistics import wilson
 from loadtest.summary import Cell, Estimate, Summary, from_json, to_json
 
@@ -36,9 +38,18 @@ def record(number: int, arm: str = "student", **changes: Any) -> RequestRecord:
     return RequestRecord(plan, sent_s, ended_s, each["status"], samples=[sample])
 
 
-def summary_of(records: list[RequestRecord], config: RunConfig = CONFIG, **facts: Any) -> Summary:
-    facts = {"client_cpu_shares": [0.1], "schedule_sha256": "5e"} | facts
-    return summarize(config, records, Circumstances(**facts))
+def summary_of(
+    records: list[RequestRecord],
+    config: RunConfig = CONFIG,
+    costs: Sequence[BlockCost] = (),
+    *,
+    is_interrupted: bool = False,
+) -> Summary:
+    return summarize(
+        config, "5e", records, costs,
+        versions={"tandem": "1"}, models=[{"name": "student"}], cross_check={"agrees": True},
+        is_interrupted=is_interrupted,
+    )  # fmt: skip
 
 
 def cell_of(records: list[RequestRecord]) -> Cell:
@@ -94,7 +105,7 @@ def test_only_measured_requests_count() -> None:
 
 
 def test_errors_are_counted_apart_from_refusals_deadlines_and_cancels() -> None:
-    statuses = "OK RESOURCE_EXHAUSTED DEADLINE_EXCEEDED CANCELLED INCOMPLETE UNKNOWN".split()
+    statuses = ["OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED", "INCOMPLETE", "NEW"]
     summary = summary_of([record(i, status=status) for i, status in enumerate(statuses)])
     assert summary.num_errors == 2
     assert summary.cells[0].outcomes == {
@@ -108,7 +119,7 @@ def test_ratios_say_how_many_times_as_fast() -> None:
     slow = [
         record(i, "teacher", ttft_s=0.03 * (i + 1), itl_s=0.03, num_tokens=3 + i) for i in range(30)
     ]
-    found = compare_arms(CONFIG, 1.0, fast, slow)
+    found = compare_arms(CONFIG, fast, slow)
     assert found is not None
     assert (found.arm_a, found.arm_b, found.num_pairs) == ("student", "teacher", 30)
     assert {name: each.value for name, each in found.ratios.items()} == pytest.approx(
@@ -123,23 +134,23 @@ def test_comparison_has_the_pairs_that_both_arms_ended() -> None:
     a = [record(0), record(1), record(2, status="INTERNAL")]
     b = [record(0, "teacher"), record(2, "teacher"), record(3, "teacher")]
     assert [each.plan.number for pair in pair_up(a, b) for each in pair] == [0, 0]
-    assert compare_arms(CONFIG, 1.0, a[2:], b) is None
+    assert compare_arms(CONFIG, a[2:], b) is None
 
 
 def test_comparison_leaves_out_what_cannot_be_compared() -> None:
     """One token each: no times between; two pairs: no p95; tokens without time: no ratio."""
     pairs = [[record(i, arm, num_tokens=1) for i in range(2)] for arm in ("student", "teacher")]
-    found = compare_arms(CONFIG, 1.0, *pairs)
+    found = compare_arms(CONFIG, *pairs)
     assert found is not None and list(found.ratios) == [
         "ttft_p50",
         "e2e_p50",
         "output_tokens_per_s",
     ]
     pairs = [[record(i, arm, itl_s=0.0) for i in range(2)] for arm in ("student", "teacher")]
-    found = compare_arms(CONFIG, 1.0, *pairs)
+    found = compare_arms(CONFIG, *pairs)
     assert found is not None and "itl_p50" not in found.ratios
     pairs = [[record(i, arm, num_tokens=0) for i in range(2)] for arm in ("student", "teacher")]
-    found = compare_arms(CONFIG, 1.0, *pairs)
+    found = compare_arms(CONFIG, *pairs)
     assert found is not None and list(found.ratios) == ["e2e_p50"]
 
 
@@ -152,8 +163,8 @@ def test_quality_of_both_arms_is_compared_request_by_request() -> None:
     assert found.agreement is not None and found.agreement.value == 3 / 8
 
 
-def problems(records: list[RequestRecord], **facts: Any) -> str:
-    validity = summary_of(records, **facts).validity
+def problems(records: list[RequestRecord], *costs: BlockCost, is_interrupted: bool = False) -> str:
+    validity = summary_of(records, costs=costs, is_interrupted=is_interrupted).validity
     assert validity.is_valid == (not validity.problems)
     return "; ".join(validity.problems)
 
@@ -177,14 +188,22 @@ def test_slow_arm_does_not_excuse_lag_towards_a_fast_one() -> None:
 
 
 def test_busy_client_makes_the_run_invalid() -> None:
-    assert not problems([record(0)], client_cpu_shares=[0.8])
-    busy = problems([record(0)], client_cpu_shares=[0.1, 0.81])
-    assert "a client process used 81% of a core, more than 80%" in busy
+    """Blocks of the warm-up, such as 7, do not count."""
+    idle = [BlockCost(0, 0, 0.8), BlockCost(0, 7, 0.99)]
+    assert not problems([record(0)], *idle)
+    busy = problems([record(0)], *idle, BlockCost(1, 0, 0.81))
+    assert busy.startswith("a client process used 81% of a core, more than 80%")
+    assert summary_of([record(0)], costs=idle).validity.max_client_cpu_share == 0.8
 
 
-def test_run_that_measured_nothing_or_has_another_problem_is_invalid() -> None:
+def test_closed_loop_that_ran_out_of_requests_is_invalid() -> None:
+    out = BlockCost(0, 0, 0.1, has_run_out=True)
+    assert problems([record(0)], out).startswith("in 1 blocks the closed loop had sent all")
+
+
+def test_run_that_measured_nothing_or_was_interrupted_is_invalid() -> None:
     assert problems([]) == "no request was measured"
-    assert problems([record(0)], problems=("interrupted",)) == "interrupted"
+    assert problems([record(0)], is_interrupted=True).startswith("it was interrupted")
 
 
 def test_closed_loop_has_no_lag_and_its_concurrency_as_load() -> None:
@@ -195,9 +214,7 @@ def test_closed_loop_has_no_lag_and_its_concurrency_as_load() -> None:
 
 def test_summary_survives_its_json() -> None:
     records = [record(i, arm, is_correct=i % 2 == 0) for arm in CONFIG.arms for i in range(25)]
-    summary = summary_of(
-        records, models=({"name": "student"},), versions={"tandem": "1"}, cross_check={"x": [1]}
-    )
+    summary = summary_of(records)
     assert from_json(to_json(summary)) == summary
     assert summary.cell("student", 1.0) == summary.cells[0] and summary.cell("x", 1.0) is None
     (quality,) = {cell.quality.pass_at_k[1] for cell in summary.cells if cell.quality}

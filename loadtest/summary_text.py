@@ -1,0 +1,122 @@
+"""`summary.md`: what a run found, in a page of text. What spoils it comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from loadtest.summary import Cell, Comparison, Estimate, Summary
+
+_PERCENTILES = ("p50", "p90", "p95", "p99")
+_OUTCOMES = {
+    "error": "errors",
+    "rejected": "rejections",
+    "deadline": "deadlines exceeded",
+    "cancelled": "cancellations",
+}
+
+
+def to_markdown(summary: Summary) -> str:
+    """Return the page; INVALID runs and runs with failures say so in its first lines."""
+    lines = [*_warnings(summary), "# Load test", ""]
+    lines += [f"Schedule {summary.schedule_sha256}. In brackets: 95 % intervals.", ""]
+    for comparison in summary.comparisons:
+        lines += [*_compare(summary, comparison), ""]
+    lines += ["## Latency", "", *_latency_table(summary), ""]
+    lines += ["## Load and quality", "", *_load_table(summary), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _warnings(summary: Summary) -> Iterator[str]:
+    if not summary.validity.is_valid:
+        yield f"**INVALID**: {'; '.join(summary.validity.problems)}."
+        yield ""
+    failures = describe_failures(summary)
+    if failures:
+        yield f"**{failures}.**"
+        yield ""
+
+
+def describe_failures(summary: Summary) -> str:
+    """Return how many measured requests failed, each kind apart; "" when none did."""
+    counts = dict.fromkeys(_OUTCOMES, 0)
+    for cell in summary.cells:
+        for outcome in counts:
+            counts[outcome] += cell.outcomes.get(outcome, 0)
+    if not any(counts.values()):
+        return ""
+    kinds = ", ".join(f"{count} {_OUTCOMES[name]}" for name, count in counts.items() if count)
+    num_offered = sum(cell.num_offered for cell in summary.cells)
+    return f"{sum(counts.values())} of {num_offered} requests failed: {kinds}"
+
+
+def _compare(summary: Summary, found: Comparison) -> Iterator[str]:
+    a, b = found.arm_a, found.arm_b
+    yield f"## {a} against {b} at {_load(summary, found.load)}"
+    yield ""
+    yield f"{found.num_pairs} pairs of requests."
+    yield ""
+    for name, ratio in found.ratios.items():
+        yield f"* {name}: {a} is {_estimate(ratio, 'x')} as fast"
+    for name, difference in found.differences.items():
+        yield f"* {name}: {a} − {b} = {_estimate(difference, points=True)}"
+    if found.mcnemar_p is not None:
+        yield f"* McNemar's p of their being right alike: {found.mcnemar_p:.3g}"
+    if found.agreement is not None:
+        yield f"* same majority answer: {_estimate(found.agreement)}"
+
+
+def _latency_table(summary: Summary) -> Iterator[str]:
+    yield from _row("arm", "load", "milliseconds", "count", "mean", *_PERCENTILES)
+    yield from _row(*["---"] * 9)
+    for cell in summary.cells:
+        for name in ("ttft", "itl", "tpot", "e2e"):
+            found = getattr(cell, name)
+            mean = "–" if found.mean is None else f"{1000 * found.mean:.4g}"
+            values = [_milliseconds(getattr(found, each)) for each in _PERCENTILES]
+            yield from _row(cell.arm, f"{cell.load:g}", name, found.count, mean, *values)
+
+
+def _load_table(summary: Summary) -> Iterator[str]:
+    ks = sorted({k for c in summary.cells if c.quality for k in c.quality.pass_at_k})
+    quality = [*(f"pass@{k}" for k in ks), "majority", "k3", "exact KL"]
+    header = ["arm", "load", "offered", "ok", "req/s", "tokens/s", "goodput", *quality]
+    yield from _row(*header)
+    yield from _row(*["---"] * len(header))
+    for cell in summary.cells:
+        yield from _row(
+            cell.arm, f"{cell.load:g}", cell.num_offered, cell.outcomes.get("ok", 0),
+            f"{cell.throughput_rps:.3g}", f"{cell.output_tokens_per_s:.4g}",
+            _estimate(cell.goodput), *_quality(cell, ks),
+        )  # fmt: skip
+
+
+def _quality(cell: Cell, ks: Iterable[int]) -> list[str]:
+    found = cell.quality
+    pass_at_k = [_estimate(found.pass_at_k.get(k) if found else None) for k in ks]
+    others = (found.majority_correct, found.k3, found.exact_kl) if found else (None,) * 3
+    return [*pass_at_k, *map(_estimate, others)]
+
+
+def _row(*cells: object) -> Iterator[str]:
+    yield f"| {' | '.join(map(str, cells))} |"
+
+
+def _load(summary: Summary, load: float) -> str:
+    is_closed = summary.config.get("arrival") == "closed"
+    return f"{load:g} requests at a time (closed loop)" if is_closed else f"{load:g} requests/s"
+
+
+def _milliseconds(estimate: Estimate | None) -> str:
+    return _estimate(estimate, factor=1000)
+
+
+def _estimate(
+    estimate: Estimate | None, unit: str = "", *, factor: float = 1.0, points: bool = False
+) -> str:
+    if estimate is None:
+        return "–"
+    style = "+.3f" if points else ".4g" if factor != 1 else ".3g"
+    value = f"{factor * estimate.value:{style}}{unit}"
+    if estimate.low is None or estimate.high is None:
+        return value
+    return f"{value} [{factor * estimate.low:{style}}, {factor * estimate.high:{style}}]"
