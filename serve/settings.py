@@ -120,7 +120,8 @@ def _of_file(path: Path) -> dict[str, Given]:
 def _parsed_file(path: Path) -> dict[Any, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        parsed = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+        is_toml = path.suffix == ".toml"
+        parsed = tomllib.loads(text) if is_toml else yaml.load(text, _StrictLoader)
     except OSError as error:
         raise SettingsError(f"--config {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:
@@ -131,6 +132,19 @@ def _parsed_file(path: Path) -> dict[Any, Any]:
     if not isinstance(parsed, dict):
         raise SettingsError(f"--config {path} holds {parsed!r}, not settings by their names")
     return parsed
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a name may be given once; by itself the last one would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name!r} is given {names.count(name)} times", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def _of_environment(environ: Mapping[str, str]) -> dict[str, Given]:
@@ -177,7 +191,7 @@ def _located(name: str, value: Any, folder: Path) -> Any:
 
 def _explain(error: ErrorDetails, given: Mapping[str, Given]) -> str:
     """Return one line about a value that ServeConfig refused."""
-    text = error["msg"].removeprefix("Value error, ")
+    text = error["msg"].removeprefix("Value error, ").replace("frozenset", "list")
     if not error["loc"]:  # of several settings together
         return text
     name, *inner = map(str, error["loc"])
@@ -186,7 +200,8 @@ def _explain(error: ErrorDetails, given: Mapping[str, Given]) -> str:
     if error["type"] == "extra_forbidden":
         return f"{given[name].origin}: there is no such setting{_nearest(name)}"
     place = ".".join([given[name].origin, *inner])
-    as_json = " as JSON" if is_collection(name) and not inner else ""
+    is_form = error["type"] != "value_error"
+    as_json = " as JSON" if is_form and is_collection(name) and not inner else ""
     return f"{place}: {text}{as_json}, got {error['input']!r}"
 
 

@@ -131,7 +131,7 @@ def test_all_errors_are_reported_together_a_line_each(tmp_path: Path) -> None:
         "env TANDEM_PORT: Input should be a valid integer, unable to parse string as an integer, "
         "got 'tcp://10.0.0.1:50051'",
         "flag --shadow-rate: Input should be less than or equal to 1, got '2'",
-        "env TANDEM_TASKS: Input should be a valid frozenset as JSON, got '[math'",
+        "env TANDEM_TASKS: Input should be a valid list as JSON, got '[math'",
         f"file {file}: max_num_seq: there is no such setting; did you mean max_num_seqs?",
     ]
 
@@ -271,3 +271,10 @@ def test_example_of_the_docs_loads(tmp_path: Path) -> None:
     assert config.bundle == tmp_path / "bundle"
     assert config.shadow_rate == 0.05
     assert config.answer_formats
+
+
+def test_setting_given_twice_in_a_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("bundle: b\nmax_num_seqs: 4\nmax_num_seqs: 5\n")
+    with pytest.raises(SettingsError, match="'max_num_seqs' is given 2 times"):
+        load_settings({}, {}, file)
