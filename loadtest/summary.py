@@ -7,8 +7,13 @@ throughout; every interval is a 95 % one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import TypeAdapter
+
+from bundle.errors import UserError
+
+SUMMARY_FILE = "summary.json"
 
 # gRPC codes that are answers about load or time; all others but OK are errors.
 _OUTCOMES = {
@@ -166,3 +171,14 @@ def to_json(summary: Summary) -> str:
 def from_json(text: str) -> Summary:
     """Return what `to_json` wrote. ValueError: it is something else."""
     return _SUMMARY.validate_json(text)
+
+
+def read_summary(folder: Path) -> Summary:
+    """Return a run's summary. UserError: the folder has none, or a broken one."""
+    path = folder / SUMMARY_FILE
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not what a run writes: {error}") from None

@@ -17,10 +17,11 @@ _OUTCOMES = {
 
 def to_markdown(summary: Summary) -> str:
     """Return the page; INVALID runs and runs with failures say so in its first lines."""
+    is_closed = summary.config.get("arrival") == "closed"
     lines = [*_warnings(summary), "# Load test", ""]
     lines += [f"Schedule {summary.schedule_sha256}. In brackets: 95 % intervals.", ""]
     for comparison in summary.comparisons:
-        lines += [*_compare(summary, comparison), ""]
+        lines += [*describe_comparison(comparison, is_closed), ""]
     lines += ["## Latency", "", *_latency_table(summary), ""]
     lines += ["## Load and quality", "", *_load_table(summary), ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -49,20 +50,22 @@ def describe_failures(summary: Summary) -> str:
     return f"{sum(counts.values())} of {num_offered} requests failed: {kinds}"
 
 
-def _compare(summary: Summary, found: Comparison) -> Iterator[str]:
+def describe_comparison(found: Comparison, is_closed: bool) -> Iterator[str]:
+    """Yield the lines of one comparison, its heading first."""
     a, b = found.arm_a, found.arm_b
-    yield f"## {a} against {b} at {_load(summary, found.load)}"
+    unit = "requests at a time (closed loop)" if is_closed else "requests/s"
+    yield f"## {a} against {b} at {found.load:g} {unit}"
     yield ""
     yield f"{found.num_pairs} pairs of requests."
     yield ""
     for name, ratio in found.ratios.items():
-        yield f"* {name}: {a} is {_estimate(ratio, 'x')} as fast"
+        yield f"* {name}: {a} is {show_estimate(ratio, 'x')} as fast"
     for name, difference in found.differences.items():
-        yield f"* {name}: {a} − {b} = {_estimate(difference, points=True)}"
+        yield f"* {name}: {a} − {b} = {show_estimate(difference, points=True)}"
     if found.mcnemar_p is not None:
         yield f"* McNemar's p of their being right alike: {found.mcnemar_p:.3g}"
     if found.agreement is not None:
-        yield f"* same majority answer: {_estimate(found.agreement)}"
+        yield f"* same majority answer: {show_estimate(found.agreement)}"
 
 
 def _latency_table(summary: Summary) -> Iterator[str]:
@@ -86,33 +89,29 @@ def _load_table(summary: Summary) -> Iterator[str]:
         yield from _row(
             cell.arm, f"{cell.load:g}", cell.num_offered, cell.outcomes.get("ok", 0),
             f"{cell.throughput_rps:.3g}", f"{cell.output_tokens_per_s:.4g}",
-            _estimate(cell.goodput), *_quality(cell, ks),
+            show_estimate(cell.goodput), *_quality(cell, ks),
         )  # fmt: skip
 
 
 def _quality(cell: Cell, ks: Iterable[int]) -> list[str]:
     found = cell.quality
-    pass_at_k = [_estimate(found.pass_at_k.get(k) if found else None) for k in ks]
+    pass_at_k = [show_estimate(found.pass_at_k.get(k) if found else None) for k in ks]
     others = (found.majority_correct, found.k3, found.exact_kl) if found else (None,) * 3
-    return [*pass_at_k, *map(_estimate, others)]
+    return [*pass_at_k, *map(show_estimate, others)]
 
 
 def _row(*cells: object) -> Iterator[str]:
     yield f"| {' | '.join(map(str, cells))} |"
 
 
-def _load(summary: Summary, load: float) -> str:
-    is_closed = summary.config.get("arrival") == "closed"
-    return f"{load:g} requests at a time (closed loop)" if is_closed else f"{load:g} requests/s"
-
-
 def _milliseconds(estimate: Estimate | None) -> str:
-    return _estimate(estimate, factor=1000)
+    return show_estimate(estimate, factor=1000)
 
 
-def _estimate(
+def show_estimate(
     estimate: Estimate | None, unit: str = "", *, factor: float = 1.0, points: bool = False
 ) -> str:
+    """Write a number with its interval, – where there is none; `points` with a sign."""
     if estimate is None:
         return "–"
     style = "+.3f" if points else ".4g" if factor != 1 else ".3g"
