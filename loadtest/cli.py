@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from loadtest.config import RunConfig
     from loadtest.find_max import MaxRate
     from loadtest.schedule import Schedule
-    from loadtest.summary import Summary
     from loadtest.targets import Credentials
 
 HELP = """Measure under load which model is faster, which is worse, and whether it is real.
@@ -34,6 +33,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="The last line on stdout is
 
 class InvalidRunError(UserError):
     """A run was made, but its numbers are not those of the server."""
+
+    exit_code = 3
+
+
+class GateBrokenError(UserError):
+    """A run does not keep a limit."""
 
     exit_code = 3
 
@@ -65,10 +70,10 @@ def run(
 
 def _run(config: RunConfig, credentials: Credentials, as_json: bool) -> None:
     from loadtest import run
-    from loadtest.summary import to_json
+    from loadtest.summary import read_summary, to_json
 
     folder = run.run(config, credentials, Reporter())
-    summary = _read_summary(folder)
+    summary = read_summary(folder)
     if as_json:
         _print_json({"out": str(folder), "summary": json.loads(to_json(summary))})
     else:
@@ -146,19 +151,63 @@ def report(folder: Folder) -> None:
     typer.echo(str(write_report(folder)))
 
 
-# --- shared
+@app.command()
+def compare(
+    before: Folder,
+    after: Folder,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also where the runs were asked different things.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two runs: what got faster or slower, better or worse."""
+    from loadtest import compare
+
+    found = compare.compare_runs(before, after, is_forced=force)
+    if as_json:
+        typer.echo(compare.to_json(found))
+    else:
+        typer.echo(compare.to_text(found), nl=False)
 
 
-def _read_summary(folder: Path) -> Summary:
-    from loadtest import summary
+def _limit(flag: str, help: str) -> Any:
+    return typer.Option(flag, metavar="ARM.METRIC=NUMBER", help=f"{help} May be repeated.")
 
-    path = folder / "summary.json"
-    try:
-        return summary.from_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not what a run writes: {error}") from None
+
+@app.command()
+def gate(
+    folder: Folder,
+    lower: Annotated[
+        list[str] | None, _limit("--min", "At least this; at one load alone: ARM@LOAD.METRIC=….")
+    ] = None,
+    upper: Annotated[
+        list[str] | None, _limit("--max", "At most this, such as student.ttft_p95=0.3.")
+    ] = None,
+    max_regress: Annotated[
+        list[str] | None, _limit("--max-regress", "At most by this share worse than --baseline.")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="An earlier run's folder.", exists=True, file_okay=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hold a run against limits; exit with 3, and say which one broke, unless it keeps them all."""
+    from loadtest.gate import check, parse_limit
+    from loadtest.summary import read_summary
+
+    limits = [parse_limit("min", text) for text in lower or ()]
+    limits += [parse_limit("max", text) for text in upper or ()]
+    limits += [parse_limit("max-regress", text) for text in max_regress or ()]
+    if not limits:
+        raise SettingsError("a gate without limits holds nothing; give --min, --max, --max-regress")
+    broken = check(read_summary(folder), read_summary(baseline) if baseline else None, limits)
+    reasons = [str(each) for each in broken]
+    if as_json:
+        _print_json({"is_open": not broken, "broken": reasons})
+    elif not broken:
+        typer.echo(f"{folder} keeps all limits: {len(limits)}")
+    if broken:
+        raise GateBrokenError(f"{folder} breaks a limit: {'; '.join(reasons)}")
 
 
 def _print_json(value: object) -> None:

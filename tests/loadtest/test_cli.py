@@ -15,7 +15,8 @@ import tandem
 from loadtest.config import RunConfig
 from loadtest.find_max import MaxRate
 from loadtest.progress import Reporter
-from loadtest.summary import Summary, Validity, to_json
+from loadtest.requests_file import REQUESTS_FILE, write_requests
+from loadtest.summary import Cell, Distribution, Estimate, Summary, Validity, to_json
 from loadtest.targets import Credentials
 
 Main = Callable[..., tuple[int, str, str]]
@@ -47,7 +48,7 @@ class Pipeline:
 
     def run(self, config: RunConfig, credentials: Credentials, reporter: Reporter) -> Path:
         self.config, self.credentials = config, credentials
-        write_summary(config.out, self.validity)
+        write_run(config.out, self.validity)
         (config.out / "summary.md").write_text("# what came of it\n")
         return config.out
 
@@ -60,10 +61,22 @@ class Pipeline:
         return {"student": self.rate}
 
 
-def write_summary(folder: Path, validity: Validity) -> None:
+def write_run(
+    folder: Path, validity: Validity = VALID, ttft_p95: float = 0.2, seed: int = 3
+) -> Path:
+    """Write a run of 40 requests at one load, as summary.json has it."""
+    p95 = Estimate(ttft_p95, None, None, 40)
+    nothing = Distribution(0, None, None, None, None, None)
+    cell = Cell(
+        "student", 1.0, 40, {"OK": 40}, Distribution(40, 0.1, None, None, p95, None),
+        nothing, nothing, nothing, None, 1.0, 10.0, None, None,
+    )  # fmt: skip
+    config = RunConfig(out=folder, seed=seed, max_tokens=seed).model_dump(mode="json")
+    summary = Summary(config, f"{seed:064}", {}, (), validity, 0, (cell,), ())
     folder.mkdir()
-    summary = Summary({"seed": 3}, "0" * 64, {}, (), validity, 0, (), ())
     (folder / "summary.json").write_text(to_json(summary))
+    write_requests(folder / REQUESTS_FILE, [])
+    return folder
 
 
 @pytest.fixture
@@ -105,7 +118,7 @@ def test_last_line_of_a_run_is_json(main: Main, pipeline: Pipeline, tmp_path: Pa
     found = json.loads(printed.splitlines()[-1])
     assert code == 0
     assert found["out"] == str(tmp_path / "run")
-    assert found["summary"]["config"] == {"seed": 3}
+    assert found["summary"]["config"]["seed"] == 3
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
@@ -189,6 +202,103 @@ def test_plan_of_a_missing_dataset_exits_with_1(main: Main, tmp_path: Path) -> N
     code, _, complaint = main("plan", "--dataset", tmp_path / "missing.jsonl")
     assert code == 1
     assert "is no file" in complaint
+
+
+# report, compare
+
+
+def test_report_of_a_folder_that_is_no_run_exits_with_1(main: Main, tmp_path: Path) -> None:
+    code, _, complaint = main("report", tmp_path)
+    assert code == 1
+    assert "summary.json" in complaint
+
+
+def test_report_is_written_anew(main: Main, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "run.json").write_text("{}")
+    assert main("report", run) == (0, f"{run / 'report.html'}\n", "")
+    assert "</html>" in (run / "report.html").read_text()
+
+
+def test_two_runs_are_compared(main: Main, tmp_path: Path) -> None:
+    before = write_run(tmp_path / "before")
+    after = write_run(tmp_path / "after", ttft_p95=0.25)
+    code, printed, complaint = main("compare", before, after)
+    assert (code, complaint) == (0, "")
+    row = next(line for line in printed.splitlines() if "ttft_p95" in line)
+    assert row.endswith("25.0% worse |")
+    code, printed, _ = main("compare", before, after, "--json")
+    changes = json.loads(printed.splitlines()[-1])["changes"]
+    assert [each["worse_share"] for each in changes if each["metric"] == "ttft_p95"] == [0.25]
+
+
+def test_runs_of_different_settings_are_compared_by_force_only(main: Main, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    code, _, complaint = main("compare", *runs)
+    assert code == 1
+    assert "max_tokens is 1 and 2" in complaint
+    assert main("compare", *runs, "--force")[0] == 0
+
+
+# gate
+
+
+def test_run_that_keeps_its_limits_passes(main: Main, tmp_path: Path) -> None:
+    before = write_run(tmp_path / "before", ttft_p95=0.19)
+    run = write_run(tmp_path / "run")
+    code, printed, complaint = main(
+        *("gate", run, "--max", "student.ttft_p95=0.2", "--min", "student@1.ttft_p95=0.2"),
+        *("--max-regress", "student.ttft_p95=0.1", "--baseline", before),
+    )
+    assert (code, complaint) == (0, "")
+    assert printed == f"{run} keeps all limits: 3\n"
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [
+        (("--max", "student.ttft_p95=0.1"), "--max student.ttft_p95=0.1: 0.2 is more at load 1"),
+        (("--min", "student.ttft_p95=0.3"), "--min student.ttft_p95=0.3: 0.2 is less at load 1"),
+        (("--max-regress", "student.ttft_p95=0.1"), "0.2 after 0.1 is 100.0% worse at load 1"),
+    ],
+)
+def test_broken_limit_exits_with_3_and_one_line(
+    main: Main, tmp_path: Path, limit: tuple[str, str], reason: str
+) -> None:
+    before = write_run(tmp_path / "before", ttft_p95=0.1)
+    run = write_run(tmp_path / "run")
+    words = ("gate", run, *limit, "--max", "student.ttft_p95=1", "--baseline", before)
+    code, printed, complaint = main(*words)
+    assert (code, printed) == (3, "")
+    assert complaint.startswith(f"tandem: {run} breaks a limit: {limit[0]} student.ttft_p95=")
+    assert complaint.endswith(f"{reason}\n")
+    assert complaint.count("\n") == 1
+    found = json.loads(main(*words, "--json")[1])
+    assert not found["is_open"]
+    assert [each.endswith(reason) for each in found["broken"]] == [True]
+
+
+def test_invalid_run_breaks_every_gate(main: Main, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", SLOW)
+    code, _, complaint = main("gate", run, "--max", "student.ttft_p95=1")
+    assert code == 3
+    assert "the run is INVALID: send lag p99 is 9 ms" in complaint
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "a gate without limits holds nothing"),
+        (["--max", "student.ttft_p95"], "write ARM.METRIC=NUMBER"),
+        (["--max", "nobody.ttft_p95=1"], "no arm 'nobody'"),
+    ],
+)
+def test_gate_without_a_sound_limit_is_wrong_usage(
+    main: Main, tmp_path: Path, words: list[str], message: str
+) -> None:
+    code, _, complaint = main("gate", write_run(tmp_path / "run"), *words)
+    assert code == 2
+    assert message in complaint
 
 
 # help
