@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from estimators import consensus
 from estimators.answers import canonicalise, extract
 from estimators.consensus import Vote
 from estimators.pass_at_k import pass_at_k
-from serve.answer_classes import equivalents_of, representatives
+from serve.answer_classes import classify, matches
 from serve.arms import ArmResult, SampleResult
-from serve.equivalence import AnswerWorker, check_available
+from serve.equivalence import AnswerWorker, Claim, NoResult, Turn, check_available
 from serve.routing import Role
 from serve.specs import AnswerMatch, EvaluationSpec
 
@@ -40,11 +41,17 @@ class ConsensusOutcome(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Votes and pass@k by model. Models of which a sample failed are left out."""
+    """Votes and pass@k by model. Models of which a sample failed or is undecided are left out.
+
+    `undecided` counts the samples of which the worker could not say what they answer, whether that
+    is right, or which of the other answers it equals. The last leaves a pass@k against a reference
+    answer as it is.
+    """
 
     votes: dict[Role, Vote]
     pass_at_k: dict[Role, dict[int, float]]
     reference_kind: ReferenceKind | None
+    undecided: Mapping[NoResult, int] = field(default_factory=dict)
 
     @property
     def same_answer(self) -> bool | None:
@@ -65,12 +72,25 @@ class Agreement:
         return ConsensusOutcome.AGREE if self.same_answer else ConsensusOutcome.DISAGREE
 
 
+@dataclass(slots=True)
+class Case(Claim):
+    """One request before the judge: its claim on the worker, and its samples without a result."""
+
+    undecided: dict[tuple[Role, int], NoResult] = field(default_factory=dict)
+
+    def has_undecided(self, role: Role) -> bool:
+        return any(undecided_role is role for undecided_role, _ in self.undecided)
+
+    def add_undecided(self, sample: SampleResult, reason: NoResult) -> None:
+        self.undecided[sample.role, sample.index] = reason
+
+
 class Judge:
     """Extracts answers and judges them, in the worker only what must not run here.
 
     Built-in formats and canonical forms take linear time and stay on the loop; patterns of the
-    configuration and symbolic comparisons go to `worker`. Where that has no result, a pattern finds
-    no answer and canonical forms decide.
+    configuration and symbolic comparisons go to `worker`. What has no result there is undecided,
+    which is neither an absent answer nor a wrong one.
     """
 
     def __init__(self, worker: AnswerWorker, formats: Mapping[str, re.Pattern[str]]) -> None:
@@ -83,28 +103,24 @@ class Judge:
             check_available()
 
     async def read_answers(
-        self, samples: Sequence[SampleResult], evaluation: EvaluationSpec
+        self, samples: Sequence[SampleResult], evaluation: EvaluationSpec, case: Case | None = None
     ) -> None:
-        """Set the samples' `answer` and `correct`.
+        """Set the samples' `answer` and `correct`, or one or both not, and say so in the case.
 
-        Those that did not end well have neither; `correct` needs a reference answer.
+        Those that did not end well have neither; `correct` needs a reference answer. One case is
+        for all that is read and judged of a request.
         """
+        case = case if case is not None else Case()
         complete = [sample for sample in samples if sample.is_complete]
-        texts = [sample.text for sample in complete]
-        answers = await self._extract(texts, evaluation.answer_format)
-        for sample, answer in zip(complete, answers, strict=True):
-            sample.answer = canonicalise(answer)
-        gold = canonicalise(evaluation.reference_answer)
-        if gold is None:
-            return
-        right = frozenset({gold})
-        if evaluation.answer_match is AnswerMatch.SYMBOLIC:
-            right = await equivalents_of(gold, [s.answer for s in complete], self._worker)
-        for sample in complete:
-            sample.correct = sample.answer in right
+        async with self._worker.turn(case) as turn:
+            await self._extract(complete, evaluation.answer_format, case, turn)
+            gold = canonicalise(evaluation.reference_answer)
+            if gold is not None:
+                extracted = [s for s in complete if (s.role, s.index) not in case.undecided]
+                await _grade(gold, extracted, evaluation.answer_match, case, turn)
 
     async def judge(
-        self, evaluation: EvaluationSpec, arms: Sequence[ArmResult]
+        self, evaluation: EvaluationSpec, arms: Sequence[ArmResult], case: Case | None = None
     ) -> Agreement | None:
         """Vote and estimate pass@k on answers that were read; None when none are extracted.
 
@@ -113,45 +129,83 @@ class Judge:
         """
         if evaluation.answer_format == "none":
             return None
-        complete = {arm.role: arm.samples for arm in arms if arm.is_complete}
-        answers = await self._comparable_answers(complete, evaluation)
+        case = case if case is not None else Case()
+        read = {
+            arm.role: arm.samples
+            for arm in arms
+            if arm.is_complete and not case.has_undecided(arm.role)
+        }
+        answers = await self._comparable_answers(read, evaluation.answer_match, case)
         votes = {role: consensus.majority_vote(of_role) for role, of_role in answers.items()}
+        undecided = Counter(case.undecided.values())
         if evaluation.reference_answer is not None:
-            outcomes = {role: [bool(s.correct) for s in of] for role, of in complete.items()}
-            return _agreement(votes, outcomes, evaluation, ReferenceKind.GOLD)
+            outcomes = {role: [bool(s.correct) for s in of] for role, of in read.items()}
+            rates = _pass_at_k(outcomes, evaluation.pass_at_k)
+            return Agreement(votes, rates, ReferenceKind.GOLD, undecided)
         majority = votes[Role.TEACHER].answer if Role.TEACHER in votes else None
         if majority is None:
-            return Agreement(votes, {}, None)
+            return Agreement(votes, {}, None, undecided)
         outcomes = {role: [a == majority for a in of] for role, of in answers.items()}
-        return _agreement(votes, outcomes, evaluation, ReferenceKind.TEACHER_CONSENSUS)
+        rates = _pass_at_k(outcomes, evaluation.pass_at_k)
+        return Agreement(votes, rates, ReferenceKind.TEACHER_CONSENSUS, undecided)
 
-    async def _extract(self, texts: Sequence[str], answer_format: str) -> list[str | None]:
+    async def _extract(
+        self, samples: Iterable[SampleResult], answer_format: str, case: Case, turn: Turn
+    ) -> None:
         pattern = self._formats.get(answer_format)
-        if pattern is not None:
-            return await self._worker.extract(pattern.pattern, texts) if texts else []
-        return [extract(text, answer_format) for text in texts]
+        for sample in samples:
+            if pattern is None:
+                found: str | NoResult | None = extract(sample.text, answer_format)
+            else:
+                found = await turn.extract(pattern.pattern, sample.text)
+            if isinstance(found, NoResult):
+                case.add_undecided(sample, found)
+            else:
+                sample.answer = canonicalise(found)
 
     async def _comparable_answers(
-        self, samples: Mapping[Role, Sequence[SampleResult]], evaluation: EvaluationSpec
+        self, samples: Mapping[Role, Sequence[SampleResult]], match: AnswerMatch, case: Case
     ) -> dict[Role, list[str | None]]:
-        """Return the answers by role, spelled so that the same ones are equal."""
+        """Return the answers by role, spelled so that the same ones are equal.
+
+        Roles of which that is not known are left out.
+        """
         roles = [role for role in Role if role in samples]  # the student's spelling comes first
         answers = {role: [sample.answer for sample in samples[role]] for role in roles}
-        if evaluation.answer_match is AnswerMatch.EXACT:
+        if match is AnswerMatch.EXACT:
             return answers
-        in_order = [answer for role in roles for answer in answers[role]]
-        first = await representatives(in_order, self._worker)
-        return {role: [a and first[a] for a in of_role] for role, of_role in answers.items()}
+        in_order = [a for role in roles for a in answers[role] if a is not None]
+        async with self._worker.turn(case) as turn:
+            classes = await classify(in_order, turn)
+        for sample in (sample for role in roles for sample in samples[role]):
+            if sample.answer in classes.undecided:
+                case.add_undecided(sample, classes.undecided[sample.answer])
+        return {
+            role: [a and classes.first[a] for a in of_role]
+            for role, of_role in answers.items()
+            if not case.has_undecided(role)
+        }
 
 
-def _agreement(
-    votes: dict[Role, Vote],
-    outcomes: Mapping[Role, Sequence[bool]],
-    evaluation: EvaluationSpec,
-    kind: ReferenceKind,
-) -> Agreement:
-    rates = {
-        role: {k: float(pass_at_k(len(of), sum(of), k)) for k in evaluation.pass_at_k}
+async def _grade(
+    gold: str, samples: Sequence[SampleResult], match: AnswerMatch, case: Case, turn: Turn
+) -> None:
+    """Set `correct` where that is known. An absent answer is wrong."""
+    outcomes: dict[str, bool | NoResult] = {gold: True}
+    if match is AnswerMatch.SYMBOLIC:
+        outcomes |= await matches(gold, [s.answer for s in samples if s.answer is not None], turn)
+    for sample in samples:
+        outcome = False if sample.answer is None else outcomes.get(sample.answer, False)
+        if isinstance(outcome, NoResult):
+            case.add_undecided(sample, outcome)
+        else:
+            sample.correct = outcome
+
+
+def _pass_at_k(
+    outcomes: Mapping[Role, Sequence[bool]], ks: Iterable[int]
+) -> dict[Role, dict[int, float]]:
+    return {
+        role: {k: float(pass_at_k(len(of), sum(of), k)) for k in ks}
         for role, of in outcomes.items()
     }
-    return Agreement(votes, rates, kind)

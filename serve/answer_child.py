@@ -66,9 +66,11 @@ def _read(text: str) -> list[Any]:
 
 
 def extract(pattern: str, text: str) -> str | None:
-    """Return group 1 of the pattern's last match; None where there is no match or no such group.
+    """Return group 1 of the pattern's last match; None where there is none, or that lacks it.
 
-    >>> extract("= ([0-9]+)", "1 + 1 = 2, so 2 + 2 = 4"), extract("x()", "y")
+    The pattern has such a group (`serve.answer_formats` sees to it).
+
+    >>> extract("= ([0-9]+)", "1 + 1 = 2, so 2 + 2 = 4"), extract("x|(y)", "yx")
     ('4', None)
     """
     answer: str | None = None

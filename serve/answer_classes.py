@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-from serve.equivalence import AnswerWorker
+from serve.equivalence import NoResult, Turn
 
-_MAX_COMPARISONS = 256
-# Each comparison without a result costs the worker's limit and a restart.
-_MAX_FAILURES = 2
 _MAX_CHARS = 500
 
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:/[0-9]+)?")
@@ -47,55 +45,46 @@ def _is_mathematics(text: str) -> bool:
     return all(word.startswith("\\") or word in _FUNCTIONS for word in _WORD.findall(text))
 
 
-async def equivalents_of(
-    gold: str, answers: Iterable[str | None], worker: AnswerWorker
-) -> frozenset[str]:
-    """Return those of the answers that are the same as the gold one."""
-    distinct = list(dict.fromkeys(answer for answer in answers if answer is not None))
-    to_compare = [
-        answer for answer in distinct if answer != gold and may_be_equivalent(gold, answer)
-    ]
-    outcomes = (
-        await worker.equivalent([(gold, answer) for answer in to_compare]) if to_compare else []
-    )
-    same = {answer for answer, is_same in zip(to_compare, outcomes, strict=True) if is_same}
-    return frozenset(same | {gold})
+@dataclass(frozen=True, slots=True)
+class AnswerClasses:
+    """Maps each answer to the first one that is the same.
 
-
-async def representatives(answers: Iterable[str | None], worker: AnswerWorker) -> dict[str, str]:
-    """Map each answer to the first one that is the same.
-
-    Every distinct answer is compared with the representatives so far. Beyond `_MAX_COMPARISONS`, or
-    when comparisons fail, canonical forms decide.
+    `undecided` are those of which that is not known: they stand for themselves.
     """
-    found: dict[str, str] = {}
-    comparer = _Comparer(worker)
-    for answer in answers:
-        if answer is not None and answer not in found:
-            found[answer] = await comparer.first_equivalent(dict.fromkeys(found.values()), answer)
-    return found
+
+    first: dict[str, str] = field(default_factory=dict)
+    undecided: dict[str, NoResult] = field(default_factory=dict)
 
 
-class _Comparer:
-    """Compares within the bounds of one request."""
+async def matches(gold: str, answers: Iterable[str], turn: Turn) -> dict[str, bool | NoResult]:
+    """Say of each answer whether it is the same as the gold one."""
+    return {answer: await _is_same(gold, answer, turn) for answer in dict.fromkeys(answers)}
 
-    def __init__(self, worker: AnswerWorker) -> None:
-        self._worker = worker
-        self._num_left = _MAX_COMPARISONS
-        self._num_failures = 0
 
-    async def first_equivalent(self, candidates: Iterable[str], answer: str) -> str:
-        """Return the first candidate that is the same as the answer, else the answer."""
-        for candidate in candidates:
-            if await self._is_same(candidate, answer):
-                return candidate
-        return answer
+async def classify(answers: Iterable[str], turn: Turn) -> AnswerClasses:
+    """Compare every distinct answer with the first ones of the classes so far."""
+    classes = AnswerClasses()
+    for answer in dict.fromkeys(answers):
+        same = await _first_same(dict.fromkeys(classes.first.values()), answer, turn)
+        if isinstance(same, NoResult):
+            classes.undecided[answer] = same
+        classes.first[answer] = same if isinstance(same, str) else answer
+    return classes
 
-    async def _is_same(self, candidate: str, answer: str) -> bool:
-        is_worth_it = may_be_equivalent(candidate, answer)
-        if not is_worth_it or not self._num_left or self._num_failures >= _MAX_FAILURES:
-            return False
-        self._num_left -= 1
-        (outcome,) = await self._worker.equivalent([(candidate, answer)])
-        self._num_failures += outcome is None
-        return bool(outcome)
+
+async def _first_same(candidates: Iterable[str], answer: str, turn: Turn) -> str | NoResult | None:
+    """Return the first candidate that is the same; else whether that is certain."""
+    missing: NoResult | None = None
+    for candidate in candidates:
+        outcome = await _is_same(candidate, answer, turn)
+        if outcome is True:
+            return candidate
+        if isinstance(outcome, NoResult):
+            missing = outcome
+    return missing
+
+
+async def _is_same(a: str, b: str, turn: Turn) -> bool | NoResult:
+    if a == b or not may_be_equivalent(a, b):
+        return a == b
+    return await turn.equivalent(a, b)

@@ -2,35 +2,46 @@
 
 Both are work on text that a model wrote, and both can take forever: a pattern that backtracks, a
 tower of powers. So each job runs in a child process (`serve.answer_child`) under a time and a
-memory limit. A job that exceeds one, or takes the child down, has no result (None); the child is
-replaced for the next one.
+memory limit. A job that exceeds one, or takes the child down, has a `NoResult`, which is not an
+answer of "no"; the child is replaced for the next one.
 
-`AnswerWorker` lives on one asyncio loop, which it never blocks.
+There is one child for all requests: each has a turn of bounded length, tenants alternate, and what
+a request may have in all is its `Claim`. `AnswerWorker` lives on one asyncio loop, which it never
+blocks.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
 import importlib.util
 import json
 import logging
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from serve.answer_child import HEADER
 from serve.errors import TandemError
+from serve.turns import FairLock
 
 logger = logging.getLogger(__name__)
 
 _CHILD = Path(__file__).with_name("answer_child.py")
 _START_TIMEOUT_S = 60.0
-# A call of many jobs gives up behind so many without a result: each costs the limit and a restart.
+# What a claim has of the child, and how long it may wait for its turns, in time limits of a job: a
+# request waits out another one that uses all its claim.
+_MAX_JOB_TIMES = 2
+_MAX_WAIT_TIMES = 4
+# Each failure costs a restart besides the time limit.
 _MAX_FAILURES = 2
+# How much before its deadline a request gives up, so that its reply is there in time.
+_REPLY_S = 0.1
 
 
 class SymbolicUnavailableError(TandemError):
@@ -51,121 +62,198 @@ def check_available() -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One function of the child, the arguments of each of its jobs, and where results go."""
+class NoResult(enum.Enum):
+    """Why a job has no result; the value is its label in metrics."""
 
-    name: str
-    arguments: list[tuple[str, str]]
-    results: asyncio.Future[list[Any]]
+    TIMEOUT = "timeout"  # of the job, of its turn, of the request's claim or deadline
+    FAILED = "failed"  # it took the child down, or there is none to be had
+    DROPPED = "dropped"  # too much waits, or the worker is stopped
+
+
+@dataclass(slots=True)
+class Claim:
+    """What one request has of the worker, over all its turns.
+
+    `deadline_s` is on the monotonic clock, None when there is none. `used_s` is the child's time so
+    far, `waited_s` the wait for it; `spent` says why there are no further results, once that is so.
+    """
+
+    tenant: str = ""
+    deadline_s: float | None = None
+    used_s: float = 0.0
+    waited_s: float = 0.0
+    num_failures: int = 0
+    spent: NoResult | None = None
+
+    def seconds_left(self) -> float | None:
+        """Return the time until the reply is due, None when there is no deadline."""
+        if self.deadline_s is None:
+            return None
+        return self.deadline_s - _REPLY_S - time.monotonic()
 
 
 class AnswerWorker:
-    """Runs calls one after the other, in order, in one child process.
+    """One child process, which requests use in turns.
 
     Args:
-        timeout_s: limit of each job of a call.
-        max_waiting: calls that wait for their turn; further ones have no results, at once.
+        timeout_s: limit of each job.
+        max_waiting: requests of one tenant that wait for their turn; further ones have none.
         memory_bytes: limit of the child's address space.
-
-    `num_dropped` counts jobs that were turned away so, `num_failures` those that were ended or took
-    the child down.
     """
 
     def __init__(
-        self, timeout_s: float, *, max_waiting: int = 128, memory_bytes: int = 1 << 30
+        self, timeout_s: float, *, max_waiting: int = 64, memory_bytes: int = 1 << 30
     ) -> None:
-        self.num_dropped = 0
-        self.num_failures = 0
         self._timeout_s = timeout_s
         self._max_waiting = max_waiting
         self._memory_bytes = memory_bytes
-        self._waiting: asyncio.Queue[_Call | None] = asyncio.Queue()
+        self._lock = FairLock()
         self._child: _Child | None = None
-        self._runner: asyncio.Task[None] | None = None
         self._is_stopped = False
 
-    async def start(self) -> None:
-        """Make the child ready for every call, which the first ones wait for otherwise."""
-        await self._submit("equivalent" if is_available() else "extract", [])
+    def turn(self, claim: Claim) -> Turn:
+        """Return the request's next turn, to be entered; it begins with the first job."""
+        return Turn(self, claim)
 
     async def stop(self) -> None:
-        """End the child and what it does; calls that wait, and later ones, have no results."""
+        """End the child and what it does; jobs that wait, and later ones, have no results."""
         self._is_stopped = True
-        self._waiting.put_nowait(None)
         if self._child is not None:
             self._child.kill()
-        if self._runner is not None:
-            await self._runner
-
-    async def equivalent(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
-        """Say of each (gold, answer) whether they are equivalent; None where there is no result."""
-        return await self._submit("equivalent", list(pairs))
-
-    async def extract(self, pattern: str, texts: Sequence[str]) -> list[str | None]:
-        """Return group 1 of the pattern's last match in each text; None where there is none."""
-        return await self._submit("extract", [(pattern, text) for text in texts])
-
-    async def _submit(self, name: str, arguments: list[tuple[str, str]]) -> list[Any]:
-        if self._is_stopped or self._waiting.qsize() >= self._max_waiting:
-            self.num_dropped += len(arguments)
-            return [None] * len(arguments)
-        call = _Call(name, arguments, asyncio.get_running_loop().create_future())
-        self._waiting.put_nowait(call)
-        if self._runner is None:
-            self._runner = asyncio.create_task(self._run())
-        return await call.results
-
-    async def _run(self) -> None:
-        """Serve calls until `stop`; those of callers that are gone cost nothing."""
-        while (call := await self._waiting.get()) is not None:
-            results = await self._results(call)
-            if not call.results.done():
-                call.results.set_result(results)
+        await self._lock.acquire("")
         await self._end_child()
+        self._lock.release()
 
-    async def _results(self, call: _Call) -> list[Any]:
-        results: list[Any] = []
-        if not self._is_stopped:
-            await self._ready_child(call.name)
-        failures_before = self.num_failures
-        for arguments in call.arguments:
-            if call.results.done() or self.num_failures - failures_before >= _MAX_FAILURES:
-                break
-            results.append(await self._result(call.name, arguments))
-        return results + [None] * (len(call.arguments) - len(results))
-
-    async def _result(self, name: str, arguments: tuple[str, str]) -> Any:
-        child = None if self._is_stopped else await self._ready_child(name)
-        if child is None:
-            return None
+    async def begin(self, claim: Claim) -> NoResult | None:
+        """Wait for a turn; return why there is none. `end` ends it."""
+        if self._lock.num_waiting(claim.tenant) >= self._max_waiting:
+            return NoResult.DROPPED
+        if (reason := self._why_not(claim)) is not None:
+            return reason
+        max_wait_s = _MAX_WAIT_TIMES * self._timeout_s - claim.waited_s
+        left_s = claim.seconds_left()
+        if left_s is not None:
+            max_wait_s = min(max_wait_s, left_s)
+        began_s = time.monotonic()
         try:
-            return await child.ask(name, arguments, self._timeout_s)
-        except (TimeoutError, EOFError, ConnectionError) as error:
-            await self._give_up("a job on answers was given up", error)
-            return None
+            async with asyncio.timeout(max_wait_s):
+                await self._lock.acquire(claim.tenant)
+        except TimeoutError:
+            return NoResult.TIMEOUT
+        finally:
+            claim.waited_s += time.monotonic() - began_s
+        return None
 
-    async def _ready_child(self, name: str) -> _Child | None:
-        """Return a child that is ready for calls of that name; None when none can be had."""
+    def end(self) -> None:
+        self._lock.release()
+
+    async def run(self, claim: Claim, name: str, arguments: tuple[str, ...]) -> Any:
+        """Return what the child's function makes of the arguments, or a NoResult.
+
+        Only for who has the turn. Starting the child takes of the deadline, not of the claim.
+        """
+        if (reason := self._why_not(claim)) is not None:
+            return reason
         try:
-            if self._child is None or not self._child.is_alive:
-                await self._end_child()
-                self._child = await _Child.spawn(self._memory_bytes)
-            await self._child.prepare(name)
-        except (OSError, TimeoutError, EOFError) as error:
-            await self._give_up("the process for answers does not start", error)
+            async with asyncio.timeout(claim.seconds_left()):
+                return await self._ask(await self._ready_child(name), claim, name, arguments)
+        except TimeoutError as error:
+            return await self._give_up(claim, NoResult.TIMEOUT, error)
+        except (OSError, EOFError) as error:
+            return await self._give_up(claim, NoResult.FAILED, error)
+        except asyncio.CancelledError:
+            await self._end_child()  # it is at work for nobody
+            raise
+
+    async def _ask(self, child: _Child, claim: Claim, name: str, arguments: tuple[str, ...]) -> Any:
+        max_s = min(self._timeout_s, _MAX_JOB_TIMES * self._timeout_s - claim.used_s)
+        began_s = time.monotonic()
+        try:
+            return await child.ask(name, arguments, max_s)
+        finally:
+            claim.used_s += time.monotonic() - began_s
+
+    def _why_not(self, claim: Claim) -> NoResult | None:
+        if self._is_stopped:
+            return NoResult.DROPPED
+        left_s = claim.seconds_left()
+        is_late = left_s is not None and left_s <= 0
+        if claim.spent is None and (is_late or claim.used_s >= _MAX_JOB_TIMES * self._timeout_s):
+            claim.spent = NoResult.TIMEOUT
+        return claim.spent
+
+    async def _ready_child(self, name: str) -> _Child:
+        """Return a child that is ready for jobs of that name. Raises as `_Child.ask`, OSError."""
+        if self._child is None or not self._child.is_alive:
+            await self._end_child()
+            self._child = await _Child.spawn(self._memory_bytes)
+        await self._child.prepare(name)
         return self._child
 
-    async def _give_up(self, what: str, error: Exception) -> None:
-        if not self._is_stopped:
-            self.num_failures += 1
-            logger.warning("%s: %r", what, error)
+    async def _give_up(self, claim: Claim, reason: NoResult, error: Exception) -> NoResult:
         await self._end_child()
+        if self._is_stopped:
+            return NoResult.DROPPED
+        logger.warning("a job on answers was given up: %r", error)
+        claim.num_failures += 1
+        if claim.num_failures >= _MAX_FAILURES:
+            claim.spent = reason
+        return reason
 
     async def _end_child(self) -> None:
         child, self._child = self._child, None
         if child is not None:
             await child.end()
+
+
+class Turn:
+    """The worker at one request's disposal while the block lasts: `async with worker.turn(claim)`.
+
+    The first job waits for the child, so that a request without jobs waits for nobody; one that
+    failed goes behind the others before its next job.
+    """
+
+    def __init__(self, worker: AnswerWorker, claim: Claim) -> None:
+        self._worker = worker
+        self._claim = claim
+        self._is_begun = False
+
+    async def __aenter__(self) -> Turn:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    async def equivalent(self, gold: str, answer: str) -> bool | NoResult:
+        """Say whether two expressions are equivalent."""
+        result: bool | NoResult = await self._run("equivalent", gold, answer)
+        return result
+
+    async def extract(self, pattern: str, text: str) -> str | NoResult | None:
+        """Return group 1 of the pattern's last match in the text; None where there is none."""
+        result: str | NoResult | None = await self._run("extract", pattern, text)
+        return result
+
+    async def _run(self, name: str, *arguments: str) -> Any:
+        if not self._is_begun:
+            if (reason := await self._worker.begin(self._claim)) is not None:
+                self._claim.spent = reason
+                return reason
+            self._is_begun = True
+        result = await self._worker.run(self._claim, name, arguments)
+        if isinstance(result, NoResult):
+            self._end()
+        return result
+
+    def _end(self) -> None:
+        if self._is_begun:
+            self._is_begun = False
+            self._worker.end()
 
 
 class _Child:

@@ -18,6 +18,7 @@ from serve.agreement import Agreement
 from serve.arms import SampleResult
 from serve.comparison import SampleDivergence
 from serve.engine import Engine
+from serve.equivalence import NoResult
 from serve.observer import EngineObserver
 from serve.routing import Role, ServedModel
 from serve.sequence import FinishReason
@@ -248,6 +249,11 @@ class ServerMetrics:
         self.consensus = family.counter(
             "consensus_total", "Pairs of votes by outcome.", "outcome", "task"
         )
+        self.answers_undecided = family.counter(
+            "answers_undecided_total", "Samples whose answer could not be judged.", "reason"
+        )
+        for reason in NoResult:
+            self.answers_undecided.labels(reason.value)
         self.vote_share = family.histogram(
             "consensus_vote_share", "The winner's part of the votes.", "role", buckets=_SHARES
         )
@@ -308,7 +314,9 @@ class ServerMetrics:
             self.divergence_tokens.labels(*labels).inc(num_tokens)
 
     def on_agreement(self, agreement: Agreement, task: str) -> None:
-        """Count votes and pass@k; models without a vote are left out."""
+        """Count votes, pass@k and what is undecided; models without a vote are left out."""
+        for reason, count in agreement.undecided.items():
+            self.answers_undecided.labels(reason.value).inc(count)
         if agreement.outcome is not None:
             self.consensus.labels(agreement.outcome.value, task).inc()
         for role, vote in agreement.votes.items():

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from serve import answer_classes, equivalence
-from serve.agreement import Agreement, Judge, ReferenceKind
+from serve import equivalence
+from serve.agreement import Agreement, Case, Judge, ReferenceKind
 from serve.answer_formats import compile_formats
 from serve.arms import ArmResult, SampleResult
-from serve.equivalence import AnswerWorker, SymbolicUnavailableError
+from serve.equivalence import AnswerWorker, Claim, NoResult, SymbolicUnavailableError
 from serve.routing import Role
 from serve.sequence import FinishReason
 from serve.specs import AnswerMatch, EvaluationSpec
 
 EQUALS = compile_formats({"equals": r"= *(\S+)", "hanging": "((a+)+$)"})
+HANGING = "a" * 40 + "b"
 BOXED = EvaluationSpec("boxed", pass_at_k=(1,))
 SYMBOLIC = EvaluationSpec("boxed", pass_at_k=(1,), answer_match=AnswerMatch.SYMBOLIC)
 
@@ -33,9 +35,10 @@ class ListedWorker(AnswerWorker):
         self.unknown = unknown
         self.asked: list[tuple[str, str]] = []
 
-    async def equivalent(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
-        self.asked.extend(pairs)
-        return [None if self.unknown in pair else set(pair) in self.same for pair in pairs]
+    async def run(self, claim: Claim, name: str, arguments: tuple[str, ...]) -> Any:
+        gold, answer = arguments
+        self.asked.append((gold, answer))
+        return NoResult.TIMEOUT if self.unknown in arguments else set(arguments) in self.same
 
 
 def samples_of(role: Role, *texts: str | None) -> list[SampleResult]:
@@ -52,20 +55,23 @@ def boxed(role: Role, *answers: str) -> ArmResult:
 
 
 async def run_judge(
-    worker: AnswerWorker, evaluation: EvaluationSpec, *arms: ArmResult
+    worker: AnswerWorker, evaluation: EvaluationSpec, *arms: ArmResult, case: Case | None = None
 ) -> Agreement | None:
-    judge = Judge(worker, EQUALS)
+    judge, case = Judge(worker, EQUALS), case or Case()
     for arm in arms:
-        await judge.read_answers(arm.samples, evaluation)
-    agreement = await judge.judge(evaluation, arms)
+        await judge.read_answers(arm.samples, evaluation, case)
+    agreement = await judge.judge(evaluation, arms, case)
     await worker.stop()
     return agreement
 
 
 def judged(
-    evaluation: EvaluationSpec, *arms: ArmResult, worker: AnswerWorker | None = None
+    evaluation: EvaluationSpec,
+    *arms: ArmResult,
+    worker: AnswerWorker | None = None,
+    case: Case | None = None,
 ) -> Agreement:
-    agreement = asyncio.run(run_judge(worker or AnswerWorker(20), evaluation, *arms))
+    agreement = asyncio.run(run_judge(worker or AnswerWorker(20), evaluation, *arms, case=case))
     assert agreement is not None
     return agreement
 
@@ -76,7 +82,7 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError("a child process was started")
 
     with monkeypatch.context() as patched:
-        patched.setattr(equivalence.subprocess, "Popen", refuse)
+        patched.setattr("serve.equivalence.subprocess.Popen", refuse)
         yield
 
 
@@ -142,11 +148,61 @@ def test_a_format_of_the_configuration_extracts_in_the_worker() -> None:
     assert [(s.answer, s.correct) for s in samples] == [("4", True), (None, False), (None, None)]
 
 
-def test_a_format_that_hangs_finds_no_answer() -> None:
-    samples = samples_of(Role.STUDENT, "a" * 40 + "b")
-    worker = AnswerWorker(0.1)
-    judged(EvaluationSpec("hanging"), ArmResult(Role.STUDENT, 1, samples), worker=worker)
-    assert (samples[0].answer, worker.num_failures) == (None, 1)
+def test_an_answer_whose_extraction_hangs_is_undecided_not_wrong() -> None:
+    samples = samples_of(Role.STUDENT, "aa", HANGING, "b")
+    gold = EvaluationSpec("hanging", reference_answer="aa", pass_at_k=(1,))
+    arm = ArmResult(Role.STUDENT, 1, samples)
+    agreement = judged(gold, arm, worker=AnswerWorker(0.4))
+    assert [(s.answer, s.correct) for s in samples] == [("aa", True), (None, None), (None, False)]
+    assert agreement == Agreement({}, {}, ReferenceKind.GOLD, {NoResult.TIMEOUT: 1})
+
+
+def test_an_undecided_arm_leaves_the_other_its_vote() -> None:
+    arms = [ArmResult(r, 1, samples_of(r, t)) for r, t in zip(Role, ("aa", HANGING), strict=True)]
+    agreement = judged(EvaluationSpec("hanging", pass_at_k=(1,)), *arms, worker=AnswerWorker(0.4))
+    assert {role: vote.answer for role, vote in agreement.votes.items()} == {Role.STUDENT: "aa"}
+    assert (agreement.outcome, agreement.pass_at_k) == (None, {})
+
+
+def test_a_worker_that_turns_requests_away_leaves_them_undecided() -> None:
+    samples = samples_of(Role.STUDENT, "x = 4")
+    worker = AnswerWorker(1, max_waiting=0)
+    agreement = judged(EvaluationSpec("equals"), ArmResult(Role.STUDENT, 1, samples), worker=worker)
+    assert (agreement.votes, agreement.undecided) == ({}, {NoResult.DROPPED: 1})
+
+
+def test_a_comparison_without_a_result_leaves_correct_unset() -> None:
+    gold = EvaluationSpec(
+        "boxed", reference_answer="x+1", pass_at_k=(1,), answer_match=AnswerMatch.SYMBOLIC
+    )
+    student = boxed(Role.STUDENT, "x+1", "1+x", "x^x", "on")
+    teacher = boxed(Role.TEACHER, "1+x")
+    agreement = judged(gold, student, teacher, worker=ListedWorker({"x+1", "1+x"}, unknown="x^x"))
+    assert [s.correct for s in student.samples] == [True, True, None, False]
+    assert agreement.pass_at_k == {Role.TEACHER: {1: 1.0}}
+    assert set(agreement.votes) == {Role.TEACHER}
+    assert agreement.undecided == {NoResult.TIMEOUT: 1}
+
+
+def test_a_reference_that_hangs_ends_the_request_by_its_deadline() -> None:
+    gold = EvaluationSpec(
+        "boxed", reference_answer="9^{9^{9^9}}+x", answer_match=AnswerMatch.SYMBOLIC
+    )
+    began_s = time.monotonic()
+    case = Case(deadline_s=began_s + 0.5)
+    student = boxed(Role.STUDENT, "9^{9^{9^9}}+x", "x+1", "x+2")
+    agreement = judged(gold, student, worker=AnswerWorker(20), case=case)
+    assert time.monotonic() - began_s < 0.5  # of a time limit of 20 s
+    assert [s.correct for s in student.samples] == [True, None, None]
+    assert agreement.undecided == {NoResult.TIMEOUT: 2}
+
+
+def test_reading_and_judging_share_one_claim() -> None:
+    arms = [ArmResult(role, 1, samples_of(role, HANGING, HANGING)) for role in Role]
+    case = Case()
+    agreement = judged(EvaluationSpec("hanging"), *arms, worker=AnswerWorker(0.1), case=case)
+    assert agreement.undecided == {NoResult.TIMEOUT: 4}
+    assert case.num_failures == 2
 
 
 def test_equivalent_answers_are_right_and_share_a_vote() -> None:
@@ -187,20 +243,23 @@ def test_words_and_numbers_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> 
     assert agreement.votes[Role.STUDENT].tied == ("0.3333333", "1/3", "listen+1", "on")
 
 
-def test_comparisons_of_a_request_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer_classes, "_MAX_COMPARISONS", 3)
-    worker = ListedWorker({"x+1", "1+x"})
-    agreement = judged(SYMBOLIC, boxed(Role.STUDENT, "x+1", "x+2", "x+3", "1+x"), worker=worker)
-    assert len(worker.asked) == 3
-    assert len(agreement.votes[Role.STUDENT].tied) == 4
-
-
-def test_after_two_comparisons_without_a_result_canonical_forms_decide() -> None:
+def test_an_arm_whose_answers_cannot_all_be_compared_has_no_vote() -> None:
     worker = ListedWorker({"x+1", "1+x"}, unknown="x^x")
-    answers = ["x^x", "x+1", "x+2", "1+x", "x^x"]
-    agreement = judged(SYMBOLIC, boxed(Role.STUDENT, *answers), worker=worker)
-    assert worker.asked == [("x^x", "x+1"), ("x^x", "x+2")]
-    assert agreement.votes[Role.STUDENT].answer == "x^x"
+    student, teacher = boxed(Role.STUDENT, "x+1", "1+x"), boxed(Role.TEACHER, "1+x", "x^x", "x^x")
+    agreement = judged(SYMBOLIC, student, teacher, worker=worker)
+    assert {role: vote.answer for role, vote in agreement.votes.items()} == {Role.STUDENT: "x+1"}
+    assert agreement.undecided == {NoResult.TIMEOUT: 2}
+    assert (agreement.pass_at_k, agreement.reference_kind) == ({}, None)
+
+
+def test_pass_at_k_of_a_reference_answer_needs_no_comparison_of_the_others() -> None:
+    gold = EvaluationSpec(
+        "boxed", reference_answer="no", pass_at_k=(1,), answer_match=AnswerMatch.SYMBOLIC
+    )
+    student = boxed(Role.STUDENT, "x+1", "x^x", "no", "no")
+    agreement = judged(gold, student, worker=ListedWorker(unknown="x^x"))
+    assert agreement.votes == {}
+    assert agreement.pass_at_k == {Role.STUDENT: {1: pytest.approx(0.5)}}
 
 
 def test_symbolic_matching_is_refused_where_math_verify_is_missing(

@@ -5,24 +5,32 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from serve import answer_child, equivalence
-from serve.equivalence import AnswerWorker, SymbolicUnavailableError, check_available, is_available
+from serve import answer_child
+from serve.equivalence import (
+    AnswerWorker,
+    Claim,
+    NoResult,
+    SymbolicUnavailableError,
+    check_available,
+    is_available,
+)
 
 HANGING = ("(a+)+$", "a" * 40 + "b")
 TOWER = ("9^{9^{9^9}}", "9^{9^{9^8}}")
+TIMEOUT, FAILED, DROPPED = NoResult.TIMEOUT, NoResult.FAILED, NoResult.DROPPED
 
 
 @asynccontextmanager
 async def started(timeout_s: float = 0.3, **options: Any) -> AsyncIterator[AnswerWorker]:
     worker = AnswerWorker(timeout_s, **options)
     try:
-        await worker.extract("", [])
+        await extract(worker, ("()", ""))
         yield worker
     finally:
         await worker.stop()
@@ -36,6 +44,26 @@ def with_worker(
             await test(worker)
 
     asyncio.run(run())
+
+
+async def extract(
+    worker: AnswerWorker, *jobs: tuple[str, str], claim: Claim | None = None
+) -> list[Any]:
+    """Do all jobs, (pattern, text) each, in one turn."""
+    async with worker.turn(claim if claim is not None else Claim()) as turn:
+        return [await turn.extract(pattern, text) for pattern, text in jobs]
+
+
+async def equivalent(worker: AnswerWorker, pairs: Sequence[tuple[str, str]]) -> list[Any]:
+    async with worker.turn(Claim()) as turn:
+        return [await turn.equivalent(gold, answer) for gold, answer in pairs]
+
+
+async def begun(worker: AnswerWorker, claim: Claim | None = None) -> asyncio.Task[list[Any]]:
+    """Return a request that hangs, once its turn has begun or it waits for it."""
+    task = asyncio.create_task(extract(worker, HANGING, claim=claim))
+    await asyncio.sleep(0.01)
+    return task
 
 
 def pid_of(worker: AnswerWorker) -> int | None:
@@ -61,7 +89,7 @@ def test_equivalent_expressions_are_found() -> None:
     ]
 
     async def check(worker: AnswerWorker) -> None:
-        outcomes = await worker.equivalent([pair for pair, _ in pairs])
+        outcomes = await equivalent(worker, [pair for pair, _ in pairs])
         assert list(zip([p for p, _ in pairs], outcomes, strict=True)) == pairs
 
     with_worker(check, timeout_s=20)
@@ -69,39 +97,90 @@ def test_equivalent_expressions_are_found() -> None:
 
 def test_group_1_of_the_last_match_is_extracted() -> None:
     async def check(worker: AnswerWorker) -> None:
-        texts = ["a=1 a=2", "none", "", "ü=3 b=ü"]
-        assert await worker.extract(r"\w=(\w)", texts) == ["2", None, None, "ü"]
-        assert await worker.extract("x|(y)", ["yx"]) == [None]
-        assert await worker.extract("x", ["x"]) == [None]
+        found = [(r"\w=(\w)", text) for text in ("a=1 a=2", "none", "", "ü=3 b=ü")]
+        assert await extract(worker, *found) == ["2", None, None, "ü"]
+        assert await extract(worker, ("x|(y)", "yx")) == [None]
 
     with_worker(check)
 
 
 def test_a_job_that_hangs_is_ended_and_the_others_have_results() -> None:
     async def check(worker: AnswerWorker) -> None:
-        pattern, text = HANGING
-        assert await worker.extract(pattern, ["aa", text, "aaa"]) == ["aa", None, "aaa"]
-        assert worker.num_failures == 1
-        assert await worker.equivalent([TOWER]) == [None]
-        assert await worker.equivalent([("1+1", "2")]) == [True]
+        claim, short = Claim(), ("(a+)+$", "aa")
+        assert await extract(worker, short, HANGING, short, claim=claim) == ["aa", TIMEOUT, "aa"]
+        assert (claim.num_failures, claim.spent) == (1, None)
+        assert await equivalent(worker, [TOWER]) == [TIMEOUT]
+        assert await equivalent(worker, [("1+1", "2")]) == [True]
 
     with_worker(check, timeout_s=0.5)
 
 
-def test_a_call_gives_up_after_two_jobs_without_a_result() -> None:
+def test_a_claim_is_spent_after_two_failures() -> None:
     async def check(worker: AnswerWorker) -> None:
-        pattern, text = HANGING
-        assert await worker.extract(pattern, [text, text, "aa"]) == [None] * 3
-        assert worker.num_failures == 2
+        claim, short = Claim(), ("(a)", "a")
+        assert await extract(worker, HANGING, short, HANGING, claim=claim) == [
+            TIMEOUT, "a", TIMEOUT,
+        ]  # fmt: skip
+        assert await extract(worker, short, claim=claim) == [TIMEOUT]
+        assert await extract(worker, short) == ["a"]
 
-    with_worker(check, timeout_s=0.05)
+    with_worker(check, timeout_s=0.1)
+
+
+def test_a_claim_is_spent_after_twice_the_time_limit_of_a_job() -> None:
+    async def check(worker: AnswerWorker) -> None:
+        claim = Claim(used_s=39.9)
+        began_s = time.monotonic()
+        assert await extract(worker, HANGING, ("(a)", "a"), claim=claim) == [TIMEOUT, TIMEOUT]
+        assert time.monotonic() - began_s < 5
+        assert claim.num_failures == 1
+
+    with_worker(check, timeout_s=20)
+
+
+def test_a_job_ends_before_the_deadline() -> None:
+    async def check(worker: AnswerWorker) -> None:
+        began_s = time.monotonic()
+        claim = Claim(deadline_s=began_s + 0.4)
+        assert await extract(worker, HANGING, ("(a)", "a"), claim=claim) == [TIMEOUT, TIMEOUT]
+        assert time.monotonic() - began_s < 0.4
+        assert await extract(worker, ("(a)", "a"), claim=claim) == [TIMEOUT]
+
+    with_worker(check, timeout_s=20)
+
+
+def test_a_turn_is_awaited_until_the_deadline_at_most() -> None:
+    async def check(worker: AnswerWorker) -> None:
+        busy = await begun(worker)
+        began_s = time.monotonic()
+        assert await extract(worker, ("(a)", "a"), claim=Claim(deadline_s=began_s + 0.2)) == [
+            TIMEOUT
+        ]
+        assert time.monotonic() - began_s < 0.2
+        assert not busy.done()
+        busy.cancel()
+
+    with_worker(check, timeout_s=20)
+
+
+def test_a_claim_waits_four_time_limits_in_all() -> None:
+    async def check(worker: AnswerWorker) -> None:
+        async with worker.turn(Claim()) as turn:
+            await turn.extract("(a)", "a")
+            claim = Claim(waited_s=0.1)
+            began_s = time.monotonic()
+            assert await extract(worker, ("(a)", "a"), claim=claim) == [TIMEOUT]
+            assert 0.3 <= time.monotonic() - began_s < 5
+            assert claim.waited_s == pytest.approx(0.4, abs=0.1)
+        assert await extract(worker, ("(a)", "a")) == ["a"]
+
+    with_worker(check, timeout_s=0.1)
 
 
 def test_a_job_that_takes_too_much_memory_has_no_result() -> None:
     async def check(worker: AnswerWorker) -> None:
-        assert await worker.extract("(a)", ["a" * (64 << 20)]) == [None]
-        assert await worker.extract("(a)", ["a"]) == ["a"]
-        assert worker.num_failures == 1
+        jobs = [("(a)", "a" * (64 << 20)), ("(a)", "a")]
+        assert await extract(worker, *jobs) == [FAILED, "a"]
 
     with_worker(check, timeout_s=20, memory_bytes=128 << 20)
 
@@ -110,11 +189,10 @@ def test_a_killed_child_is_replaced() -> None:
     async def check(worker: AnswerWorker) -> None:
         assert worker._child is not None
         first = pid_of(worker)
-        job = asyncio.create_task(worker.extract(HANGING[0], [HANGING[1]]))
-        await asyncio.sleep(0.05)
+        job = await begun(worker)
         worker._child.kill()
-        assert await job == [None]
-        assert await worker.extract("(a)", ["a"]) == ["a"]
+        assert await job == [FAILED]
+        assert await extract(worker, ("(a)", "a")) == ["a"]
         assert pid_of(worker) not in (None, first)
 
     with_worker(check, timeout_s=20)
@@ -125,8 +203,7 @@ def test_a_child_that_died_between_jobs_costs_none() -> None:
         assert worker._child is not None
         worker._child.kill()
         await asyncio.to_thread(worker._child._process.wait)
-        assert await worker.extract("(a)", ["a"]) == ["a"]
-        assert worker.num_failures == 0
+        assert await extract(worker, ("(a)", "a")) == ["a"]
 
     with_worker(check)
 
@@ -146,80 +223,79 @@ def test_a_child_without_a_parent_ends_a_hanging_job_itself() -> None:
 
 def test_the_loop_keeps_its_pace_while_a_job_hangs() -> None:
     async def check(worker: AnswerWorker) -> None:
-        job = asyncio.create_task(worker.extract(HANGING[0], [HANGING[1]]))
+        job = await begun(worker)
         num_ticks = 0
         while not job.done():
             await asyncio.sleep(0.005)
             num_ticks += 1
-        assert await job == [None]
+        assert await job == [TIMEOUT]
         assert num_ticks >= 10  # about 60 where nothing else runs; 1 if the loop waited
 
     with_worker(check)
 
 
-def test_calls_beyond_the_bound_have_no_results_at_once() -> None:
+def test_a_tenants_requests_beyond_the_bound_have_no_results_at_once() -> None:
     async def check(worker: AnswerWorker) -> None:
-        busy = asyncio.create_task(worker.extract(HANGING[0], [HANGING[1]]))
-        await asyncio.sleep(0.01)
-        waiting = asyncio.create_task(worker.extract("(a)", ["a"]))
-        await asyncio.sleep(0)
-        assert await worker.equivalent([("1", "1"), ("2", "2")]) == [None, None]
-        assert worker.num_dropped == 2
+        busy = await begun(worker)
+        waiting = await begun(worker)
+        assert await extract(worker, ("1", "1"), ("2", "2")) == [DROPPED, DROPPED]
+        other = asyncio.create_task(extract(worker, ("(a)", "a"), claim=Claim("other")))
         assert not busy.done()
-        assert await waiting == ["a"]
+        results = [await task for task in (busy, waiting, other)]
+        assert results == [[TIMEOUT], [TIMEOUT], ["a"]]
 
     with_worker(check, max_waiting=1)
 
 
-def test_callers_that_are_gone_cost_nothing() -> None:
+def test_an_innocent_tenant_waits_for_one_hanging_job_of_another_that_floods() -> None:
     async def check(worker: AnswerWorker) -> None:
-        busy = asyncio.create_task(worker.extract(HANGING[0], [HANGING[1]]))
+        claims = [Claim("flood") for _ in range(5)]
+        flood = [
+            asyncio.create_task(extract(worker, HANGING, HANGING, claim=claim)) for claim in claims
+        ]
         await asyncio.sleep(0.01)
-        gone = asyncio.create_task(worker.extract(HANGING[0], [HANGING[1]] * 2))
-        await asyncio.sleep(0.01)
-        gone.cancel()
-        await asyncio.gather(busy, gone, return_exceptions=True)
-        assert await worker.extract("(a)", ["a"]) == ["a"]
-        assert worker.num_failures == 1
+        assert await extract(worker, ("(a)", "a"), claim=Claim("innocent")) == ["a"]
+        assert sum(claim.num_failures for claim in claims) == 1
+        for task in flood:
+            task.cancel()
 
-    with_worker(check)
+    with_worker(check, timeout_s=0.2)
 
 
-def test_stop_ends_the_child_and_calls_that_wait() -> None:
+def test_who_is_gone_costs_nothing() -> None:
+    async def check(worker: AnswerWorker) -> None:
+        busy, waiting = await begun(worker), await begun(worker)
+        for task in (waiting, busy):
+            task.cancel()
+        began_s = time.monotonic()
+        assert await extract(worker, ("(a)", "a")) == ["a"]
+        assert time.monotonic() - began_s < 10
+
+    with_worker(check, timeout_s=60)
+
+
+def test_stop_ends_the_child_and_requests_that_wait() -> None:
     async def run() -> None:
         async with started(timeout_s=60) as worker:
             child = worker._child
             assert child is not None
-            calls = [asyncio.create_task(worker.extract(HANGING[0], [HANGING[1]])) for _ in "ab"]
-            await asyncio.sleep(0.05)
+            calls = [await begun(worker) for _ in "ab"]
             began_s = time.monotonic()
             await worker.stop()
             assert time.monotonic() - began_s < 5
-            assert await asyncio.gather(*calls) == [[None], [None]]
+            assert await asyncio.gather(*calls) == [[DROPPED], [DROPPED]]
             assert not child.is_alive
-            assert await worker.extract("(a)", ["a"]) == [None]
-            assert (worker.num_failures, worker.num_dropped) == (0, 1)
+            assert worker._child is None
+            assert await extract(worker, ("(a)", "a")) == [DROPPED]
 
     asyncio.run(run())
 
 
-def test_start_makes_the_first_comparison_quick() -> None:
-    async def run() -> None:
-        worker = AnswerWorker(20)
-        await worker.start()
-        assert worker._child is not None
-        assert worker._child._prepared == {"equivalent"}
-        await worker.stop()
-        assert not worker._child
-
-    asyncio.run(run())
-
-
-def test_nothing_runs_before_the_first_call() -> None:
+def test_nothing_runs_before_the_first_job() -> None:
     async def run() -> None:
         worker = AnswerWorker(1)
-        assert worker._child is None
-        assert worker._runner is None
+        async with worker.turn(Claim()):
+            assert worker._child is None
         await worker.stop()
 
     asyncio.run(run())
@@ -229,12 +305,11 @@ def test_nothing_runs_before_the_first_call() -> None:
 def test_a_child_that_does_not_start_leaves_no_results(
     interpreter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(equivalence.sys, "executable", interpreter)
+    monkeypatch.setattr("serve.equivalence.sys.executable", interpreter)
 
     async def run() -> None:
         worker = AnswerWorker(1)
-        assert await worker.extract("(a)", ["a"]) == [None]
-        assert worker.num_failures > 0
+        assert await extract(worker, ("(a)", "a")) == [FAILED]
         await worker.stop()
 
     asyncio.run(run())
@@ -243,7 +318,7 @@ def test_a_child_that_does_not_start_leaves_no_results(
 def test_symbolic_matching_needs_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_available()
     check_available()
-    monkeypatch.setattr(equivalence.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("serve.equivalence.importlib.util.find_spec", lambda name: None)
     with pytest.raises(SymbolicUnavailableError, match="math-verify"):
         check_available()
 

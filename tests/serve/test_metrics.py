@@ -18,6 +18,7 @@ from estimators.consensus import majority_vote
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.agreement import Agreement, ReferenceKind
 from serve.engine import Engine
+from serve.equivalence import NoResult
 from serve.metrics import SHADOW_OUTCOMES, ServerMetrics
 from serve.routing import Role, ServedModel
 from serve.scoring import ScoringRequest
@@ -26,7 +27,7 @@ from serve.specs import Limits
 from serve.validation import validate_compare
 
 ROLES = {pb.ROLE_STUDENT: "student", pb.ROLE_TEACHER: "teacher"}
-# The table of design/api.md, literally: name, type, labels.
+# The table of design/api.md, literally: name, type, labels. `answers_undecided_total` is ours.
 CONTRACT = """
 requests_total                      counter    rpc route code task
 samples_total                       counter    role finish_reason
@@ -54,6 +55,7 @@ compared_tokens_total               counter    task
 predicted_acceptance_sum_total      counter    task
 consensus_total                     counter    outcome task
 consensus_vote_share                histogram  role
+answers_undecided_total             counter    reason
 pass_at_k_sum_total                 counter    role k reference task
 pass_at_k_prompts_total             counter    role k reference task
 shadow_total                        counter    outcome
@@ -243,6 +245,7 @@ def test_closed_sets_are_counted_from_zero(make_pair: Any) -> None:
         "admission_rejections_total": {
             "reason": ["queue_full", "draining", "unauthenticated", "peer_limit"]
         },
+        "answers_undecided_total": {"reason": ["timeout", "failed", "dropped"]},
         "samples_total": {
             "role": ROLES.values(),
             "finish_reason": ["stop", "length", "cancelled", "deadline", "error", "shutdown"],
@@ -473,6 +476,19 @@ def request_of(number: int) -> pb.CompareRequest:
 
 def count_series(metrics: ServerMetrics) -> int:
     return sum(len(family.samples) for family in metrics.registry.collect())
+
+
+def test_undecided_samples_are_counted_by_reason() -> None:
+    metrics = ServerMetrics(CollectorRegistry())
+    undecided = {NoResult.TIMEOUT: 2, NoResult.DROPPED: 1}
+    metrics.on_agreement(Agreement({}, {}, None, undecided), "other")
+    values = {
+        reason.value: metrics.registry.get_sample_value(
+            "tandem_answers_undecided_total", {"reason": reason.value}
+        )
+        for reason in NoResult
+    }
+    assert values == {"timeout": 2, "failed": 0, "dropped": 1}
 
 
 def test_ten_thousand_strings_of_each_kind_make_no_series() -> None:
