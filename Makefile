@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 
-.PHONY: demo test check format protos docs baseline
+.PHONY: demo loadtest test check format protos docs baseline
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,6 +14,14 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/tandem demo
+
+DEMO_BUNDLE := runs/demo/bundle/manifest.json
+
+$(DEMO_BUNDLE): | $(STAMP)
+	$(BIN)/tandem demo
+
+loadtest: $(STAMP) $(DEMO_BUNDLE)
+	$(BIN)/python -m loadtest.demo
 
 test: $(STAMP)
 	$(BIN)/pytest

@@ -73,7 +73,9 @@ async def _score(
                 pb.Completion(token_ids=pb.TokenIds(ids=sample.token_ids)) for sample in samples
             ],
             temperature=config.temperature or 1.0,
-            divergence=pb.DivergenceOptions(enabled=True, per_token=True, exact=True),
+            divergence=pb.DivergenceOptions(
+                enabled=True, per_token=True, exact=config.divergence == "exact"
+            ),
         )
     )
     scores = {score.index: score for score in response.scores if score.role == role}

@@ -56,8 +56,9 @@ class RunConfig(BaseModel):
     slo: str = Field(
         default="", description="such as ttft_p95=0.2,itl_p95=0.02: seconds, for goodput"
     )
-    divergence: Literal["after", "none"] = Field(
-        default="after", description="after: every sample is scored by the other model, unloaded"
+    divergence: Literal["k3", "exact", "none"] = Field(
+        default="k3",
+        description="scored by the other model behind the load; exact: the full KL, too",
     )
     processes: int = Field(default=1, ge=1, le=16, description="client processes")
     seed: int = Field(default=0, ge=0, lt=2**63)

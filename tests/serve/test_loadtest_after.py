@@ -36,7 +36,7 @@ def to_record(arm: str, samples: list[pb.Sample], phase: Phase = Phase.MEASURED)
 
 
 def score(live: Any, records: list[RequestRecord], temperature: float = 1.0) -> tuple[str, Any]:
-    config = RunConfig(out=Path("unused"), temperature=temperature)
+    config = RunConfig(out=Path("unused"), temperature=temperature, divergence="exact")
     progress: list[tuple[int, int]] = []
 
     async def run() -> str:
