@@ -85,7 +85,7 @@ def _fingerprint(source: TaskSource) -> str:
 
 def _load(source: TaskSource, seed: int) -> list[Task]:
     if isinstance(source, JsonlSource):
-        return _load_jsonl(source.path)
+        return load_jsonl(source.path)
     if isinstance(source, ReasoningGymSource):
         return list(_generate_gym(source))
     return _select_builtin(source, seed)
@@ -147,7 +147,7 @@ class _Row(BaseModel):
     split: Split | None = None
 
 
-def _load_jsonl(path: Path) -> list[Task]:
+def load_jsonl(path: Path) -> list[Task]:
     """Read a file of rows, blank lines left out. ExportError names the path and the line."""
     line_of_id: dict[str, int] = {}
     first_of: dict[str, tuple[int, Task]] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bundle.errors import UserError
-from export.task_sources import _load_jsonl as load_jsonl
+from export.task_sources import load_jsonl as load_jsonl
 from export.tasks import Task, builtin_tasks
 from loadtest.config import BUILTIN, RunConfig
 from loadtest.records import Prompt

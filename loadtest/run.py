@@ -62,6 +62,7 @@ def run(config: RunConfig, credentials: Credentials, reporter: Reporter) -> Path
         UserError: the folder is not empty, the dataset or trace is broken, or the server is not
             there or lacks an arm.
     """
+    _check_slo(config)
     prompts = load_prompts(config)
     schedule = plan(config, prompts)
     _make_folder(config.out)
@@ -92,10 +93,11 @@ def find_max(config: RunConfig, credentials: Credentials, reporter: Reporter) ->
 
     Arms are loaded one after the other. Writes `find_max.json`.
     """
+    _check_slo(config)
+    slo = parse_slo(config.slo)
     prompts = load_prompts(config)
     _make_folder(config.out)
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    slo = parse_slo(config.slo)
 
     def measure_arm(arm: str) -> Callable[[float, int], Sequence[Tally]]:
         def measure(rate_rps: float, num_before: int) -> Sequence[Tally]:
@@ -124,6 +126,14 @@ def find_max(config: RunConfig, credentials: Credentials, reporter: Reporter) ->
     }
     _write_json(config.out / "find_max.json", {"slo": config.slo, "arms": shown})
     return found
+
+
+def _check_slo(config: RunConfig) -> None:
+    """Refuse an SLO that cannot be read before anything is sent."""
+    try:
+        parse_slo(config.slo)
+    except ValueError as error:
+        raise UserError(f"--slo: {error}") from None
 
 
 def _make_folder(folder: Path) -> None:
