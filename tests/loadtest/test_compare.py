@@ -17,23 +17,24 @@ from loadtest.summary import SUMMARY_FILE, read_summary
 from loadtest.summary import to_json as summary_to_json
 
 
-def record(number: int, ttft_s: float, is_correct: bool, status: str = "OK") -> RequestRecord:
-    plan = PlannedRequest(
-        number, "student", 1.0, 0, number, f"p{number}", 0, Phase.MEASURED, float(number)
-    )
+def record(
+    number: int, ttft_s: float, is_correct: bool, phase: Phase = Phase.MEASURED
+) -> RequestRecord:
+    plan = PlannedRequest(number, "student", 1.0, 0, number, f"p{number}", 0, phase, float(number))
     times_s = [number + ttft_s, number + ttft_s + 0.1]
     sample = SampleRecord(0, "STOP", [1, 2], times_s, "", str(is_correct), is_correct)
-    return RequestRecord(plan, float(number), times_s[-1], status, samples=[sample])
+    return RequestRecord(plan, float(number), times_s[-1], "OK", samples=[sample])
 
 
 def run_folder(
     folder: Path, *, ttft_s: float = 0.2, num_correct: int = 20, sha256: str = "5e",
     status: str = "OK", is_interrupted: bool = False, **settings: object,
 ) -> Path:  # fmt: skip
-    """Write what a run of 40 requests writes; later requests have later first tokens."""
+    """Write what a run of 40 requests behind a warm-up of one writes; first tokens get later."""
     config = RunConfig.model_validate({"out": folder, "arms": ("student",), **settings})
     records = [record(i, ttft_s * (1 + i / 40), i < num_correct) for i in range(40)]
     records[-1].status = status
+    records.append(record(40, 9.0, True, Phase.WARMUP))
     summary = summarize(
         config, sha256, records, [], versions={}, models=[], is_interrupted=is_interrupted
     )
