@@ -333,6 +333,7 @@ def _sum_up(
         versions=facts["versions"],
         models=facts["models"],
         cross_check=checked,
+        is_interrupted=result.is_interrupted,
     )
     (config.out / "summary.json").write_text(to_json(summary), encoding="utf-8")
     (config.out / "summary.md").write_text(to_markdown(summary), encoding="utf-8")

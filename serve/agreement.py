@@ -103,14 +103,13 @@ class Judge:
             check_available()
 
     async def read_answers(
-        self, samples: Sequence[SampleResult], evaluation: EvaluationSpec, case: Case | None = None
+        self, samples: Sequence[SampleResult], evaluation: EvaluationSpec, case: Case
     ) -> None:
         """Set the samples' `answer` and `correct`, or one or both not, and say so in the case.
 
         Those that did not end well have neither; `correct` needs a reference answer. One case is
         for all that is read and judged of a request.
         """
-        case = case if case is not None else Case()
         complete = [sample for sample in samples if sample.is_complete]
         async with self._worker.turn(case) as turn:
             await self._extract(complete, evaluation.answer_format, case, turn)
@@ -120,7 +119,7 @@ class Judge:
                 await _grade(gold, extracted, evaluation.answer_match, case, turn)
 
     async def judge(
-        self, evaluation: EvaluationSpec, arms: Sequence[ArmResult], case: Case | None = None
+        self, evaluation: EvaluationSpec, arms: Sequence[ArmResult], case: Case
     ) -> Agreement | None:
         """Vote and estimate pass@k on answers that were read; None when none are extracted.
 
@@ -129,7 +128,6 @@ class Judge:
         """
         if evaluation.answer_format == "none":
             return None
-        case = case if case is not None else Case()
         read = {
             arm.role: arm.samples
             for arm in arms

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve.admission import check_capacity, check_context, tokenize, tokenize_completions
-from serve.agreement import Agreement, Judge
+from serve.agreement import Agreement, Case, Judge
 from serve.arms import ArmJob, ArmResult, OnChunk, run_arm, run_second_arm
 from serve.comparison import CompletionScore, score_with_models
 from serve.errors import AbortedError, DrainingError, UnknownRequestError
@@ -153,15 +153,15 @@ class Coordinator:
             TandemError: the request cannot be served, or its first model failed.
         """
         with self._admitted(spec.request_id) as key:
-            jobs = await self._jobs(spec, _Terms(key, tenant, deadline_s))
-            first, *others = jobs
+            first, *others = await self._jobs(spec, _Terms(key, tenant, deadline_s))
+            case = Case(tenant, deadline_s)
             arms_to_run = [
-                self._run(run_arm, first, on_chunk, on_arm),
-                *(self._run(run_second_arm, job, on_chunk, on_arm) for job in others),
+                self._run(run_arm, first, on_chunk, on_arm, case),
+                *(self._run(run_second_arm, job, on_chunk, on_arm, case) for job in others),
             ]
             async with running(*arms_to_run) as tasks:
                 arms = await asyncio.gather(*tasks)
-            agreement = await self._judge.judge(spec.evaluation, arms)
+            agreement = await self._judge.judge(spec.evaluation, arms, case)
         if agreement is not None:
             self._metrics.on_agreement(agreement, spec.evaluation.task)
         self._shadow(first, arms[0])
@@ -254,7 +254,9 @@ class Coordinator:
         if is_wanted:
             self._shadows.offer(job, self.engines.get(job.model.role.other), arm.samples)
 
-    async def _run(self, run: RunArm, job: ArmJob, on_chunk: OnChunk, on_arm: OnArm) -> ArmResult:
+    async def _run(
+        self, run: RunArm, job: ArmJob, on_chunk: OnChunk, on_arm: OnArm, case: Case
+    ) -> ArmResult:
         started_s = time.monotonic()
         result = await run(job, on_chunk)
         role, spec = result.role.value, job.spec
@@ -263,7 +265,7 @@ class Coordinator:
             self._metrics.on_divergence(
                 sample, spec.evaluation.task, is_truncated=spec.sampling.is_truncated
             )
-        await self._judge.read_answers(result.samples, spec.evaluation)
+        await self._judge.read_answers(result.samples, spec.evaluation, case)
         on_arm(result)
         return result
 

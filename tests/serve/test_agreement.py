@@ -101,7 +101,10 @@ def test_exact_answers_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_exact_answers_are_read_without_a_turn_of_the_loop() -> None:
     judge = Judge(AnswerWorker(1), EQUALS)
-    for step in (judge.read_answers([], BOXED), judge.judge(BOXED, [boxed(Role.STUDENT, "1")])):
+    for step in (
+        judge.read_answers([], BOXED, Case()),
+        judge.judge(BOXED, [boxed(Role.STUDENT, "1")], Case()),
+    ):
         with pytest.raises(StopIteration):
             step.send(None)
 
