@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from tandem import build_app
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/serve.md", "docs/export.md", "SECURITY.md")
+PAGES = ("README.md", "docs/serve.md", "docs/export.md", "docs/loadtest.md", "SECURITY.md")
 ADDRESS = "127.0.0.1:50051"
 
 
