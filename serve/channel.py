@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from serve.loopback import is_loopback
+from serve.hosts import is_loopback
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # The server allows pings this often; a dead server is then noticed within 40 s.

@@ -35,10 +35,10 @@ def serve(
     if print_config:
         typer.echo(settings.to_yaml(), nl=False)
         return
-    from serve import server
+    from serve import process
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    server.serve(settings.config)
+    process.serve(settings.config)
 
 
 def ask(

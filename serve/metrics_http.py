@@ -21,6 +21,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from serve.hosts import join_port
+
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 16
@@ -43,8 +45,7 @@ class MetricsServer:
         self._thread = Thread(
             target=self._server.serve_forever, args=(_POLL_S,), name="metrics", daemon=True
         )
-        shown_host = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown_host}:{self._server.server_address[1]}/metrics"
+        self.url = f"http://{join_port(host, self._server.server_address[1])}/metrics"
 
     def start(self) -> None:
         self._thread.start()

@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-import json
 import logging
-import os
-import signal
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
+from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
-from grpc_health.v1.health import aio as health  # type: ignore[import-untyped]
+from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
-from prometheus_client import CollectorRegistry
 
+from bundle.errors import UserError
 from estimators.answers import ANSWER_FORMATS
 from protos.tandem.v1 import control_pb2 as pb
 from serve import control as control_service
@@ -31,11 +27,14 @@ from serve.agreement import Judge
 from serve.answer_formats import compile_formats
 from serve.calls import CallGuard
 from serve.config import ServeConfig
-from serve.control import ControlService, Lifecycle
+from serve.control import ControlService, Lifecycle, check_policy
 from serve.coordinator import Coordinator
 from serve.equivalence import AnswerWorker
+from serve.errors import TandemError
 from serve.gate import Gate, current_client
-from serve.loading import build_engines
+from serve.health import NAME as HEALTH_NAME
+from serve.health import Health
+from serve.hosts import join_port
 from serve.metrics import ServerMetrics
 from serve.metrics_http import MetricsServer
 from serve.open_inference import SERVICE_NAME as OPEN_INFERENCE_NAME
@@ -46,13 +45,10 @@ from serve.routing import Engines
 from serve.service import SERVICE_NAME, InferenceService
 from serve.shadow import Shadows
 from serve.specs import OTHER_TASK, Limits, Range
+from serve.tasks import running
 from serve.tls import server_credentials
 from serve.tokens import TokenFile
 from serve.vllm_metrics import register_vllm_aliases
-
-_HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +59,7 @@ _CLOSE_S = 0.2
 # How soon health notices that an engine died; its status is answered from memory.
 _HEALTH_PERIOD_S = 0.25
 
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),  # otherwise two servers share a port silently
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -77,7 +73,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 
 
 # What a token must allow for each service; None is open to all. Nothing else can be called.
-_COMMON_SCOPES = {f"/{reflection.SERVICE_NAME}/": "reflection", f"/{_HEALTH_NAME}/": None}
+_COMMON_SCOPES = {f"/{reflection.SERVICE_NAME}/": "reflection", f"/{HEALTH_NAME}/": None}
 _DATA_SCOPES: Mapping[str, str | None] = {
     f"/{SERVICE_NAME}/": "inference",
     f"/{OPEN_INFERENCE_NAME}/": "inference",
@@ -107,16 +103,18 @@ class Server:
         metrics: ServerMetrics,
         on_drain: Callable[[], None] = lambda: None,
     ) -> None:
+        policy = initial_policy(engines, config)
         self._engines = engines
         self._config = config
         self._metrics = metrics
         self._on_drain = on_drain
         self._started_s = time.monotonic()
         self._state: pb.ServerState = pb.SERVER_STATE_SERVING
-        self._health = health.HealthServicer()
+        self._health = Health()
         self._health_shown: dict[str, bool] = {}
         self._health_watch: asyncio.Task[None] | None = None
-        policy = TrafficPolicy(config.student_weight, config.teacher_weight, config.shadow_rate)
+        self._end: asyncio.Task[None] | None = None
+        self._is_hurried = asyncio.Event()
         shadows = Shadows(metrics, config.max_shadows, config.shadow_timeout_s)
         self._answer_worker = AnswerWorker(config.symbolic_timeout_s)
         judge = Judge(self._answer_worker, compile_formats(config.answer_formats))
@@ -132,7 +130,7 @@ class Server:
             metrics, config.max_timeout_s, current_client.get, log_requests=config.log_requests
         )
         self._data_server, self._control_server = (
-            grpc.aio.server(interceptors=[gate], options=CHANNEL_OPTIONS)
+            grpc.aio.server(interceptors=[gate], options=SERVER_OPTIONS)
             for gate in (self._gate, self._control_gate)
         )
         self._metrics_server: MetricsServer | None = None
@@ -163,34 +161,61 @@ class Server:
         if config.vllm_metrics:
             register_vllm_aliases(self._metrics)
         self._engines.start()
+        self._show_health()
         await self._data_server.start()
         await self._control_server.start()
         self._metrics_server.start()
-        await self._show_health()
         self._health_watch = asyncio.create_task(self._watch_health())
 
     async def stop(self) -> None:
-        """Leave the balancer, drain, end what is left with SHUTDOWN, and close everything."""
+        """Leave the balancer, drain, end what is left with SHUTDOWN, and close everything.
+
+        Whoever calls while that goes on, or after it, waits for the same end.
+        """
+        if self._end is None:
+            self._end = asyncio.create_task(self._drain_and_close())
+        await asyncio.shield(self._end)
+
+    def hurry(self) -> None:
+        """Have `stop` wait no longer for running work: it ends with SHUTDOWN."""
+        self._is_hurried.set()
+
+    def is_healthy(self) -> bool:
+        """Whether new work is wanted: not leaving, and every engine's thread lives."""
+        return all(self._health_by_name().values())
+
+    async def _drain_and_close(self) -> None:
+        """Do what `stop` says; nothing here waits for a client without a bound."""
         self._state = pb.SERVER_STATE_LEAVING
         if self._health_watch is not None:
             self._health_watch.cancel()
-        await self._show_health()
-        await asyncio.sleep(self._config.drain_delay_s)
-        self._state = pb.SERVER_STATE_DRAINING
-        await self._coordinator.drain(self._config.drain_grace_s)
+        self._show_health()
+        await self._unless_hurried(asyncio.sleep(self._config.drain_delay_s))
+        await self._unless_hurried(self._drain())
+        if self._is_hurried.is_set():
+            await self._coordinator.drain(0)
         # Joins the engines' threads, which still hand their last events to this loop.
         await asyncio.to_thread(self._engines.stop)
         self._open_inference.close()
-        await self._wait_for_last_words()
+        # First: handlers may wait for it.
         await self._answer_worker.stop()
+        await self._wait_for_last_words()
+        self._health.close()
         # What is open now are health watches and idle connections: they need no grace.
         await asyncio.gather(self._data_server.stop(_CLOSE_S), self._control_server.stop(_CLOSE_S))
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.stop)
 
-    def is_healthy(self) -> bool:
-        """Whether new work is wanted: not leaving, and every engine's thread lives."""
-        return all(self._health_by_name().values())
+    async def _drain(self) -> None:
+        self._state = pb.SERVER_STATE_DRAINING
+        await self._coordinator.drain(self._config.drain_grace_s)
+
+    async def _unless_hurried(self, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for work, which is cancelled by `hurry`."""
+        async with running(work, self._is_hurried.wait()) as (task, hurried):
+            await asyncio.wait((task, hurried), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
 
     def _register(self) -> None:
         """Give both listeners their services."""
@@ -219,11 +244,11 @@ class Server:
 
     def _reflect(self, server: grpc.aio.Server, *names: str) -> None:
         """Let clients list a listener's services and their messages."""
-        reflection.enable_server_reflection((*names, _HEALTH_NAME, reflection.SERVICE_NAME), server)
+        reflection.enable_server_reflection((*names, HEALTH_NAME, reflection.SERVICE_NAME), server)
 
     def _listen(self, server: grpc.aio.Server, host: str, port: int) -> str:
         """Open a port, encrypted if there is a certificate, and return its address."""
-        config, address = self._config, f"{_bracketed(host)}:{port}"
+        config, address = self._config, join_port(host, port)
         if config.tls_cert is None or config.tls_key is None:
             bound = server.add_insecure_port(address)
         else:
@@ -231,7 +256,7 @@ class Server:
             bound = server.add_secure_port(
                 address, server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
             )
-        return f"{_bracketed(host)}:{bound}"
+        return join_port(host, bound)
 
     def _count_rejected(self, reason: str, rpc: str, code: grpc.StatusCode) -> None:
         """Count a call that the gate refused, which no `CallGuard` sees."""
@@ -257,12 +282,12 @@ class Server:
         is_ready = all(models.values())
         return {"": is_ready, "readiness": is_ready, SERVICE_NAME: is_ready, **models}
 
-    async def _show_health(self) -> None:
+    def _show_health(self) -> None:
         """Tell the health service what has changed since the last time."""
         current = {"liveness": True, **self._health_by_name()}
         changed = {n: ok for n, ok in current.items() if self._health_shown.get(n) is not ok}
         for name, is_serving in changed.items():
-            await self._health.set(name, _SERVING if is_serving else _NOT_SERVING)
+            self._health.set(name, is_serving)
             if not is_serving and self._state == pb.SERVER_STATE_SERVING:
                 logger.error("health: %r is not serving, an engine died", name)
         self._health_shown = current
@@ -270,7 +295,7 @@ class Server:
     async def _watch_health(self) -> None:
         while True:
             await asyncio.sleep(_HEALTH_PERIOD_S)
-            await self._show_health()
+            self._show_health()
 
 
 def _version() -> str:
@@ -278,6 +303,26 @@ def _version() -> str:
         return importlib.metadata.version("tandem")
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def initial_policy(engines: Engines, config: ServeConfig) -> TrafficPolicy:
+    """Return the traffic policy of a start; a lone teacher has the weight that nobody gave away.
+
+    Raises:
+        UserError: the loaded models cannot do what the configuration wants.
+    """
+    policy = TrafficPolicy(config.student_weight, config.teacher_weight, config.shadow_rate)
+    is_default = policy == TrafficPolicy(shadow_rate=policy.shadow_rate)
+    if is_default and engines.student is None:
+        policy = replace(policy, student_weight=0.0, teacher_weight=1.0)
+    try:
+        check_policy(policy, engines)
+    except TandemError as error:
+        raise UserError(
+            f"--student-weight {policy.student_weight:g} --teacher-weight "
+            f"{policy.teacher_weight:g} --shadow-rate {policy.shadow_rate:g}: {error}"
+        ) from error
+    return policy
 
 
 def limits_of(engines: Engines, config: ServeConfig) -> Limits:
@@ -296,52 +341,3 @@ def limits_of(engines: Engines, config: ServeConfig) -> Limits:
         max_prompt_bytes=config.max_prompt_bytes,
         num_samples=Range(1, config.max_num_samples),
     )
-
-
-def serve(config: ServeConfig) -> None:
-    """Load, serve until SIGTERM or SIGINT, drain, return."""
-    metrics = ServerMetrics(CollectorRegistry())
-    # In a thread of its own, whose OpenMP pool ends with it: the engines' pools shall be the only
-    # ones, since pools that exceed the cores together stop spinning (docs/log.md).
-    with ThreadPoolExecutor(max_workers=1) as loader:
-        engines = loader.submit(build_engines, config, metrics).result()
-    asyncio.run(serve_until_signal(engines, config, metrics))
-
-
-async def serve_until_signal(engines: Engines, config: ServeConfig, metrics: ServerMetrics) -> None:
-    """Serve engines until SIGTERM or SIGINT; the ready file appears when calls are answered."""
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    server = Server(engines, config, metrics, stopping.set)
-    await server.start()
-    logger.info(
-        "serving on %s, control on %s, metrics on %s",
-        server.address, server.control_address, server.metrics_url,
-    )  # fmt: skip
-    if config.ready_file is not None:
-        write_ready_file(config.ready_file, server)
-    await stopping.wait()
-    logger.info(
-        "draining: %s s still serving, then %s s at most",
-        config.drain_delay_s,
-        config.drain_grace_s,
-    )
-    await server.stop()
-
-
-def write_ready_file(path: Path, server: Server) -> None:
-    """Write `{"address": ..., "control_address": ..., "metrics_url": ...}`, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    ready = {
-        "address": server.address,
-        "control_address": server.control_address,
-        "metrics_url": server.metrics_url,
-    }
-    temporary.write_text(json.dumps(ready) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

@@ -243,7 +243,7 @@ class LiveServer:
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
 
     def stop_soon(self) -> object:
-        """Begin the drain; the result's `result()` waits for its end."""
+        """Begin the drain, if it has not begun; the result's `result()` waits for its end."""
         return asyncio.run_coroutine_threadsafe(self.server.stop(), self.loop)
 
 
@@ -287,8 +287,7 @@ def serving(loop: asyncio.AbstractEventLoop) -> Callable[..., object]:
         finally:
             for backend in pair.backends.values():
                 backend.may_run.set()
-            if server.is_healthy():
-                live.stop_soon().result(30)
+            live.stop_soon().result(30)
             live.client.close()
             live.control.close()
             live.channel.close()

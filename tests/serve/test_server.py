@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import signal
-import subprocess
-import sys
-import threading
+import socket
 import time
 import urllib.request
-from collections.abc import Generator
-from pathlib import Path
+from collections.abc import Callable, Generator
 from typing import Any
 
 import grpc
@@ -18,11 +13,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import ValidationError
 
+from bundle.errors import UserError
+from protos.tandem.v1 import control_pb2
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.client import Client, ControlClient
 from serve.config import ServeConfig
 from serve.routing import Role
-from serve.server import limits_of
+from serve.server import Server, initial_policy, limits_of
 from serve.service import SERVICE_NAME
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -47,20 +43,19 @@ def test_addresses_are_loopback_with_the_ports_picked(live: Any) -> None:
 
 
 def test_drain_refuses_new_work_and_finishes_the_old(serving: Any, make_pair: Any) -> None:
-    with serving(make_pair(max_model_len=4000)) as live:
+    with serving(make_pair(max_model_len=4000), drain_grace_s=30) as live:
         sampling = pb.SamplingParams(max_tokens=800, ignore_eos=True)
         stream = live.client.generate(pb.GenerateRequest(prompt="x", sampling=sampling))
         next(stream)
         live.pair.backends[Role.STUDENT].may_run.clear()
         stopping = live.stop_soon()
+        wait_until(lambda: live.pair.value("draining") == 1)
         with pytest.raises(grpc.RpcError) as caught:
-            while True:
-                live.client.compare(pb.CompareRequest(prompt="x"))
+            live.client.compare(pb.CompareRequest(prompt="x"))
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
         assert {health(live, name) for name in NAMES} == {NOT_SERVING}
         assert health(live, "liveness") == SERVING
-        assert live.pair.value("draining") == 1
         live.pair.backends[Role.STUDENT].may_run.set()
         sample = next(e.complete.sample for e in stream if e.HasField("complete"))
         stopping.result(30)
@@ -69,8 +64,7 @@ def test_drain_refuses_new_work_and_finishes_the_old(serving: Any, make_pair: An
 
 def test_what_outlasts_the_grace_ends_with_shutdown(serving: Any, make_pair: Any) -> None:
     with serving(make_pair(max_model_len=100_000), drain_grace_s=0) as live:
-        sampling = pb.SamplingParams(max_tokens=90_000, ignore_eos=True)
-        stream = live.client.generate(pb.GenerateRequest(prompt="x", sampling=sampling))
+        stream = live.client.generate(long_request())
         next(stream)
         stopping = live.stop_soon()
         events = list(stream)
@@ -81,6 +75,82 @@ def test_what_outlasts_the_grace_ends_with_shutdown(serving: Any, make_pair: Any
     # Whether the teacher still scored it depends on which engine stopped first.
     assert sample.HasField("divergence") != bool(sample.divergence_error)
     assert events[-1].HasField("usage")
+
+
+def test_hurry_skips_delay_and_grace(serving: Any, make_pair: Any) -> None:
+    pair = make_pair(max_model_len=100_000)
+    with serving(pair, drain_delay_s=60, drain_grace_s=60) as live:
+        stream = live.client.generate(long_request())
+        next(stream)
+        stopping = live.stop_soon()
+        live.loop.call_soon_threadsafe(live.server.hurry)
+        sample = next(e.complete.sample for e in stream if e.HasField("complete"))
+        stopping.result(10)
+    assert sample.finish_reason == pb.FINISH_REASON_SHUTDOWN
+
+
+def test_hurry_ends_a_wait_for_running_work(serving: Any, make_pair: Any) -> None:
+    pair = make_pair(max_model_len=100_000)
+    with serving(pair, drain_grace_s=60) as live:
+        stream = live.client.generate(long_request())
+        next(stream)
+        stopping = live.stop_soon()
+        wait_until(lambda: pair.value("draining") == 1)
+        live.loop.call_soon_threadsafe(live.server.hurry)
+        sample = next(e.complete.sample for e in stream if e.HasField("complete"))
+        stopping.result(10)
+    assert sample.finish_reason == pb.FINISH_REASON_SHUTDOWN
+
+
+def test_stop_may_be_called_again(serving: Any, make_pair: Any) -> None:
+    with serving(make_pair(), drain_delay_s=0.1) as live:
+        first, second = live.stop_soon(), live.stop_soon()
+        second.result(10)
+        assert first.done()
+        live.stop_soon().result(1)
+
+
+def test_handlers_that_wait_for_the_answer_process_do_not_hold_up_the_end(
+    serving: Any, make_pair: Any
+) -> None:
+    settings = {"answer_formats": {"hanging": r"((?:.+)+)\Zx"}, "symbolic_timeout_s": 60}
+    with serving(make_pair(), drain_grace_s=0, **settings) as live:
+        request = pb.GenerateRequest(
+            prompt="x",
+            sampling=pb.SamplingParams(max_tokens=60, ignore_eos=True, seed=1),
+            evaluation=pb.EvaluationOptions(answer_format="hanging"),
+        )
+        stream = live.client.generate(request)
+        labels = {"role": "student", "finish_reason": "length"}
+        wait_until(lambda: live.pair.value("samples_total", **labels) == 1)
+        started_s = time.monotonic()
+        live.stop_soon().result(30)
+        assert time.monotonic() - started_s < 3
+        assert any(event.HasField("complete") for event in stream)
+
+
+def test_server_that_is_not_healthy_is_stopped_by_its_fixture(serving: Any, make_pair: Any) -> None:
+    pair = make_pair()
+    with serving(pair) as live:
+        pair.engines.teacher.engine.stop()
+        assert not live.server.is_healthy()
+        address = live.server.address
+    assert not pair.engines.student.engine.load().is_alive
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address.split(":"), timeout=5)
+
+
+def long_request() -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        prompt="x", sampling=pb.SamplingParams(max_tokens=90_000, ignore_eos=True)
+    )
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < until_s
+        time.sleep(0.005)
 
 
 def test_open_health_watch_does_not_hold_up_the_end(serving: Any, make_pair: Any) -> None:
@@ -134,51 +204,55 @@ def test_limits_are_the_lesser_models(make_pair: Any) -> None:
     assert (limits.max_model_len, limits.vocab_size, limits.tasks) == (77, 259, {"a"})
 
 
-SERVE_UNTIL_SIGNAL = """
-import asyncio, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-from conftest import Pair
-from serve.config import ServeConfig
-from serve.server import serve_until_signal
+# The traffic policy at the start
 
-async def main():
-    pair = Pair()
-    config = ServeConfig(bundle="x", port=0, control_port=0, metrics_port=0, ready_file={ready!r})
-    await serve_until_signal(pair.engines, config, pair.metrics)
-
-asyncio.run(main())
-"""
+BOTH, STUDENT, TEACHER = tuple(Role), (Role.STUDENT,), (Role.TEACHER,)
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "Drain"])
-def test_server_drains_and_ends_with_exit_0(tmp_path: Path, how: str) -> None:
-    ready = tmp_path / "ready.json"
-    script = SERVE_UNTIL_SIGNAL.format(
-        root=str(Path(__file__).parents[2]), tests=str(Path(__file__).parent), ready=str(ready)
-    )
-    process = subprocess.Popen([sys.executable, "-W", "error", "-c", script])
-    try:
-        addresses = read_when_written(ready, process)
-        assert addresses["metrics_url"].startswith("http://127.0.0.1:")
-        with Client(addresses["address"], timeout_s=30) as client:
-            assert len(client.get_models().models) == 2
-        if how == "Drain":
-            with ControlClient(addresses["control_address"], timeout_s=30) as control:
-                control.drain()
-        else:
-            process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait()
+@pytest.mark.parametrize(
+    ("roles", "settings", "weights"),
+    [
+        (BOTH, {}, (1, 0)),
+        (STUDENT, {}, (1, 0)),
+        (TEACHER, {}, (0, 1)),
+        (STUDENT, {"student_weight": 3}, (3, 0)),
+        (TEACHER, {"student_weight": 0, "teacher_weight": 2}, (0, 2)),
+    ],
+)
+def test_policy_at_the_start_suits_what_is_loaded(
+    make_pair: Any, roles: tuple[Role, ...], settings: dict[str, float], weights: tuple[float, ...]
+) -> None:
+    config = ServeConfig(bundle="x", **settings)
+    policy = initial_policy(make_pair(roles=roles).engines, config)
+    assert (policy.student_weight, policy.teacher_weight) == weights
+    assert policy.revision == 1
 
 
-def read_when_written(path: Path, process: subprocess.Popen[bytes]) -> dict[str, str]:
-    while not path.exists():
-        assert process.poll() is None, "the server ended before it was ready"
-        threading.Event().wait(0.02)
-    addresses: dict[str, str] = json.loads(path.read_text())
-    return addresses
+@pytest.mark.parametrize(
+    ("roles", "settings", "complaint"),
+    [
+        (STUDENT, {"student_weight": 0, "teacher_weight": 1}, "the teacher is not loaded here"),
+        (STUDENT, {"teacher_weight": 1}, "the teacher is not loaded here"),
+        (STUDENT, {"shadow_rate": 1}, "a shadow needs two models"),
+        (TEACHER, {"student_weight": 2}, "the student is not loaded here"),
+        (TEACHER, {"shadow_rate": 0.5}, "a shadow needs two models"),
+    ],
+)
+def test_server_does_not_start_with_a_policy_that_it_cannot_serve(
+    make_pair: Any, roles: tuple[Role, ...], settings: dict[str, float], complaint: str
+) -> None:
+    pair, config = make_pair(roles=roles), ServeConfig(bundle="x", **settings)
+    with pytest.raises(UserError, match=rf"^--student-weight [^\n]*{complaint}[^\n]*$"):
+        Server(pair.engines, config, pair.metrics)
+
+
+def test_lone_teacher_answers_and_its_policy_can_be_changed(serving: Any, make_pair: Any) -> None:
+    with serving(make_pair(roles=TEACHER)) as live:
+        assert live.control.policy() == control_pb2.Policy(teacher_weight=1, revision=1)
+        assert live.control.set_policy(teacher_weight=2).revision == 2
+        events = list(live.client.generate(pb.GenerateRequest(prompt="x")))
+        sample = next(e.complete.sample for e in events if e.HasField("complete"))
+        assert sample.role == pb.ROLE_TEACHER
 
 
 def test_listening_to_the_world_needs_a_flag() -> None:

@@ -1,4 +1,7 @@
-"""Which hosts only this machine can reach: for listeners without TLS, and for tokens without it."""
+"""Hosts: how an address is written, and which ones only this machine can reach.
+
+The latter matters for listeners without TLS, and for tokens without it.
+"""
 
 from __future__ import annotations
 
@@ -17,3 +20,12 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def join_port(host: str, port: int) -> str:
+    """Return HOST:PORT, an IPv6 address in brackets.
+
+    >>> join_port("localhost", 80), join_port("::1", 80)
+    ('localhost:80', '[::1]:80')
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
