@@ -24,7 +24,7 @@ class Checks:
         self._violations: list[FieldViolation] = []
 
     def refuse(self, field: str, value: object, allowed: str) -> None:
-        self._violations.append(FieldViolation(field, f"is {_show(value)}; must be {allowed}"))
+        self._violations.append(FieldViolation(field, f"is {shown(value)}; must be {allowed}"))
 
     def raise_if_any(self) -> None:
         if self._violations:
@@ -70,11 +70,13 @@ class Checks:
         return allowed.allows(size)
 
 
-def _show(value: object) -> str:
-    """Return a value as it goes into an error, cut to a length that fits into one.
+def shown(value: object) -> str:
+    """Return a value as it goes into an error: cut to what fits into one, and valid Unicode.
 
-    >>> _show("x" * 1000)[-12:], _show(float("nan"))
-    ('xxxxxxxxx...', 'nan')
+    >>> shown("x" * 1000)[-12:], shown(float("nan")), shown("\\ud800")
+    ('xxxxxxxxx...', 'nan', '\\\\ud800')
     """
     text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}..."
+    if len(text) > MAX_SHOWN_CHARS:
+        text = f"{text[:MAX_SHOWN_CHARS]}..."
+    return text.encode("utf-8", "backslashreplace").decode()

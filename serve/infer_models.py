@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from protos.oip import grpc_service_pb2 as oip
+from serve.checks import shown
 from serve.errors import ModelNotLoadedError
 from serve.infer_settings import AS_TENSORS, PROMPTS
 from serve.routing import Role
@@ -24,9 +25,13 @@ def to_role(name: str, version: str) -> Role:
     """
     names = [role.value for role in Role]
     if name not in names:
-        raise ModelNotLoadedError(f"model {name!r} is not known; must be one of {', '.join(names)}")
+        raise ModelNotLoadedError(
+            f"model {shown(repr(name))} is not known; must be one of {', '.join(names)}"
+        )
     if version not in ("", VERSION):
-        raise ModelNotLoadedError(f"model {name} has no version {version!r}; it has {VERSION}")
+        raise ModelNotLoadedError(
+            f"model {name} has no version {shown(repr(version))}; it has {VERSION}"
+        )
     return Role(name)
 
 

@@ -14,11 +14,12 @@ from typing import Any
 
 from protos.oip import grpc_service_pb2 as oip
 from protos.tandem.v1 import inference_pb2 as pb
+from serve.checks import shown
 from serve.errors import FieldViolation, InvalidFieldError, TooLargeError
 from serve.infer_models import OUTPUTS, VERSION, to_role
 from serve.infer_settings import MAX_UINT32, PROMPTS, Settings, read_text, unknown_name
 from serve.routing import Role
-from serve.tensors import Tensor, read_inputs, write_output
+from serve.tensors import Tensor, check_no_parameters, read_inputs, write_output
 
 _DEFAULT_OUTPUTS = ("output_ids", "text_output", "logprobs")
 FINAL = "triton_final_response"
@@ -50,8 +51,10 @@ class Inference:
                 *(FieldViolation(self._place(v.field), v.description) for v in error.violations)
             ) from error
         except TooLargeError as error:
-            error.field = self._place(error.field)
-            raise
+            # A copy: everyone who asked for the same run gets the same error.
+            placed = TooLargeError(str(error))
+            placed.field = self._place(error.field)
+            raise placed from error
 
     def respond(
         self,
@@ -145,14 +148,15 @@ def to_inference(source: oip.ModelInferRequest, *, may_stream: bool) -> Inferenc
 
 
 def _outputs(source: oip.ModelInferRequest, settings: Settings) -> tuple[str, ...]:
+    if len(source.outputs) > len(OUTPUTS):
+        raise InvalidFieldError.of(
+            "outputs", f"has {len(source.outputs)} of them; there are only {', '.join(OUTPUTS)}"
+        )
     for output in source.outputs:
-        path = f"outputs[{output.name}]"
+        path = f"outputs[{shown(output.name)}]"
         if output.name not in OUTPUTS:
             raise unknown_name(path, OUTPUTS)
-        if output.parameters:
-            raise InvalidFieldError.of(
-                f"{path}.parameters", f"has {', '.join(sorted(output.parameters))}; must be empty"
-            )
+        check_no_parameters(path, output.parameters)
     names = dict.fromkeys(output.name for output in source.outputs)
     if not settings.get("divergence", True):
         names.pop("k3", None)
@@ -185,7 +189,7 @@ def _prompt(tensors: Mapping[str, Tensor], settings: Settings) -> tuple[dict[str
 
 
 def _text(tensor: Tensor) -> str:
-    values = tensor.row()
+    values = tensor.values
     if len(values) != 1:
         raise InvalidFieldError.of(tensor.path, f"has {len(values)} texts; must have one")
     try:
@@ -196,7 +200,7 @@ def _text(tensor: Tensor) -> str:
 
 def _token_ids(tensor: Tensor) -> list[int]:
     """Return ids that our message can hold; which of them there are is checked behind it."""
-    ids = tensor.row()
+    ids = tensor.values
     if ids and (min(ids) < 0 or max(ids) > MAX_UINT32):
         index = next(i for i, token_id in enumerate(ids) if not 0 <= token_id <= MAX_UINT32)
         raise InvalidFieldError.of(

@@ -12,6 +12,7 @@ from typing import Any
 
 from protos.oip import grpc_service_pb2 as oip
 from protos.tandem.v1 import inference_pb2 as pb
+from serve.checks import shown
 from serve.errors import InvalidFieldError
 from serve.tensors import Tensor
 
@@ -68,13 +69,14 @@ def _read_bool(value: Any) -> bool:
 
 
 def read_text(value: Any) -> str:
-    try:
-        text = value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError:
-        raise ValueError("UTF-8") from None
-    if not isinstance(text, str):
+    if not isinstance(value, bytes | str):
         raise ValueError("a string")
-    return text
+    try:
+        # A string, too: JSON can hold half of a surrogate pair, which is no text.
+        data = value.encode() if isinstance(value, str) else value
+        return data.decode()
+    except UnicodeError:
+        raise ValueError("UTF-8") from None
 
 
 def _parse(text: str) -> Any:
@@ -128,10 +130,15 @@ class Settings:
             "prompt": "inputs[text_input]",
             "prompt_token_ids.ids": "inputs[input_ids]",
         }
+        if len(source.parameters) > len(_AS_PARAMETERS):
+            raise InvalidFieldError.of(
+                "parameters",
+                f"has {len(source.parameters)} of them; there are only {', '.join(_AS_PARAMETERS)}",
+            )
         for name, parameter in sorted(source.parameters.items()):
             choice = parameter.WhichOneof("parameter_choice")
             value = getattr(parameter, choice) if choice else None
-            self._add(name, value, f"parameters[{name}]", _AS_PARAMETERS)
+            self._add(name, value, f"parameters[{shown(name)}]", _AS_PARAMETERS)
         for name, tensor in tensors.items():
             if name not in PROMPTS:
                 self._add_tensor(tensor)
@@ -149,7 +156,7 @@ class Settings:
         name = tensor.name
         if name not in AS_TENSORS:
             raise unknown_name(tensor.path, (*PROMPTS, *AS_TENSORS))
-        values = tensor.row()
+        values = tensor.values
         if AS_TENSORS[name].is_list:
             self._add(name, values, tensor.path, AS_TENSORS)
         elif len(values) == 1:
@@ -165,7 +172,7 @@ class Settings:
         if not isinstance(members, dict):
             raise InvalidFieldError.of(path, "is not a JSON object")
         for name, value in members.items():
-            self._add(name, value, f"{path}.{name}", SAMPLING)
+            self._add(name, value, f"{path}.{shown(name)}", SAMPLING)
 
     def _add(self, name: str, value: Any, path: str, known: Mapping[str, Setting]) -> None:
         if name not in known:
@@ -190,4 +197,4 @@ def _read(setting: Setting, value: Any, path: str) -> Any:
     try:
         return setting.read(value)
     except ValueError as allowed:
-        raise InvalidFieldError.of(path, f"is {value!r:.60}; must be {allowed}") from None
+        raise InvalidFieldError.of(path, f"is {shown(repr(value))}; must be {allowed}") from None

@@ -5,16 +5,17 @@ Knows layouts, not meanings; what a tensor is for is in `serve.infer_requests`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from protos.oip import grpc_service_pb2 as oip
+from serve.checks import MAX_SHOWN_CHARS, shown
 from serve.errors import InvalidFieldError
 
+_MAX_INPUTS = 64  # more than there are names of inputs
 _LENGTH_BYTES = 4  # of a BYTES element stand before it, little-endian
 
 # Datatype → numpy's name of it (none: BYTES), and the field of InferTensorContents.
@@ -36,38 +37,28 @@ _LAYOUTS = {
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor's elements, row by row: `bytes`, `bool`, `int` or `float`."""
+    """The elements, `bytes`, `bool`, `int` or `float`, of a list or of a batch of one."""
 
     name: str
     datatype: str
-    shape: tuple[int, ...]
     values: list[Any]
 
     @property
     def path(self) -> str:
-        return f"inputs[{self.name}]"
-
-    def row(self) -> list[Any]:
-        """Return the elements of a list, `[n]`, or of a batch of one, `[1, n]`.
-
-        Raises:
-            InvalidFieldError: any other shape.
-        """
-        if len(self.shape) == 1 or (len(self.shape) == 2 and self.shape[0] == 1):
-            return self.values
-        raise InvalidFieldError.of(
-            self.path,
-            f"has shape {list(self.shape)}; must be [n] or [1, n]: a request has one prompt, send "
-            "more of them as requests of their own",
-        )
+        return f"inputs[{shown(self.name)}]"
 
 
 def read_inputs(request: oip.ModelInferRequest) -> dict[str, Tensor]:
     """Return a request's input tensors by name.
 
     Raises:
-        InvalidFieldError: a name comes twice, or datatype, shape and elements do not fit together.
+        InvalidFieldError: a name comes twice, a shape is neither `[n]` nor `[1, n]`, or datatype,
+            shape and elements do not fit together.
     """
+    if len(request.inputs) > _MAX_INPUTS:
+        raise InvalidFieldError.of(
+            "inputs", f"has {len(request.inputs)} tensors; must have at most {_MAX_INPUTS}"
+        )
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise InvalidFieldError.of(
@@ -77,7 +68,7 @@ def read_inputs(request: oip.ModelInferRequest) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for index, tensor in enumerate(request.inputs):
         if tensor.name in tensors:
-            raise InvalidFieldError.of(f"inputs[{tensor.name}]", "is given twice")
+            raise InvalidFieldError.of(f"inputs[{shown(tensor.name)}]", "is given twice")
         tensors[tensor.name] = _read(tensor, raw[index] if raw else None)
     return tensors
 
@@ -92,24 +83,40 @@ def write_output(
 
 
 def _read(tensor: oip.ModelInferRequest.InferInputTensor, raw: bytes | None) -> Tensor:
-    path = f"inputs[{tensor.name}]"
+    path = f"inputs[{shown(tensor.name)}]"
     if tensor.datatype not in _LAYOUTS:
         raise InvalidFieldError.of(
-            path, f"has datatype {tensor.datatype!r}; must be one of {', '.join(_LAYOUTS)}"
+            path,
+            f"has datatype {shown(repr(tensor.datatype))}; must be one of {', '.join(_LAYOUTS)}",
         )
-    if tensor.parameters:
-        raise InvalidFieldError.of(
-            f"{path}.parameters", f"has {', '.join(sorted(tensor.parameters))}; must be empty"
-        )
-    if any(size < 0 for size in tensor.shape):
-        raise InvalidFieldError.of(path, f"has shape {list(tensor.shape)}; must be 0 or above")
+    check_no_parameters(path, tensor.parameters)
+    num_elements = _num_elements(path, tensor.shape)
     values = _unpack(path, tensor.datatype, raw) if raw is not None else _typed(path, tensor)
-    num_elements = math.prod(tensor.shape)
     if len(values) != num_elements:
         raise InvalidFieldError.of(
             path, f"has {len(values)} elements; its shape {list(tensor.shape)} needs {num_elements}"
         )
-    return Tensor(tensor.name, tensor.datatype, tuple(tensor.shape), values)
+    return Tensor(tensor.name, tensor.datatype, values)
+
+
+def check_no_parameters(path: str, parameters: Mapping[str, object]) -> None:
+    """Raise InvalidFieldError if a tensor has any: what shared memory and classes need."""
+    if parameters:
+        raise InvalidFieldError.of(
+            f"{path}.parameters", f"has {shown(next(iter(parameters)))}; must be empty"
+        )
+
+
+def _num_elements(path: str, shape: Sequence[int]) -> int:
+    """Return the n of `[n]` or `[1, n]`; a longer shape is not even multiplied."""
+    is_row = len(shape) == 1 or (len(shape) == 2 and shape[0] == 1)
+    if is_row and shape[-1] >= 0:
+        return shape[-1]
+    raise InvalidFieldError.of(
+        path,
+        f"has shape {shown(list(shape[:MAX_SHOWN_CHARS]))}; must be [n] or [1, n]: a request has "
+        "one prompt, send more of them as requests of their own",
+    )
 
 
 def _typed(path: str, tensor: oip.ModelInferRequest.InferInputTensor) -> list[Any]:

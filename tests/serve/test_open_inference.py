@@ -18,6 +18,8 @@ from google.rpc import error_details_pb2, status_pb2
 from protos.oip import grpc_service_pb2 as oip
 from protos.oip import grpc_service_pb2_grpc as oip_grpc
 from protos.tandem.v1 import inference_pb2 as pb
+from serve.errors import ContextLengthError, InvalidFieldError, TooLargeError
+from serve.infer_requests import to_inference
 from serve.open_inference import MAX_REQUESTS_PER_STREAM
 from serve.routing import Role
 
@@ -424,6 +426,16 @@ REFUSED = {
     "no ids": (infer_request(ids([1, 0], [])), "inputs[input_ids]", "is empty"),
     "empty text": (infer_request(text_input(b"")), "inputs[text_input]", "is 0 bytes"),
     "negative shape": (infer_request(ids([-1], [5])), "inputs[input_ids]", "has shape [-1]"),
+    "shape of three": (infer_request(ids([1, 1, 1], [5])), "inputs[input_ids]",
+                       "has shape [1, 1, 1]; must be [n] or [1, n]"),
+    "huge shape": (infer_request(ids([1, 1 << 62], [5])), "inputs[input_ids]",
+                   "has 1 elements; its shape [1, 4611686018427387904] needs 4611686018427387904"),
+    "too many inputs": (infer_request(*[tensor(str(i), "INT32", [1]) for i in range(65)]),
+                        "inputs", "has 65 tensors; must have at most 64"),
+    "too many parameters": (infer_request(**{f"p{i}": 1 for i in range(30)}), "parameters",
+                            "has 32 of them; there are only temperature"),
+    "too many outputs": (infer_request(outputs="k3 " * 5), "outputs",
+                         "has 5 of them; there are only output_ids"),
     "too few elements": (infer_request(ids([1, 3], [5])), "inputs[input_ids]",
                          "has 1 elements; its shape [1, 3] needs 3"),
     "wrong contents": (infer_request(tensor("input_ids", "INT64", [1], int_contents=[5])),
@@ -464,6 +476,11 @@ REFUSED = {
     "number for a text": (infer_request(stop=1), "parameters[stop][0]", "is 1; must be a string"),
     "stop not UTF-8": (setting("stop", "BYTES", [1], bytes_contents=[b"\xff"]), "inputs[stop][0]",
                        "must be UTF-8"),
+    "half a surrogate pair": (infer_request(sampling_parameters='{"stop": ["a", "\\ud800"]}'),
+                              "parameters[sampling_parameters].stop[1]",
+                              "is '\\ud800'; must be UTF-8"),
+    "half a pair as a name": (infer_request(sampling_parameters='{"\\ud800": 1}'),
+                              "parameters[sampling_parameters].\\ud800", "is not known"),
     "no JSON": (infer_request(sampling_parameters="{"), "parameters[sampling_parameters]",
                 "is not a JSON object"),
     "JSON list": (infer_request(sampling_parameters="[1]"), "parameters[sampling_parameters]",
@@ -499,7 +516,73 @@ def test_refused_field_is_named_as_it_was_given(stub: Any, name: str) -> None:
     found = violations(caught.value)
     assert list(found) == [field]
     assert text in found[field]
-    assert caught.value.details() == f"{field}: {found[field]}"
+    # A list of names is cut in the details.
+    assert caught.value.details().startswith(f"{field}: {found[field].removesuffix('...')}")
+
+
+LONG = "\u00e4" * 20_000
+CUT = LONG[:60] + "..."
+LONG_TEXTS = {
+    "model": (infer_request(model=LONG), f"model '{LONG[:59]}... is not known"),
+    "version": (oip.ModelInferRequest(model_name="student", model_version=LONG),
+                f"has no version '{LONG[:59]}...; it has 1"),
+    "parameter": (infer_request(**{LONG: 1}), f"parameters[{CUT}]: is not known"),
+    "value": (infer_request(temperature=LONG), f"is '{LONG[:59]}...; must be a number"),
+    "input": (infer_request(tensor(LONG, "INT32", [1], int_contents=[1])),
+              f"inputs[{CUT}]: is not known"),
+    "input twice": (infer_request(*[tensor(LONG, "INT32", [1], int_contents=[1])] * 2),
+                    f"inputs[{CUT}]: is given twice"),
+    "datatype": (infer_request(tensor("input_ids", LONG, [1])),
+                 f"has datatype '{LONG[:59]}...; must be one of"),
+    "output": (infer_request(outputs=LONG), f"outputs[{CUT}]: is not known"),
+    "JSON": (infer_request(sampling_parameters=json.dumps({LONG: 1})),
+             f"parameters[sampling_parameters].{CUT}: is not known"),
+    "JSON value": (infer_request(sampling_parameters=json.dumps({"top_k": [[1]] * 100_000})),
+                   "is [[1], [1], "),
+    "shape": (infer_request(tensor("input_ids", "INT64", [1] * 20_000)),
+              f"has shape {str([1] * 60)[:60]}...; must be [n]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG_TEXTS)
+def test_texts_of_the_client_are_cut_in_errors(stub: Any, name: str) -> None:
+    request, text = LONG_TEXTS[name]
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ModelInfer(request)
+    assert caught.value.code() in (CODE.INVALID_ARGUMENT, CODE.NOT_FOUND), caught.value.details()
+    assert text in caught.value.details()
+    assert len(caught.value.details()) < 600
+
+
+def test_parameters_of_a_tensor_are_cut_in_errors(stub: Any) -> None:
+    for field in ("inputs", "outputs"):
+        request = infer_request(outputs="k3")
+        getattr(request, field)[0].parameters[LONG].int64_param = 3
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ModelInfer(request)
+        ((path, text),) = violations(caught.value).items()
+        assert path.startswith(f"{field}[") and text == f"has {CUT}; must be empty"
+
+
+def test_long_shape_is_never_multiplied() -> None:
+    request = infer_request(tensor("input_ids", "INT64", [1 << 62] * 20_000, int64_contents=[5]))
+    began_s = time.process_time()
+    with pytest.raises(InvalidFieldError, match=r"has shape \[4611686018427387904, .*\.\.\.; must"):
+        to_inference(request, may_stream=False)
+    assert time.process_time() - began_s < 0.2  # multiplied it takes seconds
+
+
+def test_error_that_others_see_too_is_left_as_it_is() -> None:
+    inference = to_inference(infer_request(), may_stream=False)
+    shared = ContextLengthError(1, 2, 3)
+    for _ in range(2):
+        with (
+            pytest.raises(TooLargeError, match="exceed the context of 3") as caught,
+            inference.fields_as_given(),
+        ):
+            raise shared
+        assert caught.value.field == "parameters[max_tokens]"
+    assert shared.field == "sampling.max_tokens"
 
 
 def test_raw_elements_have_the_size_of_their_datatype(stub: Any) -> None:
