@@ -113,20 +113,18 @@ def test_stop_may_be_called_again(serving: Any, make_pair: Any) -> None:
 def test_handlers_that_wait_for_the_answer_process_do_not_hold_up_the_end(
     serving: Any, make_pair: Any
 ) -> None:
-    settings = {"answer_formats": {"hanging": r"((?:.+)+)\Zx"}, "symbolic_timeout_s": 60}
+    formats = {"quick": "([0-9])", "hanging": r"((?:.+)+)\Zx"}
+    settings = {"answer_formats": formats, "symbolic_timeout_s": 60}
     with serving(make_pair(), drain_grace_s=0, **settings) as live:
-        request = pb.GenerateRequest(
-            prompt="x",
-            sampling=pb.SamplingParams(max_tokens=60, ignore_eos=True, seed=1),
-            evaluation=pb.EvaluationOptions(answer_format="hanging"),
-        )
-        stream = live.client.generate(request)
+        judged(live, "quick").result()  # the process has started by then
+        hanging = judged(live, "hanging")
         labels = {"role": "student", "finish_reason": "length"}
-        wait_until(lambda: live.pair.value("samples_total", **labels) == 1)
+        wait_until(lambda: live.pair.value("samples_total", **labels) == 2)
+        assert live.control.status().num_requests == 1
         started_s = time.monotonic()
         live.stop_soon().result(30)
         assert time.monotonic() - started_s < 3
-        assert any(event.HasField("complete") for event in stream)
+        assert any(event.HasField("complete") for event in hanging)
 
 
 def test_server_that_is_not_healthy_is_stopped_by_its_fixture(serving: Any, make_pair: Any) -> None:
@@ -138,6 +136,16 @@ def test_server_that_is_not_healthy_is_stopped_by_its_fixture(serving: Any, make
     assert not pair.engines.student.engine.load().is_alive
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(address.split(":"), timeout=5)
+
+
+def judged(live: Any, answer_format: str) -> Any:
+    return live.client.generate(
+        pb.GenerateRequest(
+            prompt="x",
+            sampling=pb.SamplingParams(max_tokens=60, ignore_eos=True, seed=1),
+            evaluation=pb.EvaluationOptions(answer_format=answer_format),
+        )
+    )
 
 
 def long_request() -> pb.GenerateRequest:
