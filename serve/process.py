@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from bundle.errors import UserError
 from serve.config import ServeConfig
+from serve.listeners import check_listeners
 from serve.loading import build_engines
 from serve.metrics import ServerMetrics
 from serve.routing import Engines
@@ -32,6 +33,7 @@ def serve(config: ServeConfig) -> None:
     """
     if config.ready_file is not None:
         _remove_stale(config.ready_file)
+    check_listeners(config)
     metrics = ServerMetrics(CollectorRegistry())
     # In a thread of its own, whose OpenMP pool ends with it: the engines' pools shall be the only
     # ones, since pools that exceed the cores together stop spinning (docs/log.md).
@@ -42,6 +44,8 @@ def serve(config: ServeConfig) -> None:
 
 def _remove_stale(ready_file: Path) -> None:
     """Remove what a process that was killed left behind: nothing is ready yet."""
+    if not ready_file.parent.is_dir():
+        raise UserError(f"--ready-file {ready_file}: there is no such folder")
     try:
         ready_file.unlink(missing_ok=True)
     except OSError as error:
@@ -56,7 +60,10 @@ async def serve_until_signal(engines: Engines, config: ServeConfig, metrics: Ser
     stopping = asyncio.Event()
     server = Server(engines, config, metrics, stopping.set)
     _listen_to_signals(server, stopping)
-    await server.start()
+    try:
+        await server.start()
+    except (RuntimeError, OSError) as error:  # a port that was free a moment ago
+        raise UserError(f"the server cannot listen: {error}") from error
     logger.info(
         "serving on %s, control on %s, metrics on %s",
         server.address, server.control_address, server.metrics_url,
