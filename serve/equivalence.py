@@ -187,6 +187,8 @@ class AnswerWorker:
         if self._child is None or not self._child.is_alive:
             await self._end_child()
             self._child = await _Child.spawn(self._memory_bytes)
+            if self._is_stopped:  # there was no child to kill yet
+                self._child.kill()
         await self._child.prepare(name)
         return self._child
 

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 STOPPED_RETRY_AFTER_S = 1.0
 # Text and details travel in HTTP/2 trailers, of which a client takes 8 KiB by default.
 _MAX_CHARS = 800
-_MAX_FIELD_CHARS = 240
+_MAX_DETAIL_CHARS = 2400  # of all fields together
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
@@ -119,12 +119,11 @@ def _violations(error: Exception) -> tuple[Message, ...]:
     else:
         return ()
     field_violation = error_details_pb2.BadRequest.FieldViolation
+    max_chars = _MAX_DETAIL_CHARS // len(fields)
     return (
         error_details_pb2.BadRequest(
             field_violations=[
-                field_violation(
-                    field=_cut(f, _MAX_FIELD_CHARS), description=_cut(d, _MAX_FIELD_CHARS)
-                )
+                field_violation(field=_cut(f, max_chars), description=_cut(d, max_chars))
                 for f, d in fields
             ]
         ),

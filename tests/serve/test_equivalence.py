@@ -291,6 +291,21 @@ def test_stop_ends_the_child_and_requests_that_wait() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("num_turns", range(6))
+def test_stop_while_the_child_starts_waits_for_no_job(num_turns: int) -> None:
+    async def run() -> None:
+        worker = AnswerWorker(60)
+        job = asyncio.create_task(extract(worker, HANGING))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        began_s = time.monotonic()
+        await worker.stop()
+        assert time.monotonic() - began_s < 10
+        assert await job == [DROPPED]
+
+    asyncio.run(run())
+
+
 def test_nothing_runs_before_the_first_job() -> None:
     async def run() -> None:
         worker = AnswerWorker(1)
