@@ -2,6 +2,7 @@
 
 Calls are refused before their message is read. Whoever comes through is counted until the call
 ends, whatever ends it, and its name is `current_client` for everything that the handler starts.
+Handlers of streams count each request with `request_slot`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import grpc
 
-from serve.statuses import Status, abort
+from serve.errors import QueueFullError
+from serve.statuses import Status, abort, status_of
 from serve.tokens import SCOPES, TokenFile
 
 logger = logging.getLogger(__name__)
@@ -29,10 +31,18 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # no generic at run time
 Reason = Literal["unauthenticated", "peer_limit"]
 OnRejected = Callable[[Reason, str, grpc.StatusCode], None]
 """Told why a call was refused, of which method ("Generate"), and with which code."""
+OnEnded = Callable[[str, grpc.StatusCode], None]
+"""Told of which method a call ended before its handler saw a message, and with which code."""
 
 # The authenticated client whose call is being handled; "" for an anonymous one.
 current_client: ContextVar[str] = ContextVar("current_client", default="")
 
+# Entered by handlers of streams while a request runs; PeerLimitError above the client's limit.
+request_slot: ContextVar[Callable[[], AbstractContextManager[None]]] = ContextVar(
+    "request_slot", default=nullcontext
+)
+
+OPEN = "open"  # as a scope: needs no token, but is counted
 RETRY_AFTER_S = 1.0
 _DENIED = "denied"  # what an unlisted method needs; no token can have it
 _MAX_READ_S = 30.0
@@ -42,6 +52,10 @@ _NO_CREDENTIALS = Status(
     grpc.StatusCode.UNAUTHENTICATED, "a valid token is needed: authorization: Bearer TOKEN"
 )
 _NO_SCOPE = Status(grpc.StatusCode.UNAUTHENTICATED, "the token does not allow this call")
+
+
+class PeerLimitError(QueueFullError):
+    """A client has as much running as it may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +77,8 @@ class _Peer:
 class Gate(grpc.aio.ServerInterceptor):
     """Authenticates the calls of a listener and bounds how many run per client.
 
-    Handlers are coroutine functions or async generator functions.
+    Handlers are coroutine functions or async generator functions. What gRPC refuses by itself does
+    not come here and is counted nowhere, a message above `grpc.max_receive_message_length` too.
     """
 
     def __init__(
@@ -72,25 +87,28 @@ class Gate(grpc.aio.ServerInterceptor):
         tokens: TokenFile | None,
         max_concurrent_per_peer: int,
         on_rejected: OnRejected,
+        on_ended: OnEnded = lambda rpc, code: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`scopes`: method ("/package.Service/Method") or service ("/package.Service/") → scope.
 
-        None there means open to all and never counted. Other methods are denied. Without
-        `tokens` clients are known by their certificates, if the listener asks for any.
+        OPEN there means that no token is needed, None that the calls are not counted either. Other
+        methods are denied. Without `tokens` clients are known by their certificates, if the
+        listener asks for any.
         """
-        assert {scope for scope in scopes.values() if scope is not None} <= SCOPES, scopes
+        assert set(scopes.values()) <= {*SCOPES, OPEN, None}, scopes
         self._scopes = scopes
         self._tokens = tokens
         self._max_concurrent = max_concurrent_per_peer
         self._on_rejected = on_rejected
+        self._on_ended = on_ended
         self._clock = clock
         self._num_running: Counter[tuple[str, str]] = Counter()
         self._logged_s: dict[str, float] = {}  # by host, of the last second, oldest first
 
     @property
     def num_active(self) -> int:
-        """Calls that run; those that are open to all do not count."""
+        """Calls and requests of streams that run; the first request of a stream is its call."""
         return self._num_running.total()
 
     async def intercept_service(
@@ -107,6 +125,8 @@ class Gate(grpc.aio.ServerInterceptor):
         rpc = handler_call_details.method.rpartition("/")[2]
         if handler is None or scope is None:
             return handler
+        if scope == OPEN:
+            return self._counted(handler, "", rpc)
         if self._tokens is None:
             return None if scope == _DENIED else self._counted(handler, "", rpc)
         token = _bearer_token(handler_call_details.invocation_metadata)
@@ -123,8 +143,8 @@ class Gate(grpc.aio.ServerInterceptor):
 
     def _refusing(self, status: Status, name: str, rpc: str) -> Handler:
         async def refuse(requests: object, context: Context) -> None:
-            self._note(_Peer(name, _host(context)), status, "unauthenticated", rpc)
-            await abort(context, status)
+            self._log_refusal(_Peer(name, _host(context)), status.message)
+            await self._reject(context, "unauthenticated", rpc, status)
 
         # Of any kind of call: with a stream of requests grpc reads none for it.
         return grpc.stream_stream_rpc_method_handler(refuse)
@@ -142,12 +162,19 @@ class Gate(grpc.aio.ServerInterceptor):
 
         async def run(requests: AsyncIterator[Any], context: Context) -> Any:
             peer = _Peer(name or _certificate_name(context), _host(context))
-            if self._num_running[peer.key] >= self._max_concurrent:
-                self._note(peer, self._too_many(), "peer_limit", rpc)
-                await abort(context, self._too_many())
-            with self._running(peer):
-                request = requests if handler.request_streaming else await _read_one(context)
+            try:
+                self._take(peer)
+            except PeerLimitError as error:
+                await self._reject(context, "peer_limit", rpc, status_of(error))
+            try:
+                # Never set back: every call has a context of its own, which ends with it.
+                current_client.set(peer.name)
+                request_slot.set(self._request_slots(peer))
+                is_stream = handler.request_streaming
+                request = requests if is_stream else await self._read_one(context, rpc)
                 return await _call(behavior, request, context)
+            finally:
+                self._release(peer)
 
         make = (
             grpc.stream_stream_rpc_method_handler
@@ -156,29 +183,69 @@ class Gate(grpc.aio.ServerInterceptor):
         )
         return make(run, handler.request_deserializer, handler.response_serializer)
 
-    @contextmanager
-    def _running(self, peer: _Peer) -> Iterator[None]:
+    def _take(self, peer: _Peer) -> None:
+        """Count one more that runs; PeerLimitError, logged by then, above the limit."""
+        if self._num_running[peer.key] >= self._max_concurrent:
+            error = PeerLimitError(
+                f"{self._max_concurrent} calls of this client run, which is the limit",
+                RETRY_AFTER_S,
+            )
+            self._log_refusal(peer, str(error))
+            raise error
         self._num_running[peer.key] += 1
-        # Never set back: every call has a context of its own, which ends with it.
-        current_client.set(peer.name)
+
+    def _release(self, peer: _Peer) -> None:
+        self._num_running[peer.key] -= 1
+        if not self._num_running[peer.key]:
+            del self._num_running[peer.key]
+
+    def _request_slots(self, peer: _Peer) -> Callable[[], AbstractContextManager[None]]:
+        """Return what counts the requests of one call; one of them has the slot of the call."""
+        num_running = 0
+
+        @contextmanager
+        def slot() -> Iterator[None]:
+            nonlocal num_running
+            if num_running:
+                self._take(peer)
+            num_running += 1
+            try:
+                yield
+            finally:
+                num_running -= 1
+                if num_running:
+                    self._release(peer)
+
+        return slot
+
+    async def _read_one(self, context: Context, rpc: str) -> Any:
+        """Return the message of a call that has one; end a call without."""
         try:
-            yield
-        finally:
-            self._num_running[peer.key] -= 1
-            if not self._num_running[peer.key]:
-                del self._num_running[peer.key]
+            async with asyncio.timeout(_MAX_READ_S):
+                request = await context.read()
+        except TimeoutError:
+            text = f"no message came within {_MAX_READ_S:g} s"
+            await self._end(context, rpc, Status(grpc.StatusCode.DEADLINE_EXCEEDED, text))
+        if request is grpc.aio.EOF:
+            text = "the call has no message"
+            await self._end(context, rpc, Status(grpc.StatusCode.INVALID_ARGUMENT, text))
+        return request
 
-    def _too_many(self) -> Status:
-        return Status(
-            grpc.StatusCode.RESOURCE_EXHAUSTED,
-            f"{self._max_concurrent} calls of this client run, which is the limit",
-            retry_after_s=RETRY_AFTER_S,
-        )
+    async def _end(self, context: Context, rpc: str, status: Status) -> NoReturn:
+        """End a call, and count it if that came to pass: gRPC also says EOF of one that it ends."""
+        try:
+            await abort(context, status)
+        except grpc.aio.AbortError:
+            self._on_ended(rpc, status.code)
+            raise
 
-    def _note(self, peer: _Peer, status: Status, reason: Reason, rpc: str) -> None:
+    async def _reject(self, context: Context, reason: Reason, rpc: str, status: Status) -> NoReturn:
         self._on_rejected(reason, rpc, status.code)
+        await abort(context, status)
+
+    def _log_refusal(self, peer: _Peer, message: str) -> None:
         if self._may_log(peer.host):
-            logger.warning("refused a call of %s: %s", peer, status.message)
+            logger.warning("refused a call of %s: %s", peer, message)
 
     def _may_log(self, host: str) -> bool:
         """Allow one line per second and host, and so many in all that memory stays bounded."""
@@ -202,20 +269,6 @@ async def _call(behavior: Any, request: Any, context: Context) -> Any:
         async for response in responses:
             await context.write(response)
     return None
-
-
-async def _read_one(context: Context) -> Any:
-    """Return the message of a call that has one."""
-    try:
-        async with asyncio.timeout(_MAX_READ_S):
-            request = await context.read()
-    except TimeoutError:
-        text = f"no message came within {_MAX_READ_S:g} s"
-        await abort(context, Status(grpc.StatusCode.DEADLINE_EXCEEDED, text))
-    if request is grpc.aio.EOF:
-        text = "the call has no message"
-        await abort(context, Status(grpc.StatusCode.INVALID_ARGUMENT, text))
-    return request
 
 
 def _bearer_token(metadata: tuple[tuple[str, str | bytes], ...]) -> str | None:

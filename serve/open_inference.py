@@ -18,6 +18,7 @@ from protos.tandem.v1 import inference_pb2 as pb
 from serve.calls import Call, CallFailedError, CallGuard, Context, serialize, unary
 from serve.coordinator import Coordinator
 from serve.errors import EngineStoppedError, InvalidFieldError, QueueFullError
+from serve.gate import request_slot
 from serve.infer_models import NAME, VERSION, to_config, to_metadata, to_role
 from serve.infer_requests import FINAL, Inference, to_inference
 from serve.routing import Role, are_comparable
@@ -26,6 +27,8 @@ from serve.validation import parse
 
 SERVICE_NAME = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 MAX_REQUESTS_PER_STREAM = 64
+# Of all messages whose requests run on one stream; behind that nothing more is read.
+MAX_BYTES_PER_STREAM = 4 << 20
 _RETRY_AFTER_S = 1.0
 
 Generate = Callable[[Call, pb.GenerateRequest], AsyncGenerator[pb.GenerateResponse, None]]
@@ -182,17 +185,19 @@ class OpenInferenceService:
         write: Write,
         answers: asyncio.TaskGroup,
     ) -> None:
-        """Start a task for each request of a stream, but for so many at a time."""
-        running = set[asyncio.Task[None]]()
+        """Start a task for each request of a stream, but for so many, and bytes, at a time."""
+        running = dict[asyncio.Task[None], int]()
         async for data in requests:
             call = self._guard.begin("ModelStreamInfer", context.time_remaining())
             is_full = len(running) >= MAX_REQUESTS_PER_STREAM
             task = answers.create_task(self._answer(call, data, write, is_full=is_full))
-            running.add(task)
-            task.add_done_callback(running.discard)
+            running[task] = len(data)
+            task.add_done_callback(running.pop)
             if is_full:
                 # The next one is read when this client has been told: what waits is bounded.
                 await asyncio.wait([task])
+            while sum(running.values()) >= MAX_BYTES_PER_STREAM:
+                await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
 
     async def _answer(self, call: Call, data: bytes, write: Write, *, is_full: bool) -> None:
         """Write the responses to one request of a stream, or why there are none."""
@@ -205,10 +210,11 @@ class OpenInferenceService:
                         f"{MAX_REQUESTS_PER_STREAM} requests of this stream run, the most it may",
                         _RETRY_AFTER_S,
                     )
-                inference = to_inference(source, may_stream=True)
-                async with aclosing(self._stream_responses(call, inference)) as responses:
-                    async for response in responses:
-                        await write(oip.ModelStreamInferResponse(infer_response=response))
+                with request_slot.get()():
+                    inference = to_inference(source, may_stream=True)
+                    async with aclosing(self._stream_responses(call, inference)) as responses:
+                        async for response in responses:
+                            await write(oip.ModelStreamInferResponse(infer_response=response))
         except CallFailedError as failed:
             await write(_to_error(source, failed.status))
 

@@ -28,7 +28,7 @@ if _version_not_supported:
 class GRPCInferenceServiceStub(object):
     """Health, description and inference. Status codes and their details are those of
     tandem.v1.InferenceService; refused fields are named as they were given: "inputs[input_ids]",
-    "parameters[temperature]", "outputs[k3]".
+    "parameters[temperature]", "outputs[k3]"; long names are cut.
     """
 
     def __init__(self, channel):
@@ -87,7 +87,7 @@ class GRPCInferenceServiceStub(object):
 class GRPCInferenceServiceServicer(object):
     """Health, description and inference. Status codes and their details are those of
     tandem.v1.InferenceService; refused fields are named as they were given: "inputs[input_ids]",
-    "parameters[temperature]", "outputs[k3]".
+    "parameters[temperature]", "outputs[k3]"; long names are cut.
     """
 
     def ServerLive(self, request, context):
@@ -143,6 +143,10 @@ class GRPCInferenceServiceServicer(object):
 
         A request that fails gets a response with error_message, "CODE: text", and its id; the stream goes
         on. Closing the sending side lets the requests that run end; cancelling the call ends them.
+
+        Requests count as calls of their client, the first one that runs as the stream itself. Above the
+        client's limit, and above 64 of a stream, they fail with RESOURCE_EXHAUSTED: send them again when
+        others have ended. When messages of 4 MiB are being answered nothing more is read until some are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -221,7 +225,7 @@ def add_GRPCInferenceServiceServicer_to_server(servicer, server):
 class GRPCInferenceService(object):
     """Health, description and inference. Status codes and their details are those of
     tandem.v1.InferenceService; refused fields are named as they were given: "inputs[input_ids]",
-    "parameters[temperature]", "outputs[k3]".
+    "parameters[temperature]", "outputs[k3]"; long names are cut.
     """
 
     @staticmethod

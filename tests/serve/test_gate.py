@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -17,7 +18,7 @@ import trustme
 from google.rpc import error_details_pb2, status_pb2
 
 from serve import gate as gate_module
-from serve.gate import Gate, current_client
+from serve.gate import OPEN, Gate, PeerLimitError, current_client, request_slot
 from serve.tls import server_credentials
 from serve.tokens import TokenFile
 
@@ -26,6 +27,7 @@ HOST = "127.0.0.1"
 SCOPES = {
     "/test.Echo/": "inference",
     "/test.Echo/Admin": "control",
+    "/test.Echo/Open": OPEN,
     "/test.Echo/Health": None,
 }
 KINDS = ("UnaryUnary", "UnaryStream", "StreamUnary", "StreamStream")
@@ -62,6 +64,20 @@ class Echo:
         async for data in requests:
             yield await self._answer(data, context)
 
+    async def slotted(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        """Answer requests side by side, each in a slot of its own."""
+
+        async def answer(data: bytes) -> None:
+            try:
+                with request_slot.get()():
+                    await context.write(await self._answer(data, context))
+            except PeerLimitError as error:
+                await context.write(str(error).encode())
+
+        async with asyncio.TaskGroup() as answers:
+            async for data in requests:
+                answers.create_task(answer(data))
+
     async def _answer(self, data: bytes, context: Any) -> bytes:
         if data == b"fail":
             raise LookupError
@@ -85,7 +101,9 @@ class Echo:
             "StreamUnary": grpc.stream_unary_rpc_method_handler(self.joined),
             "StreamStream": grpc.stream_stream_rpc_method_handler(self.mapped),
             "Decoded": unary(self.unary, bytes.upper, bytes.lower),
+            "Slotted": grpc.stream_stream_rpc_method_handler(self.slotted),
             "Admin": unary(self.unary),
+            "Open": unary(self.unary),
             "Health": unary(self.unary),
         }
         return grpc.method_handlers_generic_handler("test.Echo", handlers)
@@ -98,8 +116,10 @@ async def _client_of_task() -> str:
 class Gated:
     """A server behind a gate, and calls to it."""
 
-    def __init__(self, gate: Gate, echo: Echo, channel: grpc.Channel, rejected: list[str]) -> None:
-        self.gate, self.echo, self.channel, self.rejected = gate, echo, channel, rejected
+    def __init__(self, gate: Gate, echo: Echo, channel: grpc.Channel, rejected: list[str],
+                 ended: list[Any]) -> None:  # fmt: skip
+        self.gate, self.echo, self.channel = gate, echo, channel
+        self.rejected, self.ended = rejected, ended
 
     def call(self, rpc: str, data: bytes = b"x", token: str | None = None, **options: Any) -> Any:
         """Begin a call; `result` waits for its responses."""
@@ -149,12 +169,13 @@ def gated(loop: asyncio.AbstractEventLoop) -> Any:
         connection: tuple[grpc.ServerCredentials, grpc.ChannelCredentials] | None = None,
         **options: Any,
     ) -> Iterator[Gated]:
-        echo, rejected = Echo(), []
+        echo, rejected, ended = Echo(), [], []
         gate = Gate(
             scopes,
             tokens,
             max_concurrent,
             lambda reason, rpc, code: rejected.append(reason),
+            lambda rpc, code: ended.append((rpc, code)),
             **options,
         )
 
@@ -177,7 +198,7 @@ def gated(loop: asyncio.AbstractEventLoop) -> Any:
                 if connection
                 else grpc.insecure_channel(target)
             ) as channel:
-                yield Gated(gate, echo, channel, rejected)
+                yield Gated(gate, echo, channel, rejected, ended)
                 wait_until(lambda: gate.num_active == 0)
         finally:
             asyncio.run_coroutine_threadsafe(server.stop(0), loop).result(10)
@@ -306,6 +327,50 @@ def test_open_method_needs_nothing_and_is_not_counted(gated: Any, tokens: TokenF
         wait_until(lambda: it.echo.num_waiting == 1)
 
 
+def test_open_method_needs_no_token_and_is_counted_by_host(gated: Any, tokens: TokenFile) -> None:
+    with gated(max_concurrent=1, tokens=tokens) as it:
+        assert it.result("Open") == b"x of "
+        call = it.call("Open", b"wait", token="eve")
+        wait_until(lambda: it.echo.num_waiting == it.gate.num_active == 1)
+        assert it.refusal("Open", token="ada").code() is CODE.RESOURCE_EXHAUSTED
+        assert it.rejected == ["peer_limit"]
+        assert it.result("UnaryUnary", token="ada") == b"x of ada"
+        call.cancel()
+        wait_until(lambda: it.gate.num_active == 0)
+
+
+def test_requests_of_a_stream_count_as_calls(gated: Any) -> None:
+    requests: queue.Queue[bytes | None] = queue.Queue()
+    with gated(max_concurrent=2) as it:
+        stream = it.channel.stream_stream("/test.Echo/Slotted")(iter(requests.get, None))
+        wait_until(lambda: it.gate.num_active == 1)
+        requests.put(b"x")  # ends before the next one comes: they have the slot of the call
+        assert next(stream) == b"x of "
+        requests.put(b"wait")
+        wait_until(lambda: it.echo.num_waiting == 1)
+        assert it.gate.num_active == 1
+        requests.put(b"wait")
+        wait_until(lambda: it.echo.num_waiting == it.gate.num_active == 2)
+        assert it.refusal("UnaryUnary").code() is CODE.RESOURCE_EXHAUSTED
+        requests.put(b"x")
+        assert next(stream) == b"2 calls of this client run, which is the limit"
+        assert it.gate.num_active == 2
+        assert it.rejected == ["peer_limit"]  # of the call alone: the handler tells of requests
+        stream.cancel()
+        wait_until(lambda: it.gate.num_active == 0)
+        requests.put(None)
+        with it.waiting(2):
+            assert it.gate.num_active == 2
+
+
+def test_slots_that_requests_leave_are_those_of_the_next(gated: Any) -> None:
+    with gated(max_concurrent=1) as it:
+        requests = it.channel.stream_stream("/test.Echo/Slotted")
+        for _ in range(3):
+            assert list(requests(iter([b"x"]), timeout=10)) == [b"x of "]
+            wait_until(lambda: it.gate.num_active == 0)
+
+
 def test_calls_above_the_limit_are_told_when_to_come_again(gated: Any) -> None:
     with gated(max_concurrent=2) as it:
         with it.waiting(2):
@@ -361,6 +426,7 @@ def test_message_that_never_comes_ends_the_call(
         assert caught.value.code() is CODE.DEADLINE_EXCEEDED
         assert caught.value.details() == "no message came within 0.01 s"
         wait_until(lambda: it.gate.num_active == 0)
+        assert (it.ended, it.rejected) == ([("UnaryUnary", CODE.DEADLINE_EXCEEDED)], [])
 
 
 @pytest.mark.parametrize("kind", ["UnaryUnary", "UnaryStream"])
@@ -369,6 +435,16 @@ def test_call_without_a_message_is_an_invalid_argument(gated: Any, kind: str) ->
         with pytest.raises(grpc.RpcError) as caught:
             next(it.channel.stream_stream(f"/test.Echo/{kind}")(iter(()), timeout=10))
         assert caught.value.code() is CODE.INVALID_ARGUMENT
+        wait_until(lambda: it.gate.num_active == 0)
+        assert (it.ended, it.rejected) == ([(kind, CODE.INVALID_ARGUMENT)], [])
+
+
+def test_too_large_message_does_not_come_to_the_gate(gated: Any) -> None:
+    with gated() as it:
+        error = it.refusal("UnaryUnary", bytes(5 << 20))
+        assert error.code() is CODE.RESOURCE_EXHAUSTED
+        wait_until(lambda: it.gate.num_active == 0)
+        assert it.ended == it.rejected == []
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "Written"])
@@ -407,6 +483,7 @@ def test_cancel_while_the_message_is_read_leaves_no_trace(
             wait_until(lambda: it.gate.num_active == 0)
         may_send.set()
         assert it.result("UnaryUnary") == b"x of "
+        assert it.ended == []
     assert caplog.records == []
 
 

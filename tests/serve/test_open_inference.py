@@ -761,6 +761,46 @@ def test_stream_takes_only_so_many_requests_at_once(stuck: Any) -> None:
     assert list(open_stream.call) == []
 
 
+def test_requests_of_a_stream_are_calls_of_its_client(serving: Any, make_pair: Any) -> None:
+    pair = make_pair()
+    pair.backends[Role.STUDENT].may_run.clear()
+    with serving(pair, max_concurrent_per_peer=3) as live:
+        open_stream = Stream(live)
+        open_stream.send(*[infer_request(id=str(i), stream=False) for i in range(5)])
+        refused = [open_stream.read() for _ in range(2)]
+        assert [r.infer_response.id for r in refused] == ["3", "4"]
+        assert {r.error_message for r in refused} == {
+            "RESOURCE_EXHAUSTED: 3 calls of this client run, which is the limit"
+        }
+        with pytest.raises(grpc.RpcError) as caught:
+            stub_of(live).ModelInfer(infer_request())
+        assert caught.value.code() is CODE.RESOURCE_EXHAUSTED
+        pair.backends[Role.STUDENT].may_run.set()
+        assert {open_stream.read().infer_response.id for _ in range(3)} == {"0", "1", "2"}
+        open_stream.send(infer_request(id="next", stream=False))
+        assert value_of(open_stream.read().infer_response, "output_ids")
+        open_stream.close()
+        labels = {"rpc": "ModelStreamInfer", "code": "RESOURCE_EXHAUSTED", "task": "other"}
+        assert pair.value("requests_total", route="none", **labels) == 2
+
+
+def test_stream_is_read_on_when_large_requests_have_ended(
+    stuck: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.open_inference.MAX_BYTES_PER_STREAM", 1000)
+    engine = stuck.pair.engines.student.engine
+    open_stream = Stream(stuck)
+    ids = ["0", "1" * 1000, "2", "3"]
+    open_stream.send(*[infer_request(id=id, stream=False) for id in ids])
+    eventually(lambda: engine.load().num_running + engine.load().num_waiting == 2)
+    for _ in range(20):
+        stub_of(stuck).ServerLive(oip.ServerLiveRequest())
+    assert engine.load().num_running + engine.load().num_waiting == 2
+    stuck.pair.backends[Role.STUDENT].may_run.set()
+    assert {open_stream.read().infer_response.id for _ in range(4)} == set(ids)
+    open_stream.close()
+
+
 @pytest.mark.parametrize("is_busy", [False, True])
 def test_drain_ends_a_stream_behind_its_last_response(
     serving: Any, make_pair: Any, is_busy: bool
