@@ -19,6 +19,7 @@ import grpc
 
 from serve.arms import reason_to_give_up
 from serve.errors import DrainingError, QueueFullError
+from serve.gate import PeerLimitError
 from serve.metrics import ServerMetrics
 from serve.sequence import FinishReason
 from serve.specs import OTHER_TASK, GenerationSpec
@@ -133,7 +134,9 @@ class CallGuard:
         return handle
 
     def _count_rejection(self, error: Exception) -> None:
-        if isinstance(error, QueueFullError):
+        if isinstance(error, PeerLimitError):
+            self._metrics.admission_rejections.labels("peer_limit").inc()
+        elif isinstance(error, QueueFullError):
             self._metrics.admission_rejections.labels("queue_full").inc()
         elif isinstance(error, DrainingError):
             self._metrics.admission_rejections.labels("draining").inc()

@@ -31,7 +31,7 @@ from serve.control import ControlService, Lifecycle, check_policy
 from serve.coordinator import Coordinator
 from serve.equivalence import AnswerWorker
 from serve.errors import TandemError
-from serve.gate import Gate, current_client
+from serve.gate import OPEN, Gate, current_client
 from serve.health import NAME as HEALTH_NAME
 from serve.health import Health
 from serve.hosts import join_port
@@ -72,15 +72,16 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-# What a token must allow for each service; None is open to all. Nothing else can be called.
+# What a token must allow for each service. None is open to all and not counted, OPEN needs no token
+# but is counted. Nothing else can be called.
 _COMMON_SCOPES = {f"/{reflection.SERVICE_NAME}/": "reflection", f"/{HEALTH_NAME}/": None}
 _DATA_SCOPES: Mapping[str, str | None] = {
     f"/{SERVICE_NAME}/": "inference",
     f"/{OPEN_INFERENCE_NAME}/": "inference",
     # Triton's probes are as open as Health.
-    f"/{OPEN_INFERENCE_NAME}/ServerLive": None,
-    f"/{OPEN_INFERENCE_NAME}/ServerReady": None,
-    f"/{OPEN_INFERENCE_NAME}/ModelReady": None,
+    f"/{OPEN_INFERENCE_NAME}/ServerLive": OPEN,
+    f"/{OPEN_INFERENCE_NAME}/ServerReady": OPEN,
+    f"/{OPEN_INFERENCE_NAME}/ModelReady": OPEN,
     **_COMMON_SCOPES,
 }
 _CONTROL_SCOPES: Mapping[str, str | None] = {
@@ -123,7 +124,13 @@ class Server:
         tokens = TokenFile(config.auth_tokens) if config.auth_tokens else None
         # One each: a client at its limit can still be helped over the control plane.
         self._gate, self._control_gate = (
-            Gate(scopes, tokens, config.max_concurrent_per_peer, self._count_rejected)
+            Gate(
+                scopes,
+                tokens,
+                config.max_concurrent_per_peer,
+                self._count_rejected,
+                self._count_ended,
+            )
             for scopes in (_DATA_SCOPES, _CONTROL_SCOPES)
         )
         self._guard = CallGuard(
@@ -261,6 +268,10 @@ class Server:
     def _count_rejected(self, reason: str, rpc: str, code: grpc.StatusCode) -> None:
         """Count a call that the gate refused, which no `CallGuard` sees."""
         self._metrics.admission_rejections.labels(reason).inc()
+        self._count_ended(rpc, code)
+
+    def _count_ended(self, rpc: str, code: grpc.StatusCode) -> None:
+        """Count a call that ended without a message, which no `CallGuard` sees either."""
         self._metrics.requests.labels(rpc, "none", code.name, OTHER_TASK).inc()
 
     async def _wait_for_last_words(self) -> None:
