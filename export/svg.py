@@ -16,6 +16,7 @@ from typing import Any, Literal
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00",
@@ -76,7 +77,9 @@ def scale_axis(axes: Any, name: Literal["x", "y"], values: Iterable[float]) -> N
     finite = [value for value in values if math.isfinite(value)]
     if finite and min(finite) > 0 and max(finite) > MIN_LOG_RANGE * min(finite):
         axes.set(**{f"{name}scale": "log"})
-        getattr(axes, f"{name}axis").set_major_formatter(lambda value, _: f"{value:g}")
+        axis = getattr(axes, f"{name}axis")
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def move_to_free_place(

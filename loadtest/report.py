@@ -1,0 +1,200 @@
+"""`report.html`: what a run found, in one file that needs no server, no network and no script.
+
+It is made from the artifacts of a run's folder alone. Its text is in `data/report.html.j2`, its
+plots come from `report_plots`. What was not measured is said, never drawn as 0.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from bundle.errors import UserError
+from loadtest import report_text
+from loadtest.plots import arm_styles
+from loadtest.records import RequestRecord
+from loadtest.report_plots import KL_TO_TEACHER, draw_plots, is_closed, load_label, pareto_quality
+from loadtest.requests_file import REQUESTS_FILE, read_requests
+from loadtest.summary import Cell, Comparison, Distribution, Summary, read_summary
+from loadtest.timeline import Gauge
+
+REPORT_FILE = "report.html"
+# Of run.json; what has a place of its own on the page, or would only be noise there.
+_SHOWN_ELSEWHERE = {"config", "timeline", "versions", "models", "schedule_sha256", "command"}
+_SPEEDS = {
+    "ttft_p50": "first token, median",
+    "ttft_p95": "first token, p95",
+    "itl_p50": "between tokens, median",
+    "itl_p95": "between tokens, p95",
+    "tpot_p50": "time per output token, median",
+    "e2e_p50": "end to end, median",
+    "e2e_p95": "end to end, p95",
+    "output_tokens_per_s": "output tokens per second",
+}
+LATENCIES: tuple[tuple[str, Callable[[Cell], Distribution]], ...] = (
+    ("Time to first token", lambda cell: cell.ttft),
+    ("Between tokens", lambda cell: cell.itl),
+    ("Time per output token", lambda cell: cell.tpot),
+    ("End to end", lambda cell: cell.e2e),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the headline: what was compared, the number with its interval, its meaning."""
+
+    name: str
+    text: str
+    meaning: str
+
+
+def write_report(folder: Path) -> Path:
+    """Write a run's report beside its artifacts, and return its path.
+
+    UserError: an artifact is missing or broken.
+    """
+    page = render_report(
+        read_summary(folder),
+        _read_run(folder / "run.json"),
+        read_requests(folder / REQUESTS_FILE),
+    )
+    path = folder / REPORT_FILE
+    path.write_text(page, encoding="utf-8", newline="\n")
+    return path
+
+
+def render_report(result: Summary, run: Mapping[str, Any], records: Sequence[RequestRecord]) -> str:
+    """Return the page; `run` is run.json, `records` the warm-up's too."""
+    styles = arm_styles(_arms(result, records))
+    plots = draw_plots(result, records, gauges_of(run), styles)
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            summary=result,
+            styles=styles,
+            plots={name: Markup(svg) for name, svg in plots.items()},
+            headlines=[(found, findings(result, found)) for found in result.comparisons],
+            latencies=LATENCIES,
+            ks=sorted({k for cell in result.cells if cell.quality for k in cell.quality.pass_at_k}),
+            load_label=lambda load: load_label(result, load),
+            is_closed=is_closed(result),
+            is_kl_pareto=pareto_quality(result) == KL_TO_TEACHER,
+            num_offered=sum(cell.num_offered for cell in result.cells),
+            facts=[(key, value) for key, value in run.items() if key not in _SHOWN_ELSEWHERE],
+            command=command_of(run),
+        )
+    )
+
+
+def _arms(result: Summary, records: Sequence[RequestRecord]) -> tuple[str, ...]:
+    """Return all arms, in the order of the settings, which keeps their looks between runs."""
+    asked = result.config.get("arms")
+    names = [str(arm) for arm in asked] if isinstance(asked, list | tuple) else []
+    names += [cell.arm for cell in result.cells] + [record.plan.arm for record in records]
+    return tuple(dict.fromkeys(names))
+
+
+def findings(result: Summary, comparison: Comparison) -> list[Finding]:
+    """Return what the comparison of two arms at one load came to: speed first, then quality."""
+    speeds = [
+        Finding(
+            _SPEEDS.get(name, name),
+            report_text.show_ratio(ratio),
+            report_text.judge(ratio, 1.0, "faster", "slower"),
+        )
+        for name, ratio in comparison.ratios.items()
+    ]
+    differences = [
+        Finding(
+            name,
+            report_text.show_points(difference),
+            report_text.judge(difference, 0.0, "better", "worse"),
+        )
+        for name, difference in comparison.differences.items()
+    ]
+    return speeds + differences + _closeness(result, comparison)
+
+
+def _closeness(result: Summary, comparison: Comparison) -> list[Finding]:
+    """Return how alike the two arms are; not measured is a finding, too."""
+    a, b = comparison.arm_a, comparison.arm_b
+    cell = result.cell(a, comparison.load)
+    quality = cell.quality if cell else None
+    p = comparison.mcnemar_p
+    judged = [] if comparison.differences else [Finding("pass@k", report_text.NOT_MEASURED, "")]
+    return [
+        *judged,
+        *([] if p is None else [Finding("McNemar's p of being right", f"{p:.3g}", "")]),
+        Finding("same majority answer", report_text.show_share_estimate(comparison.agreement), ""),
+        Finding(
+            f"exact KL({a} ‖ {b}), nats per token",
+            report_text.show_estimate(quality.exact_kl if quality else None),
+            "",
+        ),
+        Finding(
+            f"k3 estimate of KL({a} ‖ {b}), nats per token",
+            report_text.show_estimate(quality.k3 if quality else None),
+            "",
+        ),
+    ]
+
+
+def gauges_of(run: Mapping[str, Any]) -> list[Gauge]:
+    """Return run.json's `timeline`: by role, a list of what the server's gauges said when."""
+    return [
+        Gauge(role, each["time_s"], each["waiting"], each["running"], each["batch"])
+        for role, found in run.get("timeline", {}).items()
+        for each in found
+    ]
+
+
+def command_of(run: Mapping[str, Any]) -> str | None:
+    """Return the command that made the run, ready to be pasted into a shell."""
+    words = run.get("command")
+    return shlex.join(words) if isinstance(words, list) else words
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not what a run writes: {error}") from None
+    if not isinstance(run, dict):
+        raise UserError(f"{path} is not what a run writes: it is no JSON object")
+    return run
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("loadtest", "data"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(
+        number=report_text.show_number,
+        share=report_text.show_share,
+        time=report_text.show_time,
+        estimate=report_text.show_estimate,
+        share_estimate=report_text.show_share_estimate,
+        time_estimate=report_text.show_time_estimate,
+        plain=_plain,
+    )
+    return environment
+
+
+def _plain(value: object) -> str:
+    """Write a setting as its own text, anything with parts as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
