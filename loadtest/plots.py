@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from export.svg import (
@@ -125,7 +125,7 @@ def draw_curves(svg_name: str, panels: Sequence[Panel], styles: Mapping[str, Arm
         for curve in panel.curves:
             _paint_curve(axes, curve, styles, line_style_of(panel.curves, curve))
         _set_loads(axes, panel.x_ticks)
-        scale_axis(axes, "y", [point.y for curve in panel.curves for point in curve.points])
+        scale(axes, "y", [point.y for curve in panel.curves for point in curve.points])
         low, high = panel.y_limits
         if axes.get_yscale() == "linear":
             axes.set_ylim(low, high)
@@ -171,7 +171,8 @@ def draw_pareto(
         for arm in dict.fromkeys(point.arm for point in points):
             mine = [point for point in points if point.arm == arm]
             _paint_with_errors(axes, mine, styles[arm])
-        scale_axis(axes, "x", [point.latency[0] for point in points])
+        scale(axes, "x", [point.latency[0] for point in points])
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], -0.03 * axes.get_ylim()[1]))
         add_legend(figure, curve_legend([Curve(point.arm, ()) for point in points], styles))
         _label_points(axes, points, styles)
 
@@ -214,6 +215,7 @@ def _paint_curve(axes: Any, curve: Curve, styles: Mapping[str, ArmStyle], line_s
     axes.errorbar(
         xs, ys, yerr=_errors(ys, ends), fmt=style.marker, linestyle=line_style, color=style.color,
         markersize=5, linewidth=1.4, elinewidth=1.0, capsize=2.5,
+        markerfacecolor=_face(style, line_style),
         transform=axes.transData + _dodge(axes, style, len(styles)),
     )  # fmt: skip
     # What is drawn beside its place does not count towards the limits.
@@ -226,6 +228,11 @@ def _ends(point: Point) -> tuple[float, float]:
     if point.low is None or point.high is None:
         return point.y, point.y
     return min(point.low, point.y), max(point.high, point.y)
+
+
+def _face(style: ArmStyle, line_style: str) -> str:
+    """Return what fills a marker: of all quantities but the first nothing, as lines may lack."""
+    return style.color if line_style == LINE_STYLES[0] else "white"
 
 
 def _errors(values: Sequence[float], ends: Sequence[tuple[float, float]]) -> list[list[float]]:
@@ -241,6 +248,15 @@ def _dodge(axes: Any, style: ArmStyle, num_arms: int) -> Any:
     """Return the shift, to the side alone, that keeps the arms' points apart."""
     offset_pt = DODGE_PT * (style.place - (num_arms - 1) / 2)
     return ScaledTranslation(offset_pt / 72, 0, axes.figure.dpi_scale_trans)
+
+
+def scale(axes: Any, name: Literal["x", "y"], values: Sequence[float]) -> None:
+    """Make an axis logarithmic where `scale_axis` does, with enough labels on a short one."""
+    scale_axis(axes, name, values)
+    axis = getattr(axes, f"{name}axis")
+    low, high = axis.get_view_interval()
+    if axis.get_scale() == "log" and high < 300 * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
 
 
 def line_style_of(curves: Sequence[Curve], curve: Curve) -> str:
@@ -283,6 +299,7 @@ def curve_legend(curves: Sequence[Curve], styles: Mapping[str, ArmStyle]) -> lis
         Line2D(
             [], [], color=styles[arm].color, marker=styles[arm].marker, markersize=5,
             linestyle=line_style_of(curves, curve), label=shorten(f"{arm} {quantity}".strip()),
+            markerfacecolor=_face(styles[arm], line_style_of(curves, curve)),
         )
         for (arm, quantity), curve in named.items()
     ]  # fmt: skip
@@ -316,5 +333,6 @@ def _label_points(axes: Any, points: Sequence[ParetoPoint], styles: Mapping[str,
         text = axes.annotate(
             point.load, (point.latency[0], point.quality[0]), (0, 0),
             textcoords="offset points", va="center", color=styles[point.arm].color, fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6},
         )  # fmt: skip
         move_to_free_place(text, places, taken, within=axes.bbox)

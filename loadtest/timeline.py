@@ -14,12 +14,14 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
-from export.svg import GREY, draw_svg, scale_axis, shorten
+from export.svg import GREY, draw_svg, shorten
 from loadtest.plots import ArmStyle, Curve, Point, add_legend, line_style_of
 from loadtest.records import Phase, RequestRecord
 
 NUM_BINS = 600
+MIN_TURN_SHARE = 0.005  # of the run: a turn of one request would not be seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ def tracks_of(records: Sequence[RequestRecord], gauges: Sequence[Gauge]) -> list
     if any(curve.points for curve in lags):
         tracks.append(Track("send lag, ms", lags, is_stepped=False))
     if gauges:
-        tracks.append(Track("at the server", _gauge_curves(gauges)))
+        tracks.append(Track("server: waiting", _gauge_curves(gauges, ["waiting"])))
+        tracks.append(Track("server: running", _gauge_curves(gauges, ["running", "batch"])))
     return tracks
 
 
@@ -131,7 +134,7 @@ def draw_timeline(
 
     `loads` are the times at which each load began, with their labels.
     """
-    heights = [2.2 if track.is_stepped else 1.5 for track in tracks]
+    heights = [2.2, *(1.5 for _ in tracks[1:])]
 
     def paint(figure: Any) -> None:
         rows = figure.subplots(len(tracks), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
@@ -150,7 +153,7 @@ def draw_timeline(
     return draw_svg("timeline", 1.1 + sum(heights), paint)
 
 
-def _gauge_curves(gauges: Sequence[Gauge]) -> tuple[Curve, ...]:
+def _gauge_curves(gauges: Sequence[Gauge], quantities: Sequence[str]) -> tuple[Curve, ...]:
     return tuple(
         Curve(
             arm,
@@ -158,7 +161,7 @@ def _gauge_curves(gauges: Sequence[Gauge]) -> tuple[Curve, ...]:
             quantity,
         )
         for arm in dict.fromkeys(gauge.arm for gauge in gauges)
-        for quantity in ("running", "waiting", "batch")
+        for quantity in quantities
     )
 
 
@@ -168,9 +171,11 @@ def _paint_turns(
     loads: Sequence[tuple[float, str]],
     styles: Mapping[str, ArmStyle],
 ) -> None:
+    least_s = MIN_TURN_SHARE * max((turn.end_s for turn in turns), default=0.0)
     for turn in turns:
+        end_s = max(turn.end_s, turn.start_s + least_s)
         color = GREY if turn.is_warmup else styles[turn.arm].color
-        axes.axvspan(turn.start_s, turn.end_s, color=color, alpha=0.13, linewidth=0)
+        axes.axvspan(turn.start_s, end_s, color=color, alpha=0.13, linewidth=0)
     for start_s, _ in loads:
         axes.axvline(start_s, color=GREY, linewidth=0.8)
     axes.grid(visible=False, axis="x")
@@ -186,24 +191,27 @@ def _paint_track(axes: Any, track: Track, styles: Mapping[str, ArmStyle]) -> Non
         else:
             axes.plot(xs, ys, style.marker, color=style.color, markersize=2.5)
     axes.set_ylabel(track.y_name)
-    scale_axis(axes, "y", [point.y for curve in track.curves for point in curve.points])
-    if axes.get_yscale() == "linear":
-        axes.set_ylim(bottom=0)
+    if track.is_stepped:
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_ylim(bottom=0)
 
 
 def _legend(
     tracks: Sequence[Track], turns: Sequence[Turn], styles: Mapping[str, ArmStyle]
 ) -> list[Any]:
-    curves = [curve for track in tracks for curve in track.curves]
+    drawn = {curve.arm for track in tracks for curve in track.curves}
     handles: list[Any] = [
-        Patch(color=styles[arm].color, label=shorten(arm))
-        for arm in dict.fromkeys(curve.arm for curve in curves)
+        Patch(color=style.color, label=shorten(arm))
+        for arm, style in styles.items()
+        if arm in drawn
     ]
     if any(turn.is_warmup for turn in turns):
         handles.append(Patch(color=GREY, alpha=0.3, label="warm-up"))
     for track in tracks:
-        firsts = {curve.quantity: curve for curve in reversed(track.curves) if curve.quantity}
-        for quantity, curve in reversed(firsts.items()):
-            line_style = line_style_of(track.curves, curve)
-            handles.append(Line2D([], [], color=GREY, linestyle=line_style, label=quantity))
+        styled = {curve.quantity: line_style_of(track.curves, curve) for curve in track.curves}
+        if len(styled) > 1:
+            handles += [
+                Line2D([], [], color=GREY, linestyle=line_style, label=quantity)
+                for quantity, line_style in styled.items()
+            ]
     return handles
