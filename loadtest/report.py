@@ -18,16 +18,21 @@ from markupsafe import Markup
 
 from bundle.errors import UserError
 from loadtest import report_text
+from loadtest.config import RunConfig
+from loadtest.flags import flag_of
 from loadtest.plots import arm_styles
 from loadtest.records import RequestRecord
 from loadtest.report_plots import KL_TO_TEACHER, draw_plots, is_closed, load_label, pareto_quality
 from loadtest.requests_file import REQUESTS_FILE, read_requests
 from loadtest.summary import Cell, Comparison, Distribution, Summary, read_summary
+from loadtest.summary_text import describe_failures
 from loadtest.timeline import Gauge
 
 REPORT_FILE = "report.html"
 # Of run.json; what has a place of its own on the page, or would only be noise there.
-_SHOWN_ELSEWHERE = {"config", "timeline", "versions", "models", "schedule_sha256", "command"}
+_SHOWN_ELSEWHERE = {
+    "config", "timeline", "versions", "models", "schedule_sha256", "command", "divergence_problem",
+}  # fmt: skip
 _SPEEDS = {
     "ttft_p50": "first token, median",
     "ttft_p95": "first token, p95",
@@ -53,6 +58,17 @@ class Finding:
     name: str
     text: str
     meaning: str
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """Two arms compared: a row per quantity with its finding at each of the loads, if any."""
+
+    arm_a: str
+    arm_b: str
+    loads: tuple[float, ...]
+    num_pairs: tuple[int, ...]
+    rows: tuple[tuple[str, tuple[Finding | None, ...]], ...]
 
 
 def write_report(folder: Path) -> Path:
@@ -81,14 +97,15 @@ def render_report(result: Summary, run: Mapping[str, Any], records: Sequence[Req
             summary=result,
             styles=styles,
             plots={name: Markup(svg) for name, svg in plots.items()},
-            headlines=[(found, findings(result, found)) for found in result.comparisons],
+            failures=describe_failures(result),
+            headlines=headlines(result),
             latencies=LATENCIES,
             ks=sorted({k for cell in result.cells if cell.quality for k in cell.quality.pass_at_k}),
             load_label=lambda load: load_label(result, load),
             is_closed=is_closed(result),
             is_kl_pareto=pareto_quality(result) == KL_TO_TEACHER,
-            num_offered=sum(cell.num_offered for cell in result.cells),
             facts=[(key, value) for key, value in run.items() if key not in _SHOWN_ELSEWHERE],
+            divergence_problem=run.get("divergence_problem"),
             command=command_of(run),
         )
     )
@@ -100,6 +117,27 @@ def _arms(result: Summary, records: Sequence[RequestRecord]) -> tuple[str, ...]:
     names = [str(arm) for arm in asked] if isinstance(asked, list | tuple) else []
     names += [cell.arm for cell in result.cells] + [record.plan.arm for record in records]
     return tuple(dict.fromkeys(names))
+
+
+def headlines(result: Summary) -> list[Headline]:
+    """Return one table for every two arms that were compared."""
+    pairs = dict.fromkeys((each.arm_a, each.arm_b) for each in result.comparisons)
+    return [
+        _headline(result, [c for c in result.comparisons if (c.arm_a, c.arm_b) == pair])
+        for pair in pairs
+    ]
+
+
+def _headline(result: Summary, comparisons: Sequence[Comparison]) -> Headline:
+    columns = [{f.name: f for f in findings(result, each)} for each in comparisons]
+    names = dict.fromkeys(name for column in columns for name in column)
+    return Headline(
+        arm_a=comparisons[0].arm_a,
+        arm_b=comparisons[0].arm_b,
+        loads=tuple(each.load for each in comparisons),
+        num_pairs=tuple(each.num_pairs for each in comparisons),
+        rows=tuple((name, tuple(column.get(name) for column in columns)) for name in names),
+    )
 
 
 def findings(result: Summary, comparison: Comparison) -> list[Finding]:
@@ -156,10 +194,23 @@ def gauges_of(run: Mapping[str, Any]) -> list[Gauge]:
     ]
 
 
-def command_of(run: Mapping[str, Any]) -> str | None:
-    """Return the command that made the run, ready to be pasted into a shell."""
-    words = run.get("command")
-    return shlex.join(words) if isinstance(words, list) else words
+def command_of(run: Mapping[str, Any]) -> str:
+    """Return the command that makes such a run, ready to be pasted into a shell.
+
+    It is the one that was given; where the run was started from Python, the one that it amounts to.
+    """
+    words = run.get("command", [])
+    if words[1:3] == ["loadtest", "run"]:
+        return shlex.join(words)
+    words = ["tandem", "loadtest", "run"]
+    config = run.get("config", {})
+    for name, field in RunConfig.model_fields.items():
+        value = config.get(name)
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        if value is not None and value != default:
+            parts = value if isinstance(value, list) else [value]
+            words += [flag_of(name), ",".join(map(str, parts))]
+    return shlex.join(words)
 
 
 def _read_run(path: Path) -> dict[str, Any]:
@@ -196,5 +247,11 @@ def _environment() -> Environment:
 
 
 def _plain(value: object) -> str:
-    """Write a setting as its own text, anything with parts as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """Write a setting without the marks of JSON."""
+    if value is None or value in ("", [], {}):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(each)}" for key, each in value.items())
+    return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)

@@ -221,4 +221,4 @@ def arms_of(summary: Summary) -> tuple[str, ...]:
 
 
 def _load_name(summary: Summary) -> str:
-    return "requests at a time per arm" if is_closed(summary) else "requests per second per arm"
+    return "requests at a time per arm" if is_closed(summary) else "requests/s per arm"

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import html
 import itertools
 import json
 import random
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,8 +16,18 @@ from typing import Any
 import pytest
 
 from bundle.errors import UserError
+from loadtest.config import RunConfig
+from loadtest.flags import flag_of, parse_config
 from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
-from loadtest.report import command_of, findings, gauges_of, render_report, write_report
+from loadtest.report import (
+    command_of,
+    findings,
+    gauges_of,
+    headlines,
+    render_report,
+    write_report,
+)
+from loadtest.report_text import NBSP
 from loadtest.requests_file import write_requests
 from loadtest.summary import (
     Cell,
@@ -27,8 +40,10 @@ from loadtest.summary import (
     Validity,
     to_json,
 )
+from loadtest.timeline import Gauge
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "check_page"
+BROWSER = any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
 PLOTS = ("pareto", "latency", "goodput", "itl", "kl", "kl_position", "pass_at_k", "timeline")
 CONFIG: dict[str, object] = {
     "target": "127.0.0.1:50051",
@@ -40,7 +55,8 @@ CONFIG: dict[str, object] = {
 }
 SPEED_S = {"student": 0.01, "teacher": 0.03}
 RUN: dict[str, Any] = {
-    "machine": "two cores",
+    "machine": {"num_cpus": 2, "system": "Linux"},
+    "is_interrupted": False,
     "command": ["tandem", "loadtest", "run", "--slo", "ttft_p95=0.2, itl_p95=0.02"],
     "timeline": {
         arm: [
@@ -50,6 +66,18 @@ RUN: dict[str, Any] = {
         for arm in SPEED_S
     },
 }
+
+
+CROSS_CHECK: dict[str, object] = {
+    "agrees": True,
+    "ttft": [
+        {
+            "arm": "student", "quantile": 0.95, "client_s": 0.157, "server_low_s": 0.1,
+            "server_high_s": None, "num_buckets_apart": 0, "count": 152, "agrees": True,
+        }
+    ],
+    "counts": [{"arm": "teacher", "client": {"OK": 19}, "server": {"OK": 19}, "agrees": True}],
+}  # fmt: skip
 
 
 def make_records(loads: tuple[float, ...], is_closed: bool = False) -> list[RequestRecord]:
@@ -164,19 +192,26 @@ def make_summary(
         num_errors=0,
         cells=tuple(make_cell(arm, load, records) for load in loads for arm in arms),
         comparisons=tuple(make_comparison(load) for load in loads) if len(arms) > 1 else (),
-        cross_check={"agrees": True},
+        cross_check=CROSS_CHECK,
     )
 
 
-LOADS = (1.0, 2.0, 4.0)
+LOADS = (1.0, 4.0)
 RECORDS = make_records(LOADS)
 SUMMARY = make_summary(RECORDS, LOADS)
+NOTHING = Distribution(0, None, None, None, None, None)
+
+
+def change(summary: Summary, **values: Any) -> Summary:
+    """Return the summary of one load, its cells with these values."""
+    cells = tuple(dataclasses.replace(cell, **values) for cell in summary.cells[:2])
+    return dataclasses.replace(summary, cells=cells, comparisons=summary.comparisons[:1])
 
 
 def write_run(folder: Path, summary: Summary, records: list[RequestRecord]) -> Path:
     folder.mkdir()
-    (folder / "summary.json").write_text(to_json(summary))
-    (folder / "run.json").write_text(json.dumps(RUN))
+    (folder / "summary.json").write_text(to_json(summary), encoding="utf-8")
+    (folder / "run.json").write_text(json.dumps(RUN), encoding="utf-8")
     write_requests(folder / "requests.jsonl", records)
     return folder
 
@@ -185,98 +220,297 @@ def figures(page: str) -> list[str]:
     return re.findall(r'<figure[^>]* id="([^"]+)"', page)
 
 
-def test_report_has_every_plot_and_nothing_from_elsewhere(tmp_path: Path) -> None:
-    report = write_report(write_run(tmp_path / "run", SUMMARY, RECORDS))
-    page = report.read_text()
-    assert set(figures(page)) == set(PLOTS)
-    assert page.count("<svg") == len(PLOTS)
+def text_of(page: str) -> str:
+    """Return what a reader sees besides the plots."""
+    body = re.sub(r"<svg.*?</svg>", "", page[page.index("<body") :], flags=re.DOTALL)
+    text = html.unescape(re.sub(r"<[^>]+>", " ", body)).replace("\N{NO-BREAK SPACE}", " ")
+    return re.sub(r"\s+", " ", text)
+
+
+@functools.cache
+def full_page() -> str:
+    return render_report(SUMMARY, RUN, RECORDS)
+
+
+def quick_text(summary: Summary, run: dict[str, Any] | None = None) -> str:
+    """Return the text of a page without anything to draw."""
+    return text_of(render_report(dataclasses.replace(summary, cells=()), run or {}, []))
+
+
+# --- the page
+
+
+def test_report_is_written_beside_the_artifacts_it_is_made_from(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", SUMMARY, RECORDS)
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    assert path.read_text(encoding="utf-8") == full_page()
+
+
+def test_page_has_every_plot_and_loads_nothing() -> None:
+    page = full_page()
+    assert figures(page) == list(PLOTS)
+    assert page.count("<svg") == page.count("<figcaption>") == len(PLOTS)
     assert "<script" not in page
     assert not re.search(r"(src|href)=.https?:", page)
+    assert "default-src 'none'" in page
 
 
-def test_headline_names_speed_and_quality_with_intervals() -> None:
-    found = {finding.name: finding for finding in findings(SUMMARY, SUMMARY.comparisons[0])}
-    text = render_report(SUMMARY, RUN, RECORDS)
-    assert len(found) >= 4
-    assert "3.1" in text and "[2.9, 3.3]" in text.replace("\u2009", " ")
+def test_ids_of_the_page_are_unique_and_its_references_lead_somewhere() -> None:
+    ids = re.findall(r'\sid="([^"]*)"', full_page())
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]*)', full_page())) <= set(ids)
 
 
-@pytest.mark.parametrize(
-    ("problem", "words"),
-    [
-        (Validity(False, ("the client used 93 % of a core",), 0.02, 0.93), "93 % of a core"),
-        (Validity(True, (), 0.0004, 0.3), "7 "),
-    ],
-)
-def test_verdict_comes_first(problem: Validity, words: str) -> None:
-    summary = dataclasses.replace(SUMMARY, validity=problem, num_errors=7)
-    page = render_report(summary, RUN, RECORDS)
-    assert words in page[page.index("<body") :][:4000]
+def test_what_users_and_servers_name_is_text_and_never_markup() -> None:
+    config = {**CONFIG, "slo": "<script>alert(1)</script>"}
+    page = render_report(dataclasses.replace(SUMMARY, cells=(), config=config), {}, [])
+    assert "<script" not in page
+    assert "<script>alert(1)</script>" in text_of(page)
 
 
-def without_quality(summary: Summary) -> Summary:
-    cells = tuple(dataclasses.replace(cell, quality=None) for cell in summary.cells)
-    return dataclasses.replace(summary, cells=cells, comparisons=())
+# --- verdict and headline
 
 
-def without_slo(summary: Summary) -> Summary:
-    cells = tuple(dataclasses.replace(cell, goodput=None) for cell in summary.cells)
-    return dataclasses.replace(summary, cells=cells, config={**CONFIG, "slo": ""})
-
-
-def without_ok(summary: Summary) -> Summary:
-    nothing = Distribution(0, None, None, None, None, None)
-    cells = tuple(
-        dataclasses.replace(
-            cell, statuses={"UNAVAILABLE": cell.num_offered}, ttft=nothing, itl=nothing,
-            tpot=nothing, e2e=nothing, itl_histogram=None, quality=None,
-        )
-        for cell in summary.cells
+def test_failures_come_before_the_verdict_and_the_verdict_before_the_rest() -> None:
+    problems = ("the client used 93 % of a core", "send lag p99 is 4 ms")
+    summary = change(
+        SUMMARY, statuses={"OK": 1, "INTERNAL": 4, "RESOURCE_EXHAUSTED": 2}, itl_histogram=None,
+        ttft=NOTHING, itl=NOTHING, e2e=NOTHING, goodput=None, quality=None, num_offered=7,
     )  # fmt: skip
-    return dataclasses.replace(summary, cells=cells, comparisons=(), num_errors=99)
+    summary = dataclasses.replace(summary, validity=Validity(False, problems, 0.004, 0.93))
+    text = text_of(render_report(summary, {}, []))
+    expected = (
+        "14 requests failed: 8 errors, 4 rejections",
+        "INVALID. the client used 93 % of a core; send lag p99 is 4 ms.",
+        "1 Headline",
+    )
+    places = [text.find(words) for words in expected]
+    assert places == sorted(places) and places[0] > 0, text[:800]
 
 
-ONE = make_records((1.0,))
-DEGENERATE = {
-    "one load": (make_summary(ONE, (1.0,)), ONE),
-    "one arm": (make_summary(RECORDS, LOADS, ("student",)), RECORDS),
-    "no quality": (without_quality(SUMMARY), RECORDS),
-    "no SLO": (without_slo(SUMMARY), RECORDS),
-    "nothing OK": (without_ok(SUMMARY), []),
-    "closed loop": (SUMMARY, make_records(LOADS, is_closed=True)),
-}
+def test_valid_run_without_failures_says_how_well_the_client_kept_up() -> None:
+    text = quick_text(SUMMARY)
+    assert "VALID. The client kept up: 99 % of requests were sent within 0.4 ms" in text
+    assert "used 31.0% of a core" in text
+    assert "INVALID" not in text and "failed" not in text
 
 
-@pytest.mark.parametrize("name", DEGENERATE)
-def test_what_is_missing_leaves_a_page_that_can_be_read(name: str) -> None:
-    summary, records = DEGENERATE[name]
-    page = render_report(summary, RUN, records)
-    assert set(figures(page)) <= set(PLOTS)
-    assert "None" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
+def test_disagreement_with_the_server_is_said_on_top() -> None:
+    check = {**CROSS_CHECK, "agrees": False}
+    text = quick_text(dataclasses.replace(SUMMARY, cross_check=check))
+    assert text.index("Client and server disagree") < text.index("1 Headline")
+    assert "disagree" not in quick_text(SUMMARY)
 
 
-def test_folder_that_is_no_run_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"summary\.json"):
-        write_report(tmp_path)
-    (tmp_path / "summary.json").write_text("{}")
-    with pytest.raises(UserError, match="is not"):
-        write_report(tmp_path)
+def test_findings_say_what_the_intervals_leave_no_doubt_of() -> None:
+    found = [(f.name, f.text, f.meaning) for f in findings(SUMMARY, SUMMARY.comparisons[0])]
+    assert [tuple(each.replace(NBSP, " ") for each in row) for row in found] == [
+        ("first token, median", "3.1× [2.9, 3.3]", "faster"),
+        ("end to end, median", "1.05× [0.85, 1.25]", "no difference shown"),
+        ("pass@1", "−5.0 points [−8.0, −2.0]", "worse"),
+        ("pass@8", "+1.0 points [−3.0, +5.0]", "no difference shown"),
+        ("McNemar's p of being right", "0.031", ""),
+        ("same majority answer", "70.0% [60.0%, 80.0%]", ""),
+        ("exact KL(student ‖ teacher), nats per token", "0.2 [0.19, 0.21]", ""),
+        ("k3 estimate of KL(student ‖ teacher), nats per token", "0.21 [0.19, 0.23]", ""),
+    ]
 
 
-def test_command_is_ready_for_a_shell() -> None:
-    command = "tandem loadtest run --slo 'ttft_p95=0.2, itl_p95=0.02'"
-    assert command_of(RUN) == command
-    assert command_of({}) is None
+def test_quality_that_was_not_measured_is_a_finding() -> None:
+    bare = dataclasses.replace(
+        SUMMARY.comparisons[0], differences={}, agreement=None, mcnemar_p=None
+    )
+    found = findings(change(SUMMARY, quality=None), bare)
+    assert {f.name: f.text for f in found[2:]} == {
+        "pass@k": "not measured",
+        "same majority answer": "not measured",
+        "exact KL(student ‖ teacher), nats per token": "not measured",
+        "k3 estimate of KL(student ‖ teacher), nats per token": "not measured",
+    }
+
+
+def test_headline_has_a_column_per_load_and_gaps_where_a_load_lacks_a_number() -> None:
+    first, second = SUMMARY.comparisons
+    second = dataclasses.replace(second, ratios={"ttft_p50": around(0.5, 0.1)}, num_pairs=7)
+    summary = dataclasses.replace(SUMMARY, comparisons=(first, second))
+    (headline,) = headlines(summary)
+    assert (headline.loads, headline.num_pairs) == (LOADS, (40, 7))
+    rows = dict(headline.rows)
+    assert [f and f.meaning for f in rows["first token, median"]] == ["faster", "slower"]
+    assert [f and f.meaning for f in rows["end to end, median"]] == ["no difference shown", None]
+
+
+def test_every_pair_of_arms_has_a_headline_of_its_own() -> None:
+    other = dataclasses.replace(SUMMARY.comparisons[0], arm_b="third")
+    summary = dataclasses.replace(SUMMARY, comparisons=(*SUMMARY.comparisons, other))
+    assert [(h.arm_b, len(h.loads)) for h in headlines(summary)] == [("teacher", 2), ("third", 1)]
+
+
+# --- what is missing
+
+
+MISSING = {
+    "one arm": (
+        make_summary(RECORDS, LOADS[:1], ("student",)),
+        "Not measured: a comparison",
+        set(),
+    ),
+    "no quality": (
+        change(SUMMARY, quality=None),
+        "Not measured: right and wrong answers",
+        {"pareto", "kl", "kl_position", "pass_at_k"},
+    ),
+    "no SLO": (
+        dataclasses.replace(change(SUMMARY, goodput=None), config={**CONFIG, "slo": ""}),
+        "Not measured: goodput, since no SLO was given",
+        {"goodput"},
+    ),
+    "nothing OK": (
+        change(
+            SUMMARY, statuses={"UNAVAILABLE": 5}, ttft=NOTHING, itl=NOTHING, tpot=NOTHING,
+            e2e=NOTHING, itl_histogram=None, quality=None,
+        ),
+        "Not measured: latency of any answered request",
+        {"pareto", "latency", "itl", "kl", "kl_position", "pass_at_k"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_what_is_missing_is_said_and_the_rest_is_drawn(name: str) -> None:
+    summary, words, missing = MISSING[name]
+    page = render_report(summary, {}, [r for r in RECORDS if r.plan.load == 1])
+    assert set(figures(page)) == set(PLOTS) - missing
+    assert words in text_of(page)
+    assert "None" not in text_of(page)
+
+
+def test_run_without_any_request_is_a_page_without_plots() -> None:
+    page = render_report(dataclasses.replace(SUMMARY, cells=(), comparisons=()), {}, [])
+    assert figures(page) == []
+    assert text_of(page).count("Not measured") >= 8
+
+
+def test_reason_why_there_is_no_divergence_is_told() -> None:
+    text = quick_text(SUMMARY, {"divergence_problem": "only a Tandem server scores"})
+    assert "Not measured: divergence: only a Tandem server scores." in text
+
+
+def test_closed_loop_is_labelled_and_its_loads_are_requests_at_a_time() -> None:
+    records = make_records((4.0,), is_closed=True)
+    summary = make_summary(records, (4.0,))
+    summary = dataclasses.replace(summary, config={**CONFIG, "arrival": "closed"})
+    page = render_report(summary, {}, records)
+    assert "Closed loop:" in text_of(page)
+    assert "4 at a time" in page and "rps" not in text_of(page).replace("rates_rps", "")
+    assert "Closed loop:" not in quick_text(SUMMARY)
+
+
+# --- numbers and conditions
+
+
+def test_tables_have_the_count_behind_percentiles_and_say_where_it_is_too_small() -> None:
+    text = text_of(full_page())
+    first_token = text[text.index("Time to first token load") : text.index("Between tokens load")]
+    cell = SUMMARY.cells[0]
+    assert f"1 rps student {cell.ttft.count} " in first_token
+    assert "too few" in first_token
+
+
+def test_conditions_name_settings_schedule_models_machine_and_versions() -> None:
+    text = text_of(full_page())
+    for words in (
+        "rates_rps 1.0, 2.0, 4.0",
+        "schedule (SHA-256) 5ca1ab1e",
+        "precision int8",
+        "machine num_cpus 2, system Linux",
+        "is_interrupted no",
+        "tandem 0.1.0",
+        "teacher requests OK 19 OK 19 ✓ agrees",
+        "first token, p95 of 152 157 ms 100 ms to more ✓ agrees",
+    ):
+        assert words in text, words
+
+
+def test_command_is_the_one_that_was_given_ready_for_a_shell() -> None:
+    expected = "tandem loadtest run --slo 'ttft_p95=0.2, itl_p95=0.02'"
+    assert command_of(RUN) == expected
+    assert expected in text_of(full_page())
+
+
+def test_run_from_python_is_repeated_by_the_command_that_it_amounts_to() -> None:
+    config = RunConfig(out=Path("runs/a b"), rates_rps=(0.5, 2), duration_s=15, seed=3)
+    run = {"command": ["tandem"], "config": config.model_dump(mode="json")}
+    words = shlex.split(command_of(run))
+    assert words[:3] == ["tandem", "loadtest", "run"]
+    flags = dict.fromkeys(RunConfig.model_fields) | {
+        next(n for n in RunConfig.model_fields if flag_of(n) == flag): value
+        for flag, value in zip(words[3::2], words[4::2], strict=True)
+    }
+    assert parse_config(flags) == config
 
 
 def test_gauges_are_read_by_role() -> None:
-    assert [g.time_s for g in gauges_of(RUN) if g.arm == "student"][:3] == [0.0, 0.5, 1.0]
+    each = {"time_s": 1.5, "waiting": 3, "running": 2, "batch": 8}
+    assert gauges_of({"timeline": {"teacher": [each]}}) == [Gauge("teacher", 1.5, 3, 2, 8)]
     assert gauges_of({}) == []
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium here")
+# --- errors
+
+
+def test_folder_without_a_summary_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"summary\.json cannot be read"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read"), ("{", "not what a run writes"), ("[]", "is no JSON object")],
+)
+def test_broken_run_json_is_an_error(tmp_path: Path, content: str | None, message: str) -> None:
+    folder = write_run(tmp_path / "run", SUMMARY, [])
+    (folder / "run.json").unlink()
+    if content is not None:
+        (folder / "run.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"run\.json.*{message}"):
+        write_report(folder)
+
+
+# --- in a browser
+
+
+def check_page(page: Path) -> tuple[int, dict[str, Any]]:
+    done = subprocess.run([SCRIPT, page], capture_output=True, text=True, timeout=200, check=False)
+    return done.returncode, json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium here")
 def test_browser_shows_every_plot_without_a_complaint(tmp_path: Path) -> None:
-    report = write_report(write_run(tmp_path / "run", SUMMARY, RECORDS))
-    done = subprocess.run([SCRIPT, report], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert set(json.loads(done.stdout)["plots"]) == set(PLOTS)
+    page = tmp_path / "report.html"
+    page.write_text(full_page(), encoding="utf-8")
+    returncode, found = check_page(page)
+    assert found["problems"] == []
+    assert (returncode, found["plots"]) == (0, list(PLOTS))
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium here")
+def test_browser_check_finds_what_is_wrong_with_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text(
+        """<html><head><meta http-equiv="Content-Security-Policy" content="default-src 'none'">
+        </head><body><img src="nowhere.png"><figure id="a"><svg width="400" height="200">
+        <text x="9" y="50">over</text><text x="12" y="52">under</text><text x="390" y="90">out of
+        it</text></svg></figure><figure id="b"><svg width="400" height="20"></svg></figure>
+        </body></html>""",
+        encoding="utf-8",
+    )
+    returncode, found = check_page(page)
+    problems = "\n".join(found["problems"])
+    assert returncode == 1
+    for words in (
+        'plot a: "under" covers "over"', "leaves the plot", "plot b does not show",
+        "plot b has no text", "Content Security Policy",
+    ):  # fmt: skip
+        assert words in problems
