@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -514,3 +515,12 @@ def test_browser_check_finds_what_is_wrong_with_a_page(tmp_path: Path) -> None:
         "plot b has no text", "Content Security Policy",
     ):  # fmt: skip
         assert words in problems
+
+
+def test_browser_check_without_a_browser_says_so(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, SCRIPT, tmp_path / "report.html"],
+        capture_output=True, text=True, timeout=60, check=False, env={"PATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "no browser: none of chromium" in done.stderr
