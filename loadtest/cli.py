@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bundle.errors import UserError
-from loadtest.flags import SettingsError, parse_config, with_config_flags
+from loadtest.flags import parse_config, with_config_flags
 from loadtest.progress import Reporter
 from serve.access import TlsCa, TlsCert, TlsKey, TokenFile, read_token, tls_of
+from serve.settings import SettingsError
 
 if TYPE_CHECKING:
     from loadtest.config import RunConfig

@@ -37,7 +37,7 @@ def main() -> None:
     print(folder / "report.html")
 
 
-def run_demo(bundle: Path, out: Path, duration_s: float = DURATION_S) -> Path:
+def run_demo(bundle: Path, out: Path) -> Path:
     """Serve the bundle, put the load on it, and return the folder; an earlier run's is replaced."""
     if (out / "run.json").exists():
         shutil.rmtree(out)
@@ -49,7 +49,7 @@ def run_demo(bundle: Path, out: Path, duration_s: float = DURATION_S) -> Path:
             rates_rps=RATES_RPS,
             num_samples=NUM_SAMPLES,
             max_tokens=32,
-            duration_s=duration_s,
+            duration_s=DURATION_S,
             warmup_s=5.0,
             slo="ttft_p95=0.5,itl_p95=0.1",
         )

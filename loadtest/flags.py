@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -16,8 +15,9 @@ import typer
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from bundle.errors import UserError
 from loadtest.config import RunConfig
+from serve.flags import METAVARS, with_parameters
+from serve.settings import SettingsError
 
 # Sections of the help, each by its first field.
 SECTIONS = {
@@ -27,13 +27,6 @@ SECTIONS = {
     "slo": "What it must meet",
     "processes": "Client",
 }
-_METAVARS = {int: "INTEGER", float: "NUMBER", Path: "PATH", str: "TEXT"}
-
-
-class SettingsError(UserError):
-    """One or more settings are wrong, a line each."""
-
-    exit_code = 2
 
 
 def parse_config(flags: Mapping[str, str | None]) -> RunConfig:
@@ -61,10 +54,7 @@ def _explain(error: ErrorDetails, flags: Mapping[str, str | None]) -> str:
 
 def with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command's `**flags` be one flag for each field of RunConfig."""
-    parameters = inspect.signature(command, eval_str=True).parameters.values()
-    own = [each for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD]
-    vars(command)["__signature__"] = inspect.Signature([*own, *_config_parameters()])
-    return command
+    return with_parameters(command, _config_parameters())
 
 
 def _config_parameters() -> Iterator[inspect.Parameter]:
@@ -110,7 +100,7 @@ def _metavar_of(name: str) -> str:
     kind = _kinds(name)[0]
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
-    return f"{_METAVARS[kind]},…" if _is_list(name) else _METAVARS[kind]
+    return f"{METAVARS[kind]},…" if _is_list(name) else METAVARS[kind]
 
 
 def _default_of(name: str) -> str:

@@ -37,7 +37,7 @@ from loadtest.records import Phase, Prompt, RequestRecord
 from loadtest.report import write_report
 from loadtest.requests_file import REQUESTS_FILE, write_requests
 from loadtest.schedule import Schedule, plan
-from loadtest.slo import Tally, parse_slo
+from loadtest.slo import Slo, Tally, parse_slo
 from loadtest.summary import to_json
 from loadtest.summary_text import to_markdown
 from loadtest.targets import Credentials
@@ -62,7 +62,7 @@ def run(config: RunConfig, credentials: Credentials, reporter: Reporter) -> Path
         UserError: the folder is not empty, the dataset or trace is broken, or the server is not
             there or lacks an arm.
     """
-    _check_slo(config)
+    _read_slo(config)
     prompts = load_prompts(config)
     schedule = plan(config, prompts)
     _make_folder(config.out)
@@ -93,8 +93,7 @@ def find_max(config: RunConfig, credentials: Credentials, reporter: Reporter) ->
 
     Arms are loaded one after the other. Writes `find_max.json`.
     """
-    _check_slo(config)
-    slo = parse_slo(config.slo)
+    slo = _read_slo(config)
     prompts = load_prompts(config)
     _make_folder(config.out)
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
@@ -128,10 +127,10 @@ def find_max(config: RunConfig, credentials: Credentials, reporter: Reporter) ->
     return found
 
 
-def _check_slo(config: RunConfig) -> None:
-    """Refuse an SLO that cannot be read before anything is sent."""
+def _read_slo(config: RunConfig) -> Slo:
+    """Return the SLO; UserError when it cannot be read, before anything is sent."""
     try:
-        parse_slo(config.slo)
+        return parse_slo(config.slo)
     except ValueError as error:
         raise UserError(f"--slo: {error}") from None
 

@@ -1,4 +1,4 @@
-"""The flags by which a command reaches a server that asks for credentials."""
+"""What commands that call a server share: flags for credentials, the client, JSON of an answer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import typer
 from bundle.errors import UserError
 
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
     from serve.client import Client, ControlClient, Tls
 
     AnyClient = TypeVar("AnyClient", Client, ControlClient)
@@ -62,3 +64,12 @@ def open_client(
         return kind(target, timeout_s=timeout_s, token=token, tls=tls)
     except (OSError, ValueError) as error:
         raise UserError(f"{target}: {error}") from None
+
+
+def to_json(message: Message) -> str:
+    """Return a message as JSON with the names of the .proto, zeros included."""
+    from google.protobuf.json_format import MessageToJson
+
+    return MessageToJson(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
-from google.protobuf.json_format import MessageToJson
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
@@ -15,7 +14,7 @@ from rich.text import Text
 
 from bundle.errors import UserError
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.access import open_client
+from serve.access import open_client, to_json
 from serve.client import Client, Tls, explain
 
 Arms = dict[pb.Role, list[pb.Sample]]
@@ -96,13 +95,6 @@ def run(
         print(to_json(response))
     else:
         Console().print(render(question, models, response))
-
-
-def to_json(response: pb.CompareResponse) -> str:
-    """Return the response as JSON with the names of the .proto, zeros included."""
-    return MessageToJson(
-        response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
 
 
 def render(

@@ -9,13 +9,12 @@ from typing import Annotated, Any, NamedTuple
 
 import grpc
 import typer
-from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
 
 from bundle.errors import UserError
 from protos.tandem.v1 import control_pb2 as pb
 from protos.tandem.v1 import inference_pb2
-from serve.access import TlsCa, TlsCert, TlsKey, TokenFile, open_client, read_token, tls_of
+from serve.access import TlsCa, TlsCert, TlsKey, TokenFile, open_client, read_token, tls_of, to_json
 from serve.client import ControlClient, explain
 
 app = typer.Typer(
@@ -61,7 +60,7 @@ def _command(call: Callable[..., Answer]) -> Callable[..., Answer]:
     def command(as_json: bool, **flags: Any) -> None:
         with connect(**{name: flags.pop(name) for name in shared}) as control:
             answer = call(control, **flags)
-        typer.echo(_to_json(answer.message) if as_json else answer.text)
+        typer.echo(to_json(answer.message) if as_json else answer.text)
 
     json_flag = inspect.Parameter(
         "as_json",
@@ -72,12 +71,6 @@ def _command(call: Callable[..., Answer]) -> Callable[..., Answer]:
     vars(command)["__signature__"] = inspect.Signature([*own, *shared.values(), json_flag])
     app.command(call.__name__.replace("_", "-"), help=call.__doc__)(command)
     return call
-
-
-def _to_json(message: Message) -> str:
-    return MessageToJson(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
 
 
 @_command

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
-_DETAILS_KEY = "grpc-status-details-bin"
+DETAILS_KEY = "grpc-status-details-bin"
 
 
 def violations(error: grpc.RpcError) -> dict[str, str]:
@@ -59,7 +59,7 @@ def _details(error: grpc.RpcError, kind: Any) -> Iterator[Any]:
     """Yield the google.rpc details of a kind; none where something between mangled them."""
     metadata: Any = error.trailing_metadata() or ()
     for key, value in metadata:
-        if key != _DETAILS_KEY:
+        if key != DETAILS_KEY:
             continue
         try:
             packed = status_pb2.Status.FromString(value).details

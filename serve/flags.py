@@ -8,7 +8,7 @@ reported together and alike.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -28,14 +28,21 @@ SECTIONS = {
     "tasks": "Answers, metrics, log",
     "drain_delay_s": "Shutdown",
 }
-_METAVARS = {int: "INTEGER", float: "NUMBER", Path: "PATH", str: "TEXT"}
+METAVARS = {int: "INTEGER", float: "NUMBER", Path: "PATH", str: "TEXT"}
 
 
 def with_settings_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command's `**flags` be one flag for each field of ServeConfig, named alike."""
-    parameters = inspect.signature(command, eval_str=True).parameters.values()
-    own = [each for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD]
-    vars(command)["__signature__"] = inspect.Signature([*own, *_settings_parameters()])
+    return with_parameters(command, _settings_parameters())
+
+
+def with_parameters(
+    command: Callable[..., None], parameters: Iterable[inspect.Parameter]
+) -> Callable[..., None]:
+    """Let typer see these parameters in the place of a command's `**flags`."""
+    found = inspect.signature(command, eval_str=True).parameters.values()
+    own = [each for each in found if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    vars(command)["__signature__"] = inspect.Signature([*own, *parameters])
     return command
 
 
@@ -74,7 +81,7 @@ def metavar_of(name: str) -> str:
     kind = types_of(name)[0]
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
-    return "JSON" if is_collection(name) else _METAVARS[kind]
+    return "JSON" if is_collection(name) else METAVARS[kind]
 
 
 def default_of(name: str) -> str:

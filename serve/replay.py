@@ -62,13 +62,9 @@ class _Recording:
 
     def pack(self) -> None:
         """Serialize the responses, since messages in memory take several times their size."""
-        self.size_bytes = self.num_bytes()
         self.responses = [
             r.SerializeToString() if isinstance(r, Message) else r for r in self.responses
         ]
-
-    def num_bytes(self) -> int:
-        return sum(r.ByteSize() for r in self.responses if isinstance(r, Message))
 
     def wake(self) -> None:
         for follower in self.followers:
@@ -169,13 +165,20 @@ class Replays:
         except BaseException as error:  # a cancellation, too; followers raise it again
             recording.error = error
         recording.is_over = True
-        if recording.is_kept and is_final and recording.num_bytes() <= self._max_bytes:
+        if recording.is_kept and is_final:
             self._keep(key, recording)
         else:
             self._forget(key, recording)
         recording.wake()
 
     def _keep(self, key: RunKey, recording: _Recording) -> None:
+        """Keep a run, unless it alone is larger than all that may be kept."""
+        recording.size_bytes = sum(
+            r.ByteSize() for r in recording.responses if isinstance(r, Message)
+        )
+        if recording.size_bytes > self._max_bytes:
+            self._forget(key, recording)
+            return
         recording.pack()
         recording.expires_s = self._clock() + self._ttl_s
         self._finished[key] = recording

@@ -30,6 +30,7 @@ from serve.errors import (
     TooLargeError,
     UnknownRequestError,
 )
+from serve.failures import DETAILS_KEY
 from serve.wire import MalformedMessageError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,6 @@ STOPPED_RETRY_AFTER_S = 1.0
 # Text and details travel in HTTP/2 trailers, of which a client takes 8 KiB by default.
 _MAX_CHARS = 800
 _MAX_DETAIL_CHARS = 2400  # of all fields together
-DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (

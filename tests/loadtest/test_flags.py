@@ -7,7 +7,8 @@ import pytest
 import typer
 
 from loadtest.config import RunConfig
-from loadtest.flags import SettingsError, flag_of, parse_config, with_config_flags
+from loadtest.flags import flag_of, parse_config, with_config_flags
+from serve.settings import SettingsError
 
 
 def options() -> dict[str, Any]:

@@ -19,7 +19,8 @@ from bundle.errors import UserError
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1 import inference_pb2_grpc
 from serve import cli
-from serve.ask import Question, coloured, legend, render, run, to_json
+from serve.access import to_json
+from serve.ask import Question, coloured, legend, render, run
 from serve.client import Tls
 
 DIVERGENCE = pb.Divergence(k3_mean=0.3, k3_sum=0.6, num_tokens=2, per_token_k3=[0.01, 3.0])
