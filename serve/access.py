@@ -29,18 +29,18 @@ TlsCert = Annotated[
 TlsKey = Annotated[Path | None, typer.Option("--tls-key", help="PEM key of --tls-cert.")]
 
 
-def read_token(path: Path | None) -> str | None:
+def read_token(path: Path | None, flag: str = "--token-file") -> str | None:
     """Return the first line of a file, None without one. UserError: there is no such line."""
     if path is None:
         return None
     try:
         lines = path.expanduser().read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(f"--token-file {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"--token-file {path} is not UTF-8 text") from None
+        raise UserError(f"{flag} {path} is not UTF-8 text") from None
     if not lines or not lines[0].strip():
-        raise UserError(f"--token-file {path}: the first line is empty; it must be the token")
+        raise UserError(f"{flag} {path}: the first line is empty; it must be the token")
     return lines[0].strip()
 
 

@@ -43,11 +43,11 @@ class ArmJob:
     """What an arm does: `model` answers `prompt_token_ids`, `reference`, if any, scores.
 
     Engines know the request as `key`. `deadline_s` is on their clock (monotonic). Events come
-    through `mailbox`. A tenant's prompts share cached beginnings with its own alone.
+    through `mailbox`. Prompts share cached beginnings with those of the same `cache_salt` alone.
     """
 
     key: str
-    tenant: str
+    cache_salt: str
     model: ServedModel
     reference: ServedModel | None
     spec: GenerationSpec
@@ -64,7 +64,8 @@ class ArmJob:
             logprob_temperature=spec.logprob_temperature,
             num_top_logprobs=spec.output.top_logprobs,
             deadline_s=self.deadline_s,
-            cache_salt=self.tenant,
+            cache_salt=self.cache_salt,
+            stop=spec.stop,
             make_stop_check=StopChecker(self.model.tokenizer, spec.stop) if spec.stop else None,
         )
 
@@ -75,7 +76,7 @@ class ArmJob:
             completions=completions,
             temperature=self.spec.logprob_temperature,
             deadline_s=self.deadline_s,
-            cache_salt=self.tenant,
+            cache_salt=self.cache_salt,
         )
 
 
@@ -186,7 +187,7 @@ def _check_any(samples: list[SampleResult]) -> None:
     if reasons == {FinishReason.DEADLINE}:
         raise DeadlineError("the deadline passed before any sample ended")
     if reasons == {FinishReason.SHUTDOWN} and not any(sample.token_ids for sample in samples):
-        raise EngineStoppedError("the server shut down before the first token")
+        raise EngineStoppedError(samples[0].error or "the server shut down before the first token")
 
 
 def reason_to_give_up(deadline_s: float | None) -> FinishReason:

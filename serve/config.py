@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from serve.answer_formats import compile_formats
 from serve.hosts import is_loopback
+from serve.remote_address import RemoteAddress, is_remote
 
 Backend = Literal["onnx", "torch"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -20,15 +21,34 @@ class ServeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    bundle: Path = Field(description="folder of the bundle to serve; required")
-    teacher: Path | None = Field(default=None, description="its folder; none: the bundle's own")
+    bundle: Path | None = Field(
+        default=None, description="folder of the bundle; required unless the teacher is alone"
+    )
+    teacher: Path | str | None = Field(
+        default=None, description="folder, or grpc://HOST:PORT; none: the bundle's own"
+    )
     no_teacher: bool = Field(default=False, description="the student alone")
+    no_student: bool = Field(default=False, description="the teacher alone, for other servers")
     variant: str | None = Field(default=None, description="ONNX graph; none: the bundle's default")
     student_backend: Backend = Field(default="onnx", description="runs the student")
     teacher_backend: Backend = Field(default="torch", description="runs the teacher")
     teacher_dtype: Dtype = Field(default="bfloat16", description="of its weights in torch")
     device: Device = Field(default="auto", description="auto: CUDA where it is there")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of one step")
+
+    teacher_timeout_s: float = Field(
+        default=60.0, gt=0, description="of one scoring by a teacher elsewhere"
+    )
+    teacher_token_file: Path | None = Field(
+        default=None, description="its first line is the token for a teacher elsewhere"
+    )
+    teacher_tls_ca: Path | None = Field(
+        default=None, description="PEM that signs a teacher elsewhere; none: what gRPC trusts"
+    )
+    teacher_tls_cert: Path | None = Field(
+        default=None, description="PEM shown to a teacher elsewhere"
+    )
+    teacher_tls_key: Path | None = Field(default=None, description="PEM key of teacher_tls_cert")
 
     host: str = Field(default="127.0.0.1", description="where clients call")
     port: int = Field(default=50051, ge=0, le=65535, description="0 picks a free one")
@@ -91,10 +111,54 @@ class ServeConfig(BaseModel):
     drain_delay_s: float = Field(default=0.0, ge=0, description="not ready, but still serving")
     drain_grace_s: float = Field(default=30.0, ge=0, description="running work may take")
 
+    @property
+    def teacher_address(self) -> RemoteAddress | None:
+        """Where a teacher elsewhere is; None for one that is loaded here, and for none."""
+        return RemoteAddress.parse(self.teacher) if isinstance(self.teacher, str) else None
+
+    @field_validator("teacher")
+    @classmethod
+    def _check_teacher(cls, teacher: Path | str | None) -> Path | str | None:
+        """Keep an address as it is written; what is none is a folder."""
+        if not isinstance(teacher, str):
+            return teacher
+        return str(RemoteAddress.parse(teacher)) if is_remote(teacher) else Path(teacher)
+
     @model_validator(mode="after")
-    def _check_teacher(self) -> ServeConfig:
+    def _check_models(self) -> ServeConfig:
         if self.no_teacher and self.teacher is not None:
             raise ValueError("--teacher and --no-teacher contradict each other; give one of them")
+        if self.no_teacher and self.no_student:
+            raise ValueError("--no-teacher and --no-student leave no model; give one of them")
+        if self.no_student and self.teacher_address is not None:
+            raise ValueError(
+                f"--no-student leaves no model here: --teacher {self.teacher} is elsewhere; give "
+                "the teacher's folder"
+            )
+        if self.bundle is None and not (self.no_student and self.teacher is not None):
+            raise ValueError(
+                "bundle is required: --bundle, TANDEM_BUNDLE, or bundle in --config FILE "
+                "(without one: --no-student and --teacher FOLDER)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_teacher_access(self) -> ServeConfig:
+        address = self.teacher_address
+        is_encrypted = address is not None and address.is_encrypted
+        for name in ("teacher_token_file", "teacher_tls_ca", "teacher_tls_cert", "teacher_tls_key"):
+            flag = f"--{name.replace('_', '-')}"
+            if getattr(self, name) is None:
+                continue
+            if address is None:
+                raise ValueError(f"{flag} is for a --teacher grpc://HOST:PORT")
+            is_safe = name == "teacher_token_file" and is_loopback(address.host)
+            if not is_encrypted and not is_safe:
+                raise ValueError(f"{flag} needs an encrypted --teacher grpcs://HOST:PORT")
+        if (self.teacher_tls_cert is None) != (self.teacher_tls_key is None):
+            raise ValueError(
+                "--teacher-tls-cert and --teacher-tls-key belong together; give both or none"
+            )
         return self
 
     @field_validator("answer_formats")

@@ -182,7 +182,7 @@ class Coordinator:
             if wants_divergence is None:
                 wants_divergence = len(models) == 2
             if wants_divergence:
-                check_comparable(models)
+                check_comparable(models, exactly=spec.divergence.exact)
             pairs = [(m, await self._scoring_request(spec, m, terms)) for m in models]
             scores = await score_with_models(
                 pairs, wants_divergence=wants_divergence, wants_exact=spec.divergence.exact
@@ -221,7 +221,9 @@ class Coordinator:
         """Return one job per answering model, checked against the context before any starts."""
         self._judge.check(spec.evaluation)
         models = choose_models(spec.route, self.engines, self.policy.choose_role(spec.request_id))
-        is_scored = resolve_divergence(spec.divergence.enabled, self.engines)
+        is_scored = resolve_divergence(
+            spec.divergence.enabled, self.engines, exactly=spec.divergence.exact
+        )
         check_capacity(spec.sampling.num_samples, self.limits)
         jobs = []
         for model in models:
@@ -231,7 +233,7 @@ class Coordinator:
             jobs.append(
                 ArmJob(
                     key=f"{terms.key} {model.role.value}",
-                    tenant=terms.tenant,
+                    cache_salt=_cache_salt(terms.tenant, spec.cache_salt),
                     model=model,
                     reference=reference,
                     spec=spec,
@@ -282,8 +284,13 @@ class Coordinator:
             completions,
             spec.temperature,
             deadline_s=terms.deadline_s,
-            cache_salt=terms.tenant,
+            cache_salt=_cache_salt(terms.tenant, spec.cache_salt),
         )
+
+
+def _cache_salt(tenant: str, given: str) -> str:
+    """Return the salt of a request: tenants share nothing, nor do the salts of one tenant."""
+    return f"{tenant}\0{given}"
 
 
 async def _tokenize(prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:

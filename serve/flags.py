@@ -20,6 +20,7 @@ from serve.settings import flag_of, is_collection, to_json, types_of
 # Sections of the help and of docs/serve.md, each by its first field.
 SECTIONS = {
     "bundle": "Models",
+    "teacher_timeout_s": "A teacher elsewhere",
     "host": "Listeners",
     "tls_cert": "Security",
     "max_num_seqs": "Engines",

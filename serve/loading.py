@@ -38,45 +38,64 @@ _HALF_PRECISIONS = ("float16", "bfloat16")
 
 
 def build_engines(config: ServeConfig, metrics: ServerMetrics) -> Engines:
-    """Load the bundle's student, and the teacher that `find_teacher` names.
+    """Load the bundle's student, and the teacher that `find_teacher` names; or one of them.
 
     Raises:
         BundleError: the bundle is damaged, or `variant` is not in it.
         DeviceMissingError: CUDA is asked for and a runtime cannot use it.
         UserError: a model cannot be served: architecture or context length.
     """
-    manifest = verify_bundle(config.bundle)
-    teacher = find_teacher(config, manifest.teacher)
-    runtimes = {config.student_backend, *([config.teacher_backend] if teacher else [])}
-    device = choose_device(config.device, runtimes)
+    manifest = None if config.bundle is None else verify_bundle(config.bundle)
+    folder = find_teacher(config, None if manifest is None else manifest.teacher)
+    runtimes = set() if config.no_student else {config.student_backend}
+    device = choose_device(
+        config.device, runtimes | ({config.teacher_backend} if folder else set())
+    )
     # On one CPU two engines take turns, the student first; on CUDA the device schedules.
-    arbiter = StepArbiter() if device == "cpu" and teacher is not None else None
-    loader = _Loader(config, manifest, metrics, device, arbiter)
-    student = loader.load_student()
-    return Engines(student, None if teacher is None else loader.load_teacher(teacher, student))
+    is_shared = device == "cpu" and folder is not None and not config.no_student
+    loader = _Loader(config, manifest, metrics, device, StepArbiter() if is_shared else None)
+    student = None if config.no_student else loader.load_student()
+    if student is None or config.teacher_address is None:
+        return Engines(student, loader.load_teacher(folder, student) if folder else None)
+    from serve.remote_loading import reach_teacher
+
+    assert manifest is not None, "who has a student has a bundle"
+    teacher = reach_teacher(config, config.teacher_address, manifest.teacher, student, metrics)
+    return Engines(student, teacher)
 
 
-def find_teacher(config: ServeConfig, reference: TeacherReference) -> Path | None:
-    """Return the folder of the teacher to serve; None, with a warning, when there is none.
+def find_teacher(config: ServeConfig, reference: TeacherReference | None) -> Path | None:
+    """Return the folder of the teacher to load; None, with a warning, when there is none.
 
     Without `--teacher` it is the one that the student was distilled from, as long as it still lies
     where the exporter saw it. Another one must be asked for, and is served with a warning.
+
+    Raises:
+        UserError: the teacher is to be served alone, and is not there.
     """
-    if config.no_teacher:
+    if config.no_teacher or config.teacher_address is not None:
         return None
-    if config.teacher is not None:
-        if hash_weights(config.teacher) != reference.weights_sha256 and config.teacher.is_dir():
-            logger.warning(
-                "%s is not the teacher that the student was distilled from (%s): its weights have "
-                "another hash, and divergences are from this other model",
-                config.teacher,
-                reference.source,
-            )
+    if isinstance(config.teacher, Path):
+        if reference is not None:
+            _warn_of_another(config.teacher, reference)
         return config.teacher
+    assert reference is not None, "ServeConfig wants a bundle or a teacher"
     if problem := _why_not_there(reference):
+        if config.no_student:
+            raise UserError(f"--no-student: {problem}; give --teacher")
         logger.warning("serving the student alone: %s; give --teacher or --no-teacher", problem)
         return None
     return Path(reference.local_path or "")
+
+
+def _warn_of_another(folder: Path, reference: TeacherReference) -> None:
+    if folder.is_dir() and hash_weights(folder) != reference.weights_sha256:
+        logger.warning(
+            "%s is not the teacher that the student was distilled from (%s): its weights have "
+            "another hash, and divergences are from this other model",
+            folder,
+            reference.source,
+        )
 
 
 def _why_not_there(reference: TeacherReference) -> str:
@@ -124,7 +143,7 @@ def _why_no_cuda(runtime: str) -> str:
 @dataclass(frozen=True, slots=True)
 class _Loader:
     config: ServeConfig
-    manifest: Manifest
+    manifest: Manifest | None
     metrics: ServerMetrics
     device: str
     arbiter: StepArbiter | None
@@ -133,8 +152,18 @@ class _Loader:
     def num_threads(self) -> int:
         return self.config.threads or count_cpus()
 
+    @property
+    def _bundle(self) -> Path:
+        assert self.config.bundle is not None, "who has a student has a bundle"
+        return self.config.bundle
+
+    @property
+    def _manifest(self) -> Manifest:
+        assert self.manifest is not None, "who has a student has a bundle"
+        return self.manifest
+
     def load_student(self) -> ServedModel:
-        bundle = self.config.bundle
+        bundle = self._bundle
         stream = self._open_stream(Role.STUDENT)
         with _loading(bundle):
             engine, noise = self._build_engine(
@@ -154,16 +183,17 @@ class _Loader:
             backend_noise_nats=self._backend_noise(),
         )
 
-    def load_teacher(self, folder: Path, student: ServedModel) -> ServedModel:
+    def load_teacher(self, folder: Path, student: ServedModel | None) -> ServedModel:
         stream = self._open_stream(Role.TEACHER)
         with _loading(folder):
             engine, noise = self._build_engine(
                 Role.TEACHER, self._teacher_backend(folder, stream), folder, stream
             )
         # One vocabulary, one tokenizer: both models must see the very same prompt.
-        own = Tokenizer.load(folder)
-        shared = student.tokenizer if own.hash == student.tokenizer.hash else own
-        return ServedModel(Role.TEACHER, engine, shared, noise=noise)
+        tokenizer = Tokenizer.load(folder)
+        if student is not None and tokenizer.hash == student.tokenizer.hash:
+            tokenizer = student.tokenizer
+        return ServedModel(Role.TEACHER, engine, tokenizer, noise=noise)
 
     def _open_stream(self, role: Role) -> torch.cuda.Stream | None:
         """Return the stream of an engine on CUDA: kernels of the student's are started first."""
@@ -217,37 +247,37 @@ class _Loader:
         once in a hundred tokens, which the short text of `measure_noise_floor` may not hold.
         """
         is_onnx = self.config.student_backend == "onnx"
-        return is_onnx and self.manifest.variants[self._variant_name()].accuracy_level == 4
+        return is_onnx and self._manifest.variants[self._variant_name()].accuracy_level == 4
 
     def _backend_noise(self) -> float | None:
         """KL(float student in torch || served graph) as the export measured it, if it did."""
         if self.config.student_backend != "onnx":
             return None
-        return self.manifest.variants[self._variant_name()].metrics.get("kl_to_student")
+        return self._manifest.variants[self._variant_name()].metrics.get("kl_to_student")
 
     def _variant_name(self) -> str:
         """Return the variant to serve: the one asked for, else the default.
 
         On CUDA the default is the first one in half precision, the only ones that can run there.
         """
-        variants, asked = self.manifest.variants, self.config.variant
+        variants, asked = self._manifest.variants, self.config.variant
         if asked is not None:
             if asked not in variants:
                 raise BundleError(f"variant {asked!r} is none of {', '.join(sorted(variants))}")
             return asked
         half = [name for name, v in variants.items() if v.precision in _HALF_PRECISIONS]
-        return half[0] if half and self.device != "cpu" else self.manifest.default_variant
+        return half[0] if half and self.device != "cpu" else self._manifest.default_variant
 
     def _student_backend(self, stream: torch.cuda.Stream | None) -> Backend:
-        config, variants = self.config, self.manifest.variants
+        config, variants = self.config, self._manifest.variants
         if config.student_backend == "torch":
-            return self._load_torch(config.bundle / "student", "float32")
+            return self._load_torch(self._bundle / "student", "float32")
         name = self._variant_name()
         return self._load_onnx(
-            config.bundle / "onnx" / name,
+            self._bundle / "onnx" / name,
             stream,
             precision=variants[name].precision,
-            num_parameters=self.manifest.student.num_parameters,
+            num_parameters=self._manifest.student.num_parameters,
         )
 
     def _teacher_backend(self, folder: Path, stream: torch.cuda.Stream | None) -> Backend:

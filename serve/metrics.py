@@ -17,7 +17,6 @@ from prometheus_client.registry import Collector
 from serve.agreement import Agreement
 from serve.arms import SampleResult
 from serve.comparison import SampleDivergence
-from serve.engine import Engine
 from serve.equivalence import NoResult
 from serve.observer import EngineObserver
 from serve.routing import Role, ServedModel
@@ -142,7 +141,7 @@ class ServerMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self._engines: list[Engine] = []
+        self._models: list[ServedModel] = []
         family = _Family(registry)
         self._define_requests(family)
         self._define_engines(family)
@@ -214,7 +213,13 @@ class ServerMetrics:
             "ledger_imbalance", "Work that engines took and cannot account for; not 0: a bug."
         )
         self.ledger_imbalance.set_function(
-            lambda: sum(engine.load().num_unaccounted for engine in self._engines)
+            lambda: sum(model.engine.load().num_unaccounted for model in self._models)
+        )
+        self.model_up = family.gauge(
+            "model_up", "1 while the model takes work; elsewhere: while it can be reached.", "role"
+        )
+        self.remote_calls = family.counter(
+            "remote_calls_total", "Calls of a teacher elsewhere, by how they ended.", "rpc", "code"
         )
 
     def _define_quality(self, family: _Family) -> None:
@@ -271,14 +276,22 @@ class ServerMetrics:
         return EngineMetrics(self, role)
 
     def watch(self, model: ServedModel) -> None:
-        """Describe a model, and read its engine's load at every scrape."""
-        info, role, engine = model.engine.info, model.role.value, model.engine
-        self._engines.append(engine)
+        """Describe a model, and read its engine's load at every scrape.
+
+        A model elsewhere is described by the server that has it.
+        """
+        role, engine = model.role.value, model.engine
+        self._models.append(model)
+        self.model_up.labels(role).set_function(_reader(model, "is_alive"))
+        if model.address:
+            self.request_duration.labels(role)
+            return
+        info = engine.info
         self.model_info.labels(
             role, info.backend, info.device, info.precision, model.manifest_sha256
         ).set(1)
-        self.sequences_running.labels(role).set_function(_reader(engine, "num_running"))
-        self.sequences_waiting.labels(role).set_function(_reader(engine, "num_waiting"))
+        self.sequences_running.labels(role).set_function(_reader(model, "num_running"))
+        self.sequences_waiting.labels(role).set_function(_reader(model, "num_waiting"))
         self.kv_slots_used_ratio.labels(role).set_function(
             lambda: engine.load().num_running / info.max_num_seqs
         )
@@ -331,5 +344,5 @@ class ServerMetrics:
                 self.pass_at_k_prompts.labels(*labels).inc()
 
 
-def _reader(engine: Engine, name: str) -> Callable[[], float]:
-    return lambda: float(getattr(engine.load(), name))
+def _reader(model: ServedModel, name: str) -> Callable[[], float]:
+    return lambda: float(getattr(model.engine.load(), name))

@@ -10,6 +10,7 @@ from protos.tandem.v1 import inference_pb2 as pb
 from serve.agreement import Agreement
 from serve.arms import ArmResult, Chunk, SampleResult, TopLogprobs
 from serve.comparison import CompletionScore, SampleDivergence
+from serve.remote import RemoteTeacher
 from serve.routing import Role, ServedModel
 from serve.scoring import ScoringRequest
 from serve.specs import Basis, DivergenceSpec, GenerationSpec, ScoreSpec
@@ -168,6 +169,9 @@ def to_score_usage(
 
 
 def to_model(model: ServedModel) -> pb.Model:
+    """Describe a model; of one elsewhere pass on what its server says."""
+    if isinstance(model.engine, RemoteTeacher):
+        return model.engine.model
     info, noise = model.engine.info, model.noise
     return pb.Model(
         role=to_role(model.role),

@@ -16,6 +16,7 @@ from serve.tokenization import Tokenizer
 
 if TYPE_CHECKING:
     from serve.engine import Engine
+    from serve.remote import RemoteTeacher
     from serve.scoring import NoiseFloor
 
 
@@ -44,29 +45,40 @@ class ServedModel:
     """An engine, the tokenizer of its model, and where the model came from.
 
     `noise` was measured when it was loaded; `backend_noise_nats` is the mean KL(the model in torch
-    and float32 || as it is served), measured when it was exported.
+    and float32 || as it is served), measured when it was exported. `address` is that of the server
+    that answers for it, empty where it is loaded here.
     """
 
     role: Role
-    engine: Engine
+    engine: Engine | RemoteTeacher
     tokenizer: Tokenizer
     bundle_id: str = ""
     manifest_sha256: str = ""
     noise: NoiseFloor | None = None
     backend_noise_nats: float | None = None
+    address: str = ""
+
+    @property
+    def is_alive(self) -> bool:
+        return self.engine.load().is_alive
 
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """The loaded models: one or both."""
+    """The served models: one or both."""
 
     student: ServedModel | None = None
     teacher: ServedModel | None = None
 
     @property
     def loaded(self) -> tuple[ServedModel, ...]:
-        """The loaded models, the student first."""
+        """The served models, the student first."""
         return tuple(model for model in (self.student, self.teacher) if model is not None)
+
+    @property
+    def local(self) -> tuple[ServedModel, ...]:
+        """Those of them that run in this process: without them there is no server."""
+        return tuple(model for model in self.loaded if not model.address)
 
     def get(self, role: Role) -> ServedModel:
         """Return a model; ModelNotLoadedError when it is not loaded."""
@@ -87,7 +99,7 @@ class Engines:
 
 
 def choose_models(route: Route, engines: Engines, auto: Role) -> tuple[ServedModel, ...]:
-    """Return the models that answer, the student first; AUTO is the role `auto` if it is loaded.
+    """Return the models that answer, the student first; AUTO is the role `auto` if that lives.
 
     Raises:
         ModelNotLoadedError: one is missing.
@@ -95,12 +107,13 @@ def choose_models(route: Route, engines: Engines, auto: Role) -> tuple[ServedMod
     if route is Route.BOTH:
         return engines.get(Role.STUDENT), engines.get(Role.TEACHER)
     if route is Route.AUTO:
-        return engines.loaded if len(engines.loaded) == 1 else (engines.get(auto),)
+        living = [model for model in engines.loaded if model.is_alive] or engines.loaded
+        return (next((model for model in living if model.role is auto), living[0]),)
     return (engines.get(Role(route.value)),)
 
 
-def resolve_divergence(enabled: bool | None, engines: Engines) -> bool:
-    """Say whether samples are scored by the other model; by default, when both are loaded.
+def resolve_divergence(enabled: bool | None, engines: Engines, *, exactly: bool) -> bool:
+    """Say whether samples are scored by the other model; by default, when both are served.
 
     Raises:
         ModelsNotComparableError: it is wanted, but impossible with what is loaded.
@@ -108,7 +121,7 @@ def resolve_divergence(enabled: bool | None, engines: Engines) -> bool:
     if enabled is None:
         enabled = len(engines.loaded) == 2
     if enabled:
-        check_comparable(engines.loaded)
+        check_comparable(engines.loaded, exactly=exactly)
     return enabled
 
 
@@ -117,8 +130,17 @@ def are_comparable(models: Sequence[ServedModel]) -> bool:
     return len(models) == 2 and models[0].tokenizer.hash == models[1].tokenizer.hash
 
 
-def check_comparable(models: Sequence[ServedModel]) -> None:
-    """Raise ModelsNotComparableError, which says why, unless `are_comparable`."""
+def check_comparable(models: Sequence[ServedModel], *, exactly: bool) -> None:
+    """Raise ModelsNotComparableError, which says why, unless `are_comparable`.
+
+    An exact comparison needs the logits of both, so both in this process.
+    """
+    remote = next((model for model in models if model.address), None)
+    if exactly and remote is not None:
+        raise ModelsNotComparableError(
+            f"the {remote.role.value} is at {remote.address}, and logits do not travel; set "
+            "divergence.exact to false"
+        )
     if are_comparable(models):
         return
     if len(models) < 2:

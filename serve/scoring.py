@@ -55,7 +55,7 @@ class ScoredCompletion:
     logits: NDArray[np.float32] | None = None
 
 
-def _uncancellable_future() -> Future[list[ScoredCompletion]]:
+def uncancellable_future() -> Future[list[ScoredCompletion]]:
     """Return a future that the engine alone resolves; `Engine.cancel` is how to give up on it.
 
     Its `cancel` returns False. Otherwise another thread's cancel could come between any check and
@@ -75,7 +75,7 @@ class ScoringJob:
 
     def __init__(self, request: ScoringRequest) -> None:
         self.request = request
-        self.future = _uncancellable_future()
+        self.future = uncancellable_future()
         lengths = [len(completion) for completion in request.completions]
         self._order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         self._prompt: PromptEntry | None = None
@@ -184,7 +184,7 @@ class ForcedScores:
     """Collects the events of a forced request into its future."""
 
     def __init__(self, num_completions: int) -> None:
-        self.future = _uncancellable_future()
+        self.future = uncancellable_future()
         self._scored: dict[int, ScoredCompletion] = {}
         self._num_completions = num_completions
 

@@ -77,7 +77,8 @@ class GenerationRequest:
     """One prompt and what is wanted from it.
 
     `logprob_temperature` is the temperature at which log-probabilities are reported (1 = raw).
-    `deadline_s` is on the engine's clock; `make_stop_check` builds one check per sequence.
+    `deadline_s` is on the engine's clock; `make_stop_check` builds one check per sequence, for the
+    strings in `stop`.
 
     Requests with the same `cache_salt` share the cached beginnings of their prompts; None: this
     one neither uses the prefix cache nor enters it.
@@ -92,6 +93,7 @@ class GenerationRequest:
     logprob_temperature: float = 1.0
     num_top_logprobs: int = 0
     deadline_s: float | None = None
+    stop: tuple[str, ...] = ()
     make_stop_check: Callable[[], StopCheck] | None = None
     cache_salt: str | None = ""
     forced_completions: tuple[tuple[int, ...], ...] = ()

@@ -188,8 +188,8 @@ class Server:
         self._is_hurried.set()
 
     def is_healthy(self) -> bool:
-        """Whether new work is wanted: not leaving, and every engine's thread lives."""
-        return all(self._health_by_name().values())
+        """Whether new work is wanted: not leaving, and the thread of every engine here lives."""
+        return self._health_by_name()["readiness"]
 
     async def _drain_and_close(self) -> None:
         """Do what `stop` says; nothing here waits for a client without a bound."""
@@ -284,22 +284,25 @@ class Server:
         """Whether each health name but `liveness` is serving.
 
         A model that died takes readiness with it, not the other model, which goes on answering.
+        A model elsewhere that is lost takes nothing with it.
         """
         is_serving = self._state == pb.SERVER_STATE_SERVING
         models = {
-            f"model.{model.role.value}": is_serving and model.engine.load().is_alive
+            f"model.{model.role.value}": is_serving and model.is_alive
             for model in self._engines.loaded
         }
-        is_ready = all(models.values())
+        is_ready = is_serving and all(model.is_alive for model in self._engines.local)
         return {"": is_ready, "readiness": is_ready, SERVICE_NAME: is_ready, **models}
 
     def _show_health(self) -> None:
         """Tell the health service what has changed since the last time."""
         current = {"liveness": True, **self._health_by_name()}
         changed = {n: ok for n, ok in current.items() if self._health_shown.get(n) is not ok}
+        elsewhere = {f"model.{m.role.value}" for m in self._engines.loaded if m.address}
         for name, is_serving in changed.items():
             self._health.set(name, is_serving)
-            if not is_serving and self._state == pb.SERVER_STATE_SERVING:
+            is_dead = not is_serving and name not in elsewhere
+            if is_dead and self._state == pb.SERVER_STATE_SERVING:
                 logger.error("health: %r is not serving, an engine died", name)
         self._health_shown = current
 
@@ -337,8 +340,8 @@ def initial_policy(engines: Engines, config: ServeConfig) -> TrafficPolicy:
 
 
 def limits_of(engines: Engines, config: ServeConfig) -> Limits:
-    """Return the bounds of requests: of context and vocabulary the least that is loaded."""
-    models = engines.loaded
+    """Return the bounds of requests: of context and vocabulary the least that is loaded here."""
+    models = engines.local
     max_model_len = min(model.engine.info.max_model_len for model in models)
     return Limits(
         max_model_len=max_model_len,

@@ -27,6 +27,7 @@ from pydantic_core import ErrorDetails
 
 from bundle.errors import UserError
 from serve.config import ServeConfig
+from serve.remote_address import is_remote
 
 ENV_PREFIX = "TANDEM_"
 
@@ -180,7 +181,7 @@ def _parsed(name: str, value: str | bool) -> Any:
 
 def _located(name: str, value: Any, folder: Path) -> Any:
     """Return a path below `folder`, `~` expanded; anything else as it is."""
-    if Path not in types_of(name) or not isinstance(value, str):
+    if Path not in types_of(name) or not isinstance(value, str) or is_remote(value):
         return value
     # Path.expanduser raises where the home is unknown; this leaves the text, which is then missed.
     return folder / os.path.expanduser(value)  # noqa: PTH111
@@ -195,8 +196,6 @@ def _explain(error: ErrorDetails, given: Mapping[str, Given]) -> str:
     if not error["loc"]:  # of several settings together
         return text
     name, *inner = map(str, error["loc"])
-    if error["type"] == "missing":
-        return f"{name} is required: {flag_of(name)}, {env_of(name)}, or {name} in --config FILE"
     if error["type"] == "extra_forbidden":
         return f"{given[name].origin}: there is no such setting{_nearest(name)}"
     place = ".".join([given[name].origin, *inner])

@@ -128,6 +128,7 @@ class GenerationSpec:
     divergence: DivergenceSpec
     evaluation: EvaluationSpec
     output: OutputSpec
+    cache_salt: str = ""
 
     @property
     def basis(self) -> Basis:
@@ -149,3 +150,4 @@ class ScoreSpec:
     roles: tuple[Role, ...]
     temperature: float
     divergence: DivergenceSpec
+    cache_salt: str = ""

@@ -40,7 +40,7 @@ from serve.wire import MalformedMessageError, field_numbers
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 WEIGHT = Range(0, 1e6)
-MAX_REQUEST_ID_CHARS = 128
+MAX_NAME_CHARS = 128
 CHAT_ROLES = ("system", "user", "assistant")
 
 
@@ -97,7 +97,7 @@ def _validate_generation(
 ) -> GenerationSpec:
     sampling = _sampling(request, limits, checks)
     spec = GenerationSpec(
-        request_id=_request_id(request.request_id, limits, checks),
+        request_id=_request_id(request, checks),
         route=route,
         prompt=_prompt(request, limits, checks),
         sampling=sampling,
@@ -105,6 +105,7 @@ def _validate_generation(
         divergence=_divergence(request.divergence, checks),
         evaluation=_evaluation(request.evaluation, sampling.num_samples, limits, checks),
         output=_output(request.output, limits, checks),
+        cache_salt=_name(request, "cache_salt", checks),
     )
     checks.raise_if_any()
     return spec
@@ -114,12 +115,13 @@ def validate_score(request: pb.ScoreRequest, limits: Limits) -> ScoreSpec:
     """Check a Score request and fill in its defaults; InvalidFieldError names each bad field."""
     checks = Checks()
     spec = ScoreSpec(
-        request_id=_request_id(request.request_id, limits, checks),
+        request_id=_request_id(request, checks),
         prompt=_prompt(request, limits, checks),
         completions=_completions(request.completions, limits, checks),
         roles=_roles(request.roles, checks),
         temperature=checks.number(request, "temperature", limits.scoring_temperature, 1.0),
         divergence=_divergence(request.divergence, checks),
+        cache_salt=_name(request, "cache_salt", checks),
     )
     if spec.divergence.basis is Basis.RAW and spec.temperature != 1.0:
         checks.refuse("divergence.basis", "BASIS_RAW", f"unset at temperature {spec.temperature}")
@@ -147,11 +149,11 @@ def validate_set_policy(
 
 def validate_abort(request: control_pb.AbortRequest) -> str:
     """Return the id of the request to end."""
-    if not 0 < len(request.request_id) <= MAX_REQUEST_ID_CHARS:
+    if not 0 < len(request.request_id) <= MAX_NAME_CHARS:
         raise InvalidFieldError.of(
             "request_id",
             f"has {len(request.request_id)} characters; must name a running request, with 1 to "
-            f"{MAX_REQUEST_ID_CHARS} of them",
+            f"{MAX_NAME_CHARS} of them",
         )
     return request.request_id
 
@@ -159,18 +161,21 @@ def validate_abort(request: control_pb.AbortRequest) -> str:
 # The parts of a request
 
 
-def _request_id(request_id: str, limits: Limits, checks: Checks) -> str:
+def _request_id(request: Any, checks: Checks) -> str:
     """Return the id given, or a random one."""
-    if not request_id:
-        return secrets.token_hex(16)
-    is_printable = request_id.isascii() and request_id.isprintable()
-    if len(request_id) > MAX_REQUEST_ID_CHARS or not is_printable:
+    return _name(request, "request_id", checks) or secrets.token_hex(16)
+
+
+def _name(request: Any, field: str, checks: Checks) -> str:
+    """Return a text that a client may choose to name something."""
+    name: str = getattr(request, field)
+    if len(name) > MAX_NAME_CHARS or not (name.isascii() and name.isprintable()):
         checks.refuse(
-            "request_id",
-            repr(request_id[:MAX_SHOWN_CHARS]),
-            f"at most {MAX_REQUEST_ID_CHARS} printable ASCII characters",
+            field,
+            repr(name[:MAX_SHOWN_CHARS]),
+            f"at most {MAX_NAME_CHARS} printable ASCII characters",
         )
-    return request_id
+    return name
 
 
 def _prompt(request: Any, limits: Limits, checks: Checks) -> Prompt:

@@ -269,10 +269,9 @@ def serving(loop: asyncio.AbstractEventLoop) -> Callable[..., object]:
     ) -> Iterator[LiveServer]:
         config = ServeConfig(
             bundle="unused",
-            port=0,
             control_port=0,
             metrics_port=0,
-            **{"drain_grace_s": 5, **settings},
+            **{"port": 0, "drain_grace_s": 5, **settings},
         )
 
         async def start() -> Server:

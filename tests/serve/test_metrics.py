@@ -64,6 +64,8 @@ ledger_imbalance                    gauge
 draining                            gauge
 build_info                          gauge      version
 model_info                          gauge      role backend device precision manifest
+model_up                            gauge      role
+remote_calls_total                  counter    rpc code
 """
 
 

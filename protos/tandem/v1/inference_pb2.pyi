@@ -162,7 +162,7 @@ class OutputOptions(_message.Message):
     def __init__(self, stream: bool = ..., logprobs: bool = ..., top_logprobs: _Optional[int] = ..., text: bool = ..., processed_logprobs: bool = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "route", "prompt", "messages", "prompt_token_ids", "sampling", "divergence", "evaluation", "output")
+    __slots__ = ("request_id", "route", "prompt", "messages", "prompt_token_ids", "sampling", "divergence", "evaluation", "output", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -172,6 +172,7 @@ class GenerateRequest(_message.Message):
     DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     route: Route
     prompt: str
@@ -181,7 +182,8 @@ class GenerateRequest(_message.Message):
     divergence: DivergenceOptions
     evaluation: EvaluationOptions
     output: OutputOptions
-    def __init__(self, request_id: _Optional[str] = ..., route: _Optional[_Union[Route, str]] = ..., prompt: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., prompt_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., divergence: _Optional[_Union[DivergenceOptions, _Mapping]] = ..., evaluation: _Optional[_Union[EvaluationOptions, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, request_id: _Optional[str] = ..., route: _Optional[_Union[Route, str]] = ..., prompt: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., prompt_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., divergence: _Optional[_Union[DivergenceOptions, _Mapping]] = ..., evaluation: _Optional[_Union[EvaluationOptions, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("tokens", "complete", "agreement", "usage")
@@ -390,7 +392,7 @@ class Usage(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., seed: _Optional[int] = ..., roles: _Optional[_Iterable[_Union[RoleUsage, _Mapping]]] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class CompareRequest(_message.Message):
-    __slots__ = ("request_id", "prompt", "messages", "prompt_token_ids", "sampling", "divergence", "evaluation", "output")
+    __slots__ = ("request_id", "prompt", "messages", "prompt_token_ids", "sampling", "divergence", "evaluation", "output", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
@@ -399,6 +401,7 @@ class CompareRequest(_message.Message):
     DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: str
     messages: ChatMessages
@@ -407,7 +410,8 @@ class CompareRequest(_message.Message):
     divergence: DivergenceOptions
     evaluation: EvaluationOptions
     output: OutputOptions
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., prompt_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., divergence: _Optional[_Union[DivergenceOptions, _Mapping]] = ..., evaluation: _Optional[_Union[EvaluationOptions, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., prompt_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., divergence: _Optional[_Union[DivergenceOptions, _Mapping]] = ..., evaluation: _Optional[_Union[EvaluationOptions, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class CompareResponse(_message.Message):
     __slots__ = ("samples", "agreement", "usage")
@@ -428,7 +432,7 @@ class Completion(_message.Message):
     def __init__(self, token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., text: _Optional[str] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("request_id", "prompt", "messages", "prompt_token_ids", "completions", "roles", "temperature", "divergence")
+    __slots__ = ("request_id", "prompt", "messages", "prompt_token_ids", "completions", "roles", "temperature", "divergence", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
@@ -437,6 +441,7 @@ class ScoreRequest(_message.Message):
     ROLES_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: str
     messages: ChatMessages
@@ -445,7 +450,8 @@ class ScoreRequest(_message.Message):
     roles: _containers.RepeatedScalarFieldContainer[Role]
     temperature: float
     divergence: DivergenceOptions
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., prompt_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., temperature: _Optional[float] = ..., divergence: _Optional[_Union[DivergenceOptions, _Mapping]] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., prompt_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., temperature: _Optional[float] = ..., divergence: _Optional[_Union[DivergenceOptions, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class Score(_message.Message):
     __slots__ = ("role", "index", "token_ids", "logprobs", "sum_logprob", "divergence")
@@ -482,7 +488,7 @@ class GetModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("role", "backend", "device", "precision", "num_parameters", "vocab_size", "max_model_len", "max_num_seqs", "tokenizer_hash", "bundle_id", "manifest_sha256", "path_noise_nats", "batch_noise_nats", "backend_noise_nats")
+    __slots__ = ("role", "backend", "device", "precision", "num_parameters", "vocab_size", "max_model_len", "max_num_seqs", "tokenizer_hash", "bundle_id", "manifest_sha256", "path_noise_nats", "batch_noise_nats", "backend_noise_nats", "address")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -497,6 +503,7 @@ class Model(_message.Message):
     PATH_NOISE_NATS_FIELD_NUMBER: _ClassVar[int]
     BATCH_NOISE_NATS_FIELD_NUMBER: _ClassVar[int]
     BACKEND_NOISE_NATS_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
     role: Role
     backend: str
     device: str
@@ -511,4 +518,5 @@ class Model(_message.Message):
     path_noise_nats: float
     batch_noise_nats: float
     backend_noise_nats: float
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., tokenizer_hash: _Optional[str] = ..., bundle_id: _Optional[str] = ..., manifest_sha256: _Optional[str] = ..., path_noise_nats: _Optional[float] = ..., batch_noise_nats: _Optional[float] = ..., backend_noise_nats: _Optional[float] = ...) -> None: ...
+    address: str
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., tokenizer_hash: _Optional[str] = ..., bundle_id: _Optional[str] = ..., manifest_sha256: _Optional[str] = ..., path_noise_nats: _Optional[float] = ..., batch_noise_nats: _Optional[float] = ..., backend_noise_nats: _Optional[float] = ..., address: _Optional[str] = ...) -> None: ...
