@@ -1,0 +1,149 @@
+"""checkov, trivy and hadolint, and the few findings that are accepted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+from results import ROOT, Result, ToolError, run, tool
+
+HERE = Path(__file__).resolve().parent
+MAX_EXCEPTIONS = 3
+DOCKERFILE = ROOT / "Dockerfile"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    tool: str
+    check: str
+    resource: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.check} {self.resource}: {self.text}"
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Findings of a check about resources that match a pattern, and why they are right."""
+
+    tool: str
+    check: str
+    resource: str
+    reason: str
+
+    def covers(self, finding: Finding) -> bool:
+        is_check = (self.tool, self.check) == (finding.tool, finding.check)
+        return is_check and fnmatchcase(finding.resource, self.resource)
+
+
+def read_accepted(path: Path = HERE / "exceptions.yaml") -> tuple[Accepted, ...]:
+    """Return the exceptions.
+
+    Raises:
+        ToolError: there are too many, or one lacks its reason.
+    """
+    accepted = tuple(Accepted(**each) for each in yaml.safe_load(path.read_text("utf-8")) or ())
+    if len(accepted) > MAX_EXCEPTIONS:
+        raise ToolError(f"{path.name} has {len(accepted)} exceptions; {MAX_EXCEPTIONS} are allowed")
+    if unexplained := [each.check for each in accepted if not each.reason.strip()]:
+        raise ToolError(f"{path.name} gives no reason for {', '.join(unexplained)}")
+    return accepted
+
+
+def lint(rendered: Path) -> Iterator[Result]:
+    """Yield a result per linter, and one for the exceptions."""
+    accepted = read_accepted()
+    found: list[Finding] = []
+    yield _judge("checkov", "rendered objects", checkov(rendered, "kubernetes"), accepted, found)
+    yield _judge("checkov", "Dockerfile", checkov(DOCKERFILE, "dockerfile"), accepted, found)
+    yield _judge("trivy config", "rendered objects", trivy(rendered), accepted, found)
+    yield _judge("trivy config", "Dockerfile", trivy(DOCKERFILE), accepted, found)
+    hadolint = run([tool("hadolint"), DOCKERFILE])
+    yield Result("hadolint", "Dockerfile", hadolint.stdout.strip() or hadolint.stderr.strip())
+    yield judge_accepted(accepted, found)
+
+
+def _judge(
+    check: str,
+    subject: str,
+    outcome: tuple[int, list[Finding]],
+    accepted: tuple[Accepted, ...],
+    found: list[Finding],
+) -> Result:
+    """Return what is not accepted as the problem, and add all to `found`."""
+    num_passed, findings = outcome
+    found += findings
+    problems = unexplained(findings, accepted)
+    note = f"{num_passed} passed, {len(findings) - len(problems)} explained"
+    if not num_passed:
+        problems = ["it checked nothing"]
+    return Result(check, subject, "\n".join(map(str, problems)), note)
+
+
+def unexplained(findings: Iterable[Finding], accepted: Iterable[Accepted]) -> list[Finding]:
+    """Return the findings that no exception covers."""
+    allowed = tuple(accepted)
+    return [each for each in findings if not any(one.covers(each) for one in allowed)]
+
+
+def judge_accepted(accepted: Iterable[Accepted], found: Iterable[Finding]) -> Result:
+    """Say that every exception is still needed."""
+    findings, allowed = tuple(found), tuple(accepted)
+    stale = [each.check for each in allowed if not any(each.covers(one) for one in findings)]
+    problem = f"no finding needs {', '.join(stale)} any more" if stale else ""
+    return Result("exceptions", "scripts/k8s/exceptions.yaml", problem, f"{len(allowed)} in use")
+
+
+def checkov(target: Path, framework: str) -> tuple[int, list[Finding]]:
+    """Return how many checks passed, and the findings. ToolError: it does not work."""
+    where = "-d" if target.is_dir() else "-f"
+    done = run(
+        [tool("checkov"), where, target, "--framework", framework, "--skip-download", "-o", "json"]
+    )
+    report = _parsed("checkov", done.stdout, done.stderr)
+    if isinstance(report, list) or "results" not in report:
+        raise ToolError(f"checkov found nothing to check in {target}")
+    if errors := report["results"]["parsing_errors"]:
+        raise ToolError(f"checkov cannot parse {', '.join(errors)}")
+    findings = [
+        Finding("checkov", each["check_id"], _place(each), each["check_name"])
+        for each in report["results"]["failed_checks"]
+    ]
+    return report["summary"]["passed"], findings
+
+
+def _place(failed: dict[str, Any]) -> str:
+    return f"{Path(failed['file_path']).name} {failed['resource']}"
+
+
+def trivy(target: Path) -> tuple[int, list[Finding]]:
+    """Do as `checkov`; the checks are those inside the program, nothing is downloaded."""
+    done = run(
+        [
+            *(tool("trivy"), "config", "--quiet", "--format=json", "--skip-check-update"),
+            *("--skip-version-check", "--disable-telemetry"),
+            *(f"--config-data={HERE / 'trivy-data'}", "--ignorefile=", target),
+        ]
+    )
+    report = _parsed("trivy", done.stdout, done.stderr)
+    findings, num_passed = [], 0
+    for result in report.get("Results", ()):
+        num_passed += result["MisconfSummary"]["Successes"]
+        for each in result.get("Misconfigurations", ()):
+            if each["Status"] == "FAIL":
+                findings.append(Finding("trivy", each["ID"], result["Target"], each["Message"]))
+    return num_passed, findings
+
+
+def _parsed(name: str, stdout: str, stderr: str) -> Any:
+    try:
+        return json.loads(stdout)
+    except ValueError:
+        reason = stderr.strip().splitlines()
+        raise ToolError(f"{name} did not work: {reason[-1] if reason else 'no output'}") from None
