@@ -12,8 +12,8 @@ import inspect
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeAlias
@@ -265,10 +265,24 @@ async def _call(behavior: Any, request: Any, context: Context) -> Any:
     """Await a handler; what it yields is written here, so that it is closed when the call ends."""
     if not inspect.isasyncgenfunction(behavior):
         return await behavior(request, context)
-    async with aclosing(behavior(request, context)) as responses:
+    responses = behavior(request, context)
+    try:
         async for response in responses:
             await context.write(response)
+    except BaseException:
+        await _close(responses)
+        raise
     return None
+
+
+async def _close(responses: AsyncGenerator[Any, None]) -> None:
+    """Close a handler to its end: grpc may cancel a call a second time while that goes on."""
+    closing = asyncio.ensure_future(responses.aclose())
+    try:
+        await asyncio.shield(closing)
+    except asyncio.CancelledError:
+        await closing
+        raise
 
 
 def _bearer_token(metadata: tuple[tuple[str, str | bytes], ...]) -> str | None:
