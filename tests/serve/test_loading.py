@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+import trustme
 from prometheus_client import CollectorRegistry
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,6 +43,8 @@ from serve.metrics import ServerMetrics
 from serve.replies import to_model
 from serve.routing import Role
 from serve.scoring import NoiseFloor
+from serve.server import initial_policy
+from serve.tokens import new_token
 
 
 @pytest.mark.parametrize(
@@ -241,6 +245,94 @@ def test_another_teacher_is_served_with_a_warning(
     assert find_teacher(config, reference) == teacher_folder
     assert len(caplog.records) == num_warnings
     assert all("distilled from (org/model)" in r.getMessage() for r in caplog.records)
+
+
+def test_teacher_alone_is_the_one_of_the_bundle_or_a_folder(bundle: Path) -> None:
+    settings = {"no_student": True, "teacher_dtype": "float32"}
+    for teacher in (load(bundle, teacher=bundle / "student", **settings), load_alone(bundle)):
+        assert teacher.student is None and teacher.teacher is not None
+        assert initial_policy(teacher, ServeConfig(bundle=bundle)).teacher_weight == 1
+
+
+def load_alone(bundle: Path) -> Any:
+    config = ServeConfig(
+        teacher=bundle / "student", no_student=True, device="cpu", max_model_len=64
+    )
+    return build_engines(config, ServerMetrics(CollectorRegistry()))
+
+
+def test_teacher_alone_that_is_not_there_ends_the_start(teacher_folder: Path) -> None:
+    config = ServeConfig(bundle="x", no_student=True)
+    with pytest.raises(UserError, match="no-student: its teacher is no longer at /nowhere"):
+        find_teacher(config, reference_to(teacher_folder, local_path="/nowhere"))
+
+
+# A teacher elsewhere
+
+
+@pytest.fixture
+def teacher_address(serving: Any, make_pair: Any) -> Iterator[str]:
+    with serving(make_pair(roles=(Role.TEACHER,))) as live:
+        yield f"grpc://{live.server.address}"
+
+
+def test_teacher_elsewhere_is_looked_at(
+    bundle: Path, teacher_address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engines = load(bundle, teacher=teacher_address)
+    assert engines.teacher.address == teacher_address
+    assert engines.teacher.tokenizer is engines.student.tokenizer
+    assert engines.local == (engines.student,)
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "parameters, the one that the student was distilled from (x) has 1" in warning
+
+
+def test_teacher_elsewhere_may_come_later(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert load(bundle, teacher="grpc://127.0.0.1:1").teacher is not None
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warning.startswith("the teacher at grpc://127.0.0.1:1 does not answer (UNAVAILABLE")
+
+
+def test_server_that_cannot_be_the_teacher_ends_the_start(
+    bundle: Path, serving: Any, make_pair: Any
+) -> None:
+    with serving(make_pair(roles=(Role.STUDENT,))) as live:
+        address = f"grpc://{live.server.address}"
+        with pytest.raises(UserError, match=f"--teacher {address}: the server there has no teac"):
+            load(bundle, teacher=address)
+
+
+def test_teacher_elsewhere_is_called_over_tls_with_a_token(
+    bundle: Path, serving: Any, make_pair: Any, tmp_path: Path
+) -> None:
+    authority, (secret, sha256) = trustme.CA(), new_token()
+    issued = authority.issue_cert("127.0.0.1")
+    files = {name: tmp_path / name for name in ("ca", "cert", "key", "tokens", "token")}
+    authority.cert_pem.write_to_path(files["ca"])
+    issued.private_key_pem.write_to_path(files["key"])
+    files["cert"].write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+    files["tokens"].write_text(f"student {sha256} inference\n")
+    files["token"].write_text(secret)
+    settings = {"tls_cert": files["cert"], "tls_key": files["key"]}
+    pair = make_pair(roles=(Role.TEACHER,))
+    with serving(pair, auth_tokens=files["tokens"], **settings) as live:
+        address = f"grpcs://{live.server.address}"
+        load(
+            bundle,
+            teacher=address,
+            teacher_tls_ca=files["ca"],
+            teacher_token_file=files["token"],
+        )
+    labels = {"rpc": "GetModels", "route": "none", "task": "other", "code": "OK"}
+    assert pair.value("requests_total", **labels) == 1
+
+
+def test_credentials_for_a_teacher_elsewhere_must_be_there(bundle: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(UserError, match=r"--teacher-token-file .* cannot be read"):
+        load(bundle, teacher="grpc://127.0.0.1:1", teacher_token_file=nowhere)
+    with pytest.raises(UserError, match=r"--teacher grpcs://t:1: .*No such file"):
+        load(bundle, teacher="grpcs://t:1", teacher_tls_ca=nowhere)
 
 
 # Which device
