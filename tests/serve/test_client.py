@@ -186,12 +186,30 @@ def test_one_attempt_retries_nothing() -> None:
     assert len(service.requests) == 1
 
 
-def test_retries_of_a_server_that_refuses_everything_are_bounded() -> None:
-    refusals = itertools.repeat((CODE.RESOURCE_EXHAUSTED, 1))
+def test_retries_of_a_server_that_refuses_everything_end_with_their_budget() -> None:
+    refusals = itertools.repeat((CODE.RESOURCE_EXHAUSTED, 0))
     with serving(Scripted(refusals)) as service, Client(service.target) as client:
-        for _ in range(50):
+        for _ in range(600):
             failure(client)
-    assert 51 <= len(service.requests) <= 1.3 * 50
+    assert 600 + 300 <= len(service.requests) <= 600 + 500
+
+
+def test_burst_of_failures_of_64_calls_is_retried() -> None:
+    refusals = itertools.repeat((CODE.UNAVAILABLE, 0), 3 * 64)
+    with (
+        serving(Scripted(refusals)) as service,
+        Client(service.target) as client,
+        ThreadPoolExecutor(64) as pool,
+    ):
+        list(pool.map(client.compare, [pb.CompareRequest(prompt="x")] * 64))
+    assert len(service.requests) == 4 * 64
+
+
+def test_server_that_wants_no_retry_is_left_alone() -> None:
+    refusals = itertools.repeat((CODE.RESOURCE_EXHAUSTED, -1))
+    with serving(Scripted(refusals)) as service, Client(service.target) as client:
+        failure(client)
+    assert len(service.requests) == 1
 
 
 def test_started_stream_is_not_retried() -> None:
