@@ -67,6 +67,7 @@ class _Call:
     request_id: str
     rpc: str
     task: asyncio.Task[None] | None = None
+    is_begun: bool = False
     reason: FinishReason | None = None
     text: str = ""
 
@@ -172,7 +173,9 @@ class RemoteTeacher:
         for call in list(calls):
             assert call.task is not None
             call.reason, call.text = reason, text
-            call.task.cancel()
+            # A task that is cancelled before it began would never say how the call ended.
+            if call.is_begun:
+                call.task.cancel()
 
     async def _generate(self, request: GenerationRequest, sink: EventSink, call: _Call) -> None:
         answer = Answer(request.sampling.num_samples)
@@ -205,6 +208,9 @@ class RemoteTeacher:
         """Count how a call ends; whatever goes wrong in it is a _CallFailedError."""
         code, failure = "OK", None
         try:
+            call.is_begun = True
+            if call.reason is not None:
+                raise asyncio.CancelledError
             yield
         except asyncio.CancelledError:  # by us, or by the server
             code = grpc.StatusCode.CANCELLED.name
@@ -273,6 +279,10 @@ class RemoteTeacher:
                 if self._is_stopping:
                     raise
                 why = "it cancelled a probe"
+            except Exception:
+                # Without its watch the teacher would stay what it was for ever.
+                logger.exception("a probe of the teacher at %s failed", self.address)
+                why = "its probe failed; see the server's log"
         return why, is_silent
 
     async def _probe(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from serve.client import explain
 from serve.remote import RemoteTeacher
 from serve.remote_address import RemoteAddress
 from serve.routing import Engines, Role, ServedModel
+from serve.scoring import ScoringRequest
+from serve.sequence import FinishReason, GenerationRequest, SamplingParams
 from serve.tokens import new_token
 
 SAMPLING = pb.SamplingParams(num_samples=3, seed=5, max_tokens=12)
@@ -277,6 +280,25 @@ def test_cancelled_request_leaves_the_teacher_idle(elsewhere: Elsewhere) -> None
         lambda: student.pair.value("remote_calls_total", rpc="Generate", code="CANCELLED") == 1,
         "the count",
     )
+
+
+def test_call_that_is_cancelled_at_once_has_its_end(
+    elsewhere: Elsewhere, loop: asyncio.AbstractEventLoop
+) -> None:
+    student = reached(elsewhere.student(elsewhere.teacher().server.address))
+    engine, events = student.pair.engines.teacher.engine, []
+
+    async def begin_and_cancel() -> Any:
+        engine.submit(GenerationRequest("r", (1,), SamplingParams(num_samples=2)), events.extend)
+        scores = engine.score(ScoringRequest("r", (1,), ((2,),)))
+        engine.cancel("r")
+        return scores
+
+    scores = asyncio.run_coroutine_threadsafe(begin_and_cancel(), loop).result(10)
+    with pytest.raises(CancelledError):
+        scores.result(10)
+    eventually(lambda: engine.load().num_running == 0, "the end")
+    assert [event.finish_reason for event in events] == [FinishReason.CANCELLED] * 2
 
 
 def test_drain_of_the_student_ends_calls_of_the_teacher(elsewhere: Elsewhere) -> None:
