@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 
-.PHONY: demo loadtest test check format protos docs baseline
+.PHONY: demo loadtest test check k8s-check format protos docs baseline
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ check: $(STAMP)
 	$(BIN)/buf breaking protos --against protos/baseline.binpb
 	scripts/make_protos --check
 	scripts/make_docs --check
+
+k8s-check: $(STAMP)
+	scripts/check_k8s
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -76,7 +76,8 @@ def main() -> int:
 def _results_of(check: Callable[[], Iterator[Result]]) -> list[Result]:
     """Return a check's results; a tool that does not work is one more, which failed."""
     print(f"{check.__name__} ...", end=" ", flush=True)
-    started_s, results = time.monotonic(), []
+    started_s = time.monotonic()
+    results: list[Result] = []
     try:
         results += check()
     except ToolError as error:

@@ -81,9 +81,8 @@ def _judge(
     found += findings
     problems = unexplained(findings, accepted)
     note = f"{num_passed} passed, {len(findings) - len(problems)} explained"
-    if not num_passed:
-        problems = ["it checked nothing"]
-    return Result(check, subject, "\n".join(map(str, problems)), note)
+    text = "\n".join(map(str, problems)) if num_passed else "it checked nothing"
+    return Result(check, subject, text, note)
 
 
 def unexplained(findings: Iterable[Finding], accepted: Iterable[Accepted]) -> list[Finding]:
