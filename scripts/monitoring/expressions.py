@@ -84,7 +84,7 @@ def substitute(text: str) -> str:
 
 
 def judge(expression: Expression, prometheus: Prometheus) -> Verdict:
-    """Evaluate: everything must succeed, and have numbers unless it is an alert or rightly empty."""
+    """Evaluate: everything must succeed, and have numbers unless an alert or rightly empty."""
     try:
         series = prometheus.query(expression.text)
     except CheckError as error:

@@ -49,6 +49,12 @@ class Rehearsal:
     delivered_s: float
     alert: dict[str, Any]
 
+    def describe(self) -> str:
+        return (
+            f"{ALERT}: quiet for {self.quiet_s:.0f} s, then server {self.started_s:.1f} s, "
+            f"fired {self.fired_s:.1f} s, delivered {self.delivered_s:.1f} s after the swap"
+        )
+
 
 class Webhook:
     """What an Alertmanager delivered: alerts in the order of their arrival."""
