@@ -18,6 +18,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
+    # A server that is back is found within this, and so before the last attempt of a call.
+    ("grpc.max_reconnect_backoff_ms", 2_000),
     # 64 samples with log-probabilities of both models exceed the default of 4 MiB.
     ("grpc.max_receive_message_length", 64 << 20),
 )
@@ -114,23 +116,22 @@ def service_config(max_attempts: int) -> str:
     """Return gRPC's service config as JSON: spread over all addresses, and retry within a budget.
 
     Retried are UNAVAILABLE and RESOURCE_EXHAUSTED, behind the server's grpc-retry-pushback-ms or
-    else a random part of a growing pause, before the first response and within the deadline. A
-    request above 256 KiB is sent once, as gRPC keeps no more of it. The budget, per target and
-    process: a failed attempt takes 1 of 10 tokens, a success gives 0.1 back, and retries stop at
-    5. So a server that refuses everything gets at most five attempts too many, and one that
-    refuses now and then a tenth more (gRFC A6).
+    else a pause of 0.2, 1, 5 and 10 s (each ± 20 %), before the first response and within the
+    deadline. A request above 256 KiB is sent once, as gRPC keeps no more of it. The budget, per
+    target and process: a failed attempt takes 1 of 1000 tokens, a success gives 0.1 back, and
+    retries stop at 500 (gRFC A6). docs/proxy.md says what that is enough for.
     """
     config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
     if max_attempts > 1:
         policy = {
             "maxAttempts": max_attempts,
             "initialBackoff": "0.2s",
-            "maxBackoff": "5s",
-            "backoffMultiplier": 2,
+            "maxBackoff": "10s",
+            "backoffMultiplier": 5,
             "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
         }
         config["methodConfig"] = [{"name": _RETRIED, "retryPolicy": policy}]
-        config["retryThrottling"] = {"maxTokens": 10, "tokenRatio": 0.1}
+        config["retryThrottling"] = {"maxTokens": 1000, "tokenRatio": 0.1}
     return json.dumps(config)
 
 

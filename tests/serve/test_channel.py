@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.channel import Endpoint, Tls, service_config
+from serve.channel import CHANNEL_OPTIONS, Endpoint, Tls, service_config
 
 
 def test_certificate_without_its_key_is_refused() -> None:
@@ -39,3 +39,11 @@ def test_token_needs_tls_beyond_this_machine(target: str) -> None:
 def test_one_attempt_needs_no_retry_policy() -> None:
     assert json.loads(service_config(1)) == {"loadBalancingConfig": [{"round_robin": {}}]}
     assert json.loads(service_config(3))["methodConfig"][0]["retryPolicy"]["maxAttempts"] == 3
+
+
+def test_last_attempt_is_later_than_a_restart_of_ten_seconds() -> None:
+    policy = json.loads(service_config(5))["methodConfig"][0]["retryPolicy"]
+    pause_s, max_s = (float(policy[key][:-1]) for key in ("initialBackoff", "maxBackoff"))
+    pauses_s = [min(pause_s * policy["backoffMultiplier"] ** n, max_s) for n in range(4)]
+    reconnect_s = 1.2 * dict(CHANNEL_OPTIONS)["grpc.max_reconnect_backoff_ms"] / 1e3
+    assert 0.8 * sum(pauses_s) - reconnect_s > 10

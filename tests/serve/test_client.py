@@ -53,12 +53,16 @@ class Scripted(inference_pb2_grpc.InferenceServiceServicer):
 
     def admit(self, request: Any, context: Any) -> None:
         self.requests.append(request)
-        self.metadata = dict(context.invocation_metadata())
-        code, pushback_ms = next(self.refusals, (None, None))
+        metadata = self.metadata = dict(context.invocation_metadata())
+        code, pushback_ms = self.verdict(int(metadata.get("grpc-previous-rpc-attempts", "0")))
         if pushback_ms is not None:
             context.set_trailing_metadata((("grpc-retry-pushback-ms", str(pushback_ms)),))
         if code is not None:
             context.abort(code, "not now")
+
+    def verdict(self, num_before: int) -> tuple[CODE | None, int | None]:
+        """Say what to do with a call that was sent so often before."""
+        return next(self.refusals, (None, None))
 
     def Compare(self, request: Any, context: Any) -> pb.CompareResponse:  # noqa: N802
         self.admit(request, context)
@@ -187,17 +191,23 @@ def test_one_attempt_retries_nothing() -> None:
 
 
 def test_retries_of_a_server_that_refuses_everything_end_with_their_budget() -> None:
-    refusals = itertools.repeat((CODE.RESOURCE_EXHAUSTED, 0))
+    refusals = itertools.repeat((CODE.RESOURCE_EXHAUSTED, 1))
     with serving(Scripted(refusals)) as service, Client(service.target) as client:
         for _ in range(600):
             failure(client)
     assert 600 + 300 <= len(service.requests) <= 600 + 500
 
 
-def test_burst_of_failures_of_64_calls_is_retried() -> None:
-    refusals = itertools.repeat((CODE.UNAVAILABLE, 0), 3 * 64)
+class Restarting(Scripted):
+    """Refuses every call three times."""
+
+    def verdict(self, num_before: int) -> tuple[CODE | None, int | None]:
+        return (CODE.UNAVAILABLE, 1) if num_before < 3 else (None, None)
+
+
+def test_64_calls_together_outlast_three_failures_each() -> None:
     with (
-        serving(Scripted(refusals)) as service,
+        serving(Restarting()) as service,
         Client(service.target) as client,
         ThreadPoolExecutor(64) as pool,
     ):
