@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from image.containers import Containers, ToolError, run
+from scripts.image.containers import Containers, ToolError, run
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "localhost/tandem-base:bookworm"

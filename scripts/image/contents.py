@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from image.building import PipSettings
-from image.containers import Containers
-from image.proofs import Proof
+from scripts.image.building import PipSettings
+from scripts.image.containers import Containers
+from scripts.image.proofs import Proof
 
 COMPILERS = {"cc", "c++", "gcc", "g++", "clang", "ld", "as", "make", "cmake", "nvcc", "rustc", "go"}
 # Beyond this a file is a library or a model, not a text that names where it was downloaded.

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client

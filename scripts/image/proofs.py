@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from image.containers import Containers, ToolError
+from scripts.image.containers import Containers, ToolError
 
 PROBE = Path(__file__).with_name("probe.py").read_text(encoding="utf-8")
 SERVER = "tandem-image-server"
