@@ -8,13 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-import linters
-import render
-import schemas
-from install import find_kubectl, install_prometheus
-from results import ROOT, Result, ToolError, run
 from rich.console import Console
 from rich.table import Table
+
+from scripts.k8s import linters, render, schemas
+from scripts.k8s.install import find_kubectl, install_prometheus
+from scripts.k8s.results import ROOT, Result, ToolError, run
 
 WORK = ROOT / "runs" / "k8s-check"  # checkov passes hidden folders by
 MONITORING = ROOT / "k8s" / "monitoring"

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from results import ToolError, run, tool
+from scripts.k8s.results import ToolError, run, tool
 
 # Renders components and `labels` as written here (kustomize 5.0).
 MIN_KUBECTL = (1, 27)

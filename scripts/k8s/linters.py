@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from results import ROOT, Result, ToolError, run, tool
+
+from scripts.k8s.results import ROOT, Result, ToolError, run, tool
 
 HERE = Path(__file__).resolve().parent
 MAX_EXCEPTIONS = 3

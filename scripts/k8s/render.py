@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 import yaml
-from results import ROOT, Result, run
+
+from scripts.k8s.results import ROOT, Result, run
 
 K8S = ROOT / "k8s"
 # The linters judge what a user has: objects in a namespace that is not `default`.

@@ -12,7 +12,8 @@ import jsonschema
 import kubernetes_validate
 import yaml
 from kubernetes_validate.utils import all_versions
-from results import Result
+
+from scripts.k8s.results import Result
 
 NUM_VERSIONS = 3
 # apiVersion → module with a model per kind, generated from the custom resources' definitions.

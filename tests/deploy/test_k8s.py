@@ -11,23 +11,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from scripts.k8s import objects, render
+from scripts.k8s.objects import Object, Rendered, component_of, container_of, pod_of, ports_of
 from serve.channel import MAX_ATTEMPTS, service_config
 from serve.config import ServeConfig
 from serve.hosts import is_loopback
 from serve.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "scripts" / "k8s"))
-
-import render  # noqa: E402
-
 KUBECTL = shutil.which("kubectl") or str(ROOT / ".cache/k8s-tools/bin/kubectl")
 pytestmark = pytest.mark.skipif(
     not Path(KUBECTL).exists(), reason="there is no kubectl; scripts/check_k8s installs one"
@@ -39,45 +36,11 @@ PINNED = re.compile(r"docker\.io/[a-z/]+:[\w.-]+@sha256:[0-9a-f]{64}")
 # What the server needs for the last words of its handlers, beyond drain_grace_s.
 LAST_WORDS_S = 6
 
-Object = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """The objects of one kustomization."""
-
-    objects: tuple[Object, ...]
-
-    def of(self, kind: str) -> list[Object]:
-        return [each for each in self.objects if each["kind"] == kind]
-
-    def named(self, kind: str, name: str) -> Object:
-        (found,) = (each for each in self.of(kind) if each["metadata"]["name"] == name)
-        return found
-
-    def servers(self) -> list[Object]:
-        return [each for each in self.of("Deployment") if container_of(each)["name"] == "tandem"]
-
-    def selected(self, labels: dict[str, str]) -> list[Object]:
-        """Return the Deployments whose pods have these labels."""
-        return [
-            each
-            for each in self.of("Deployment")
-            if labels.items() <= each["spec"]["template"]["metadata"]["labels"].items()
-        ]
-
 
 @pytest.fixture(scope="module")
 def all_rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rendered]:
-    folder = tmp_path_factory.mktemp("k8s") / "rendered"
-    folder.mkdir()
-    found = {}
-    for name, folders in render.kustomizations().items():
-        result = render.render(Path(KUBECTL), name, folders, folder)
-        assert not result.problem
-        text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
-        found[name] = Rendered(tuple(yaml.safe_load_all(text)))
-    return found
+    folder = tmp_path_factory.mktemp("k8s")
+    return {name: objects.load(Path(KUBECTL), name, folder) for name in render.kustomizations()}
 
 
 @pytest.fixture(params=SERVED)
@@ -85,37 +48,11 @@ def rendered(request: pytest.FixtureRequest, all_rendered: dict[str, Rendered]) 
     return all_rendered[request.param]
 
 
-def pod_of(deployment: Object) -> Object:
-    pod: Object = deployment["spec"]["template"]["spec"]
-    return pod
-
-
-def container_of(deployment: Object) -> Object:
-    (container,) = pod_of(deployment)["containers"]
-    return dict(container)
-
-
-def ports_of(deployment: Object) -> dict[str, int]:
-    return {port["name"]: port["containerPort"] for port in container_of(deployment)["ports"]}
-
-
-def image_environ() -> dict[str, str]:
-    """The settings that the images themselves bring along."""
-    return dict(re.findall(r"(TANDEM_\w+)=(\S+)", (ROOT / "Dockerfile").read_text("utf-8")))
-
-
 def config_of(rendered: Rendered, deployment: Object, folder: Path) -> ServeConfig:
     """The settings in force in a pod: the file of its ConfigMap under its environment."""
-    container = container_of(deployment)
-    (option,) = (each for each in container["args"] if each.startswith("--config="))
-    mounted = Path(option.removeprefix("--config="))
-    (mount,) = (m for m in container["volumeMounts"] if m["mountPath"] == str(mounted.parent))
-    (volume,) = (v for v in pod_of(deployment)["volumes"] if v["name"] == mount["name"])
-    data = rendered.named("ConfigMap", volume["configMap"]["name"])["data"]
-    file = folder / mounted.name
-    file.write_text(data[mounted.name], encoding="utf-8")
-    given = {each["name"]: each["value"] for each in container.get("env", ())}
-    return load_settings({}, {**image_environ(), **given}, file).config
+    text, environ = rendered.settings_of(deployment)
+    (folder / "serve.yaml").write_text(text, encoding="utf-8")
+    return load_settings({}, environ, folder / "serve.yaml").config
 
 
 # --- settings
@@ -393,11 +330,6 @@ def calls_of(rendered: Rendered, folder: Path) -> Iterator[tuple[Object, str, in
     for deployment in rendered.of("Deployment"):
         if component_of(deployment) == "proxy":
             yield deployment, "server", 50051
-
-
-def component_of(deployment: Object) -> str:
-    labels = deployment["spec"]["template"]["metadata"]["labels"]
-    return str(labels["app.kubernetes.io/component"])
 
 
 def policy_of(rendered: Rendered, deployment: Object) -> Object:
