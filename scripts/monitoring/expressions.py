@@ -21,10 +21,9 @@ VARIABLES = {
     "$policy": ".*",
     "$__rate_interval": "6s",
 }
-REMOTE = "the teacher runs in the same server"
-# What has no series on a healthy server under this load, by a piece of the expression.
+# What may have no series on a healthy server under this load, by a piece of the expression.
 RIGHTLY_EMPTY = {
-    "tandem_remote_calls_total": REMOTE,
+    "tandem_remote_calls_total": "the teacher runs in the same server",
     "ALERTS": "nothing is wrong",
 }
 
@@ -95,5 +94,4 @@ def judge(expression: Expression, prometheus: Prometheus) -> Verdict:
         return Verdict(expression, f"{num_series} series")
     if num_series == 0:
         return Verdict(expression, f"empty: {reason}", "" if reason else "it returned no number")
-    problem = f"it should be empty: {reason}" if reason else ""
-    return Verdict(expression, f"{num_series} series", problem)
+    return Verdict(expression, f"{num_series} series")

@@ -91,7 +91,7 @@ def wait_until(is_so: Callable[[], bool], timeout_s: float, what: str) -> float:
 
 
 @contextmanager
-def _process(name: str, command: Sequence[str], folder: Path, url: str) -> Iterator[None]:
+def running(name: str, command: Sequence[str], folder: Path, url: str) -> Iterator[None]:
     """Run a command until the block ends; the block begins when `url` answers."""
     log = folder / f"{name}.log"
     with log.open("ab") as output:
@@ -127,7 +127,7 @@ def serving(bundle: Path, ports: Ports, folder: Path) -> Iterator[None]:
         "--metrics-port", str(ports.metrics), "--shadow-rate", "1",
         "--max-model-len", "256", "--tasks", json.dumps([TASK]),
     ]  # fmt: skip
-    with _process("tandem", command, folder, f"http://127.0.0.1:{ports.metrics}/metrics"):
+    with running("tandem", command, folder, f"http://127.0.0.1:{ports.metrics}/metrics"):
         yield
 
 
@@ -157,7 +157,7 @@ def prometheus(
         "prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder / 'tsdb'}",
         f"--web.listen-address=127.0.0.1:{ports.prometheus}", "--log.level=warn",
     ]  # fmt: skip
-    with _process("prometheus", command, folder, f"{url}/-/ready"):
+    with running("prometheus", command, folder, f"{url}/-/ready"):
         yield Prometheus(url)
 
 
@@ -181,7 +181,7 @@ def alertmanager(ports: Ports, webhook_url: str, folder: Path) -> Iterator[None]
         f"--web.listen-address=127.0.0.1:{ports.alertmanager}", "--log.level=warn",
     ]  # fmt: skip
     url = f"http://127.0.0.1:{ports.alertmanager}/-/ready"
-    with _process("alertmanager", command, folder, url):
+    with running("alertmanager", command, folder, url):
         yield
 
 
@@ -192,14 +192,17 @@ class Prometheus:
     url: str
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """Return the series of an instant query; CheckError with its words when it refuses."""
+        """Return the series of an instant query, of a scalar one; CheckError when it refuses."""
         path = f"{self.url}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
         try:
             with urllib.request.urlopen(path, timeout=10) as answer:
-                result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
+                data = json.load(answer)["data"]
         except urllib.error.HTTPError as error:
             raise CheckError(json.load(error)["error"]) from error
-        return result
+        if data["resultType"] == "scalar":
+            return [{"metric": {}, "value": data["result"]}]
+        series: list[dict[str, Any]] = data["result"]
+        return series
 
     def firing(self) -> set[str]:
         """Return the names of the alerts that fire."""

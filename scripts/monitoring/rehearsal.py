@@ -118,7 +118,7 @@ def rehearse(
         watcher = stack.enter_context(prometheus(ports, folder))
         with serving(good, ports, folder), Load(f"127.0.0.1:{ports.grpc}"):
             meanwhile(ports)
-            quiet_s = _watch_quiet(watcher, webhook)
+            quiet_s = watch_quiet(watcher, webhook)
         swapped_s = time.monotonic()
         with serving(damaged, ports, folder), Load(f"127.0.0.1:{ports.grpc}"):
             started_s = time.monotonic() - swapped_s
@@ -135,7 +135,7 @@ def rehearse(
         return Rehearsal(quiet_s, started_s, fired_s, delivered_s, alert)
 
 
-def _watch_quiet(watcher: Prometheus, webhook: Webhook) -> float:
+def watch_quiet(watcher: Prometheus, webhook: Webhook) -> float:
     """Return how long the alert had all it needs, and did not fire."""
     wait_until(
         lambda: all(watcher.query(record) for record in JUDGED),
