@@ -79,6 +79,8 @@ async def score(model: ServedModel, request: ScoringRequest) -> list[ScoredCompl
     try:
         return await asyncio.shield(scored)
     except asyncio.CancelledError:
+        # Nobody waits for how it ends now, which asyncio would otherwise complain of.
+        scored.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         model.engine.cancel(request.request_id)
         raise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -149,6 +150,23 @@ def test_cancelled_scoring_is_taken_out_of_the_other_engine(make_job: MakeJob) -
     asyncio.run(cancel_when_waiting(job))
     assert reference.cancelled == ["key"]
     assert not reference.scored.cancelled(), "that is for the engine to do, on its thread"
+
+
+def test_end_of_a_cancelled_scoring_is_no_complaint(make_job: MakeJob) -> None:
+    complaints: list[dict[str, Any]] = []
+    engine = ScriptedEngine(None)
+
+    async def cancel_then_fail() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, context: complaints.append(context))
+        await cancel_when_waiting(make_job(ScriptedEngine(FinishReason.STOP, num_tokens=1), engine))
+        engine.scored.set_exception(EngineStoppedError("too late"))
+        await asyncio.sleep(0)
+        engine.scored = Future()
+        gc.collect()
+
+    asyncio.run(cancel_then_fail())
+    assert complaints == []
 
 
 def test_deadline_of_the_reference_is_told(make_job: MakeJob) -> None:

@@ -1,0 +1,65 @@
+"""What a row of the fault matrix is run at, and what comes of it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from loadtest.ledger import Fault, Ledger
+
+
+class Size(enum.Enum):
+    """How much of a fault: enough for each run of the tests, or as much as is published."""
+
+    CI = "ci"
+    FULL = "full"
+
+
+@dataclass(slots=True)
+class RowResult:
+    """One row of the table. `problems` says, a line each, which targets were missed.
+
+    `num_requests` were under fault. `latency_ratio` is the worst that the row's target speaks of,
+    None where it speaks of none. `measured` has the numbers behind the verdict, with units in their
+    names.
+    """
+
+    row: str
+    fault: str
+    num_requests: int = 0
+    num_lost: int = 0
+    num_duplicated: int = 0
+    num_altered: int = 0
+    leaks: list[str] = field(default_factory=list)
+    latency_ratio: float | None = None
+    measured: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def is_passed(self) -> bool:
+        faults = self.num_lost + self.num_duplicated + self.num_altered
+        return not (faults or self.leaks or self.problems)
+
+    def add(self, ledger: Ledger) -> None:
+        """Count what a ledger objects to; its first objections are problems."""
+        self.num_requests += ledger.num_requests
+        self.num_lost += ledger.count(Fault.LOST)
+        self.num_duplicated += ledger.count(Fault.DUPLICATED)
+        self.num_altered += ledger.count(Fault.ALTERED)
+        self.problems += [str(violation) for violation in ledger.violations[:5]]
+
+    def demand(self, holds: bool, problem: str) -> None:
+        """Note a target that was missed, with its numbers."""
+        if not holds:
+            self.problems.append(problem)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"is_passed": self.is_passed}
+
+
+class Row(Protocol):
+    """A module r01_….py to r22_….py: its docstring's first line says the fault and the target."""
+
+    def run(self, size: Size) -> RowResult:
+        """Inject the fault, check the ledger, the leaks and the row's targets."""
