@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -236,7 +237,7 @@ class Cluster:
         assert words[0] == "python"
         with (self.recipe.parent / f"pod-{index}.log").open("a") as log:
             pod = subprocess.Popen(
-                [sys.executable, *words[1:]], env=os.environ | environment, start_new_session=True,
+                [sys.executable, *words[1:]], env=os.environ | environment,
                 stdout=log, stderr=log, text=True,
             )  # fmt: skip
         self.stack.callback(pod.wait)
@@ -292,11 +293,14 @@ def free_port() -> int:
 
 
 def kill(pod: subprocess.Popen[str]) -> None:
-    """End all processes of a pod at once, as the end of its container does."""
-    try:
-        os.killpg(pod.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    """End all processes of a pod at once, as the end of its container does.
+
+    torch's launcher gives its processes sessions of their own, so there is no group to kill.
+    """
+    if pod.poll() is None:
+        root = psutil.Process(pod.pid)
+        for process in (root, *root.children(recursive=True)):
+            process.kill()
 
 
 def write_recipe(folder: Path, teacher: Path) -> Path:
