@@ -42,7 +42,7 @@ def package(pipeline: Pipeline) -> Path:
         say(f"what failed, and where the quality went: {report}")
         raise
     target = pipeline.config.output_dir / "bundle"
-    records = tuple(stages.run(spec).record for spec in pipeline.specs)
+    records = tuple(stages.finished(spec).record for spec in pipeline.specs)
     if is_packaged(target, records, variants, default):
         _restore_report(target / "eval" / REPORT_NAME, report)
         say(f"bundle: finished before, {target}, default variant {default}")

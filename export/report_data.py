@@ -273,5 +273,5 @@ def _comparisons(path: Path) -> list[PromptComparison]:
 
 
 def _stage_costs(pipeline: Pipeline) -> list[StageCost]:
-    records = [pipeline.stages.run(spec).record for spec in pipeline.specs]
+    records = [pipeline.stages.finished(spec).record for spec in pipeline.specs]
     return [StageCost(r.name, r.seconds, r.peak_memory_bytes, r.size_bytes) for r in records]

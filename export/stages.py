@@ -115,6 +115,10 @@ class StageRunner:
             if self._world.is_main or spec.is_distributed:
                 self._build(spec)
             self._world.wait()
+        return self.finished(spec)
+
+    def finished(self, spec: StageSpec) -> Stage:
+        """Return a stage that must be there by now; unlike `run`, one process may ask alone."""
         found = self.find(spec)
         assert found is not None, f"{self.path(spec)} is not there: do all processes share it?"
         return found

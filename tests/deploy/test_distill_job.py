@@ -399,12 +399,6 @@ def test_started_again_they_train_the_student_of_one_process(
     assert cluster.logs.count("sample …") == 1, "a finished stage was run again"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=subprocess.TimeoutExpired,
-    reason="export/packaging.py and export/report_data.py call StageRunner.run, which broadcasts, "
-    "in the main process alone while the others wait in a barrier",
-)
 def test_they_write_the_bundle_and_end_with_0(
     cluster: Cluster, trained: list[subprocess.Popen[str]]
 ) -> None:
