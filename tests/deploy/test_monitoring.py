@@ -75,6 +75,17 @@ def test_every_alert_has_a_firing_and_a_quiet_case() -> None:
     assert set(rule_cases()) == set(itertools.product(ALERTS, (True, False)))
 
 
+def test_cases_evaluate_records_before_alerts() -> None:
+    """Otherwise promtool takes the groups in an order of chance, and values vary."""
+    names = [
+        group["name"]
+        for file in ("recording", "alerts")
+        for group in yaml.safe_load((FOLDER / "rules" / f"{file}.yaml").read_text())["groups"]
+    ]
+    for path in (FOLDER / "tests").glob("*.yaml"):
+        assert yaml.safe_load(path.read_text())["group_eval_order"] == names, path.name
+
+
 @pytest.mark.parametrize("name", ALERTS)
 def test_alert_says_what_and_how_bad_and_where_to_read_on(name: str) -> None:
     alert = ALERTS[name]
