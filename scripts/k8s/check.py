@@ -67,12 +67,11 @@ def main() -> int:
     checks = [check_rendering, check_schemas, check_linters, check_rules]
     if is_whole:
         checks.append(check_monitoring)
-    results = [result for check in checks for result in _results_of(check)]
-    show(results)
-    return int(any(result.problem for result in results))
+    results = [result for check in checks for result in results_of(check)]
+    return show(results)
 
 
-def _results_of(check: Callable[[], Iterator[Result]]) -> list[Result]:
+def results_of(check: Callable[[], Iterator[Result]]) -> list[Result]:
     """Return a check's results; a tool that does not work is one more, which failed."""
     print(f"{check.__name__} ...", end=" ", flush=True)
     started_s = time.monotonic()
@@ -85,9 +84,9 @@ def _results_of(check: Callable[[], Iterator[Result]]) -> list[Result]:
     return results
 
 
-def show(results: list[Result], console: Console | None = None) -> None:
-    """Print a line per result, and the problems in full below them."""
-    console = console or Console(highlight=False, width=120)
+def show(results: list[Result]) -> int:
+    """Print a line per result and the problems in full below them; return the exit code."""
+    console = Console(highlight=False, width=120)
     table = Table("check", "what", "result", "")
     for result in results:
         verdict = "[red]FAILED[/]" if result.problem else "[green]passed[/]"
@@ -98,6 +97,7 @@ def show(results: list[Result], console: Console | None = None) -> None:
         console.print(f"\nFAILED: {result.check}, {result.subject}", style="bold")
         console.print(result.problem, markup=False)
     console.print(f"\n{len(results) - len(failed)} passed, {len(failed)} failed")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
