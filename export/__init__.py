@@ -1,0 +1,6 @@
+"""From a teacher to a verified bundle; `docs/export.md` is the guide."""
+
+import os
+
+# As in serve: onnxruntime's official builds send usage data unless this is set before the import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -83,9 +83,14 @@ def is_packaged(
 
 
 def _copy_stage(source: Path, target: Path) -> None:
-    """Copy what a stage made, but not what it needed on the way."""
+    """Copy what a stage made, but not what it needed on the way.
+
+    With the modes of new files: the writers of weights leave files that only their owner can read,
+    and a server is another user.
+    """
     working = (RECORD_NAME, "checkpoints", "on-policy-*")
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*working))
+    ignore = shutil.ignore_patterns(*working)
+    shutil.copytree(source, target, ignore=ignore, copy_function=shutil.copyfile)
 
 
 _CARD_METRICS = (

@@ -2,3 +2,8 @@
 
 `docs/architecture.md` follows one request through these modules.
 """
+
+import os
+
+# onnxruntime's official builds send usage data to their maker unless this is set before the import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

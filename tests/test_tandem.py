@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from types import ModuleType
@@ -138,3 +139,18 @@ def test_help_loads_neither_torch_nor_grpc() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
+@pytest.mark.parametrize("module", ["tandem", "serve.onnx_session", "export.int8"])
+def test_onnxruntime_sends_no_usage_data_unless_it_is_told_to(
+    module: str, given: str | None, expected: str
+) -> None:
+    environ = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    if given is not None:
+        environ["ORT_DISABLE_TELEMETRY"] = given
+    code = f"import {module}, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == expected

@@ -122,6 +122,14 @@ def test_bundle_is_what_its_manifest_says(write: Callable[[], tuple[Path, Manife
     assert manifest.chat_template_sha256 == hash_file(target / "student" / "chat_template.jinja")
 
 
+def test_bundle_can_be_read_by_another_user(write: Callable[[], tuple[Path, Manifest]]) -> None:
+    target, _ = write()
+    new = target.parent / "new"
+    new.touch()
+    modes = {path: path.stat().st_mode for path in target.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {new.stat().st_mode}, modes
+
+
 def test_bundle_has_the_folders_of_the_design(write: Callable[[], tuple[Path, Manifest]]) -> None:
     target, manifest = write()
     assert sorted(path.name for path in target.iterdir()) == [
