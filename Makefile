@@ -34,6 +34,7 @@ check: $(STAMP)
 	$(BIN)/buf breaking protos --against protos/baseline.binpb
 	scripts/make_protos --check
 	scripts/make_docs --check
+	scripts/make_monitoring --check
 
 k8s-check: $(STAMP)
 	scripts/check_k8s
