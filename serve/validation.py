@@ -35,7 +35,7 @@ from serve.specs import (
     Range,
     ScoreSpec,
 )
-from serve.wire import MalformedMessageError, field_numbers
+from serve.wire import MalformedMessageError, scan
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
@@ -52,25 +52,21 @@ def parse(data: bytes, message_type: type[AnyMessage]) -> AnyMessage:
 
     Raises:
         MalformedMessageError: not a message of this type, or text that is not UTF-8.
-        InvalidFieldError: several members of one oneof were sent, of which a parser keeps the last.
+        InvalidFieldError: there is too much to parse; or several members of one oneof were sent, of
+            which a parser keeps the last.
     """
+    present = scan(data, message_type.DESCRIPTOR)
     try:
         message = message_type.FromString(data)
     except DecodeError:
-        raise MalformedMessageError(
-            f"the request is not a valid {message_type.DESCRIPTOR.full_name}"
-        ) from None
-    _check_oneofs(data, message)
+        raise MalformedMessageError.of(message_type.DESCRIPTOR) from None
+    _check_oneofs(present, message)
     return message
 
 
-def _check_oneofs(data: bytes, message: Message) -> None:
-    """Refuse several members of one oneof; looks at the bytes, of which parsing kept the last."""
-    oneofs = [oneof for oneof in message.DESCRIPTOR.oneofs if len(oneof.fields) > 1]
-    if not oneofs:
-        return
-    present = set(field_numbers(data))
-    for oneof in oneofs:
+def _check_oneofs(present: frozenset[int], message: Message) -> None:
+    """Refuse several members of one oneof, by the numbers of all fields that came."""
+    for oneof in message.DESCRIPTOR.oneofs:
         given = [field.name for field in oneof.fields if field.number in present]
         if len(given) > 1:
             text = f"{' and '.join(given)} are given together; must be exactly one of them"
