@@ -80,3 +80,12 @@ def shown(value: object) -> str:
     if len(text) > MAX_SHOWN_CHARS:
         text = f"{text[:MAX_SHOWN_CHARS]}..."
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def quoted(text: str) -> str:
+    """Return a client's text in quotes, cut before it is escaped: it may have millions.
+
+    >>> quoted("a\\n"), quoted("x" * 1000)[-12:]
+    ("'a\\\\n'", 'xxxxxxxxx...')
+    """
+    return shown(repr(text[: MAX_SHOWN_CHARS + 1]))

@@ -5,6 +5,7 @@
     ├── TooLargeError              it can never be served here:
     │   ├── ContextLengthError     prompt + max_tokens exceeds what the model can hold
     │   ├── CompletionLengthError  the same of a completion that is to be scored
+    │   ├── TooManyTokensError     a list of token ids alone does
     │   └── NeverFitsError         more samples than the queue and the slots ever hold
     ├── ModelsNotComparableError   a divergence needs two models with the same tokenizer
     ├── ModelNotLoadedError        the asked role is not served here
@@ -80,6 +81,14 @@ class CompletionLengthError(TooLargeError):
         super().__init__(
             f"prompt and completion have {num_tokens} tokens, the context takes {max_model_len}"
         )
+
+
+class TooManyTokensError(TooLargeError):
+    """A list is longer than the model's context, and was not even looked at."""
+
+    def __init__(self, field: str, num_tokens: int, max_model_len: int) -> None:
+        self.field = field
+        super().__init__(f"{field} has {num_tokens} elements, the context takes {max_model_len}")
 
 
 class ModelsNotComparableError(TandemError):

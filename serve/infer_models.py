@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from protos.oip import grpc_service_pb2 as oip
-from serve.checks import shown
+from serve.checks import quoted
 from serve.errors import ModelNotLoadedError
 from serve.infer_settings import AS_TENSORS, PROMPTS
 from serve.routing import Role
@@ -26,11 +26,11 @@ def to_role(name: str, version: str) -> Role:
     names = [role.value for role in Role]
     if name not in names:
         raise ModelNotLoadedError(
-            f"model {shown(repr(name))} is not known; must be one of {', '.join(names)}"
+            f"model {quoted(name)} is not known; must be one of {', '.join(names)}"
         )
     if version not in ("", VERSION):
         raise ModelNotLoadedError(
-            f"model {name} has no version {shown(repr(version))}; it has {VERSION}"
+            f"model {name} has no version {quoted(version)}; it has {VERSION}"
         )
     return Role(name)
 

@@ -110,15 +110,18 @@ class Inference:
         return self.places.get(setting, f"parameters[{setting}]") + index
 
 
-def to_inference(source: oip.ModelInferRequest, *, may_stream: bool) -> Inference:
-    """Translate a request.
+def to_inference(
+    source: oip.ModelInferRequest, *, may_stream: bool, max_elements: int
+) -> Inference:
+    """Translate a request, whose tensors may have so many elements each.
 
     Raises:
+        TooManyTokensError: a tensor has more.
         InvalidFieldError: a name is not known, or a value has the wrong form.
         ModelNotLoadedError: there is no such model, or no such version.
     """
     role = to_role(source.model_name, source.model_version)
-    tensors = read_inputs(source)
+    tensors = read_inputs(source, max_elements)
     settings = Settings(source, tensors)
     outputs = _outputs(source, settings)
     prompt, prefix = _prompt(tensors, settings)

@@ -18,6 +18,8 @@ from serve.tensors import Tensor
 
 MAX_UINT32 = (1 << 32) - 1
 _MAX_UINT64 = (1 << 64) - 1
+# Of a setting that is text, JSON too: of all settings as JSON several times the most.
+_MAX_TEXT_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,10 @@ def unknown_name(path: str, known: Iterable[str]) -> InvalidFieldError:
 
 
 def _read(setting: Setting, value: Any, path: str) -> Any:
+    if isinstance(value, bytes | str) and len(value) > _MAX_TEXT_BYTES:
+        raise InvalidFieldError.of(
+            path, f"has a length of {len(value)}; must have at most {_MAX_TEXT_BYTES}"
+        )
     try:
         return setting.read(value)
     except ValueError as allowed:

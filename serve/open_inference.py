@@ -51,6 +51,8 @@ class OpenInferenceService:
     ) -> None:
         self._generate = generate
         self._engines = coordinator.engines
+        limits = coordinator.limits
+        self._max_elements = max(limits.max_model_len, limits.max_stop_token_ids)
         self._guard = guard
         self._version = version
         self._health = health
@@ -158,10 +160,13 @@ class OpenInferenceService:
         self, call: Call, data: bytes, context: Context
     ) -> oip.ModelInferResponse:
         source = parse(data, oip.ModelInferRequest)
-        inference = to_inference(source, may_stream=False)
+        inference = self._inference(source, may_stream=False)
         async with aclosing(self._responses(call, inference)) as responses:
             (response,) = [response async for response in responses]
         return response
+
+    def _inference(self, source: oip.ModelInferRequest, *, may_stream: bool) -> Inference:
+        return to_inference(source, may_stream=may_stream, max_elements=self._max_elements)
 
     async def _model_stream_infer(self, requests: AsyncIterator[bytes], context: Context) -> None:
         """Answer requests side by side. What ends the call ends all of them."""
@@ -211,7 +216,7 @@ class OpenInferenceService:
                         _RETRY_AFTER_S,
                     )
                 with request_slot.get()():
-                    inference = to_inference(source, may_stream=True)
+                    inference = self._inference(source, may_stream=True)
                     async with aclosing(self._stream_responses(call, inference)) as responses:
                         async for response in responses:
                             await write(oip.ModelStreamInferResponse(infer_response=response))

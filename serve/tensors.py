@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from protos.oip import grpc_service_pb2 as oip
-from serve.checks import MAX_SHOWN_CHARS, shown
-from serve.errors import InvalidFieldError
+from serve.checks import MAX_SHOWN_CHARS, quoted, shown
+from serve.errors import InvalidFieldError, TooManyTokensError
 
 _MAX_INPUTS = 64  # more than there are names of inputs
 _LENGTH_BYTES = 4  # of a BYTES element stand before it, little-endian
@@ -48,10 +48,11 @@ class Tensor:
         return f"inputs[{shown(self.name)}]"
 
 
-def read_inputs(request: oip.ModelInferRequest) -> dict[str, Tensor]:
+def read_inputs(request: oip.ModelInferRequest, max_elements: int) -> dict[str, Tensor]:
     """Return a request's input tensors by name.
 
     Raises:
+        TooManyTokensError: one has more than `max_elements`.
         InvalidFieldError: a name comes twice, a shape is neither `[n]` nor `[1, n]`, or datatype,
             shape and elements do not fit together.
     """
@@ -69,7 +70,7 @@ def read_inputs(request: oip.ModelInferRequest) -> dict[str, Tensor]:
     for index, tensor in enumerate(request.inputs):
         if tensor.name in tensors:
             raise InvalidFieldError.of(f"inputs[{shown(tensor.name)}]", "is given twice")
-        tensors[tensor.name] = _read(tensor, raw[index] if raw else None)
+        tensors[tensor.name] = _read(tensor, raw[index] if raw else None, max_elements)
     return tensors
 
 
@@ -82,20 +83,28 @@ def write_output(
     response.raw_output_contents.append(_pack(datatype, values))
 
 
-def _read(tensor: oip.ModelInferRequest.InferInputTensor, raw: bytes | None) -> Tensor:
+def _read(
+    tensor: oip.ModelInferRequest.InferInputTensor, raw: bytes | None, max_elements: int
+) -> Tensor:
     path = f"inputs[{shown(tensor.name)}]"
     if tensor.datatype not in _LAYOUTS:
         raise InvalidFieldError.of(
             path,
-            f"has datatype {shown(repr(tensor.datatype))}; must be one of {', '.join(_LAYOUTS)}",
+            f"has datatype {quoted(tensor.datatype)}; must be one of {', '.join(_LAYOUTS)}",
         )
     check_no_parameters(path, tensor.parameters)
     num_elements = _num_elements(path, tensor.shape)
-    values = _unpack(path, tensor.datatype, raw) if raw is not None else _typed(path, tensor)
-    if len(values) != num_elements:
+    packed = (
+        _typed(path, tensor) if raw is None else _unpack(path, tensor.datatype, raw, num_elements)
+    )
+    if len(packed) != num_elements:
         raise InvalidFieldError.of(
-            path, f"has {len(values)} elements; its shape {list(tensor.shape)} needs {num_elements}"
+            path, f"has {len(packed)} elements; its shape {list(tensor.shape)} needs {num_elements}"
         )
+    # Before there is a Python object for each.
+    if num_elements > max_elements:
+        raise TooManyTokensError(path, num_elements, max_elements)
+    values = packed.tolist() if isinstance(packed, np.ndarray) else list(packed)
     return Tensor(tensor.name, tensor.datatype, values)
 
 
@@ -119,32 +128,37 @@ def _num_elements(path: str, shape: Sequence[int]) -> int:
     )
 
 
-def _typed(path: str, tensor: oip.ModelInferRequest.InferInputTensor) -> list[Any]:
+def _typed(path: str, tensor: oip.ModelInferRequest.InferInputTensor) -> Sequence[Any]:
     field = _LAYOUTS[tensor.datatype][1]
     others = [f.name for f, _ in tensor.contents.ListFields() if f.name != field]
     if others:
         raise InvalidFieldError.of(
             f"{path}.contents", f"has {others[0]}; a {tensor.datatype} tensor has {field}"
         )
-    return list(getattr(tensor.contents, field))
+    elements: Sequence[Any] = getattr(tensor.contents, field)
+    return elements
 
 
-def _unpack(path: str, datatype: str, raw: bytes) -> list[Any]:
+def _unpack(
+    path: str, datatype: str, raw: bytes, num_elements: int
+) -> Sequence[Any] | np.ndarray[Any, Any]:
     dtype = _LAYOUTS[datatype][0]
     if not dtype:
-        return _unpack_bytes(path, raw)
+        return _unpack_bytes(path, raw, num_elements)
     itemsize = np.dtype(dtype).itemsize
     if len(raw) % itemsize:
         raise InvalidFieldError.of(
             path, f"has {len(raw)} bytes; a {datatype} element takes {itemsize}"
         )
-    values: list[Any] = np.frombuffer(raw, dtype).tolist()
-    return values
+    return np.frombuffer(raw, dtype)
 
 
-def _unpack_bytes(path: str, raw: bytes) -> list[bytes]:
-    elements, start = [], 0
+def _unpack_bytes(path: str, raw: bytes, num_elements: int) -> list[bytes]:
+    """Return the elements, of which no more than `num_elements` are allowed."""
+    elements, start = list[bytes](), 0
     while start < len(raw):
+        if len(elements) == num_elements:
+            raise InvalidFieldError.of(path, f"has more elements than its shape, {num_elements}")
         begin = start + _LENGTH_BYTES
         start = begin + int.from_bytes(raw[start:begin], "little")
         if begin > len(raw) or start > len(raw):

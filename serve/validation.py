@@ -17,8 +17,8 @@ from google.protobuf.message import DecodeError, Message
 from estimators.answers import canonicalise
 from protos.tandem.v1 import control_pb2 as control_pb
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.checks import MAX_SHOWN_CHARS, Checks
-from serve.errors import FieldViolation, InvalidFieldError
+from serve.checks import Checks, quoted
+from serve.errors import FieldViolation, InvalidFieldError, TooManyTokensError
 from serve.policy import TrafficPolicy
 from serve.routing import Role, Route
 from serve.sequence import SamplingParams
@@ -168,7 +168,7 @@ def _name(request: Any, field: str, checks: Checks) -> str:
     if len(name) > MAX_NAME_CHARS or not (name.isascii() and name.isprintable()):
         checks.refuse(
             field,
-            repr(name[:MAX_SHOWN_CHARS]),
+            quoted(name),
             f"at most {MAX_NAME_CHARS} printable ASCII characters",
         )
     return name
@@ -199,7 +199,7 @@ def _messages(
     for index, message in enumerate(messages):
         if message.role not in CHAT_ROLES:
             checks.refuse(
-                f"{path}[{index}].role", repr(message.role), f"one of {', '.join(CHAT_ROLES)}"
+                f"{path}[{index}].role", quoted(message.role), f"one of {', '.join(CHAT_ROLES)}"
             )
     num_bytes = sum(len(message.content.encode()) for message in messages)
     checks.size(path, num_bytes, Range(0, limits.max_prompt_bytes), "bytes")
@@ -207,15 +207,22 @@ def _messages(
 
 
 def _token_ids(path: str, ids: Sequence[int], limits: Limits, checks: Checks) -> tuple[int, ...]:
-    """Check ids against the vocabulary, unless they are more than the context holds anyway."""
+    """Check ids against the vocabulary; of more than the context holds not one.
+
+    Raises:
+        TooManyTokensError: there are so many; at once, as a million take long to be copied.
+    """
     if not ids:
         checks.refuse(path, "empty", "at least one token id")
-    if len(ids) <= limits.max_model_len:
-        _check_vocabulary(path, ids, limits, checks)
+    if len(ids) > limits.max_model_len:
+        raise TooManyTokensError(path, len(ids), limits.max_model_len)
+    _check_vocabulary(path, ids, limits, checks)
     return tuple(ids)
 
 
 def _check_vocabulary(path: str, ids: Sequence[int], limits: Limits, checks: Checks) -> None:
+    if max(ids, default=0) < limits.vocab_size:
+        return
     for index, token_id in enumerate(ids):
         if token_id >= limits.vocab_size:
             checks.refuse(f"{path}[{index}]", token_id, f"below {limits.vocab_size}")
@@ -289,7 +296,7 @@ def _evaluation(
     if answer_format not in limits.answer_formats:
         checks.refuse(
             "evaluation.answer_format",
-            repr(answer_format),
+            quoted(answer_format),
             f"one of {', '.join(limits.answer_formats)}",
         )
     elif answer_format == "none" and (options.HasField("reference_answer") or options.pass_at_k):
@@ -376,9 +383,10 @@ def _completion(
 
 def _roles(roles: Sequence[int], checks: Checks) -> tuple[Role, ...]:
     field = pb.ScoreRequest.DESCRIPTOR.fields_by_name["roles"]
-    if len(set(roles)) < len(roles):
+    first = roles[: len(Role) + 1]  # of more, one comes again or is not known
+    if len(set(first)) < len(first):
         checks.refuse("roles", list(roles[:4]), "without repetition")
     return tuple(
         checks.enum_value(field, f"roles[{index}]", role, Role, Role.STUDENT)
-        for index, role in enumerate(roles[: len(Role) + 1])
+        for index, role in enumerate(first)
     )

@@ -443,6 +443,7 @@ REFUSED = {
     "raw tensors": (raw(b"", b""), "raw_input_contents", "has 2 tensors; must have those of all 1"),
     "raw length": (raw(b"\5\0\0\0ab"), "inputs[text_input]", "ends within an element"),
     "raw half length": (raw(b"\5\0"), "inputs[text_input]", "ends within an element"),
+    "raw texts": (raw(b"\0" * 8), "inputs[text_input]", "has more elements than its shape, 1"),
     "raw bytes": (infer_request(ids([1], [])), "inputs[input_ids]", "has 0 elements"),
     "input parameters": (with_input_parameters(), "inputs[text_input].parameters",
                          "has shared_memory_region; must be empty"),
@@ -485,9 +486,11 @@ REFUSED = {
                 "is not a JSON object"),
     "JSON list": (infer_request(sampling_parameters="[1]"), "parameters[sampling_parameters]",
                   "is not a JSON object"),
-    "deep JSON": (infer_request(sampling_parameters="[" * 100_000),
+    "deep JSON": (infer_request(sampling_parameters="[" * 60_000),
                   "parameters[sampling_parameters]", "is not a JSON object"),
-    "deep number": (infer_request(top_k="[" * 100_000), "parameters[top_k]", "must be a whole"),
+    "deep number": (infer_request(top_k="[" * 60_000), "parameters[top_k]", "must be a whole"),
+    "long JSON": (infer_request(sampling_parameters="[" * 70_000),
+                  "parameters[sampling_parameters]", "has a length of 70000; must have at most"),
     "unknown in JSON": (infer_request(sampling_parameters='{"n": 2}'),
                         "parameters[sampling_parameters].n", "is not known; must be one of"),
     "stream": (infer_request(stream=True), "parameters[stream]",
@@ -520,7 +523,7 @@ def test_refused_field_is_named_as_it_was_given(stub: Any, name: str) -> None:
     assert caught.value.details().startswith(f"{field}: {found[field].removesuffix('...')}")
 
 
-LONG = "\u00e4" * 20_000
+LONG = "\u00e4" * 10_000
 CUT = LONG[:60] + "..."
 LONG_TEXTS = {
     "model": (infer_request(model=LONG), f"model '{LONG[:59]}... is not known"),
@@ -568,12 +571,12 @@ def test_long_shape_is_never_multiplied() -> None:
     request = infer_request(tensor("input_ids", "INT64", [1 << 62] * 20_000, int64_contents=[5]))
     began_s = time.process_time()
     with pytest.raises(InvalidFieldError, match=r"has shape \[4611686018427387904, .*\.\.\.; must"):
-        to_inference(request, may_stream=False)
+        to_inference(request, may_stream=False, max_elements=64)
     assert time.process_time() - began_s < 0.2  # multiplied it takes seconds
 
 
 def test_error_that_others_see_too_is_left_as_it_is() -> None:
-    inference = to_inference(infer_request(), may_stream=False)
+    inference = to_inference(infer_request(), may_stream=False, max_elements=64)
     shared = ContextLengthError(1, 2, 3)
     for _ in range(2):
         with (
@@ -598,6 +601,18 @@ def test_too_long_request_is_out_of_range(stub: Any) -> None:
         stub.ModelInfer(infer_request(max_tokens=256))
     assert caught.value.code() is CODE.OUT_OF_RANGE
     assert list(violations(caught.value)) == ["parameters[max_tokens]"]
+
+
+@pytest.mark.parametrize("is_raw", [False, True])
+def test_more_ids_than_the_context_are_out_of_range(stub: Any, is_raw: bool) -> None:
+    request = infer_request(ids([1, 257], [] if is_raw else [5] * 257))
+    if is_raw:
+        request.raw_input_contents.append(b"\5" + b"\0" * (257 * 8 - 1))
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ModelInfer(request)
+    assert caught.value.code() is CODE.OUT_OF_RANGE
+    text = "inputs[input_ids] has 257 elements, the context takes 256"
+    assert violations(caught.value) == {"inputs[input_ids]": text}
 
 
 def test_requests_are_counted_once_each(serving: Any, make_pair: Any) -> None:

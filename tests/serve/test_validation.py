@@ -1,9 +1,10 @@
 import math
+from typing import Any
 
 import pytest
 
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.errors import InvalidFieldError
+from serve.errors import InvalidFieldError, TooManyTokensError
 from serve.routing import Role, Route
 from serve.specs import Basis, Limits, Range
 from serve.validation import (
@@ -134,6 +135,7 @@ def test_bad_evaluation_names_the_field(evaluation: dict[str, object], field: st
         ({"roles": [0]}, "roles[0]"),
         ({"roles": [1, 5]}, "roles[1]"),
         ({"roles": [1, 1]}, "roles"),
+        ({"roles": [1, 2] * 1000}, "roles"),
         ({"temperature": 0}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"temperature": 2, "divergence": {"basis": pb.BASIS_RAW}}, "divergence.basis"),
@@ -163,6 +165,27 @@ def test_violation_says_what_was_given_and_what_is_allowed() -> None:
 def test_many_violations_fit_into_trailers() -> None:
     ids = pb.TokenIds(ids=[99] * 90)
     assert len(refused(pb.GenerateRequest(prompt_token_ids=ids))) == 16
+
+
+@pytest.mark.parametrize(
+    ("message", "validate", "path"),
+    [
+        (pb.GenerateRequest, validate_generate, "prompt_token_ids.ids"),
+        (pb.ScoreRequest, validate_score, "completions[0].token_ids.ids"),
+    ],
+)
+def test_more_ids_than_the_context_are_not_even_copied(
+    message: Any, validate: Any, path: str
+) -> None:
+    ids = pb.TokenIds(ids=[1] * (LIMITS.max_model_len + 1))
+    fields = (
+        {"prompt_token_ids": ids}
+        if message is pb.GenerateRequest
+        else {"prompt": "x", "completions": [pb.Completion(token_ids=ids)]}
+    )
+    with pytest.raises(TooManyTokensError) as caught:
+        validate(message(**fields), LIMITS)
+    assert caught.value.field == path
 
 
 def test_score_roles_keep_their_order() -> None:
