@@ -94,6 +94,7 @@ class Rig(AbstractContextManager["Rig"]):
         generator = torch.Generator().manual_seed(1)
         table = self.backends[Role.TEACHER]._table
         table += 0.3 * torch.randn(table.shape, generator=generator)
+        self._max_pass_tokens: int | None = settings.get("max_pass_tokens")
         tokenizer = build_tokenizer()
         models = {
             role: ServedModel(role, self._engine(role, max_waiting), tokenizer) for role in Role
@@ -111,6 +112,7 @@ class Rig(AbstractContextManager["Rig"]):
             self.backends[role],
             eos_token_ids=frozenset({HistoryBackend.EOS}),
             max_waiting=max_waiting,
+            max_pass_tokens=self._max_pass_tokens,
             observer=self.metrics.observer(role),
             name=role.value,
         )
