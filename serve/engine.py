@@ -321,6 +321,8 @@ class Engine:
         if self._scheduler.running:
             self._decode()
             self._outbox.flush()
+            # Before the pass: what expired during the decode step must not reach the model in it.
+            self._end_cancelled_and_expired()
         # One more than there are kinds: admission may have given the kind behind it work.
         for _ in range(len(self._passes) + 1):
             self._passes.rotate(-1)

@@ -400,6 +400,27 @@ def test_request_that_is_late_while_queued_never_reaches_the_model(
     assert engine._runner._backend.calls == [] and is_idle(engine)
 
 
+def test_request_that_expires_during_a_decode_step_is_not_let_in_by_the_same_step(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    engine = make_engine(clock=clock)
+    submit(engine, "running", max_tokens=50, ignore_eos=True)
+    engine.step()
+    backend, late = engine._runner._backend, submit(engine, "late", deadline_s=101.0)
+    forward = backend.forward
+
+    def slow_forward(*args: Any) -> torch.Tensor:
+        clock.now_s = 102.0
+        return forward(*args)
+
+    monkeypatch.setattr(backend, "forward", slow_forward)
+    num_calls = len(backend.calls)
+    engine.step()
+    assert late.reasons == [FinishReason.DEADLINE]
+    assert len(backend.calls) == num_calls + 1, "the decode step alone"
+
+
 def test_request_that_is_late_while_running_keeps_its_tokens(make_engine: MakeEngine) -> None:
     clock = Clock()
     engine = make_engine(clock=clock)
