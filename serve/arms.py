@@ -151,23 +151,29 @@ async def run_arm(job: ArmJob, on_chunk: OnChunk) -> ArmResult:
     """
     samples = await _Drawing(job, on_chunk).run()
     _check_any(samples)
-    if job.reference is not None:
-        await _try_to_score(job, job.reference, samples)
-    return ArmResult(job.model.role, len(job.prompt_token_ids), samples)
+    return await _scored(job, samples)
 
 
 async def run_second_arm(job: ArmJob, on_chunk: OnChunk) -> ArmResult:
-    """As `run_arm`, but a failure becomes the samples' `error`: it must not fail the first arm."""
+    """As `run_arm`, but a failure becomes the samples' `error`: it must not fail the first arm.
+
+    Samples that ended too early say how, and keep the tokens that chunks have brought already.
+    """
     try:
-        return await run_arm(job, on_chunk)
+        samples = await _Drawing(job, on_chunk).run()
     except Exception as error:  # any failure of this model, told to the client in `error`
         text = describe_failure(error)
-    role = job.model.role
-    samples = [
-        SampleResult(role, index, FinishReason.ERROR, error=text)
-        for index in range(job.spec.sampling.num_samples)
-    ]
-    return ArmResult(role, len(job.prompt_token_ids), samples)
+        samples = [
+            SampleResult(job.model.role, index, FinishReason.ERROR, error=text)
+            for index in range(job.spec.sampling.num_samples)
+        ]
+    return await _scored(job, samples)
+
+
+async def _scored(job: ArmJob, samples: list[SampleResult]) -> ArmResult:
+    if job.reference is not None:
+        await _try_to_score(job, job.reference, samples)
+    return ArmResult(job.model.role, len(job.prompt_token_ids), samples)
 
 
 def describe_failure(error: Exception) -> str:

@@ -122,6 +122,18 @@ def test_second_arm_that_is_refused_becomes_failed_samples(make_job: MakeJob) ->
     ]
 
 
+@pytest.mark.parametrize("reason", [FinishReason.DEADLINE, FinishReason.SHUTDOWN])
+def test_second_arm_that_ends_early_keeps_what_chunks_have_brought(
+    make_job: MakeJob, reason: FinishReason
+) -> None:
+    chunks: list[Chunk] = []
+    job = make_job(ScriptedEngine(reason, num_tokens=2))
+    result = asyncio.run(run_second_arm(job, chunks.append))
+    assert [sample.finish_reason for sample in result.samples] == [reason] * 2
+    brought = [tuple(chunk.token_ids) for chunk in chunks]
+    assert [sample.token_ids for sample in result.samples] == brought == [(70, 70)] * 2
+
+
 def test_unexpected_failure_shows_an_id_instead_of_its_text(make_job: MakeJob) -> None:
     engine = ScriptedEngine(FinishReason.STOP)
     engine.error = KeyError("secret")
