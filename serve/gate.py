@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 import grpc
 
+from serve.compression import decompress_or_keep
 from serve.errors import QueueFullError
 from serve.statuses import Status, abort, status_of
 from serve.tokens import SCOPES, TokenFile
@@ -120,7 +121,7 @@ class Gate(grpc.aio.ServerInterceptor):
 
         Without tokens a method that is not listed is as one that does not exist.
         """
-        handler = await continuation(handler_call_details)
+        handler = _decompressing(await continuation(handler_call_details))
         scope = self._scope_of(handler_call_details.method)
         rpc = handler_call_details.method.rpartition("/")[2]
         if handler is None or scope is None:
@@ -259,6 +260,16 @@ class Gate(grpc.aio.ServerInterceptor):
             return False
         self._logged_s[host] = now_s
         return True
+
+
+def _decompressing(handler: Handler | None) -> Handler | None:
+    """Have a handler that parses by itself get plain messages; ours decompress their own."""
+    if handler is None or handler.request_deserializer is None:
+        return handler
+    parse = handler.request_deserializer
+    return handler._replace(  # type: ignore[attr-defined,no-any-return]  # a named tuple
+        request_deserializer=lambda data: parse(decompress_or_keep(data))
+    )
 
 
 async def _call(behavior: Any, request: Any, context: Context) -> Any:

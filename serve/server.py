@@ -26,6 +26,7 @@ from serve import control as control_service
 from serve.agreement import Judge
 from serve.answer_formats import compile_formats
 from serve.calls import CallGuard
+from serve.compression import MAX_MESSAGE_BYTES
 from serve.config import ServeConfig
 from serve.control import ControlService, Lifecycle, check_policy
 from serve.coordinator import Coordinator
@@ -68,7 +69,8 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_ping_strikes", 0),  # long silent calls otherwise die with too_many_pings
     ("grpc.max_connection_age_ms", 600_000),
     ("grpc.max_connection_age_grace_ms", 600_000),
-    ("grpc.max_receive_message_length", 4 << 20),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.per_message_decompression", 0),  # it has no bound: serve.compression
 )
 
 

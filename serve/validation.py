@@ -18,6 +18,7 @@ from estimators.answers import canonicalise
 from protos.tandem.v1 import control_pb2 as control_pb
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.checks import Checks, quoted
+from serve.compression import decompress
 from serve.errors import FieldViolation, InvalidFieldError, TooManyTokensError
 from serve.policy import TrafficPolicy
 from serve.routing import Role, Route
@@ -51,10 +52,12 @@ def parse(data: bytes, message_type: type[AnyMessage]) -> AnyMessage:
     """Parse a request.
 
     Raises:
-        MalformedMessageError: not a message of this type, or text that is not UTF-8.
+        MalformedMessageError: not a message of this type, text that is not UTF-8, or more than a
+            message may have when decompressed.
         InvalidFieldError: there is too much to parse; or several members of one oneof were sent, of
             which a parser keeps the last.
     """
+    data = decompress(data)
     present = scan(data, message_type.DESCRIPTOR)
     try:
         message = message_type.FromString(data)
