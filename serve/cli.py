@@ -35,6 +35,9 @@ def serve(
     if print_config:
         typer.echo(settings.to_yaml(), nl=False)
         return
+    from serve.grpc_log import quiet_grpc
+
+    quiet_grpc()
     from serve import process
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
