@@ -26,7 +26,7 @@ class StepArbiter:
         self._clock = clock
         self._waiting: dict[int, float] = {}
         self._claims: set[int] = set()
-        self._is_taken = False
+        self._holder: int | None = None
 
     def claim(self, priority: int) -> None:
         """Say that the engine has work, also between its steps."""
@@ -37,6 +37,14 @@ class StepArbiter:
         """Say that the engine has no work any more."""
         with self._condition:
             self._claims.discard(priority)
+            self._condition.notify_all()
+
+    def drop(self, priority: int) -> None:
+        """Take claim and turn away from an engine that hangs, so that the others go on."""
+        with self._condition:
+            self._claims.discard(priority)
+            if self._holder == priority:
+                self._holder = None
             self._condition.notify_all()
 
     @contextmanager
@@ -50,16 +58,17 @@ class StepArbiter:
                 left_s = overdue_s - self._clock()
                 self._condition.wait(left_s if left_s > 0 else None)
             del self._waiting[priority]
-            self._is_taken = True
+            self._holder = priority
         try:
             yield
         finally:
             with self._condition:
-                self._is_taken = False
-                self._condition.notify_all()
+                if self._holder == priority:
+                    self._holder = None
+                    self._condition.notify_all()
 
     def _is_next(self, priority: int) -> bool:
-        if self._is_taken:
+        if self._holder is not None:
             return False
         now_s = self._clock()
         overdue = [(since_s, p) for p, since_s in self._waiting.items() if since_s <= now_s]

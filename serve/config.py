@@ -81,6 +81,9 @@ class ServeConfig(BaseModel):
     prefix_cache_mib: int = Field(
         default=256, ge=0, description="of earlier prompts' keys and values per model; 0: none"
     )
+    max_step_s: float = Field(
+        default=120.0, gt=0, description="of one step of a model, which else counts as hung"
+    )
 
     max_prompt_bytes: int = Field(default=1 << 20, ge=1, le=3 << 20, description="of a prompt")
     max_num_samples: int = Field(default=64, ge=1, le=64, description="of a request")

@@ -6,6 +6,7 @@ engine's thread through one queue and take effect between steps.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -45,6 +46,7 @@ from serve.sequence import (
     make_sequences,
 )
 from serve.sequence import Sequence as Sample
+from serve.step_watch import StepWatch
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,13 @@ MAX_PASS_TOKENS = {"cpu": 128, "cuda": 2048}
 LONE_PASS_FACTOR = 8
 MAX_PREFIX_CACHE_BYTES = 256 << 20
 RETRY_AFTER_S = 1.0
+MAX_STEP_S = 120.0
+# So many failed steps in a row end an engine: what a device has lost, no later step finds again.
+MAX_FAILED_STEPS = 3
+
+
+class _AbandonedError(Exception):
+    """A step came to its end after the engine had been ended without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +91,10 @@ class Engine:
     scores by forced decoding (`serve.scoring` says when). `num_torch_threads` is for the engine's
     own thread: OpenMP pools that exceed the cores together stop spinning and lose half the speed.
     On CUDA that thread works on `stream`.
+
+    A step that fails ends everything in flight, and the engine goes on, until `MAX_FAILED_STEPS`
+    fail in a row. One that takes longer than `max_step_s` ends it too, if somebody calls `watch`.
+    An engine that ended stays so: a new process is the way back (docs/log.md).
     """
 
     def __init__(
@@ -99,6 +112,7 @@ class Engine:
         max_pass_tokens: int | None = None,
         max_prefix_cache_bytes: int = MAX_PREFIX_CACHE_BYTES,
         stream: torch.cuda.Stream | None = None,
+        max_step_s: float = MAX_STEP_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.info = backend.info
@@ -135,6 +149,15 @@ class Engine:
         self._num_inside = 0
         self._num_unaccounted = 0
         self._is_stopping = False
+        # Who holds it may touch what the engine works on. The engine's thread lets go of it while
+        # the model runs, so that others can end an engine that hangs there.
+        self._ownership = threading.Lock()
+        self._is_abandoned = False
+        self._max_step_s = max_step_s
+        self._step_watch = StepWatch(max_step_s)
+        self._step_numbers = itertools.count(1)
+        self._current_step = 0  # 0 while the engine waits, for work or for its turn
+        self._num_failed_steps = 0
         self._model_s = 0.0
         self._outbox = Outbox()
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
@@ -163,13 +186,25 @@ class Engine:
         self._commands.put(lambda: None)
         if self._thread.ident is None:
             self._end(FinishReason.SHUTDOWN, "")
-        else:
-            self._thread.join()
+            return
+        self._thread.join(0 if self._is_abandoned else self._max_step_s)
+        if self._thread.is_alive():
+            self._abandon(FinishReason.SHUTDOWN, "")
+
+    def watch(self) -> None:
+        """End an engine that hangs in a step; to be called several times a second."""
+        if not self._is_stopping and self._step_watch.look(self._current_step):
+            logger.error(
+                "the %s engine hangs: a step takes longer than %g s", self.name, self._max_step_s
+            )
+            self._abandon(FinishReason.ERROR, "the engine hangs; see the server's log")
 
     def submit(self, request: GenerationRequest, sink: EventSink) -> None:
         """Queue a request; `sink` gets its events. Raises QueueFullError, EngineStoppedError."""
         group = make_group(request, sink, self.clock())
-        self._enqueue(request.sampling.num_samples, lambda: self._add_group(group))
+        # Here: a stop check that cannot be made is the caller's error, not the engine's.
+        sequences = list(make_sequences(group))
+        self._enqueue(request.sampling.num_samples, lambda: self._add_group(group, sequences))
 
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """End a request's unfinished sequences before the next step; unknown ids are ignored."""
@@ -220,11 +255,11 @@ class Engine:
 
     # -- commands, on the engine's thread ---------------------------------------------------
 
-    def _add_group(self, group: SequenceGroup) -> None:
+    def _add_group(self, group: SequenceGroup, sequences: Sequence[Sample]) -> None:
         request = group.request
         self._num_inside += request.sampling.num_samples
         self._groups[request.request_id].append(group)
-        self._scheduler.add(make_sequences(group))
+        self._scheduler.add(sequences)
         self._watch_deadline(request.request_id, request.deadline_s)
 
     def _add_job(self, job: ScoringJob) -> None:
@@ -290,6 +325,8 @@ class Engine:
                     self._wait_for_work()
                     self._try_step()
             reason, error = FinishReason.SHUTDOWN, ""
+        except _AbandonedError:
+            logger.warning("a step of the %s engine, which was given up, has ended", self.name)
         finally:
             self._end(reason, error)
             self._is_prepared.set()
@@ -297,25 +334,69 @@ class Engine:
     def _try_step(self) -> None:
         try:
             self.step()
+        except _AbandonedError:
+            raise
         except Exception:
-            # The model failed: everything in flight ends with an error; new work may succeed.
             logger.exception("the %s engine failed in a step", self.name)
-            self._end_all(FinishReason.ERROR, "the engine failed; see the server's log")
+            self._recover()
+
+    def _recover(self) -> None:
+        """After a failed step end everything in flight; new work may succeed."""
+        self._num_failed_steps += 1
+        text = "the engine failed; see the server's log"
+        if self._num_failed_steps < MAX_FAILED_STEPS:
+            with self._ownership:
+                self._end_all(FinishReason.ERROR, text)
+        else:
+            logger.error(
+                "the %s engine ends: %d steps in a row failed", self.name, MAX_FAILED_STEPS
+            )
+            self._end(FinishReason.ERROR, text)
 
     def _end(self, reason: FinishReason, error: str) -> None:
-        """Take no more work, and end what was taken."""
+        """Take no more work, and end what was taken, unless another thread has done so."""
         if self._arbiter:
             self._arbiter.unclaim(self._priority)
+        self._refuse()
+        with self._ownership:
+            if not self._is_abandoned:
+                self._run_commands()
+                self._end_all(reason, error)
+
+    def _abandon(self, reason: FinishReason, error: str) -> None:
+        """Do as `_end`, on another thread than the engine's, which hangs.
+
+        Where it hangs in what is not the model, its requests wait for it: it may be about to
+        change what they are made of.
+        """
+        self._refuse()
+        if self._arbiter:
+            self._arbiter.drop(self._priority)
+        if self._ownership.acquire(blocking=False):
+            self._is_abandoned = True
+            try:
+                self._run_commands()
+                self._end_all(reason, error)
+            finally:
+                self._ownership.release()
+
+    def _refuse(self) -> None:
         with self._admission_lock:
             self._is_stopping = True
-        self._run_commands()
-        self._end_all(reason, error)
 
     def step(self) -> None:
         """Run commands, end what is over, decode, then run one prefill or scoring pass.
 
         The tokens of the decode step are on their way before the pass begins.
         """
+        with self._ownership:
+            self._current_step = next(self._step_numbers)
+            try:
+                self._step()
+            finally:
+                self._current_step = 0
+
+    def _step(self) -> None:
         self._run_commands()
         self._end_cancelled_and_expired()
         if self._scheduler.running:
@@ -404,7 +485,8 @@ class Engine:
 
     def _accept(self, sequences: Sequence[Sample], logits: torch.Tensor) -> None:
         """Sample a token for each sequence, emit it, and retire the sequences that end."""
-        batch = self._sampler.sample(logits, sequences)
+        with self._unowned():  # where a model on CUDA is waited for
+            batch = self._sampler.sample(logits, sequences)
         now_s = self.clock()
         drawn = [s for s, is_finite in zip(sequences, batch.is_finite, strict=True) if is_finite]
         self._observe_tokens(drawn, now_s)
@@ -447,9 +529,10 @@ class Engine:
         endings, self._endings = self._endings, {}
         running = [s for s in self._scheduler.running if id(s.group) in endings]
         unstarted = self._scheduler.remove_unstarted(endings.keys())
-        self._runner.retire(running)
+        # Before any row moves, which may fail: nobody would find those that did not start again.
         for sequence in (*running, *unstarted):
             self._emit_finished(sequence, endings[id(sequence.group)], now_s, "")
+        self._runner.retire(running)
 
     def _end_all(self, reason: FinishReason, error: str) -> None:
         now_s = self.clock()
@@ -517,11 +600,26 @@ class Engine:
     def _model(self) -> Iterator[None]:
         """Run the block as the model's part of a step: in this engine's turn, timed apart."""
         started_s = self.clock()
+        self._current_step = 0  # the wait for the turn is another engine's step
         with self._arbiter.turn(self._priority) if self._arbiter else nullcontext():
-            yield
+            self._current_step = next(self._step_numbers)
+            with self._unowned():
+                yield
         self._model_s = self.clock() - started_s
 
+    @contextmanager
+    def _unowned(self) -> Iterator[None]:
+        """Let other threads end the engine during the block. Raises _AbandonedError if one did."""
+        self._ownership.release()
+        try:
+            yield
+        finally:
+            self._ownership.acquire()
+            if self._is_abandoned:
+                raise _AbandonedError
+
     def _finish_step(self, phase: str, batch_size: int, started_s: float) -> None:
+        self._num_failed_steps = 0
         step_s = self.clock() - started_s
         self._observer.on_step(phase, batch_size, step_s, step_s - self._model_s)
 

@@ -237,6 +237,7 @@ class _Loader:
             max_pass_tokens=self.config.max_pass_tokens,
             max_prefix_cache_bytes=self.config.prefix_cache_mib << 20,
             stream=stream,
+            max_step_s=self.config.max_step_s,
         )
         return engine, noise
 

@@ -124,6 +124,9 @@ class RemoteTeacher:
         self._loop = asyncio.get_running_loop()
         self._watch = self._loop.create_task(self._watch_forever())
 
+    def watch(self) -> None:
+        """Nothing: it is watched by probes."""
+
     def stop(self) -> None:
         """End everything with SHUTDOWN; called beside the loop, which must be running."""
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()

@@ -92,6 +92,11 @@ class Engines:
         for model in self.loaded:
             model.engine.start()
 
+    def watch(self) -> None:
+        """Have engines notice that they hang; see `Engine.watch`."""
+        for model in self.loaded:
+            model.engine.watch()
+
     def stop(self) -> None:
         """End everything that runs with SHUTDOWN and wait for the engines' threads."""
         for model in self.loaded:

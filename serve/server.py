@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 _LAST_WORDS_S = 5.0
 _LAST_WORDS_POLL_S = 0.02
 _CLOSE_S = 0.2
-# How soon health notices that an engine died; its status is answered from memory.
+# How soon health notices that an engine died or hangs; its status is answered from memory.
 _HEALTH_PERIOD_S = 0.25
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -315,6 +315,7 @@ class Server:
 
 
 def _version() -> str:
+            self._engines.watch()
     try:
         return importlib.metadata.version("tandem")
     except importlib.metadata.PackageNotFoundError:

@@ -86,3 +86,25 @@ def test_turn_is_given_back_when_the_step_fails() -> None:
         raise RuntimeError
     with arbiter.turn(1):
         pass
+
+
+def test_turn_and_claim_of_an_engine_that_hangs_can_be_taken_away() -> None:
+    arbiter, order, may_go_on = StepArbiter(max_wait_s=60), list[int](), threading.Event()
+
+    def hang() -> None:
+        arbiter.claim(0)
+        with arbiter.turn(0):
+            may_go_on.wait(10)
+
+    hung = start(hang)
+    wait_until(lambda: arbiter._holder == 0)
+    other = start(taker(arbiter, 1, order))
+    wait_until(lambda: len(arbiter._waiting) == 1)
+    assert order == []
+    arbiter.drop(0)
+    other.join(10)
+    assert order == [1]
+    with arbiter.turn(1):
+        may_go_on.set()
+        hung.join(10)
+        assert arbiter._holder == 1

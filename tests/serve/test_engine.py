@@ -6,6 +6,7 @@ Most tests drive `Engine.step` by hand; the thread is for the tests of the threa
 from __future__ import annotations
 
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from serve.engine import Engine
+from serve.arbiter import StepArbiter
+from serve.engine import MAX_FAILED_STEPS, Engine
 from serve.errors import EngineFailedError, EngineStoppedError, QueueFullError
 from serve.observer import EngineObserver
 from serve.prompt import BLOCK_TOKENS
@@ -479,6 +481,60 @@ def test_failing_model_ends_all_in_flight_with_an_error_and_serves_on(
     assert after.reasons == [FinishReason.LENGTH]
 
 
+def fail_steps(engine: Engine, count: int) -> list[Reader]:
+    backend = engine._runner._backend
+    backend.error = RuntimeError("the device is lost")  # type: ignore[attr-defined]
+    readers = []
+    for number in range(count):
+        readers.append(submit(engine, f"failing-{number}"))
+        engine._try_step()
+    backend.error = None  # type: ignore[attr-defined]
+    return readers
+
+
+def test_engine_ends_when_steps_fail_in_a_row(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    readers = fail_steps(engine, MAX_FAILED_STEPS)
+    assert [reader.reasons for reader in readers] == [[FinishReason.ERROR]] * MAX_FAILED_STEPS
+    with pytest.raises(EngineStoppedError):
+        submit(engine)
+
+
+def test_engine_goes_on_when_a_pass_between_failures_succeeds(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    for _ in range(3):
+        fail_steps(engine, MAX_FAILED_STEPS - 1)
+        after = submit(engine, max_tokens=2, ignore_eos=True)
+        run(engine)
+        assert after.reasons == [FinishReason.LENGTH]
+
+
+def test_rows_that_fail_to_move_leave_nobody_without_an_end(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_num_seqs=2)
+    cancelled = submit(engine, "c", num_samples=4, max_tokens=50, ignore_eos=True)
+    engine.step()
+
+    def fail(finished: list[Any]) -> None:
+        raise RuntimeError("no memory to copy a row")
+
+    engine._runner.retire = fail  # type: ignore[method-assign]
+    engine.cancel("c")
+    engine._try_step()
+    assert cancelled.reasons == [FinishReason.CANCELLED] * 4
+    assert is_idle(engine) and engine.load().num_unaccounted == 0
+
+
+def test_stop_check_that_cannot_be_made_is_the_callers_error(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+
+    def fail() -> Any:
+        raise RuntimeError("a bug in a stop check")
+
+    with pytest.raises(RuntimeError, match="stop check"):
+        submit(engine, make_stop_check=fail)
+    assert is_idle(engine) and engine._groups == {}
+
+
 def test_step_that_fails_half_way_ends_nobody_twice(make_engine: MakeEngine) -> None:
     engine = make_engine()
 
@@ -629,6 +685,117 @@ def test_dying_thread_ends_what_it_took_and_is_seen(make_engine: MakeEngine) -> 
     assert not engine.load().is_alive
     with pytest.raises(EngineStoppedError):
         submit(engine)
+
+
+class Hang:
+    """A backend's `forward` that hangs from `begin` on, until `end`."""
+
+    def __init__(self, engine: Engine) -> None:
+        backend = engine._runner._backend
+        self._forward = backend.forward
+        self._may_run = threading.Event()
+        self.is_hung = threading.Event()
+        self.is_asked = False
+        backend.forward = self  # type: ignore[method-assign]
+
+    def begin(self) -> None:
+        self.is_asked = True
+
+    def end(self) -> None:
+        self._may_run.set()
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        if self.is_asked:
+            self.is_hung.set()
+            assert self._may_run.wait(30), "a test forgot to end the hang"
+        return self._forward(*arguments)
+
+
+def watch_until_it_ends(engine: Engine) -> None:
+    until_s = time.monotonic() + 10
+    while not engine._is_stopping:
+        assert time.monotonic() < until_s
+        engine.watch()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("max_pass_tokens", [None, 8])
+def test_engine_that_hangs_in_the_model_ends_what_it_took_once(
+    make_engine: MakeEngine, max_pass_tokens: int | None
+) -> None:
+    engine = make_engine(max_num_seqs=2, max_step_s=0.05, max_pass_tokens=max_pass_tokens)
+    hang = Hang(engine)
+    hang.begin()
+    readers = [submit(engine, str(i), LONG, num_samples=2) for i in range(3)]
+    future = engine.score(ScoringRequest("s", PROMPT, ((1,),)))
+    engine.start()
+    assert hang.is_hung.wait(10)
+    watch_until_it_ends(engine)
+    assert [reader.reasons for reader in readers] == [[FinishReason.ERROR] * 2] * 3
+    assert "hangs" in readers[0].endings[0].error
+    assert isinstance(future.exception(0), EngineFailedError)
+    assert is_idle(engine) and not engine.load().is_alive
+    with pytest.raises(EngineStoppedError):
+        submit(engine)
+    hang.end()
+    engine._thread.join(10)
+    assert not engine._thread.is_alive()
+    assert [reader.reasons for reader in readers] == [[FinishReason.ERROR] * 2] * 3
+    assert is_idle(engine) and engine.load().num_unaccounted == 0
+
+
+def test_engine_that_hangs_beside_the_model_is_not_alive_and_ends_all_itself(
+    make_engine: MakeEngine,
+) -> None:
+    engine, may_go_on = make_engine(max_step_s=0.05), threading.Event()
+    reader = submit(engine, make_stop_check=lambda: lambda ids: may_go_on.wait(30) and False,
+                    ignore_eos=True)  # fmt: skip
+    engine.start()
+    watch_until_it_ends(engine)
+    assert not engine.load().is_alive and reader.endings == {}
+    may_go_on.set()
+    engine._thread.join(10)
+    assert reader.reasons == [FinishReason.SHUTDOWN]
+
+
+def test_waiting_for_the_turn_is_no_hang_but_holding_it_is(make_engine: MakeEngine) -> None:
+    arbiter = StepArbiter()
+    waits = make_engine(max_step_s=0.05, arbiter=arbiter, priority=0)
+    hangs = make_engine(max_step_s=0.05, arbiter=arbiter, priority=1)
+    hang = Hang(hangs)
+    hang.begin()
+    lost = submit(hangs)
+    hangs.start()
+    assert hang.is_hung.wait(10)
+    ended = threading.Event()
+    waits.submit(
+        GenerationRequest("r", PROMPT, SamplingParams(max_tokens=1)), lambda events: ended.set()
+    )
+    waits.start()
+    for _ in range(20):
+        waits.watch()
+        time.sleep(0.01)
+    assert waits.load().is_alive and not ended.is_set()
+    watch_until_it_ends(hangs)
+    assert ended.wait(10)
+    assert lost.reasons == [FinishReason.ERROR]
+    waits.stop()
+    hang.end()
+    hangs.stop()
+
+
+def test_stop_waits_no_longer_for_a_hung_step_than_it_may_take(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_step_s=0.05)
+    hang = Hang(engine)
+    hang.begin()
+    reader = submit(engine)
+    engine.start()
+    assert hang.is_hung.wait(10)
+    engine.stop()
+    assert reader.reasons == [FinishReason.SHUTDOWN]
+    hang.end()
+    engine.stop()
+    assert reader.reasons == [FinishReason.SHUTDOWN]
 
 
 def test_random_traffic_ends_every_sequence_exactly_once(make_engine: MakeEngine) -> None:

@@ -20,6 +20,7 @@ from serve.config import ServeConfig
 from serve.routing import Role
 from serve.server import Server, initial_policy, limits_of
 from serve.service import SERVICE_NAME
+from serve.step_watch import StepWatch
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -193,6 +194,29 @@ def test_dead_engine_takes_readiness_off_and_the_other_model_serves_on(
         assert any(event.HasField("complete") for event in events)
         watched.close()
         live.stop_soon().result(30)
+
+
+def test_hung_engine_takes_readiness_off_and_the_other_model_serves_on(
+    serving: Any, make_pair: Any
+) -> None:
+    with serving(make_pair()) as live:
+        engine = live.pair.engines.teacher.engine
+        engine._step_watch = StepWatch(0.2)
+        watched = watch(live, "readiness")
+        assert next(watched) == SERVING
+        live.pair.backends[Role.TEACHER].may_run.clear()
+        started_s = time.monotonic()
+        with pytest.raises(grpc.RpcError, match="hangs"):
+            live.client.score(pb.ScoreRequest(prompt="x", completions=[{"text": "y"}]))
+        assert next(watched) == NOT_SERVING
+        assert time.monotonic() - started_s < 0.2 + 1
+        assert health(live, "model.teacher") == NOT_SERVING
+        assert {health(live, name) for name in ("model.student", "liveness")} == {SERVING}
+        divergence = pb.DivergenceOptions(enabled=False)
+        events = live.client.generate(pb.GenerateRequest(prompt="x", divergence=divergence))
+        assert any(event.HasField("complete") for event in events)
+        watched.close()
+        live.stop_soon().result(5)
 
 
 def watch(live: Any, name: str) -> Generator[int, None, None]:
