@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 
 from serve.arms import reason_to_give_up
-from serve.errors import DrainingError, QueueFullError
+from serve.errors import DrainingError, QueueFullError, StalledError
 from serve.gate import PeerLimitError
 from serve.metrics import ServerMetrics
 from serve.sequence import FinishReason
@@ -81,12 +81,14 @@ class CallGuard:
         max_timeout_s: float,
         tenant: Callable[[], str] = str,
         *,
+        max_stall_s: float = 30.0,
         log_requests: bool = False,
     ) -> None:
         """`tenant` names the client of the call that is being handled."""
         self._metrics = metrics
         self._max_timeout_s = max_timeout_s
         self._tenant = tenant
+        self._max_stall_s = max_stall_s
         self._log_requests = log_requests
 
     def begin(self, rpc: str, remaining_s: float | None) -> Call:
@@ -132,6 +134,24 @@ class CallGuard:
                 await abort(context, failed.status)
 
         return handle
+
+    async def write(self, context: Context, response: Any) -> None:
+        """Send a response of a stream, as soon as the client has room for it.
+
+        Raises:
+            StalledError: it had none for too long. Nothing else ends such a call: its engines are
+                done with it, and its client may have no deadline.
+            CancelledError: the client is gone; grpc says so first to who waits for its room.
+        """
+        try:
+            async with asyncio.timeout(self._max_stall_s):
+                await context.write(response)
+        except TimeoutError:
+            raise StalledError(
+                f"the client took none of its responses for {self._max_stall_s:g} s"
+            ) from None
+        except grpc.aio.InternalError:
+            raise asyncio.CancelledError from None
 
     def _count_rejection(self, error: Exception) -> None:
         if isinstance(error, PeerLimitError):

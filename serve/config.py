@@ -91,6 +91,7 @@ class ServeConfig(BaseModel):
         default=None, ge=1, description="bound of max_tokens; none: the context"
     )
     max_timeout_s: float = Field(default=600.0, gt=0, description="deadline of every call at most")
+    max_stall_s: float = Field(default=30.0, gt=0, description="until a client takes a response")
     max_replays: int = Field(
         default=1024, ge=0, description="answers kept for requests that come again by their id"
     )

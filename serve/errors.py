@@ -13,6 +13,7 @@
     ├── StalePolicyError           the traffic policy was changed by someone else meanwhile
     ├── QueueFullError             more waiting work than the server accepts
     ├── DeadlineError              the deadline passed before there was anything to return
+    │   └── StalledError           the client does not take what there is to return
     ├── AbortedError               an operator ended the request
     ├── EngineFailedError          the model failed on this request
     └── EngineStoppedError         the engine is down
@@ -129,6 +130,10 @@ class QueueFullError(TandemError):
 
 class DeadlineError(TandemError):
     """The deadline passed before there was anything to return."""
+
+
+class StalledError(DeadlineError):
+    """The client did not take its responses in time."""
 
 
 class AbortedError(TandemError):

@@ -17,7 +17,7 @@ from protos.oip import grpc_service_pb2 as oip
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.calls import Call, CallFailedError, CallGuard, Context, serialize, unary
 from serve.coordinator import Coordinator
-from serve.errors import EngineStoppedError, InvalidFieldError, QueueFullError
+from serve.errors import EngineStoppedError, InvalidFieldError, QueueFullError, StalledError
 from serve.gate import request_slot
 from serve.infer_models import NAME, VERSION, to_config, to_metadata, to_role
 from serve.infer_requests import FINAL, Inference, to_inference
@@ -174,12 +174,18 @@ class OpenInferenceService:
 
         async def write(response: oip.ModelStreamInferResponse) -> None:
             async with lock:
-                await context.write(response)
+                await self._guard.write(context, response)
 
-        async with asyncio.TaskGroup() as answers:
-            reader = answers.create_task(self._read(requests, context, write, answers))
-            self._readers.add(reader)
-            reader.add_done_callback(self._readers.discard)
+        stalled: list[Exception] = []
+        try:
+            async with asyncio.TaskGroup() as answers:
+                reader = answers.create_task(self._read(requests, context, write, answers))
+                self._readers.add(reader)
+                reader.add_done_callback(self._readers.discard)
+        except* StalledError as errors:
+            stalled += errors.exceptions
+        if stalled:
+            await abort(context, status_of(stalled[0]))
         if reader.cancelled():
             await abort(context, status_of(EngineStoppedError("the server is draining")))
 
@@ -221,6 +227,8 @@ class OpenInferenceService:
                         async for response in responses:
                             await write(oip.ModelStreamInferResponse(infer_response=response))
         except CallFailedError as failed:
+            if isinstance(failed.__cause__, StalledError):
+                raise failed.__cause__  # nothing can be written behind what the client left
             await write(_to_error(source, failed.status))
 
     async def _stream_responses(

@@ -136,7 +136,11 @@ class Server:
             for scopes in (_DATA_SCOPES, _CONTROL_SCOPES)
         )
         self._guard = CallGuard(
-            metrics, config.max_timeout_s, current_client.get, log_requests=config.log_requests
+            metrics,
+            config.max_timeout_s,
+            current_client.get,
+            max_stall_s=config.max_stall_s,
+            log_requests=config.log_requests,
         )
         self._data_server, self._control_server = (
             grpc.aio.server(interceptors=[gate], options=SERVER_OPTIONS)

@@ -74,7 +74,7 @@ class InferenceService:
         responses = self.generate(call, parse(data, pb.GenerateRequest))
         async with aclosing(responses):
             async for response in responses:
-                await context.write(response)
+                await self._guard.write(context, response)
 
     async def _fill(self, emit: Emit, call: Call, spec: GenerationSpec) -> bool:
         """Emit responses as they come from all arms; returns whether nothing in them failed."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -39,6 +41,8 @@ logger = logging.getLogger(__name__)
 STOPPED_RETRY_AFTER_S = 1.0
 # Text and details travel in HTTP/2 trailers, of which a client takes 8 KiB by default.
 _MAX_CHARS = 800
+# A status waits for the response before it, and that one for room at the client.
+_MAX_ABORT_S = 1.0
 _MAX_DETAIL_CHARS = 2400  # of all fields together
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
@@ -101,8 +105,14 @@ def _cut(text: str, max_chars: int) -> str:
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], status: Status) -> NoReturn:
-    """End the call with a status."""
-    await context.abort(status.code, status.message, status.trailing_metadata())
+    """End the call with a status, without waiting for a client that takes nothing.
+
+    Such a client is told when it reads on; CancelledError then, as where a client is gone.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_MAX_ABORT_S):
+            await context.abort(status.code, status.message, status.trailing_metadata())
+    raise asyncio.CancelledError
 
 
 def _internal(text: str, error: Exception) -> Status:

@@ -1,0 +1,117 @@
+"""Streams whose clients do not read: they end, and cost nobody else anything."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+from protos.oip import grpc_service_pb2 as oip
+from protos.oip import grpc_service_pb2_grpc as oip_grpc
+from protos.tandem.v1 import inference_pb2 as pb
+from protos.tandem.v1 import inference_pb2_grpc
+
+LONG = pb.SamplingParams(num_samples=8, max_tokens=200, ignore_eos=True)
+REQUEST = pb.GenerateRequest(
+    prompt="x",
+    route=pb.ROUTE_STUDENT,
+    sampling=LONG,
+    output=pb.OutputOptions(top_logprobs=20),
+)
+# Windows that do not grow: the answer is many times as long.
+SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 1 << 14), ("grpc.http2.bdp_probe", 0))
+
+
+@pytest.fixture
+def stalling(serving: Any, make_pair: Any) -> Iterator[Any]:
+    """A server that waits 0.3 s for a client, and a channel with little room."""
+    pair = make_pair(max_model_len=1000)
+    with (
+        serving(pair, max_stall_s=0.3) as live,
+        grpc.insecure_channel(live.server.address, SMALL_WINDOW) as channel,
+    ):
+        live.small_channel = channel
+        yield live
+
+
+def eventually(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    until_s = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < until_s, "it never came to pass"
+        time.sleep(0.01)
+
+
+def ended(live: Any, rpc: str, code: str) -> float:
+    return float(
+        live.pair.value("requests_total", rpc=rpc, route="student", code=code, task="other")
+    )
+
+
+def num_active(live: Any) -> int:
+    return int(live.server._gate.num_active)
+
+
+def test_stream_that_nobody_reads_is_ended(stalling: Any) -> None:
+    call = inference_pb2_grpc.InferenceServiceStub(stalling.small_channel).Generate(REQUEST)
+    eventually(lambda: ended(stalling, "Generate", "DEADLINE_EXCEEDED") == 1)
+    eventually(lambda: num_active(stalling) == 0)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(call)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert caught.value.details() == "the client took none of its responses for 0.3 s"
+
+
+def test_slow_reader_gets_all(stalling: Any) -> None:
+    """Slower than the answer is made, but not as slow as a stall."""
+    call = inference_pb2_grpc.InferenceServiceStub(stalling.small_channel).Generate(REQUEST)
+    events = []
+    for event in call:
+        events.append(event)
+        time.sleep(0.1 if len(events) in (1, 500, 1000) else 0)
+    assert events[-1].HasField("usage")
+    assert sum(event.HasField("complete") for event in events) == 8
+
+
+def test_client_that_leaves_a_full_window_has_cancelled(
+    serving: Any, make_pair: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(make_pair(max_model_len=1000)) as live:
+        with grpc.insecure_channel(live.server.address, SMALL_WINDOW) as channel:
+            call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(REQUEST)
+            engine = live.pair.engines.student.engine
+            eventually(lambda: live.pair.value("samples_total", role="student",
+                                               finish_reason="length") == 8)  # fmt: skip
+            assert engine.load().num_running == 0 and num_active(live) == 1
+            call.cancel()
+            eventually(lambda: num_active(live) == 0)
+        assert ended(live, "Generate", "CANCELLED") == 1
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_stream_of_the_open_protocol_that_nobody_reads_is_ended(stalling: Any) -> None:
+    def parameter(value: int) -> oip.InferParameter:
+        return oip.InferParameter(int64_param=value)
+
+    text = oip.ModelInferRequest.InferInputTensor(
+        name="text_input",
+        datatype="BYTES",
+        shape=[1],
+        contents=oip.InferTensorContents(bytes_contents=[b"x"]),
+    )
+    settings = {"max_tokens": parameter(900), "ignore_eos": oip.InferParameter(bool_param=True)}
+    request = oip.ModelInferRequest(model_name="student", inputs=[text], parameters=settings)
+    open_requests: queue.Queue[oip.ModelInferRequest | None] = queue.Queue()
+    open_requests.put(request)
+    stub = oip_grpc.GRPCInferenceServiceStub(stalling.small_channel)
+    call = stub.ModelStreamInfer(iter(open_requests.get, None))
+    eventually(lambda: ended(stalling, "ModelStreamInfer", "DEADLINE_EXCEEDED") == 1)
+    eventually(lambda: num_active(stalling) == 0)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(call)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    open_requests.put(None)
