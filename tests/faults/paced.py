@@ -23,7 +23,7 @@ class PacedBackend(HistoryBackend):
     Before one `on_pass` gets the tokens of each of its rows, behind it `on_passed` is called.
     """
 
-    pass_s = 0.001
+    pass_s = 0.003
     on_pass: Callable[[list[list[int]]], None] = staticmethod(lambda rows: None)
     on_passed: Callable[[], None] = staticmethod(lambda: None)
 
