@@ -142,6 +142,8 @@ class Rig(AbstractContextManager["Rig"]):
         await self.server.start()
         self.client = AsyncClient(self.server.address, max_attempts=1, timeout_s=60)
         await self.client.get_models()
+        # The loop's pool, which tokenizes, has all its threads from the start.
+        await asyncio.gather(*(asyncio.to_thread(time.sleep, 0.02) for _ in range(32)))
         await asyncio.sleep(0.1)
         self._baseline = self._counts()
 
