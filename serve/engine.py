@@ -12,18 +12,20 @@ import queue
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from serve.arbiter import StepArbiter
 from serve.backend import Backend
 from serve.deadlines import Deadlines
-from serve.errors import EngineStoppedError, QueueFullError
+from serve.errors import EngineFailedError, EngineStoppedError, QueueFullError
 from serve.observer import EngineObserver
+from serve.out_of_memory import is_out_of_memory
 from serve.outbox import Outbox
 from serve.runner import Runner
 from serve.sampling import SampledBatch, Sampler
@@ -50,6 +52,8 @@ from serve.step_watch import StepWatch
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 # Tokens of one prefill or scoring pass, padding included. The running sequences, and the other
 # model on a shared device, wait for it; on the CPU smaller passes take no longer in sum.
 MAX_PASS_TOKENS = {"cpu": 128, "cuda": 2048}
@@ -60,6 +64,7 @@ RETRY_AFTER_S = 1.0
 MAX_STEP_S = 120.0
 # So many failed steps in a row end an engine: what a device has lost, no later step finds again.
 MAX_FAILED_STEPS = 3
+OUT_OF_MEMORY = "the model ran out of memory on this request"
 
 
 class _AbandonedError(Exception):
@@ -92,9 +97,10 @@ class Engine:
     own thread: OpenMP pools that exceed the cores together stop spinning and lose half the speed.
     On CUDA that thread works on `stream`.
 
-    A step that fails ends everything in flight, and the engine goes on, until `MAX_FAILED_STEPS`
-    fail in a row. One that takes longer than `max_step_s` ends it too, if somebody calls `watch`.
-    An engine that ended stays so: a new process is the way back (docs/log.md).
+    A pass that runs out of memory twice (see `Runner`) ends the one request that it was for; a
+    decode step, the youngest. A step that fails otherwise ends everything in flight, and
+    `MAX_FAILED_STEPS` in a row end the engine. One that takes longer than `max_step_s` ends it too,
+    if somebody calls `watch`. It stays so: a new process is the way back (docs/log.md).
     """
 
     def __init__(
@@ -138,9 +144,9 @@ class Engine:
         self._passes = deque([self._score, self._admit, self._prefill_chunk])
         # A request id may name several: a generation, and the scoring of other samples.
         self._groups: defaultdict[str, list[SequenceGroup]] = defaultdict(list)
-        # By `id` of the group: what ends before the next pass. A step looks at these, and at the
-        # earliest deadline, never at everything that waits.
-        self._endings: dict[int, FinishReason] = {}
+        # By `id` of the group: what ends before the next pass, for what reason and with what error.
+        # A step looks at these, and at the earliest deadline, never at everything that waits.
+        self._endings: dict[int, tuple[FinishReason, str]] = {}
         self._deadlines = Deadlines(self._live_ids)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._admission_lock = threading.Lock()
@@ -283,7 +289,7 @@ class Engine:
         """
         for group in self._groups.get(request_id, ()):
             if expired_by_s is None or _is_past(group.request.deadline_s, expired_by_s):
-                self._endings.setdefault(id(group), reason)
+                self._endings.setdefault(id(group), (reason, ""))
         for job in [j for j in self._scoring if j.request.request_id == request_id]:
             if expired_by_s is None or _is_past(job.request.deadline_s, expired_by_s):
                 self._scoring.remove(job)
@@ -414,10 +420,30 @@ class Engine:
 
     def _decode(self) -> None:
         started_s = self.clock()
-        with self._model():
-            logits = self._runner.decode()
-        self._accept(list(self._scheduler.running), logits)
+        running = list(self._scheduler.running)
+        logits = self._attempt(self._runner.decode)
+        if logits is None:
+            self._give_up(_expendable(running))
+            return
+        self._accept(running, logits)
         self._finish_step("decode", len(logits), started_s)
+
+    def _attempt(self, run: Callable[[], T]) -> T | None:
+        """Return what the model does; None when it is out of memory."""
+        try:
+            with self._model():
+                return run()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.exception("the %s engine is out of memory", self.name)
+            return None
+
+    def _give_up(self, groups: Iterable[SequenceGroup]) -> None:
+        """End requests that there is no memory for."""
+        for group in groups:
+            self._endings[id(group)] = FinishReason.ERROR, OUT_OF_MEMORY
+        self._end_marked()
 
     def _admit(self) -> bool:
         """Let waiting sequences in; True when some of them have their first token now."""
@@ -435,8 +461,10 @@ class Engine:
         if not admission.started:
             return False
         with self._model():
-            self._runner.fill_rows(admission)
-        self._start(admission.started, started_s)
+            too_large = self._runner.fill_rows(admission)
+        self._give_up(too_large)
+        if started := [s for s in admission.started if not s.is_finished]:
+            self._start(started, started_s)
         return True
 
     def _prefill_chunk(self) -> bool:
@@ -445,9 +473,10 @@ class Engine:
         if long_prompt is None:
             return False
         started_s = self.clock()
-        with self._model():
-            is_complete = self._runner.advance(long_prompt)
-        if is_complete:
+        is_complete = self._attempt(lambda: self._runner.advance(long_prompt))
+        if is_complete is None:
+            self._give_up([long_prompt.sequence.group])
+        elif is_complete:
             self._start([long_prompt.sequence], started_s)
         else:
             self._finish_step("prefill", 1, started_s)
@@ -474,9 +503,11 @@ class Engine:
             return False
         started_s = self.clock()
         job = self._scoring[0]
-        with self._model():
-            self._runner.score(job)
-        if job.is_done:
+        is_done = self._attempt(lambda: self._runner.score(job))
+        if is_done is None:
+            self._scoring.popleft()
+            self._fail(job, EngineFailedError(OUT_OF_MEMORY))
+        elif is_done:
             self._scoring.popleft()
             self._release()
             job.future.set_result(job.scored)
@@ -485,8 +516,10 @@ class Engine:
 
     def _accept(self, sequences: Sequence[Sample], logits: torch.Tensor) -> None:
         """Sample a token for each sequence, emit it, and retire the sequences that end."""
-        with self._unowned():  # where a model on CUDA is waited for
-            batch = self._sampler.sample(logits, sequences)
+        batch = self._sample(sequences, logits)
+        if batch is None:
+            self._give_up(_expendable(sequences))
+            return
         now_s = self.clock()
         drawn = [s for s, is_finite in zip(sequences, batch.is_finite, strict=True) if is_finite]
         self._observe_tokens(drawn, now_s)
@@ -506,6 +539,17 @@ class Engine:
                 self._emit_finished(sequence, reason, now_s, error)
         self._runner.retire(finished)
 
+    def _sample(self, sequences: Sequence[Sample], logits: torch.Tensor) -> SampledBatch | None:
+        """Return a token for each sequence; None when out of memory."""
+        try:
+            with self._unowned():  # here a model on CUDA is waited for
+                return self._runner.try_twice(lambda _: self._sampler.sample(logits, sequences))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.exception("the %s engine has no memory to sample in", self.name)
+            return None
+
     def _observe_tokens(self, sequences: Sequence[Sample], now_s: float) -> None:
         """Report the tokens that are being emitted at `now_s`; scoring emits none."""
         samples = [s for s in sequences if not s.group.is_scoring]
@@ -524,14 +568,19 @@ class Engine:
         now_s = self.clock()
         for request_id in self._deadlines.pop_expired(now_s):
             self._end_request(request_id, FinishReason.DEADLINE, expired_by_s=now_s)
+        self._end_marked()
+
+    def _end_marked(self) -> None:
         if not self._endings:
             return
+        now_s = self.clock()
         endings, self._endings = self._endings, {}
         running = [s for s in self._scheduler.running if id(s.group) in endings]
         unstarted = self._scheduler.remove_unstarted(endings.keys())
         # Before any row moves, which may fail: nobody would find those that did not start again.
         for sequence in (*running, *unstarted):
-            self._emit_finished(sequence, endings[id(sequence.group)], now_s, "")
+            reason, error = endings[id(sequence.group)]
+            self._emit_finished(sequence, reason, now_s, error)
         self._runner.retire(running)
 
     def _end_all(self, reason: FinishReason, error: str) -> None:
@@ -626,6 +675,12 @@ class Engine:
 
 def _is_past(deadline_s: float | None, now_s: float) -> bool:
     return deadline_s is not None and now_s >= deadline_s
+
+
+def _expendable(sequences: Sequence[Sample]) -> list[SequenceGroup]:
+    """Return the youngest request, or all that cannot try again: the logits they need are gone."""
+    unstarted = [s.group for s in sequences if not s.token_ids]
+    return unstarted or [max(sequences, key=lambda s: s.started_s).group]
 
 
 def _first_logits(group: SequenceGroup) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from serve.backend import Backend
+from serve.out_of_memory import is_out_of_memory
 from serve.prefix_cache import PrefixCache
 from serve.prompt import TokenizedPrompt
 
@@ -43,16 +44,19 @@ class Prefiller:
         num_cached, logits = self._cache.restore(prompt, row)
         return PromptEntry(prompt, row, num_cached, num_cached, logits)
 
-    def advance(self, entry: PromptEntry) -> None:
-        """Run the next chunk of a prompt that is not complete."""
+    def advance(self, entry: PromptEntry, max_tokens: int | None = None) -> None:
+        """Run the next chunk, of `max_tokens`, of a prompt that is not complete.
+
+        What fails changes nothing, and may be tried again.
+        """
         assert entry.logits is None, "the prompt is complete"
         token_ids = entry.prompt.token_ids
         start = entry.num_entered
-        stop = start + chunk_size(len(token_ids) - start, self._max_tokens)
+        stop = start + chunk_size(len(token_ids) - start, max_tokens or self._max_tokens)
         logits = self.backend.forward(entry.row, [token_ids[start:stop]], [start])
-        entry.num_entered = stop
         if stop == len(token_ids):
             entry.logits = self._keep(entry.prompt, entry.row, logits[0])
+        entry.num_entered = stop
 
     def run_batch(self, first_row: int, prompts: Sequence[TokenizedPrompt]) -> list[PromptEntry]:
         """Run whole prompts in one pass into the rows from `first_row` on."""
@@ -66,8 +70,14 @@ class Prefiller:
     def _keep(self, prompt: TokenizedPrompt, row: int, logits: torch.Tensor) -> torch.Tensor:
         """Cache a complete prompt; returns logits that outlive the backend's next pass."""
         kept = logits.clone()
-        if bool(kept.isfinite().all()):
+        if not bool(kept.isfinite().all()):
+            return kept
+        try:
             self._cache.store(prompt, row, kept)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._cache.clear()
         return kept
 
 

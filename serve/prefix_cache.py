@@ -79,6 +79,11 @@ class PrefixCache:
             _, oldest = self._blocks.popitem(last=False)
             self.size_bytes -= oldest.size_bytes
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._blocks.clear()
+        self.size_bytes = 0
+
     def _add(
         self, name: bytes, row: int, start: int, stop: int, logits: torch.Tensor | None
     ) -> None:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 from serve.backend import NUM_PREFILL_ROWS, NUM_SCORING_ROWS, Backend
+from serve.out_of_memory import is_out_of_memory
 from serve.prefill import Prefiller, PromptEntry
 from serve.prefix_cache import PrefixCache
+from serve.prompt import TokenizedPrompt
 from serve.scheduler import Admission, LongPrompt, Scheduler
 from serve.scoring import ScoringJob
 from serve.sequence import Sequence as Sample
 from serve.sequence import SequenceGroup
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 
 class Runner:
-    """Runs what `scheduler` decides; every pass takes at most `max_pass_tokens` prompt tokens."""
+    """Runs what `scheduler` decides; every pass takes at most `max_pass_tokens` prompt tokens.
+
+    A pass that runs out of memory is tried once more: without the prefix cache, which lies in the
+    same memory, and of prompts and scorings only half as much of one at a time. What a method
+    raises for want of memory (`serve.out_of_memory`) has changed nothing that others need.
+    """
 
     def __init__(
         self,
@@ -28,17 +41,34 @@ class Runner:
         self._backend = backend
         self._scheduler = scheduler
         self._max_pass_tokens = max_pass_tokens
-        prefix_cache = PrefixCache(backend, max_prefix_cache_bytes)
-        self._prefiller = Prefiller(backend, prefix_cache, max_pass_tokens)
+        self._prefix_cache = PrefixCache(backend, max_prefix_cache_bytes)
+        self._prefiller = Prefiller(backend, self._prefix_cache, max_pass_tokens)
         # Long prompts that are entering, by row.
         self._entries: dict[int, PromptEntry] = {}
 
     def decode(self) -> torch.Tensor:
         """Run the newest token of every running sequence; returns the logits, `(B, V)`."""
         running = self._scheduler.running
-        return self._backend.forward(
-            0, [s.token_ids[-1:] for s in running], [s.num_cached_tokens for s in running]
-        )
+        newest = [s.token_ids[-1:] for s in running]
+        past_lengths = [s.num_cached_tokens for s in running]
+        return self.try_twice(lambda _: self._backend.forward(0, newest, past_lengths))
+
+    def try_twice(self, run: Callable[[int], T]) -> T:
+        """Call `run` with the tokens of a pass; when memory runs out, make room, and with half."""
+        try:
+            return run(self._max_pass_tokens)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("out of memory, trying again with less: %s", error)
+        # Behind the except: a traceback holds what the failed pass had.
+        self._make_room()
+        return run(max(self._max_pass_tokens // 2, 2))
+
+    def _make_room(self) -> None:
+        self._prefix_cache.clear()
+        if torch.device(self._backend.info.device).type == "cuda":
+            torch.cuda.empty_cache()
 
     def count_cached(self, group: SequenceGroup) -> int:
         """Return how much of a prompt the prefix cache holds; see `Prefiller.count_cached`."""
@@ -51,39 +81,77 @@ class Runner:
                 prompt.sequence.group.prompt, prompt.row
             )
 
-    def fill_rows(self, admission: Admission) -> None:
+    def fill_rows(self, admission: Admission) -> list[SequenceGroup]:
         """Bring the prompts of those who start into their rows, the last of the running ones.
 
-        What is cached is restored before new prompts may push it out of the cache.
+        What is cached is restored before new prompts may push it out of the cache. Returns those
+        whose prompt alone takes more memory than there is.
         """
         running = self._scheduler.running
         first_row = len(running) - len(admission.started)
         num_prefills = len(admission.prefills)
         for row, sequence in enumerate(admission.restores, first_row + num_prefills):
             _complete(sequence.group, self._prefiller.begin(sequence.group.prompt, row))
+        failed = []
         if admission.prefills:
             prompts = [sequence.group.prompt for sequence in admission.prefills]
-            entries = self._prefiller.run_batch(first_row, prompts)
+            entries = self._prefill(first_row, prompts)
             for sequence, entry in zip(admission.prefills, entries, strict=True):
-                _complete(sequence.group, entry)
+                if entry is None:
+                    failed.append(sequence.group)
+                else:
+                    _complete(sequence.group, entry)
         first_fork = len(running) - len(admission.forks)
         for row, (fork, holder) in enumerate(admission.forks, first_fork):
             self._backend.copy_kv(running.index(holder), row, len(fork.group.prompt.token_ids))
+        return failed
+
+    def _prefill(
+        self, first_row: int, prompts: Sequence[TokenizedPrompt]
+    ) -> Sequence[PromptEntry | None]:
+        """Run whole prompts in one pass, or else one by one; None: not even so."""
+
+        def run(max_tokens: int) -> Sequence[PromptEntry | None]:
+            if max_tokens == self._max_pass_tokens:
+                return self._prefiller.run_batch(first_row, prompts)
+            return [
+                self._prefill_alone(row, prompt, max_tokens)
+                for row, prompt in enumerate(prompts, first_row)
+            ]
+
+        return self.try_twice(run)
+
+    def _prefill_alone(
+        self, row: int, prompt: TokenizedPrompt, max_tokens: int
+    ) -> PromptEntry | None:
+        entry = PromptEntry(prompt, row)
+        try:
+            while entry.logits is None:
+                self._prefiller.advance(entry, max_tokens)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("out of memory on one prompt alone: %s", error)
+            return None
+        return entry
 
     def advance(self, prompt: LongPrompt) -> bool:
         """Run a long prompt's next chunk; True when it is complete and its sequence runs."""
         entry = self._entries[prompt.row]
-        self._prefiller.advance(entry)
+        self.try_twice(lambda max_tokens: self._prefiller.advance(entry, max_tokens))
         if entry.logits is None:
             return False
         self._backend.copy_kv(prompt.row, self._scheduler.start(prompt), entry.num_entered)
         _complete(prompt.sequence.group, entry)
         return True
 
-    def score(self, job: ScoringJob) -> None:
-        """Run a scoring request's next chunk."""
+    def score(self, job: ScoringJob) -> bool:
+        """Run a scoring request's next chunk; True when it is done."""
         first_row = self._scheduler.max_num_seqs + 1 + NUM_PREFILL_ROWS
-        job.advance(self._prefiller, first_row, NUM_SCORING_ROWS, self._max_pass_tokens)
+        self.try_twice(
+            lambda max_tokens: job.advance(self._prefiller, first_row, NUM_SCORING_ROWS, max_tokens)
+        )
+        return job.is_done
 
     def retire(self, finished: list[Sample]) -> None:
         """Take sequences out of the batch and close the gaps they leave."""

@@ -92,12 +92,15 @@ class ScoringJob:
         return [self._scored[index] for index in range(len(self.request.completions))]
 
     def advance(self, prefiller: Prefiller, first_row: int, num_rows: int, max_tokens: int) -> None:
-        """Run one pass of at most `max_tokens` in the `num_rows` cache rows from `first_row` on."""
+        """Run one pass of at most `max_tokens` in the `num_rows` cache rows from `first_row` on.
+
+        A pass that fails may be tried again, also with fewer tokens.
+        """
         if self._prompt is None:
             prompt = TokenizedPrompt.of(self.request.prompt_token_ids, self.request.cache_salt)
             self._prompt = prefiller.begin(prompt, first_row)
         if self._prompt.logits is None:
-            prefiller.advance(self._prompt)
+            prefiller.advance(self._prompt, max_tokens)
             return
         if not self._batch:
             self._begin_batch(prefiller.backend, self._prompt.logits, first_row, num_rows)
