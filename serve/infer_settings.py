@@ -20,6 +20,7 @@ MAX_UINT32 = (1 << 32) - 1
 _MAX_UINT64 = (1 << 64) - 1
 # Of a setting that is text, JSON too: of all settings as JSON several times the most.
 _MAX_TEXT_BYTES = 1 << 16
+_MAX_LIST = 256  # more than any list of settings may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,10 @@ class Settings:
             self._values[name] = _read(setting, value, path)
             return
         values = value if isinstance(value, list) else [value]
+        if len(values) > _MAX_LIST:
+            raise InvalidFieldError.of(
+                path, f"has {len(values)} elements; must have at most {_MAX_LIST}"
+            )
         self._values[name] = [
             _read(setting, one, f"{path}[{index}]") for index, one in enumerate(values)
         ]

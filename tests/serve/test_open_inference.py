@@ -489,6 +489,8 @@ REFUSED = {
     "deep JSON": (infer_request(sampling_parameters="[" * 60_000),
                   "parameters[sampling_parameters]", "is not a JSON object"),
     "deep number": (infer_request(top_k="[" * 60_000), "parameters[top_k]", "must be a whole"),
+    "long list": (infer_request(sampling_parameters=json.dumps({"stop": ["a"] * 257})),
+                  "parameters[sampling_parameters].stop", "has 257 elements; must have at most"),
     "long JSON": (infer_request(sampling_parameters="[" * 70_000),
                   "parameters[sampling_parameters]", "has a length of 70000; must have at most"),
     "unknown in JSON": (infer_request(sampling_parameters='{"n": 2}'),
