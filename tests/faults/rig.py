@@ -73,8 +73,15 @@ async def send(client: AsyncClient, request: pb.GenerateRequest, journal: Journa
     await journal.follow(request, client.generate(request))
 
 
+def _connect(address: str) -> AsyncClient:
+    return AsyncClient(address, max_attempts=1, timeout_s=60)
+
+
 class Rig(AbstractContextManager["Rig"]):
-    """A server with two models; `backends` may be told to fail, `settings` are of ServeConfig."""
+    """A server with two models; `backends` may be told to fail, `settings` are of ServeConfig.
+
+    `connect` makes the client of the server's address that `drive` and `leaks` use.
+    """
 
     def __init__(
         self,
@@ -83,9 +90,11 @@ class Rig(AbstractContextManager["Rig"]):
         max_num_seqs: int = 8,
         max_waiting: int = 256,
         make_backend: Callable[..., HistoryBackend] = HistoryBackend,
+        connect: Callable[[str], AsyncClient] | None = None,
         **settings: Any,
     ) -> None:
         self.folder = folder
+        self._connect = connect or _connect
         self.metrics = ServerMetrics(CollectorRegistry())
         self.backends = {
             role: make_backend(max_num_seqs=max_num_seqs, max_model_len=64) for role in Role
@@ -140,7 +149,7 @@ class Rig(AbstractContextManager["Rig"]):
     async def _start(self) -> None:
         self.server = Server(self.engines, self.config, self.metrics)
         await self.server.start()
-        self.client = AsyncClient(self.server.address, max_attempts=1, timeout_s=60)
+        self.client = self._connect(self.server.address)
         await self.client.get_models()
         # The loop's pool, which tokenizes, has all its threads from the start.
         await asyncio.gather(*(asyncio.to_thread(time.sleep, 0.02) for _ in range(32)))
