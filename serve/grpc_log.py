@@ -1,6 +1,6 @@
 """gRPC's own log lines, at most one a second: whoever can connect makes as many as he likes.
 
-Nothing here imports gRPC: its core reads its settings as it is loaded.
+`quiet_grpc` comes before gRPC is imported: its core reads its settings as it is loaded.
 """
 
 from __future__ import annotations
@@ -8,11 +8,15 @@ from __future__ import annotations
 import logging
 import os
 import time
+import traceback
 from collections.abc import Callable, MutableMapping
+from typing import Any
 
 # The Python layer's: three tracebacks for one header that is not UTF-8, before any check of ours.
 LOGGER = "grpc._cython.cygrpc"
 _PERIOD_S = 1.0
+
+logger = logging.getLogger(LOGGER)
 
 
 class OncePerSecond(logging.Filter):
@@ -44,6 +48,26 @@ def quiet_grpc(environ: MutableMapping[str, str] = os.environ) -> None:
     nothing, unless GRPC_VERBOSITY is set.
     """
     environ.setdefault("GRPC_VERBOSITY", "NONE")
-    logger = logging.getLogger(LOGGER)
     if not any(isinstance(found, OncePerSecond) for found in logger.filters):
         logger.addFilter(OncePerSecond())
+
+
+class _Logged:
+    """Stands for the module `traceback`: what would be printed is logged."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(traceback, name)
+
+    def print_exc(self) -> None:
+        logger.warning("gRPC could not tell a client that its call failed", exc_info=True)
+
+
+def quiet_grpc_tracebacks() -> None:
+    """Have gRPC log, and thereby bound, the one traceback that it prints to stderr.
+
+    It is of a call that failed in gRPC itself and whose client had gone: a path that is not UTF-8,
+    and a reset, are enough for a dozen lines.
+    """
+    from grpc._cython import cygrpc  # type: ignore[attr-defined]
+
+    cygrpc.traceback = _Logged()

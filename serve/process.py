@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from bundle.errors import UserError
 from serve.config import ServeConfig
+from serve.grpc_log import quiet_grpc_tracebacks
 from serve.listeners import check_listeners
 from serve.loading import build_engines
 from serve.metrics import ServerMetrics
@@ -34,6 +35,7 @@ def serve(config: ServeConfig) -> None:
     if config.ready_file is not None:
         _remove_stale(config.ready_file)
     check_listeners(config)
+    quiet_grpc_tracebacks()
     metrics = ServerMetrics(CollectorRegistry())
     # In a thread of its own, whose OpenMP pool ends with it: the engines' pools shall be the only
     # ones, since pools that exceed the cores together stop spinning (docs/log.md).

@@ -20,7 +20,7 @@ import grpc
 
 from protos.oip import grpc_service_pb2 as oip
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.grpc_log import quiet_grpc
+from serve.grpc_log import quiet_grpc, quiet_grpc_tracebacks
 from tests.faults.hostile import PONG, called, knock, mutate, raw_connections
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of
@@ -161,6 +161,7 @@ class Lines(logging.Handler):
 def logged(folder: Path) -> Iterator[tuple[Lines, Callable[[], list[str]]]]:
     """Yield the log records, and what reads the lines that came on stderr, of the block."""
     quiet_grpc()
+    quiet_grpc_tracebacks()
     lines, kept, path = Lines(), os.dup(2), folder / "stderr"
     root = logging.getLogger()
     with path.open("wb") as file:
@@ -201,11 +202,12 @@ def run(size: Size) -> RowResult:
     num_lines = len(lines.texts) + len(core)
     result.demand(
         num_lines <= seconds + 1,
-        f"{num_lines} log lines in {seconds:.1f} s: {[*lines.texts, *core][:3]}",
+        f"{num_lines} log lines in {seconds:.1f} s: {[*core, *lines.texts][:4]}",
     )
     result.measured = {
         "codes": dict(storm.codes),
-        "num_log_lines": num_lines,
+        "num_log_lines": dict(Counter(text.partition(":")[0] for text in lines.texts)),
+        "num_core_log_lines": len(core),
         "storm_s": round(seconds, 2),
         "is_core_log_counted": is_core_quiet,
     }

@@ -6,11 +6,13 @@ import logging
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from serve.grpc_log import LOGGER, OncePerSecond, quiet_grpc
+from serve.grpc_log import LOGGER, OncePerSecond, quiet_grpc, quiet_grpc_tracebacks
 
 # Headers that the core cannot parse, three of them, to a server that started as ours does.
 SERVER = """
@@ -84,3 +86,20 @@ def test_a_chosen_verbosity_stays_and_there_is_one_filter() -> None:
     assert environ == {"GRPC_VERBOSITY": "DEBUG"}
     assert sum(isinstance(found, OncePerSecond) for found in logger.filters) == 1
     logger.filters[:] = before
+
+
+def test_traceback_that_grpc_would_print_is_logged(
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cygrpc, "traceback", cygrpc.traceback)
+    monkeypatch.setattr(logging.getLogger(LOGGER), "filters", [])
+    quiet_grpc_tracebacks()
+    try:
+        raise ValueError("sent to nobody")
+    except ValueError:
+        cygrpc.traceback.print_exc()
+    assert "could not tell a client" in caplog.text and "sent to nobody" in caplog.text
+    assert cygrpc.traceback.format_exc is traceback.format_exc
+    assert capsys.readouterr().err == ""
