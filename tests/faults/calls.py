@@ -85,20 +85,19 @@ async def call_in_turns(
 
 async def call_on_time(
     client: AsyncClient,
-    requests: Iterator[pb.GenerateRequest],
+    requests: Iterable[pb.GenerateRequest],
     journal: Journal,
     *,
     rate_rps: float,
-    num_calls: int,
 ) -> list[Outcome]:
     """Send requests at a rate, whatever becomes of those before."""
     began_s = time.monotonic()
     async with asyncio.TaskGroup() as group:
         calls = []
-        for number in range(num_calls):
+        for number, request in enumerate(requests):
             due_s = began_s + number / rate_rps
             await asyncio.sleep(max(due_s - time.monotonic(), 0))
-            calls.append(group.create_task(call(client, next(requests), journal, due_s)))
+            calls.append(group.create_task(call(client, request, journal, due_s)))
     return [task.result() for task in calls]
 
 
