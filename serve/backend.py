@@ -75,6 +75,13 @@ class Backend(Protocol):
         """Put what `read_kv` returned into a row, its first token at position `start`."""
         ...
 
+    def scrub_kv(self, row: int, start: int = 0) -> None:
+        """Zero what is not finite of a row, from position `start` on.
+
+        Attention gives hidden positions the weight 0, which does not undo a NaN.
+        """
+        ...
+
 
 def logit_rows(
     new_token_ids: Sequence[Sequence[int]],

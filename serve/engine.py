@@ -525,6 +525,8 @@ class Engine:
         self._observe_tokens(drawn, now_s)
         finished = []
         for row, sequence in enumerate(sequences):
+            if not batch.is_finite[row]:
+                self._runner.taint(sequence)
             # A score may be -inf or NaN, as in one pass: whoever asked for it judges.
             is_usable = batch.is_finite[row] or sequence.group.is_scoring
             error = "" if is_usable else "the model returned non-finite logits"

@@ -7,6 +7,8 @@ import mmap
 
 import torch
 
+_SCRUBBED_TOKENS = 64
+
 
 class KVCache:
     """`keys[layer]` and `values[layer]`, each `(rows, num_kv_heads, max_len, head_dim)`.
@@ -47,6 +49,15 @@ class KVCache:
     def write(self, row: int, start: int, kv: torch.Tensor) -> None:
         """Put what `read` returned into a row, its first token at position `start`."""
         self.tensor[:, row, :, start : start + kv.shape[2]] = kv
+
+    def scrub(self, row: int, start: int) -> None:
+        """Zero the parts of a row that hold NaN or inf, from position `start` on.
+
+        Others are only read: on the CPU, what was never used takes no memory afterwards either.
+        """
+        for part in self.tensor[:, row, :, start:].split(_SCRUBBED_TOKENS, dim=2):
+            if not bool(part.isfinite().all()):
+                part.zero_()
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

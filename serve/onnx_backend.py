@@ -204,6 +204,10 @@ class OnnxBackend:
         """See `Backend.write_kv`."""
         self.cache.write(row, start, kv)
 
+    def scrub_kv(self, row: int, start: int = 0) -> None:
+        """See `Backend.scrub_kv`."""
+        self.cache.scrub(row, start)
+
     # -- steps ------------------------------------------------------------------------------
 
     def _decode(

@@ -17,7 +17,8 @@ from serve.prompt import TokenizedPrompt
 class PromptEntry:
     """A prompt on its way into `row`: so many of its tokens are there, so many were cached.
 
-    `logits`, `(V,)`, are those behind the prompt; None until it is complete.
+    `logits`, `(V,)`, are those behind the prompt; None until it is complete. Of `is_finite` False
+    some of its keys and values are NaN.
     """
 
     prompt: TokenizedPrompt
@@ -25,6 +26,7 @@ class PromptEntry:
     num_entered: int = 0
     num_cached: int = 0
     logits: torch.Tensor | None = None
+    is_finite: bool = True
 
 
 class Prefiller:
@@ -54,6 +56,8 @@ class Prefiller:
         start = entry.num_entered
         stop = start + chunk_size(len(token_ids) - start, max_tokens or self._max_tokens)
         logits = self.backend.forward(entry.row, [token_ids[start:stop]], [start])
+        # Whatever is NaN in front of a token makes its logits NaN.
+        entry.is_finite &= bool(logits.isfinite().all())
         if stop == len(token_ids):
             entry.logits = self._keep(entry.prompt, entry.row, logits[0])
         entry.num_entered = stop

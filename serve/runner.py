@@ -43,8 +43,10 @@ class Runner:
         self._max_pass_tokens = max_pass_tokens
         self._prefix_cache = PrefixCache(backend, max_prefix_cache_bytes)
         self._prefiller = Prefiller(backend, self._prefix_cache, max_pass_tokens)
-        # Long prompts that are entering, by row.
+        # Long prompts that are entering, or were the last to, by row.
         self._entries: dict[int, PromptEntry] = {}
+        # Rows with keys or values that are not finite: whoever enters next must not see them.
+        self._tainted_rows: set[int] = set()
 
     def decode(self) -> torch.Tensor:
         """Run the newest token of every running sequence; returns the logits, `(B, V)`."""
@@ -77,6 +79,10 @@ class Runner:
     def begin(self, long_prompts: Sequence[LongPrompt]) -> None:
         """Restore what is cached of long prompts; `advance` runs the rest."""
         for prompt in long_prompts:
+            previous = self._entries.get(prompt.row)
+            if previous is not None and not previous.is_finite:
+                self._tainted_rows.add(prompt.row)
+            self._clean(prompt.row)
             self._entries[prompt.row] = self._prefiller.begin(
                 prompt.sequence.group.prompt, prompt.row
             )
@@ -90,6 +96,8 @@ class Runner:
         running = self._scheduler.running
         first_row = len(running) - len(admission.started)
         num_prefills = len(admission.prefills)
+        for row in range(first_row, len(running)):
+            self._clean(row)
         for row, sequence in enumerate(admission.restores, first_row + num_prefills):
             _complete(sequence.group, self._prefiller.begin(sequence.group.prompt, row))
         failed = []
@@ -141,21 +149,42 @@ class Runner:
         self.try_twice(lambda max_tokens: self._prefiller.advance(entry, max_tokens))
         if entry.logits is None:
             return False
-        self._backend.copy_kv(prompt.row, self._scheduler.start(prompt), entry.num_entered)
+        row = self._scheduler.start(prompt)
+        self._clean(row)
+        self._backend.copy_kv(prompt.row, row, entry.num_entered)
         _complete(prompt.sequence.group, entry)
         return True
 
     def score(self, job: ScoringJob) -> bool:
         """Run a scoring request's next chunk; True when it is done."""
         first_row = self._scheduler.max_num_seqs + 1 + NUM_PREFILL_ROWS
+        rows = range(first_row, first_row + NUM_SCORING_ROWS)
+        if not job.is_begun:
+            for row in rows:
+                self._clean(row)
         self.try_twice(
             lambda max_tokens: job.advance(self._prefiller, first_row, NUM_SCORING_ROWS, max_tokens)
         )
+        if not job.is_finite:
+            self._tainted_rows.update(rows)
         return job.is_done
+
+    def taint(self, sequence: Sample) -> None:
+        """Remember that the logits of a running sequence, so its row, are not finite."""
+        self._tainted_rows.add(self._scheduler.running.index(sequence))
+
+    def _clean(self, row: int) -> None:
+        """Prepare a row for another sequence."""
+        if row in self._tainted_rows:
+            self._backend.scrub_kv(row)
+            self._tainted_rows.remove(row)
 
     def retire(self, finished: list[Sample]) -> None:
         """Take sequences out of the batch and close the gaps they leave."""
         for move in self._scheduler.retire(finished):
+            self._clean(move.target)
+            if move.source in self._tainted_rows:
+                self._tainted_rows.add(move.target)
             self._backend.copy_kv(move.source, move.target, move.length)
 
 

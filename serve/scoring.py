@@ -81,6 +81,16 @@ class ScoringJob:
         self._prompt: PromptEntry | None = None
         self._batch: list[_PartlyScored] = []
         self._scored: dict[int, ScoredCompletion] = {}
+        self._has_nan = False
+
+    @property
+    def is_begun(self) -> bool:
+        return self._prompt is not None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the rows that it works in are free of NaN."""
+        return not self._has_nan and (self._prompt is None or self._prompt.is_finite)
 
     @property
     def is_done(self) -> bool:
@@ -114,9 +124,12 @@ class ScoringJob:
     ) -> None:
         """Put the prompt in front of the next completions, and score their first tokens."""
         indices = self._order[len(self._scored) : len(self._scored) + num_rows]
+        num_prompt_tokens = len(self.request.prompt_token_ids)
         for row, index in enumerate(indices, first_row):
+            if self._has_nan:  # of an earlier completion
+                backend.scrub_kv(row, num_prompt_tokens)
             if row > first_row:
-                backend.copy_kv(first_row, row, len(self.request.prompt_token_ids))
+                backend.copy_kv(first_row, row, num_prompt_tokens)
             scored = _PartlyScored(index, self.request.completions[index])
             scored.add(*self._read(prompt_logits[None], scored.token_ids[:1]))
             self._batch.append(scored)
@@ -141,6 +154,7 @@ class ScoringJob:
         """Return the log-probabilities of `token_ids`, `(N,)`, and `logits` `(N, V)` if asked."""
         ids = torch.tensor(token_ids, device=logits.device)
         logprobs = token_logprobs(logits, ids, self.request.temperature).cpu().numpy()
+        self._has_nan |= bool(np.isnan(logprobs).any())
         return logprobs, logits.cpu().numpy().copy() if self.request.with_logits else None
 
 

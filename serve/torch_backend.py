@@ -207,6 +207,10 @@ class TorchBackend:
         """See `Backend.write_kv`."""
         self.cache.write(row, start, kv)
 
+    def scrub_kv(self, row: int, start: int = 0) -> None:
+        """See `Backend.scrub_kv`."""
+        self.cache.scrub(row, start)
+
 
 def take_decoder(model: Any, num_positions: int) -> Decoder:
     """Take the weights out of a transformers model, layer by layer, and leave it without them."""

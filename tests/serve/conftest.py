@@ -100,6 +100,9 @@ class FakeBackend:
     def write_kv(self, row: int, start: int, kv: torch.Tensor) -> None:
         """There is no cache."""
 
+    def scrub_kv(self, row: int, start: int = 0) -> None:
+        """There is no cache."""
+
 
 class HistoryBackend:
     """Next-token logits depend on every token before, read from rows of its cache.
@@ -162,6 +165,9 @@ class HistoryBackend:
 
     def write_kv(self, row: int, start: int, kv: torch.Tensor) -> None:
         self.rows[row][start:] = kv.flatten().tolist()
+
+    def scrub_kv(self, row: int, start: int = 0) -> None:
+        """Token ids are finite."""
 
 
 def random_logits(seed: int) -> torch.Tensor:
