@@ -315,11 +315,11 @@ class Server:
     async def _watch_health(self) -> None:
         while True:
             await asyncio.sleep(_HEALTH_PERIOD_S)
+            self._engines.watch()
             self._show_health()
 
 
 def _version() -> str:
-            self._engines.watch()
     try:
         return importlib.metadata.version("tandem")
     except importlib.metadata.PackageNotFoundError:
