@@ -125,6 +125,8 @@ def _parsed_file(path: Path) -> dict[Any, Any]:
         parsed = tomllib.loads(text) if is_toml else yaml.load(text, _StrictLoader)
     except OSError as error:
         raise SettingsError(f"--config {path} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise SettingsError(f"--config {path} cannot be parsed: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise SettingsError(f"--config {path} cannot be parsed: {reason}") from None
@@ -174,7 +176,7 @@ def _parsed(name: str, value: str | bool) -> Any:
     if value == "null" and NoneType in types_of(name):
         return None
     if is_collection(name) and isinstance(value, str):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             return json.loads(value)
     return _located(name, value, Path())
 
@@ -201,7 +203,14 @@ def _explain(error: ErrorDetails, given: Mapping[str, Given]) -> str:
     place = ".".join([given[name].origin, *inner])
     is_form = error["type"] != "value_error"
     as_json = " as JSON" if is_form and is_collection(name) and not inner else ""
-    return f"{place}: {text}{as_json}, got {error['input']!r}"
+    return f"{place}: {text}{as_json}, got {_shown(error['input'])}"
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # hexadecimal YAML can say numbers that Python does not print
+        return "a number of too many digits"
 
 
 def _nearest(name: str) -> str:

@@ -217,6 +217,9 @@ def test_teacher_alone_needs_no_bundle() -> None:
         ("s.yaml", "port: [", "cannot be parsed: while parsing"),
         ("s.toml", "port 7", "cannot be parsed: Expected '='"),
         ("s.yaml", "since: 2026-13-45", "cannot be parsed: month must be"),
+        ("s.yaml", "[" * 3000, "cannot be parsed: nested too deeply"),
+        ("s.toml", "a = " + "[" * 3000, "cannot be parsed: nested too deeply"),
+        ("s.yaml", "port: 0x" + "f" * 4000, "got a number of too many digits"),
         ("s.yaml", "- port", r"holds \['port'\], not settings by their names"),
         ("s.yaml", "7: 8", "7: there is no such setting$"),
     ],
@@ -226,6 +229,10 @@ def test_file_that_is_no_mapping_of_settings_is_refused(
 ) -> None:
     file = write(tmp_path / name, text)
     assert re.search(message, refusal(file)) and str(file) in refusal(file)
+
+
+def test_variable_that_is_nested_too_deeply_is_refused() -> None:
+    assert "TANDEM_TASKS: " in refusal(environ={"TANDEM_TASKS": "[" * 100_000})[:100]
 
 
 def test_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
