@@ -1,0 +1,61 @@
+"""Text as a config file or as variables: settings, or one error that says what is wrong."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from serve.config import ServeConfig
+from serve.settings import SettingsError, env_of, load_settings
+
+NAMES = tuple(ServeConfig.model_fields)
+_YAML, _TOML, _ENVIRONMENT = range(3)
+
+
+def check(data: bytes) -> None:
+    """Treat the first byte as the source and the rest as its text; raises where something is wrong.
+
+    Variables are lines, the first character of each names the setting. What is taken must be
+    printed as a file that says the same.
+    """
+    kind = data[0] % 3 if data else _YAML
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / ("settings.toml" if kind == _TOML else "settings.yaml")
+        try:
+            if kind == _ENVIRONMENT:
+                settings = load_settings({}, _environment(data[1:]), None)
+            else:
+                path.write_bytes(data[1:])
+                settings = load_settings({}, {}, path)
+        except SettingsError as error:
+            assert str(error).strip()
+            return
+        printed = Path(folder) / "printed.yaml"
+        printed.write_text(settings.to_yaml(), encoding="utf-8")
+        assert load_settings({}, {}, printed).config == settings.config
+
+
+def _environment(data: bytes) -> dict[str, str]:
+    lines = data.decode("utf-8", "ignore").replace("\0", "").splitlines()
+    return {env_of(NAMES[ord(line[0]) % len(NAMES)]): line[1:] for line in lines if line}
+
+
+def seeds() -> Iterator[bytes]:
+    """Yield a file of each kind, and variables."""
+    yield (
+        bytes([_YAML]) + b"bundle: b\nmax_num_seqs: 4\ntasks: [a]\nanswer_formats:\n  hex: '(x)'\n"
+    )
+    yield bytes([_YAML]) + b'{"bundle": "b", "host": "::1", "teacher": "grpc://x:1"}'
+    yield bytes([_YAML]) + b"bundle: &a b\ntls_cert: *a\n<<: {port: 1}\n"
+    yield bytes([_TOML]) + b'bundle = "b"\nshadow_rate = 0.5\n[answer_formats]\nhex = "(x)"\n'
+    variables = {"bundle": "b", "port": "1", "tasks": '["a"]', "shadow_rate": "0.5"}
+    lines = [chr(NAMES.index(name)) + text for name, text in variables.items()]
+    yield bytes([_ENVIRONMENT]) + "\n".join(lines).encode()
+
+
+if __name__ == "__main__":
+    from tests.faults.fuzzing import main
+
+    sys.exit(main("tests.faults.fuzz_settings"))

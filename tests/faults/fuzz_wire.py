@@ -1,0 +1,106 @@
+"""Bytes as the message of every rpc: parsed, checked, translated; only expected errors come."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from google.protobuf.message import Message
+
+from protos.oip import grpc_service_pb2 as oip
+from protos.tandem.v1 import control_pb2 as control
+from protos.tandem.v1 import inference_pb2 as pb
+from serve.errors import TandemError
+from serve.infer_models import to_role
+from serve.infer_requests import to_inference
+from serve.policy import TrafficPolicy
+from serve.specs import Limits
+from serve.statuses import status_of
+from serve.validation import (
+    parse,
+    validate_abort,
+    validate_compare,
+    validate_generate,
+    validate_score,
+    validate_set_policy,
+)
+
+LIMITS = Limits(max_model_len=64, vocab_size=259, tasks=frozenset({"math"}))
+# HTTP/2 trailers, of which a client takes 8 KiB by default.
+MAX_TRAILER_BYTES = 8 << 10
+
+
+def _infer(request: oip.ModelInferRequest, may_stream: bool) -> None:
+    inference = to_inference(request, may_stream=may_stream, max_elements=64)
+    with inference.fields_as_given():
+        validate_generate(inference.request, LIMITS)
+
+
+HANDLERS: Mapping[type[Message], Callable[[Any], object]] = {
+    pb.GenerateRequest: lambda request: validate_generate(request, LIMITS),
+    pb.CompareRequest: lambda request: validate_compare(request, LIMITS),
+    pb.ScoreRequest: lambda request: validate_score(request, LIMITS),
+    pb.GetModelsRequest: str,
+    control.SetPolicyRequest: lambda request: validate_set_policy(request, TrafficPolicy()),
+    control.AbortRequest: validate_abort,
+    oip.ModelInferRequest: lambda request: [_infer(request, flag) for flag in (False, True)],
+    oip.ModelConfigRequest: lambda request: to_role(request.name, request.version),
+    oip.RepositoryIndexRequest: str,
+}
+TYPES = tuple(HANDLERS)
+
+
+def check(data: bytes) -> None:
+    """Treat the first byte as the rpc and the rest as its message; raises where something is wrong.
+
+    What is refused must be told within what trailers carry.
+    """
+    if not data:
+        return
+    message_type = TYPES[data[0] % len(TYPES)]
+    try:
+        HANDLERS[message_type](parse(data[1:], message_type))
+    except TandemError as error:
+        status = status_of(error)
+        size = len(status.message.encode()) + sum(
+            len(value) for _, value in status.trailing_metadata()
+        )
+        assert status.code.name in ("INVALID_ARGUMENT", "OUT_OF_RANGE", "NOT_FOUND"), status
+        assert size <= MAX_TRAILER_BYTES, size
+
+
+def seeds() -> Iterator[bytes]:
+    """Yield a whole request of each rpc."""
+    sampling = pb.SamplingParams(max_tokens=4, seed=1, stop=["ab"], top_p=0.5, stop_token_ids=[1])
+    evaluation = pb.EvaluationOptions(answer_format="boxed", reference_answer="1", pass_at_k=[1])
+    chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="x")])
+    ids = pb.TokenIds(ids=[5, 6])
+    infer = oip.ModelInferRequest(model_name="student", raw_input_contents=[bytes(8)], id="x")
+    infer.inputs.add(name="input_ids", datatype="INT64", shape=[1, 1])
+    infer.parameters["sampling_parameters"].string_param = '{"top_k": 5, "stop": ["a"]}'
+    infer.parameters["temperature"].string_param = "0.5"
+    infer.outputs.add(name="k3")
+    typed = oip.ModelInferRequest(model_name="teacher")
+    typed.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.CopyFrom(
+        oip.InferTensorContents(bytes_contents=[b"ab"])
+    )
+    requests: tuple[Message, ...] = (
+        pb.GenerateRequest(prompt_token_ids=ids, sampling=sampling, evaluation=evaluation, route=3),
+        pb.GenerateRequest(messages=chat, output=pb.OutputOptions(top_logprobs=3)),
+        pb.CompareRequest(prompt="x", sampling=sampling, request_id="x"),
+        pb.ScoreRequest(prompt="x", completions=[pb.Completion(token_ids=ids)], roles=[1, 2]),
+        control.SetPolicyRequest(student_weight=1, expected_revision=0),
+        control.AbortRequest(request_id="x"),
+        infer,
+        typed,
+        oip.ModelConfigRequest(name="student", version="1"),
+    )
+    for request in requests:
+        yield bytes([TYPES.index(type(request))]) + request.SerializeToString()
+
+
+if __name__ == "__main__":
+    from tests.faults.fuzzing import main
+
+    sys.exit(main("tests.faults.fuzz_wire"))

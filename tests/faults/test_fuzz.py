@@ -1,0 +1,119 @@
+"""The fuzz targets with a few hundred inputs each: hostile by hand, mutated, and drawn."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from protos.tandem.v1 import inference_pb2 as pb
+from tests.faults import fuzz_manifest, fuzz_settings, fuzz_wire
+from tests.faults.hostile import mutate
+
+TARGETS = {module.__name__: module for module in (fuzz_wire, fuzz_settings, fuzz_manifest)}
+NUM_MUTATIONS = 150
+bounded = settings(
+    max_examples=100, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)  # fmt: skip
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_seeds_and_mutations_of_them(name: str) -> None:
+    target, rng = TARGETS[name], random.Random(8)
+    seeds = list(target.seeds())
+    for seed in seeds:
+        target.check(seed)
+    for number in range(NUM_MUTATIONS):
+        seed = seeds[number % len(seeds)]
+        target.check(seed[:1] + mutate(rng, seed[1:]))
+
+
+@bounded
+@given(st.integers(0, len(fuzz_wire.TYPES) - 1), st.binary(max_size=200))
+def test_any_bytes_as_a_message(rpc: int, data: bytes) -> None:
+    fuzz_wire.check(bytes([rpc]) + data)
+
+
+@bounded
+@given(
+    num_samples=st.integers(0, 2**32 - 1),
+    max_tokens=st.integers(0, 2**32 - 1),
+    numbers=st.lists(st.floats(), min_size=4, max_size=4),
+    stop=st.lists(st.text(max_size=300), max_size=20),
+    texts=st.lists(st.text(max_size=200), min_size=4, max_size=4),
+)
+def test_any_values_of_parameters(
+    num_samples: int, max_tokens: int, numbers: list[float], stop: list[str], texts: list[str]
+) -> None:
+    temperature, top_p, min_p, penalty = numbers
+    request = pb.GenerateRequest(
+        prompt=texts[0],
+        request_id=texts[1],
+        sampling=pb.SamplingParams(
+            num_samples=num_samples, max_tokens=max_tokens, temperature=temperature, top_p=top_p,
+            min_p=min_p, repetition_penalty=penalty, stop=stop,
+        ),
+        evaluation=pb.EvaluationOptions(
+            answer_format="boxed", reference_answer=texts[2], task=texts[3], pass_at_k=[num_samples]
+        ),
+    )  # fmt: skip
+    fuzz_wire.check(
+        bytes([fuzz_wire.TYPES.index(pb.GenerateRequest)]) + request.SerializeToString()
+    )
+
+
+@bounded
+@given(
+    st.sampled_from(fuzz_settings.NAMES),
+    json_values,
+    st.sampled_from(["bundle: b\n", "", "a: 1\n"]),
+)
+def test_any_value_of_a_setting(name: str, value: Any, before: str) -> None:
+    text = f"{before}{name}: {json.dumps(value)}\n"
+    fuzz_settings.check(b"\0" + text.encode("utf-8", "surrogatepass"))
+
+
+@bounded
+@given(st.data())
+def test_any_value_anywhere_in_a_manifest(data: st.DataObject) -> None:
+    manifest = fuzz_manifest.manifest()
+    place: Any = manifest
+    for _ in range(data.draw(st.integers(0, 3))):
+        inner = [value for value in place.values() if isinstance(value, dict) and value]
+        place = data.draw(st.sampled_from(inner)) if inner else place
+    key = data.draw(st.sampled_from(list(place)) | st.text(max_size=300))
+    place[key] = data.draw(json_values)
+    fuzz_manifest.check(json.dumps(manifest).encode("utf-8", "surrogatepass"))
+
+
+@pytest.mark.parametrize(
+    ("target", "where", "data"),
+    [
+        (fuzz_wire, "validate_generate", next(iter(fuzz_wire.seeds()))),
+        (fuzz_settings, "load_settings", next(iter(fuzz_settings.seeds()))),
+        (fuzz_manifest, "verify_bundle", next(iter(fuzz_manifest.seeds()))),
+    ],
+)
+def test_another_exception_is_found(
+    target: Any, where: str, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise KeyError("of a bug")
+
+    monkeypatch.setattr(target, where, broken)
+    with pytest.raises(KeyError, match="of a bug"):
+        check: Callable[[bytes], None] = target.check
+        check(data)
