@@ -68,9 +68,13 @@ async def call_in_turns(
     *,
     num_clients: int,
     goes_on: Callable[[], bool] = lambda: True,
+    outcomes: list[Outcome] | None = None,
 ) -> list[Outcome]:
-    """Have clients send one request after the other, until there are none or it is to end."""
-    outcomes: list[Outcome] = []
+    """Have clients send one request after the other, until there are none or it is to end.
+
+    `outcomes`, or else a new list, gets each outcome as it comes, and is returned.
+    """
+    outcomes = [] if outcomes is None else outcomes
     shared = iter(requests)
 
     async def work() -> None:

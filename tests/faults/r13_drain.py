@@ -36,9 +36,9 @@ NUM_TEMPLATES = 16
 WARM_S = 0.3
 DRAIN_DELAY_S = 0.3  # longer than a call takes to be admitted
 GOES_ON_S = 0.6  # behind the signal
-LONG_GRACE_S, SHORT_GRACE_S = 20.0, 0.1
+LONG_GRACE_S, SHORT_GRACE_S = 20.0, 0.02
 MAX_AFTER_GRACE_S = 5.0
-SAMPLING = pb.SamplingParams(num_samples=1, seed=7, max_tokens=80, temperature=1, ignore_eos=True)
+SAMPLING = pb.SamplingParams(num_samples=1, seed=7, max_tokens=100, temperature=1, ignore_eos=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -92,7 +93,7 @@ def running(process: TandemProcess) -> Iterator[None]:
 # -- what may not leak --------------------------------------------------------------------------
 
 
-def holdings(process: ServedProcess) -> dict[str, float]:
+def holdings(process: TandemProcess) -> dict[str, float]:
     """Return what work takes and must give back: by series of /metrics."""
     return {
         f"{name} {dict(labels)}": abs(value)
@@ -101,13 +102,16 @@ def holdings(process: ServedProcess) -> dict[str, float]:
     }
 
 
-def leaks(process: ServedProcess, before: Mapping[str, float]) -> list[str]:
-    """Return what has not come back, some seconds at most later; then 20 requests must succeed."""
+def leaks(process: TandemProcess, before: Mapping[str, float], **fields: Any) -> list[str]:
+    """Return what has not come back, some seconds at most later; then 20 requests must succeed.
+
+    `fields` are of the requests; whoever loads no teacher has to name a route.
+    """
     until_s = time.monotonic() + _SETTLE_S
     while (found := _more(before, holdings(process))) and time.monotonic() < until_s:
         time.sleep(0.05)
     with Client(process.address, timeout_s=30, max_attempts=1) as client:
-        for request in requests_of(20, seed=99):
+        for request in requests_of(20, seed=99, **fields):
             client.generate(request).result()
     return found
 
@@ -151,12 +155,14 @@ def build_engines(config: ServeConfig, metrics: ServerMetrics) -> Engines:
 
 
 async def _serve(engines: Engines, config: ServeConfig, metrics: ServerMetrics) -> None:
-    """Serve, and have /metrics count the loop's tasks, and Python's threads."""
+    """Serve, and have /metrics count the loop's tasks, and threads but for asyncio's own pool."""
     loop = asyncio.get_running_loop()
     tasks = Gauge("served_tasks", "Tasks of the event loop.", registry=metrics.registry)
     tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
-    threads = Gauge("served_threads", "Threads of Python's.", registry=metrics.registry)
-    threads.set_function(threading.active_count)
+    threads = Gauge("served_threads", "Threads, of no pool.", registry=metrics.registry)
+    threads.set_function(
+        lambda: sum(not t.name.startswith("asyncio_") for t in threading.enumerate())
+    )
     await serve_until_signal(engines, config, metrics)
 
 
