@@ -670,7 +670,8 @@ class Engine:
                 raise _AbandonedError
 
     def _finish_step(self, phase: str, batch_size: int, started_s: float) -> None:
-        self._num_failed_steps = 0
+        if phase != "prefill":  # which may be a copy out of the prefix cache
+            self._num_failed_steps = 0
         step_s = self.clock() - started_s
         self._observer.on_step(phase, batch_size, step_s, step_s - self._model_s)
 

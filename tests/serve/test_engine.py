@@ -481,12 +481,14 @@ def test_failing_model_ends_all_in_flight_with_an_error_and_serves_on(
     assert after.reasons == [FinishReason.LENGTH]
 
 
-def fail_steps(engine: Engine, count: int) -> list[Reader]:
+def fail_steps(engine: Engine, count: int, **settings: Any) -> list[Reader]:
     backend = engine._runner._backend
     backend.error = RuntimeError("the device is lost")  # type: ignore[attr-defined]
     readers = []
     for number in range(count):
-        readers.append(submit(engine, f"failing-{number}"))
+        if engine._is_stopping:
+            break
+        readers.append(submit(engine, f"failing-{number}", **settings))
         engine._try_step()
     backend.error = None  # type: ignore[attr-defined]
     return readers
@@ -507,6 +509,16 @@ def test_engine_goes_on_when_a_pass_between_failures_succeeds(make_engine: MakeE
         after = submit(engine, max_tokens=2, ignore_eos=True)
         run(engine)
         assert after.reasons == [FinishReason.LENGTH]
+
+
+def test_cached_prompt_between_failures_is_no_success(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    submit(engine, max_tokens=2, ignore_eos=True)
+    run(engine)
+    readers = fail_steps(engine, 2 * MAX_FAILED_STEPS, max_tokens=2, ignore_eos=True)
+    assert {reader.reasons[0] for reader in readers} == {FinishReason.ERROR}
+    with pytest.raises(EngineStoppedError):
+        submit(engine)
 
 
 def test_rows_that_fail_to_move_leave_nobody_without_an_end(make_engine: MakeEngine) -> None:
