@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Set
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -147,13 +147,15 @@ class Load:
         self._rate_rps = rate_rps
         self._is_over = threading.Event()
         self._seeds = itertools.cycle(range(NUM_SEEDS))
+        self._num_workers = num_workers
         self._pool = ThreadPoolExecutor(num_workers or _MAX_OPEN, "load")
-        self._workers = [
-            self._pool.submit(self._send_at_rate if rate_rps else self._work)
-            for _ in range(num_workers or 1)
-        ]
+        self._workers: list[Future[None]] = []
 
     def __enter__(self) -> Self:
+        if self._rate_rps:
+            self._workers.append(self._pool.submit(self._send_at_rate))
+        for _ in range(self._num_workers):
+            self._workers.append(self._pool.submit(self._work))
         return self
 
     def __exit__(

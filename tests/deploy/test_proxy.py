@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from bench.proxy_processes import (
     free_port,
     status_of,
 )
+from bench.proxy_scenarios import wait_for_divergence
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.client import Client
 
 NUM_WORKERS = 32
 MAX_TOKENS = 8
@@ -53,16 +52,6 @@ def servers(new_tandem: Any, tiny_teacher: Path) -> Servers:
     for student in (stable, canary):
         wait_for_divergence(student.address)
     return Servers(stable, canary, teacher, right_answers(stable.address, comparing(MAX_TOKENS)))
-
-
-def wait_for_divergence(target: str) -> None:
-    """Return when a student has its teacher."""
-    request = pb.GenerateRequest(prompt="x", sampling=pb.SamplingParams(max_tokens=2))
-    until_s = time.monotonic() + 30
-    with Client(target, timeout_s=30) as client:
-        while not client.generate(request).result().samples[0].HasField("divergence"):
-            assert time.monotonic() < until_s, f"{target} does not find its teacher"
-            time.sleep(0.05)
 
 
 @pytest.fixture
@@ -143,6 +132,8 @@ def test_killed_teacher_costs_no_primary_answer(servers: Servers, envoy_before: 
     # Of AUTO's own, what the teacher had begun to write ends where it was: SHUTDOWN, not an error.
     codes = loads[2].codes()
     assert set(codes) <= {"OK", "NO_ANSWER"} and codes["NO_ANSWER"] <= 16
+    with pytest.raises(TimeoutError, match="did not find its teacher within"):
+        wait_for_divergence(servers.stable.address, timeout_s=0.1)
     servers.teacher.start()
     servers.teacher.wait_ready()
     wait_for_divergence(servers.stable.address)
