@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from serve.config import ServeConfig
 from serve.settings import SettingsError, env_of, load_settings
@@ -34,12 +35,19 @@ def check(data: bytes) -> None:
             return
         printed = Path(folder) / "printed.yaml"
         printed.write_text(settings.to_yaml(), encoding="utf-8")
-        assert load_settings({}, {}, printed).config == settings.config
+        again = load_settings({}, {}, printed)
+        assert _located(again.config) == _located(settings.config)
+
+
+def _located(config: ServeConfig) -> dict[str, Any]:
+    """Return the settings, with paths as they are printed."""
+    values = config.model_dump()
+    return {name: v.absolute() if isinstance(v, Path) else v for name, v in values.items()}
 
 
 def _environment(data: bytes) -> dict[str, str]:
     lines = data.decode("utf-8", "ignore").replace("\0", "").splitlines()
-    return {env_of(NAMES[ord(line[0]) % len(NAMES)]): line[1:] for line in lines if line}
+    return {env_of(NAMES[(ord(line[0]) - 32) % len(NAMES)]): line[1:] for line in lines if line}
 
 
 def seeds() -> Iterator[bytes]:
@@ -51,7 +59,7 @@ def seeds() -> Iterator[bytes]:
     yield bytes([_YAML]) + b"bundle: &a b\ntls_cert: *a\n<<: {port: 1}\n"
     yield bytes([_TOML]) + b'bundle = "b"\nshadow_rate = 0.5\n[answer_formats]\nhex = "(x)"\n'
     variables = {"bundle": "b", "port": "1", "tasks": '["a"]', "shadow_rate": "0.5"}
-    lines = [chr(NAMES.index(name)) + text for name, text in variables.items()]
+    lines = [chr(NAMES.index(name) + 32) + text for name, text in variables.items()]
     yield bytes([_ENVIRONMENT]) + "\n".join(lines).encode()
 
 
