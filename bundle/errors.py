@@ -17,3 +17,12 @@ class UserError(Exception):
 
 class BundleError(UserError):
     """A bundle is damaged, incomplete, unsafe or of another schema; the text names the file."""
+
+
+def one_line(text: str) -> str:
+    """Return text that cannot break out of its line, nor steer a terminal: a file's name may.
+
+    >>> one_line("a"), one_line("a\\nb")
+    ('a', "'a\\\\nb'")
+    """
+    return text if text.isprintable() else ascii(text)

@@ -1,14 +1,18 @@
 """What `manifest.json` holds: the contract between `export`, which writes it, and `serve`.
 
-A manifest is immutable and knows every file of its bundle by size and hash. `bundle.verify`
-compares it with the disk; nothing here reads a model.
+A manifest is immutable and knows every file of its bundle by size and hash. Its last field is the
+hash of all that stands before it, so that a bit that flips in a number does not go unnoticed.
+`bundle.verify` compares a manifest with the disk; nothing here reads a model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import tempfile
+import unicodedata
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -24,10 +28,16 @@ from pydantic import (
     model_validator,
 )
 
-from bundle.errors import BundleError
+from bundle.errors import BundleError, one_line
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION: Final = 1
+# A manifest has some hundred bytes a file.
+MAX_MANIFEST_BYTES = 16 << 20
+
+_END = "\n}"
+_SEAL = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n')
+_NUM_SEAL_BYTES = len(',\n  "sha256": ""\n}\n') + 64
 
 
 def _check_relative(name: str) -> str:
@@ -35,6 +45,9 @@ def _check_relative(name: str) -> str:
     is_plain = name == path.as_posix() and "\\" not in name and ":" not in name
     if not is_plain or path.is_absolute() or ".." in path.parts or name in ("", "."):
         raise ValueError(f"{name!r} must be a relative posix path without '..'")
+    # What is invisible, or another name to another file system, has no place in a file's name.
+    if not name.isprintable() or unicodedata.normalize("NFKC", name) != name:
+        raise ValueError(f"{name!a} must be printable, and as Unicode's NFKC spells it")
     return name
 
 
@@ -165,6 +178,16 @@ class Manifest(_Model):
     metrics: Evaluation
 
     @model_validator(mode="after")
+    def _check_names(self) -> Manifest:
+        """Refuse two files that are one where case does not count."""
+        seen: dict[str, str] = {}
+        for name in self.files:
+            other = seen.setdefault(name.casefold(), name)
+            if other != name:
+                raise ValueError(f"files {other!r} and {name!r} differ in case alone")
+        return self
+
+    @model_validator(mode="after")
     def _check_default_variant(self) -> Manifest:
         default = self.variants.get(self.default_variant)
         if default is None:
@@ -183,15 +206,15 @@ class Manifest(_Model):
 
 
 def load_manifest(bundle: Path) -> Manifest:
-    """Read `bundle/manifest.json`; BundleError when it is missing, malformed or too new."""
+    """Read `bundle/manifest.json`; BundleError when it is missing, damaged or too new."""
     path = bundle / MANIFEST_NAME
+    data = _read_bytes(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        raw = json.loads(text)
-    except FileNotFoundError:
-        raise BundleError(f"{path} does not exist: {bundle} is not a bundle") from None
+        raw = json.loads(data)
     except ValueError as error:
         raise BundleError(f"{path} is not JSON: {error}") from None
+    except RecursionError:
+        raise BundleError(f"{path} is nested too deeply for a manifest") from None
     version = raw.get("schema_version") if isinstance(raw, Mapping) else None
     if version != SCHEMA_VERSION:
         raise BundleError(
@@ -199,14 +222,59 @@ def load_manifest(bundle: Path) -> Manifest:
             "export the bundle again, or use the Tandem that wrote it"
         )
     try:
-        return Manifest.model_validate_json(text)
+        return Manifest.model_validate_json(_unseal(path, data))
     except ValidationError as error:
         raise BundleError(f"{path}: {_first_violation(error)}") from None
 
 
+def _read_bytes(path: Path) -> bytes:
+    """Return what a plain file holds; a pipe or a device in its place is not waited for."""
+    try:
+        if not os.path.lexists(path):
+            raise BundleError(f"{path} does not exist: {path.parent} is not a bundle")
+        if not path.is_file():
+            raise BundleError(f"{path} is not a plain file")
+        with path.open("rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from None
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path} has more than {MAX_MANIFEST_BYTES} bytes")
+    return data
+
+
+def seal(text: str) -> bytes:
+    """Return a JSON object's text with its SHA-256 as the last field.
+
+    >>> seal('{\\n  "a": 1\\n}')[:29]
+    b'{\\n  "a": 1,\\n  "sha256": "8164'
+    """
+    assert text.endswith(_END), text[-10:]
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    return f'{text.removesuffix(_END)},\n  "sha256": "{sha256}"\n}}\n'.encode()
+
+
+def _unseal(path: Path, data: bytes) -> bytes:
+    """Return the text that was sealed, without its hash."""
+    last = data[-_NUM_SEAL_BYTES:]
+    found = _SEAL.fullmatch(last)
+    if found is None:
+        raise BundleError(
+            f"{path} does not end with its own sha256: export the bundle again (what is finished "
+            "is kept)"
+        )
+    text = data[:-_NUM_SEAL_BYTES] + _END.encode()
+    sha256 = hashlib.sha256(text).hexdigest()
+    if sha256 != found[1].decode():
+        raise BundleError(
+            f"{path} was changed: its sha256 is {sha256}, it says {found[1].decode()}"
+        )
+    return text
+
+
 def _first_violation(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'manifest'}: {first['msg']}"
+    return one_line(f"{'.'.join(map(str, first['loc'])) or 'manifest'}: {first['msg']}")
 
 
 def write_manifest(bundle: Path, manifest: Manifest) -> Path:
@@ -214,8 +282,8 @@ def write_manifest(bundle: Path, manifest: Manifest) -> Path:
     path = bundle / MANIFEST_NAME
     descriptor, temporary = tempfile.mkstemp(prefix=f".{MANIFEST_NAME}.", dir=bundle)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(manifest.model_dump_json(indent=2) + "\n")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(seal(manifest.model_dump_json(indent=2)))
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)  # mkstemp makes it 0600; the server may be another user

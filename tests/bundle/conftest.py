@@ -19,6 +19,7 @@ from bundle.manifest import (
     StudentInfo,
     TeacherReference,
     Variant,
+    seal,
     write_manifest,
 )
 from bundle.verify import list_entries
@@ -91,7 +92,8 @@ def edit_manifest(bundle: Path) -> Edit:
     def edit(change: Callable[[dict[str, Any]], object]) -> None:
         path = bundle / "manifest.json"
         raw = json.loads(path.read_text())
+        del raw["sha256"]
         change(raw)
-        path.write_text(json.dumps(raw))
+        path.write_bytes(seal(json.dumps(raw, indent=2)))
 
     return edit

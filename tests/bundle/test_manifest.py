@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +13,15 @@ import pytest
 from pydantic import ValidationError
 
 from bundle.errors import BundleError
-from bundle.manifest import Gate, Manifest, StudentInfo, Variant, load_manifest, write_manifest
+from bundle.manifest import (
+    MAX_MANIFEST_BYTES,
+    Gate,
+    Manifest,
+    StudentInfo,
+    Variant,
+    load_manifest,
+    write_manifest,
+)
 
 
 def test_manifest_read_back_equals_what_was_written(bundle: Path) -> None:
@@ -81,10 +91,81 @@ def test_file_name_outside_the_bundle_is_refused(
         load_manifest(bundle)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\udcff"])
+@pytest.mark.parametrize(
+    "name", ["a\0b", "a\nb", "a\x1b[31m", "a\u202eb", "a\u200bb", "cafe\u0301", "\uff0e\uff0e/a"]
+)
+def test_file_name_that_does_not_look_as_it_is_is_refused(
+    bundle: Path,
+    edit_manifest: Callable[[Callable[[dict[str, Any]], object]], None],
+    name: str,
+) -> None:
+    edit_manifest(lambda m: m["files"].update({name: m["files"]["student/config.json"]}))
+    with pytest.raises(BundleError, match="must be printable") as caught:
+        load_manifest(bundle)
+    assert str(caught.value).isprintable()
+
+
+def test_names_that_differ_in_case_alone_are_refused(
+    bundle: Path, edit_manifest: Callable[[Callable[[dict[str, Any]], object]], None]
+) -> None:
+    entry = load_manifest(bundle).files["student/config.json"].model_dump()
+    edit_manifest(lambda m: m["files"].update({"student/CONFIG.json": entry}))
+    with pytest.raises(BundleError, match=r"'student/CONFIG.json' differ in case alone"):
+        load_manifest(bundle)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\udcff", "[" * 100_000])
 def test_manifest_that_is_no_json_object_is_refused(bundle: Path, text: str) -> None:
     (bundle / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(BundleError, match=r"is not JSON|schema_version None"):
+    with pytest.raises(BundleError, match=r"is not JSON|schema_version None|nested too deeply"):
+        load_manifest(bundle)
+
+
+def test_manifest_that_was_changed_anywhere_is_refused(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    text = path.read_text()
+    assert '"measured": 0.01' in text
+    path.write_text(text.replace('"measured": 0.01', '"measured": 0.02'))
+    with pytest.raises(
+        BundleError, match=r"manifest.json was changed: its sha256 is \w{64}, it sa"
+    ):
+        load_manifest(bundle)
+
+
+def test_manifest_without_its_own_hash_is_refused(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    raw = json.loads(path.read_text())
+    del raw["sha256"]
+    path.write_text(json.dumps(raw, indent=2))
+    with pytest.raises(BundleError, match="does not end with its own sha256: export the bundle"):
+        load_manifest(bundle)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_manifest_that_is_no_plain_file_is_not_waited_for(
+    bundle: Path, make: Callable[[Path], None]
+) -> None:
+    (bundle / "manifest.json").unlink()
+    make(bundle / "manifest.json")
+    with pytest.raises(BundleError, match=r"manifest.json is not a plain file"):
+        load_manifest(bundle)
+
+
+def test_manifest_that_cannot_be_read_is_refused(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, mode: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read everything
+    with pytest.raises(BundleError, match=r"manifest.json cannot be read: Permission denied"):
+        load_manifest(bundle)
+
+
+def test_manifest_of_any_length_is_not_read_to_its_end(bundle: Path) -> None:
+    with (bundle / "manifest.json").open("a") as file:
+        file.truncate(MAX_MANIFEST_BYTES + 1)
+    with pytest.raises(BundleError, match="has more than 16777216 bytes"):
         load_manifest(bundle)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from bundle.errors import BundleError
 from bundle.hashing import hash_file
 from bundle.manifest import load_manifest
-from bundle.verify import list_entries, verify_bundle
+from bundle.verify import check_indices, list_entries, verify_bundle
 
 
 def flip_byte(bundle: Path) -> None:
@@ -66,6 +67,16 @@ def link_manifest(bundle: Path) -> None:
     (bundle / "manifest.json").symlink_to(bundle.parent / "manifest.json")
 
 
+def loop(bundle: Path) -> None:
+    path = bundle / "onnx/int4/model.onnx"
+    path.unlink()
+    path.symlink_to("model.onnx")
+
+
+def add_with_a_name_of_two_lines(bundle: Path) -> None:
+    (bundle / "student/x\nserving on 0.0.0.0\x1b[2J").write_text("")
+
+
 def test_intact_bundle_is_verified(bundle: Path) -> None:
     assert verify_bundle(bundle) == load_manifest(bundle)
 
@@ -82,6 +93,8 @@ def test_intact_bundle_is_verified(bundle: Path) -> None:
         (link_folder_out, "leads out of|is not listed"),
         (link_within, "int4/model.onnx is not a plain file"),
         (dangling_link, "int4/model.onnx is not a plain file"),
+        (loop, "int4/model.onnx is not a plain file"),
+        (add_with_a_name_of_two_lines, r"x\\nserving on 0.0.0.0\\x1b\[2J' is not listed"),
         (link_manifest, "manifest.json leads out of"),
     ],
 )
@@ -107,9 +120,44 @@ def test_file_that_could_run_code_is_refused_even_when_listed(
         verify_bundle(bundle)
 
 
+def test_name_that_the_file_system_cannot_hold_is_refused(
+    bundle: Path, edit_manifest: Callable[[Callable[[dict[str, Any]], object]], None]
+) -> None:
+    entry = {"sha256": "0" * 64, "size_bytes": 1}
+    edit_manifest(lambda m: m["files"].update({"a" * 300: entry}))
+    with pytest.raises(BundleError, match="aaa cannot be read: File name too long"):
+        verify_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../outside.safetensors", "/outside.safetensors", "sub/x.safetensors", "..", 3]
+)
+def test_index_that_names_weights_elsewhere_is_refused(bundle: Path, name: Any) -> None:
+    path = bundle / "student/model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": name}}))
+    for check in (list_entries, lambda folder: check_indices(folder / "student")):
+        with pytest.raises(BundleError, match=r"index.json names weights elsewhere: "):
+            check(bundle)
+
+
+def test_index_of_weights_in_its_folder_is_taken(bundle: Path) -> None:
+    path = bundle / "student/model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    check_indices(bundle / "student")
+    path.write_text("[]")
+    with pytest.raises(BundleError, match="has no weight_map"):
+        check_indices(bundle / "student")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"auto_map": {"AutoModel": "modeling.X"}}', "has 'auto_map'"), ("{", "is not JSON")],
+    [
+        ('{"auto_map": {"AutoModel": "modeling.X"}}', "has 'auto_map'"),
+        ('{"transformers_weights": "../../w.safetensors"}', "which names other weights than"),
+        ('{"base_model_name_or_path": "/other"}', "which names another model"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is nested too deeply"),
+    ],
 )
 def test_config_that_could_run_code_is_not_packaged(bundle: Path, text: str, message: str) -> None:
     (bundle / "student/tokenizer_config.json").write_text(text)
