@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bundle.errors import BundleError, UserError
+from bundle.errors import BundleError, UserError, one_line
 from bundle.hashing import hash_file, hash_weights
 from bundle.manifest import MANIFEST_NAME, Manifest, TeacherReference
-from bundle.verify import verify_bundle
+from bundle.verify import check_indices, verify_bundle
 from serve.arbiter import StepArbiter
 from serve.config import Device, ServeConfig
 from serve.engine import Engine
@@ -166,6 +166,7 @@ class _Loader:
         bundle = self._bundle
         stream = self._open_stream(Role.STUDENT)
         with _loading(bundle):
+            tokenizer = Tokenizer.load(bundle / "student")
             engine, noise = self._build_engine(
                 Role.STUDENT,
                 self._student_backend(stream),
@@ -176,7 +177,7 @@ class _Loader:
         return ServedModel(
             Role.STUDENT,
             engine,
-            Tokenizer.load(bundle / "student"),
+            tokenizer,
             bundle_id=bundle.resolve().name,
             manifest_sha256=hash_file(bundle / MANIFEST_NAME),
             noise=noise,
@@ -186,11 +187,11 @@ class _Loader:
     def load_teacher(self, folder: Path, student: ServedModel | None) -> ServedModel:
         stream = self._open_stream(Role.TEACHER)
         with _loading(folder):
+            tokenizer = Tokenizer.load(folder)
             engine, noise = self._build_engine(
                 Role.TEACHER, self._teacher_backend(folder, stream), folder, stream
             )
         # One vocabulary, one tokenizer: both models must see the very same prompt.
-        tokenizer = Tokenizer.load(folder)
         if student is not None and tokenizer.hash == student.tokenizer.hash:
             tokenizer = student.tokenizer
         return ServedModel(Role.TEACHER, engine, tokenizer, noise=noise)
@@ -291,6 +292,7 @@ class _Loader:
 
         from serve.torch_backend import TorchBackend
 
+        check_indices(folder)
         torch.set_num_threads(self.num_threads)
         return TorchBackend.load(
             folder,
@@ -334,22 +336,35 @@ def count_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 @contextmanager
 def _loading(folder: Path) -> Iterator[None]:
-    """Say which model a runtime refused; it says why."""
+    """Say which model could not be loaded, and why, in one line."""
     try:
         yield
+    except UserError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot load {folder}: {error}") from error
+        raise UserError(one_line(f"cannot load {folder}: {error}")) from error
+    # Each library has errors of its own, some of no other kind than Exception; and a file that is
+    # not what a library expects may break it anywhere.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(one_line(f"cannot load {folder}: {reason}")) from error
 
 
 def read_eos_token_ids(folder: Path) -> frozenset[int]:
     """Return `eos_token_id` (an id or a list of them) of generation_config.json, else config.json.
 
     Raises:
-        ValueError: neither file names one, so that no completion would ever end.
+        ValueError: neither file names one, or it is no token id: no completion would ever end.
     """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         ids = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.exists() else None
-        if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
+        if ids is None:
+            continue
+        listed = ids if isinstance(ids, list) else [ids]
+        if not listed or not all(type(token_id) is int and token_id >= 0 for token_id in listed):
+            raise ValueError(
+                f"{path}: eos_token_id {ids!r} is neither a token id nor a list of them"
+            )
+        return frozenset(listed)
     raise ValueError(f"{folder}: neither generation_config.json nor config.json has eos_token_id")

@@ -103,7 +103,10 @@ class TorchBackend:
         max_model_len: int,
         enable_cuda_graphs: bool = True,
     ) -> TorchBackend:
-        """Load a transformers folder. Raises ValueError when the architecture is not supported."""
+        """Load a transformers folder, its safetensors alone.
+
+        Raises ValueError when the architecture is not supported, and OSError without safetensors.
+        """
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         check_supported(config)
         if max_model_len > config.max_position_embeddings:
@@ -111,7 +114,9 @@ class TorchBackend:
                 f"max_model_len {max_model_len} exceeds the {config.max_position_embeddings} "
                 f"positions of {path}"
             )
-        model = AutoModel.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        model = AutoModel.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
         return cls.take(
             model,
             device=device,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import torch
 import trustme
 from prometheus_client import CollectorRegistry
+from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tandem
@@ -66,6 +69,13 @@ def test_eos_comes_from_the_generation_config_first(
 def test_model_without_an_eos_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="eos_token_id"):
+        read_eos_token_ids(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["2", [], [[2]], True, -1, {"2": 0}])
+def test_eos_that_is_no_token_is_refused(tmp_path: Path, value: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ValueError, match=r"config.json: eos_token_id .* is neither a token id"):
         read_eos_token_ids(tmp_path)
 
 
@@ -409,3 +419,51 @@ def test_what_cannot_be_served_is_a_user_error(
 ) -> None:
     with pytest.raises(UserError, match=text):
         load(**{"bundle": bundle, **settings})
+
+
+def name_weights_elsewhere(folder: Path) -> None:
+    outside = folder.parent / "outside.safetensors"
+    (folder / "model.safetensors").rename(outside)
+    with safe_open(outside, "pt") as weights:
+        names = dict.fromkeys(weights.keys(), f"../{outside.name}")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def pickle_weights(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (name_weights_elsewhere, "names weights elsewhere: '../outside.safetensors'"),
+        (pickle_weights, "cannot load .*no file named model.safetensors"),
+        (write("tokenizer.json", "{"), "cannot load .*Exception: EOF while parsing"),
+        (write("tokenizer_config.json", "[]"), "cannot load .*AttributeError: 'list' object"),
+        (write("chat_template.jinja", "{% if"), "cannot load .*TemplateSyntaxError: unexp"),
+        (write("model.safetensors", "\xff" * 99), "cannot load .*SafetensorError: "),
+        (write("generation_config.json", "[" * 10**5), "cannot load .*(nested|recursion)"),
+    ],
+)
+def test_model_that_is_damaged_or_leaves_its_folder_is_refused_in_one_line(
+    bundle: Path, tmp_path: Path, damage: Callable[[Path], object], text: str
+) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(bundle / "student", folder)
+    damage(folder)
+    with pytest.raises(UserError, match=text) as caught:
+        load(bundle, teacher=folder)
+    assert str(caught.value).isprintable()
+
+
+def test_graph_that_is_none_is_refused_in_one_line(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(bundle / "student", folder)
+    (folder / "model.onnx").write_text("not a graph")
+    with pytest.raises(UserError, match=r"cannot load .*teacher: DecodeError: Error parsing"):
+        load(bundle, teacher=folder, teacher_backend="onnx")
