@@ -22,10 +22,12 @@ def training_device() -> torch.device:
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device | None = None) -> Any:
-    """Return the model of a transformers folder, on the CPU by default."""
+    """Return the model of a transformers folder, its safetensors alone; on the CPU by default."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, trust_remote_code=False, use_safetensors=True
+    )
     return model.eval().to(device or "cpu")
 
 

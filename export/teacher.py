@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from bundle.errors import UserError
 from bundle.hashing import hash_file, hash_json, hash_weights
 from bundle.manifest import TeacherReference
+from bundle.verify import LEADS_OUT, check_indices
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -159,7 +160,10 @@ def open_folder(folder: Path, source: str) -> TeacherFolder:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise TeacherError unless the folder holds safetensors, a fast tokenizer and no code."""
+    """Raise TeacherError unless the folder holds safetensors, a fast tokenizer and no code.
+
+    BundleError when an index of weights names files elsewhere, which no hash would cover.
+    """
     names = {path.name for path in folder.iterdir()}
     pickled = sorted(name for name in names if Path(name).suffix in PICKLED_SUFFIXES)
     if pickled:
@@ -170,24 +174,35 @@ def check_folder(folder: Path) -> None:
     if missing:
         raise TeacherError(f"{folder} lacks {', '.join(missing)}: {ALLOWED_SPECS}")
     for name in ("config.json", "tokenizer_config.json"):
-        if name in names and "auto_map" in _read_json(folder / name):
-            raise TeacherError(f"{folder / name} has 'auto_map': models with own code are refused")
+        config = _read_json(folder / name) if name in names else {}
+        for key in sorted(LEADS_OUT.keys() & config.keys()):
+            raise TeacherError(f"{folder / name} has {key!r}, which {LEADS_OUT[key]}")
+    check_indices(folder)
 
 
 def count_parameters(weights: Sequence[Path]) -> tuple[int, str]:
     """Return how many numbers the safetensors files hold and their most frequent dtype ("F32").
 
-    Reads the headers only: 8 bytes of length, then JSON.
+    TeacherError when a file is none.
     """
     numbers_by_dtype: dict[str, int] = {}
     for path in weights:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        for tensor in header.values():
+        for tensor in _read_header(path):
             count = functools.reduce(int.__mul__, tensor["shape"], 1)
             numbers_by_dtype[tensor["dtype"]] = numbers_by_dtype.get(tensor["dtype"], 0) + count
     return sum(numbers_by_dtype.values()), max(numbers_by_dtype, key=lambda d: numbers_by_dtype[d])
+
+
+def _read_header(path: Path) -> list[dict[str, Any]]:
+    """Return dtype and shape of the tensors of a safetensors file, without reading them."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+            return [{"dtype": part.get_dtype(), "shape": part.get_shape()} for part in slices]
+    except (SafetensorError, OSError) as error:
+        raise TeacherError(f"{path} cannot be read as safetensors: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import zipfile
 from pathlib import Path
@@ -7,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGUFWriter, TokenType
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as torch_save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
+from bundle.errors import BundleError
 from bundle.hashing import hash_file
 from export.teacher import (
     TeacherError,
@@ -318,6 +322,11 @@ def test_sharded_weights_are_counted_and_hashed_together(tmp_path: Path) -> None
     assert two.weights_sha256 != one.weights_sha256
 
 
+def test_numbers_that_numpy_does_not_know_are_counted(tmp_path: Path) -> None:
+    torch_save_file({"w": torch.zeros(2, 3, dtype=torch.bfloat16)}, tmp_path / "w.safetensors")
+    assert count_parameters([tmp_path / "w.safetensors"]) == (6, "BF16")
+
+
 def test_scalar_counts_as_one_parameter(tmp_path: Path) -> None:
     save_file({"v": np.zeros((), np.float32)}, tmp_path / "w.safetensors")
     assert count_parameters([tmp_path / "w.safetensors"]) == (1, "F32")
@@ -328,6 +337,7 @@ def test_scalar_counts_as_one_parameter(tmp_path: Path) -> None:
     [
         ({"config.json": '{"auto_map": {}}'}, "config.json has 'auto_map'"),
         ({"tokenizer_config.json": '{"auto_map": {}}'}, "tokenizer_config.json has 'auto_map'"),
+        ({"config.json": '{"transformers_weights": "../w"}'}, "names other weights than"),
         ({"pytorch_model.bin": ""}, "holds pickles.*pytorch_model.bin"),
         ({"model.pt": ""}, "holds pickles.*model.pt"),
         ({"config.json": "{"}, "config.json is not JSON"),
@@ -338,6 +348,23 @@ def test_unsafe_folder_is_refused(tmp_path: Path, files: dict[str, str], message
     folder = write_folder(tmp_path / "model", **files)
     with pytest.raises(TeacherError, match=message):
         resolve_teacher(str(folder), tmp_path)
+
+
+def test_index_that_names_weights_elsewhere_is_refused(tmp_path: Path) -> None:
+    index = json.dumps({"weight_map": {"a": "../outside.safetensors"}})
+    folder = write_folder(tmp_path / "model", **{"model.safetensors.index.json": index})
+    with pytest.raises(BundleError, match=r"names weights elsewhere: '../outside.safetensors'"):
+        resolve_teacher(str(folder), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{}", b"\xff" * 8 + b"{}", (99).to_bytes(8, "little") + b"{}", b"\0" * 8]
+)
+def test_weights_with_a_damaged_header_are_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(TeacherError, match=r"w.safetensors cannot be read as safetensors: "):
+        count_parameters([path])
 
 
 def test_incomplete_folder_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
