@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -30,6 +31,10 @@ from serve.config import ServeConfig
 from serve.remote_address import is_remote
 
 ENV_PREFIX = "TANDEM_"
+
+
+# YAML refuses these, or takes them for line ends; within quotes their escapes are read.
+_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]")
 
 
 class SettingsError(UserError):
@@ -223,7 +228,8 @@ def _nearest(name: str) -> str:
 
 def to_json(value: Any) -> str:
     """Return a value on one line, which YAML reads as the same."""
-    return json.dumps(value, ensure_ascii=False, default=_plain)
+    text = json.dumps(value, ensure_ascii=False, default=_plain)
+    return _NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _plain(value: object) -> object:

@@ -231,6 +231,13 @@ def test_file_that_is_no_mapping_of_settings_is_refused(
     assert re.search(message, refusal(file)) and str(file) in refusal(file)
 
 
+def test_characters_that_yaml_refuses_are_printed_escaped(tmp_path: Path) -> None:
+    name = "a\x7f\x85\u2028\ufeff\uffffé"
+    printed = load_settings({"bundle": f"/{name}"}, {}, None).to_yaml()
+    file = write(tmp_path / "s.yaml", printed)
+    assert load_settings({}, {}, file).config.bundle == Path(f"/{name}")
+
+
 def test_variable_that_is_nested_too_deeply_is_refused() -> None:
     assert "TANDEM_TASKS: " in refusal(environ={"TANDEM_TASKS": "[" * 100_000})[:100]
 
