@@ -1,14 +1,14 @@
 """Servers as `tests.faults.served` that are broken on purpose, for rows that must object to them.
 
-FAULTS_BROKEN=memory python -m tests.faults.broken serve --bundle unused --port 0
+FAULTS_BROKEN=leaks python -m tests.faults.broken serve --bundle unused --port 0
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
@@ -20,14 +20,13 @@ from tests.faults import served
 
 BROKEN = "FAULTS_BROKEN"
 _LEAKED_BYTES = 512 << 10
-_SLOW_S = 0.1
 
 
 def main() -> None:
     """Break what the environment names, and serve."""
-    method, broken = _BUILDS[os.environ[BROKEN]]
-    kind, name = method.rsplit(".", 1)
-    with patch(f"{kind}.{name}", broken):
+    with ExitStack() as stack:
+        for name, broken in _BUILDS[os.environ[BROKEN]].items():
+            stack.enter_context(patch(name, broken))
         served.main()
 
 
@@ -69,26 +68,15 @@ def _leaking_queue() -> Callable[..., None]:
     return leak
 
 
-def _slow_refusals() -> Callable[..., None]:
-    """Every refusal holds up the loop."""
-    enqueue = Engine._enqueue
-
-    def refuse(engine: Engine, count: int, command: Callable[[], None]) -> None:
-        try:
-            enqueue(engine, count, command)
-        except QueueFullError:
-            time.sleep(_SLOW_S)
-            raise
-
-    return refuse
-
-
-_BUILDS: Mapping[str, tuple[str, Callable[..., Any]]] = {
-    "memory": ("serve.engine.Engine.submit", _leaking_memory()),
-    "tasks": ("serve.coordinator.Coordinator.answer", _leaking_tasks()),
-    "queue": ("serve.engine.Engine._enqueue", _leaking_queue()),
-    "slow": ("serve.engine.Engine._enqueue", _slow_refusals()),
-    "bare": ("serve.statuses._retry_after_s", lambda error: None),
+_BUILDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    "leaks": {
+        "serve.engine.Engine.submit": _leaking_memory(),
+        "serve.coordinator.Coordinator.answer": _leaking_tasks(),
+    },
+    "refusals": {
+        "serve.engine.Engine._enqueue": _leaking_queue(),
+        "serve.statuses._retry_after_s": lambda error: None,
+    },
 }
 
 if __name__ == "__main__":

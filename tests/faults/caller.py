@@ -84,8 +84,8 @@ class Caller:
 
     def _with_id(self, template: AnyRequest) -> AnyRequest:
         self._num_sent += 1
-        request = type(template)(request_id=f"{self.name}-{self._num_sent}")
-        request.MergeFrom(template)
+        request = type(template).FromString(template.SerializeToString())
+        request.request_id = f"{self.name}-{self._num_sent}"
         return request
 
     async def _call(self, client: AsyncClient, rng: random.Random, request: AnyRequest) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -133,7 +134,7 @@ def overloadable(folder: Path) -> ServedProcess:
 
 def requests(sampling: pb.SamplingParams = SAMPLING) -> Iterator[pb.GenerateRequest]:
     """Yield requests without end, of few kinds, each under an id of its own."""
-    fields = {
+    fields: dict[str, Any] = {
         "route": pb.ROUTE_STUDENT,
         "sampling": sampling,
         "output": pb.OutputOptions(stream=False),

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from serve.client import AsyncClient
 from tests.faults.calls import Outcome, call_in_turns, codes, quiet_collector
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import requests_of
+from tests.faults.served import leaks
 from tests.faults.tiny import tiny_student
 
 NUM_KILLS = {Size.CI: 1, Size.FULL: 30}
@@ -87,11 +89,11 @@ def run(size: Size) -> RowResult:
 @contextmanager
 def proxied(servers: list[TandemProcess], folder: Path) -> Iterator[tuple[str, str]]:
     """Yield what stands before two servers, and its address."""
-    addresses = [server.address for server in servers]
+    stable, canary = (server.address for server in servers)
     if find_envoy() is None:
-        yield "none, both addresses at the client", f"ipv4:{','.join(addresses)}"
+        yield "none, both addresses at the client", f"ipv4:{stable},{canary}"
         return
-    envoy = EnvoyProcess(folder, ENVOY_CONFIG.read_text(), *addresses, EVEN)
+    envoy = EnvoyProcess(folder, ENVOY_CONFIG.read_text(), stable, canary, EVEN)
     try:
         yield "Envoy", envoy.address
     finally:
@@ -100,7 +102,7 @@ def proxied(servers: list[TandemProcess], folder: Path) -> Iterator[tuple[str, s
 
 def requests(prefix: str = "killed-") -> Iterator[pb.GenerateRequest]:
     """Yield seeded calls whose first response is their end."""
-    fields = {
+    fields: dict[str, Any] = {
         "route": pb.ROUTE_STUDENT,
         "sampling": SAMPLING,
         "output": pb.OutputOptions(stream=False),

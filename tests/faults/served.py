@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import grpc
 import torch
 from prometheus_client import Gauge
 
 import tandem
 from bench.proxy_processes import TandemProcess
+from loadtest.journal import OK
+from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client
 from serve.config import ServeConfig
 from serve.engine import Engine
@@ -111,9 +114,18 @@ def leaks(process: TandemProcess, before: Mapping[str, float], **fields: Any) ->
     while (found := _more(before, holdings(process))) and time.monotonic() < until_s:
         time.sleep(0.05)
     with Client(process.address, timeout_s=30, max_attempts=1) as client:
-        for request in requests_of(20, seed=99, **fields):
-            client.generate(request).result()
+        codes = [_code(client, request) for request in requests_of(20, seed=99, **fields)]
+    if bad := [code for code in codes if code != OK]:
+        found.append(f"{len(bad)} of 20 requests afterwards failed: {sorted(set(bad))}")
     return found
+
+
+def _code(client: Client, request: pb.GenerateRequest) -> str:
+    try:
+        client.generate(request).result()
+    except grpc.RpcError as error:
+        return error.code().name
+    return OK
 
 
 def _more(before: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
