@@ -424,6 +424,7 @@ class Engine:
         logits = self._attempt(self._runner.decode)
         if logits is None:
             self._give_up(_expendable(running))
+            self._scheduler.admit_no_more()  # or the next ones would end others in turn
             return
         self._accept(running, logits)
         self._finish_step("decode", len(logits), started_s)

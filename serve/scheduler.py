@@ -86,6 +86,7 @@ class Scheduler:
 
     def __init__(self, max_num_seqs: int, max_chunk_tokens: int) -> None:
         self.max_num_seqs = max_num_seqs
+        self._max_active = max_num_seqs
         self.max_chunk_tokens = max_chunk_tokens
         self.waiting: deque[Sequence] = deque()
         self.prefilling: deque[LongPrompt] = deque()
@@ -100,6 +101,10 @@ class Scheduler:
     def num_active(self) -> int:
         return len(self.running) + len(self.prefilling)
 
+    def admit_no_more(self) -> None:
+        """Keep to as many sequences as there are now, one at least, until there are none."""
+        self._max_active = max(self.num_active, 1)
+
     def admit(
         self, max_batch_tokens: int, count_cached: CountCached = lambda group: 0
     ) -> Admission:
@@ -110,12 +115,14 @@ class Scheduler:
         `max_batch_tokens`, but always takes the first.
         """
         admission = Admission()
+        if self.num_active == 0:
+            self._max_active = self.max_num_seqs
         # By group: the sequence to fork from; None while a long prompt is entering.
         holders: dict[int, Sequence | None] = {id(p.sequence.group): None for p in self.prefilling}
         holders |= {id(s.group): s for s in self.running}
         overtaken: list[Sequence] = []
         while self.waiting and len(overtaken) < MAX_OVERTAKEN:
-            if self.num_active + len(admission) == self.max_num_seqs:
+            if self.num_active + len(admission) >= self._max_active:
                 break
             way = self._way_in(self.waiting[0], holders, count_cached)
             if way is _Way.PREFILL and not _fits(

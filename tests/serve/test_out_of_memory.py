@@ -182,7 +182,9 @@ def test_prompt_that_there_is_no_memory_for_ends_its_request_alone(
     assert got == [*expected[:2], [None, None], *expected[2:]]
 
 
-def test_decode_step_without_memory_ends_the_youngest(make_engine: Callable[..., Engine]) -> None:
+def test_decode_step_without_memory_ends_the_youngest_and_lets_nobody_in_its_place(
+    make_engine: Callable[..., Engine],
+) -> None:
     expected = answers(make_engine(), PROMPTS)
     engine = make_engine(lambda lengths, tokens: max(lengths) > 1 or len(lengths) <= 4)
     ended = [submit(engine, PROMPTS[0])]
@@ -191,11 +193,10 @@ def test_decode_step_without_memory_ends_the_youngest(make_engine: Callable[...,
         ended.append(submit(engine, prompt))
     run(engine)
     reasons = [{event.finish_reason for event in events} for events in ended]
-    assert reasons[:2] == [{FinishReason.LENGTH}] * 2
-    assert FinishReason.ERROR in reasons[2] and reasons[3] == {FinishReason.ERROR}
-    assert [sorted(e.token_ids for e in events) for events in ended[:2]] == [
-        sorted(tokens) for tokens in expected[:2]
-    ]
+    length, error = {FinishReason.LENGTH}, {FinishReason.ERROR}
+    assert reasons == [length, length, error, length]
+    for place in (0, 1, 3):
+        assert sorted(event.token_ids for event in ended[place]) == sorted(expected[place])
 
 
 @pytest.mark.parametrize("in_one_pass", [True, False])

@@ -66,6 +66,20 @@ def test_no_more_run_than_there_are_rows() -> None:
     assert scheduler.admit().admitted == []
 
 
+def test_no_more_are_admitted_until_all_have_ended() -> None:
+    scheduler = make(4, 100)
+    waiting(scheduler, 1, 1)
+    scheduler.admit()
+    scheduler.admit_no_more()
+    waiting(scheduler, *[1] * 6)
+    assert scheduler.admit().admitted == []
+    scheduler.retire(scheduler.running[:1])
+    assert len(scheduler.admit()) == 1
+    scheduler.retire(list(scheduler.running))
+    scheduler.admit_no_more()
+    assert len(scheduler.admit()) == 4
+
+
 @pytest.mark.parametrize(
     ("prompt_lengths", "num_admitted"),
     [
