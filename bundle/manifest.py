@@ -35,7 +35,7 @@ SCHEMA_VERSION: Final = 1
 # A manifest has some hundred bytes a file.
 MAX_MANIFEST_BYTES = 16 << 20
 
-_END = "\n}"
+_END = b"\n}"
 _SEAL = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n')
 _NUM_SEAL_BYTES = len(',\n  "sha256": ""\n}\n') + 64
 
@@ -243,15 +243,15 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
-def seal(text: str) -> bytes:
-    """Return a JSON object's text with its SHA-256 as the last field.
+def seal(text: bytes) -> bytes:
+    """Return a JSON object's text, which ends with a line of its own, sealed by its SHA-256.
 
-    >>> seal('{\\n  "a": 1\\n}')[:29]
-    b'{\\n  "a": 1,\\n  "sha256": "8164'
+    >>> seal(b'{"a": 1\\n}')[:22]
+    b'{"a": 1,\\n  "sha256": "'
     """
     assert text.endswith(_END), text[-10:]
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return f'{text.removesuffix(_END)},\n  "sha256": "{sha256}"\n}}\n'.encode()
+    sha256 = hashlib.sha256(text).hexdigest()
+    return text.removesuffix(_END) + f',\n  "sha256": "{sha256}"\n}}\n'.encode()
 
 
 def _unseal(path: Path, data: bytes) -> bytes:
@@ -263,7 +263,7 @@ def _unseal(path: Path, data: bytes) -> bytes:
             f"{path} does not end with its own sha256: export the bundle again (what is finished "
             "is kept)"
         )
-    text = data[:-_NUM_SEAL_BYTES] + _END.encode()
+    text = data[:-_NUM_SEAL_BYTES] + _END
     sha256 = hashlib.sha256(text).hexdigest()
     if sha256 != found[1].decode():
         raise BundleError(
@@ -283,7 +283,7 @@ def write_manifest(bundle: Path, manifest: Manifest) -> Path:
     descriptor, temporary = tempfile.mkstemp(prefix=f".{MANIFEST_NAME}.", dir=bundle)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(seal(manifest.model_dump_json(indent=2)))
+            file.write(seal(manifest.model_dump_json(indent=2).encode()))
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)  # mkstemp makes it 0600; the server may be another user

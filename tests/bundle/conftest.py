@@ -94,6 +94,6 @@ def edit_manifest(bundle: Path) -> Edit:
         raw = json.loads(path.read_text())
         del raw["sha256"]
         change(raw)
-        path.write_bytes(seal(json.dumps(raw, indent=2)))
+        path.write_bytes(seal(json.dumps(raw, indent=2).encode()))
 
     return edit

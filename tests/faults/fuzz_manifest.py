@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bundle.errors import BundleError
-from bundle.manifest import MANIFEST_NAME
+from bundle.manifest import MANIFEST_NAME, seal
 from bundle.verify import verify_bundle
 
 GRAPH, CONTENT = "onnx/fp32/model.onnx", b"graph"
@@ -20,7 +20,15 @@ _SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 def check(data: bytes) -> None:
-    """Write the bytes as the manifest of a folder with one file; raises where that goes wrong."""
+    """Write the bytes as the manifest of a folder with one file; raises where that goes wrong.
+
+    As they are, and sealed: what was changed after it was sealed gets no further than that.
+    """
+    for text in (data, seal(data.rstrip().removesuffix(b"}").rstrip() + b"\n}")):
+        _check(text)
+
+
+def _check(data: bytes) -> None:
     path = _bundle() / MANIFEST_NAME
     path.write_bytes(data)
     try:
