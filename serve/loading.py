@@ -128,16 +128,17 @@ def choose_device(asked: Device, runtimes: Set[str]) -> str:
 
 
 def _why_no_cuda(runtime: str) -> str:
-    if runtime == "torch":
-        import torch
+    import torch
 
-        return "" if torch.cuda.is_available() else "torch finds no CUDA device"
-    import onnxruntime  # type: ignore[import-untyped, unused-ignore]
+    if runtime == "onnx":
+        import onnxruntime  # type: ignore[import-untyped, unused-ignore]
 
-    available = onnxruntime.get_available_providers()
-    if "CUDAExecutionProvider" in available:
-        return ""
-    return f"onnxruntime has {', '.join(available)} and not CUDAExecutionProvider (extra `gpu`)"
+        providers = onnxruntime.get_available_providers()
+        if "CUDAExecutionProvider" not in providers:
+            names = ", ".join(providers)
+            return f"onnxruntime has {names} and not CUDAExecutionProvider (extra `gpu`)"
+    # The provider says what was built in, not that there is a device; streams are torch's anyway.
+    return "" if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
 @dataclass(frozen=True, slots=True)

@@ -365,7 +365,8 @@ def set_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("auto", True, True, {"torch", "onnx"}, "cuda"),
         ("auto", True, False, {"torch", "onnx"}, "cpu"),
         ("auto", False, True, {"torch", "onnx"}, "cpu"),
-        ("auto", False, True, {"onnx"}, "cuda"),
+        ("auto", False, True, {"onnx"}, "cpu"),
+        ("auto", True, True, {"onnx"}, "cuda"),
         ("cuda", True, False, {"torch"}, "cuda"),
     ],
 )
@@ -377,18 +378,19 @@ def test_device_is_one_that_every_runtime_can_use(
 
 
 @pytest.mark.parametrize(
-    ("torch_has", "onnx_has", "text"),
+    ("torch_has", "onnx_has", "runtimes", "text"),
     [
-        (False, True, "torch finds no CUDA device"),
-        (True, False, "has CPUExecutionProvider and not CUDA"),
+        (False, True, {"torch", "onnx"}, "torch finds no CUDA device"),
+        (False, True, {"onnx"}, "torch finds no CUDA device"),
+        (True, False, {"torch", "onnx"}, "has CPUExecutionProvider and not CUDA"),
     ],
 )
 def test_missing_cuda_is_no_reason_to_use_the_cpu(
-    set_cuda: Any, torch_has: bool, onnx_has: bool, text: str
+    set_cuda: Any, torch_has: bool, onnx_has: bool, runtimes: set[str], text: str
 ) -> None:
     set_cuda(torch_has=torch_has, onnx_has=onnx_has)
     with pytest.raises(DeviceMissingError, match=text):
-        choose_device("cuda", {"torch", "onnx"})
+        choose_device("cuda", runtimes)
 
 
 def test_missing_cuda_ends_the_command_with_3_and_one_line(
