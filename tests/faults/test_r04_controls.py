@@ -14,15 +14,15 @@ from tests.faults.result import RowResult, Size
 
 
 def test_clients_without_a_budget_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the budget that ships 200 calls come to 3.5 attempts each at most."""
+    """With the budget that ships 400 calls come to 900 attempts at most."""
     config = json.loads(channel.service_config(channel.MAX_ATTEMPTS))
     del config["retryThrottling"]
     monkeypatch.setattr(channel, "service_config", lambda max_attempts: json.dumps(config))
-    monkeypatch.setitem(r04_retry_storm.NUM_CALLS, Size.CI, 200)
+    monkeypatch.setitem(r04_retry_storm.NUM_CALLS, Size.CI, 400)
     # So short that they are over before the first comes again.
     monkeypatch.setattr(r04_retry_storm, "OVERLOAD", 20.0)
     result = r04_retry_storm.run(Size.CI)
-    assert result.measured["amplification"] > r04_retry_storm.MAX_AMPLIFICATION
+    assert result.measured["num_retries"] > 600, result.measured
     assert any("attempts for a call" in problem for problem in result.problems)
 
 
