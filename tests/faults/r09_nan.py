@@ -8,9 +8,8 @@ afterwards may notice. At the size of the tests that is torch alone, otherwise o
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,12 +18,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loadtest.journal import OK, read_journal
+from loadtest.journal import OK
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.engine import Engine
 from serve.onnx_backend import OnnxBackend
 from serve.sequence import Event, FinishedEvent, FinishReason, GenerationRequest, SamplingParams
 from serve.torch_backend import TorchBackend
+from tests.faults.answers import answers_of, codes_of
 from tests.faults.faulty import quiet_log
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of
@@ -73,7 +73,7 @@ def run(size: Size) -> RowResult:
         result.add(rig.ledger(journal, reference))
         _switch(rig, is_on=False)
         result.leaks = rig.leaks()
-        _judge(result, requests, _by_id(journal), _by_id(reference))
+        _judge(result, requests, journal, reference)
     for backend in _real_backends(size):
         _spoil_a_real_one(result, backend, NUM_ROUNDS[size])
     return result
@@ -95,41 +95,25 @@ def _switch(rig: Rig, *, is_on: bool) -> None:
         backend.is_on = is_on
 
 
-def _by_id(journal: Path) -> dict[str, list[dict[str, Any]]]:
-    found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for event in read_journal([journal]):
-        found[event["id"]].append(event)
-    return found
-
-
 def _judge(
-    result: RowResult,
-    requests: Sequence[pb.GenerateRequest],
-    spoiled: dict[str, list[dict[str, Any]]],
-    reference: dict[str, list[dict[str, Any]]],
+    result: RowResult, requests: Sequence[pb.GenerateRequest], journal: Path, reference: Path
 ) -> None:
     """Hold the codes of the spoiled requests, and all that the others brought, to the targets."""
-    is_marked = {r.request_id: r.prompt_token_ids.ids[0] == MARK for r in requests}
-    codes = {name: {i: e[-1]["code"] for i, e in spoiled.items() if is_marked[i] is marked}
-             for name, marked in (("spoiled", True), ("good", False))}  # fmt: skip
-    failed = [i for i, code in codes["spoiled"].items() if code == "INTERNAL"]
-    other = {code for code in codes["spoiled"].values() if code not in (OK, "INTERNAL")}
-    different = [i for i in codes["good"] if _answer(spoiled[i]) != _answer(reference[i])]
+    ended, answers, expected = codes_of(journal), answers_of(journal), answers_of(reference)
+    spoiled = [r.request_id for r in requests if r.prompt_token_ids.ids[0] == MARK]
+    good = ended.keys() - set(spoiled)
+    codes = Counter(ended[request_id] for request_id in spoiled)
+    different = sorted(i for i in good if answers[i] != expected[i])
     result.measured = {
-        "num_spoiled": len(codes["spoiled"]),
-        "num_failed": len(failed),
-        "num_good": len(codes["good"]),
+        "num_spoiled": len(spoiled),
+        "num_failed": codes["INTERNAL"],
+        "num_good": len(good),
         "num_good_that_differ": len(different),
     }
-    result.demand(len(failed) * 3 > len(codes["spoiled"]), f"only {len(failed)} requests failed")
-    result.demand(not other, f"spoiled requests ended with {sorted(other)}")
+    result.demand(codes["INTERNAL"] * 3 > len(spoiled), f"only {codes['INTERNAL']} failed")
+    odd = set(codes) - {OK, "INTERNAL"}
+    result.demand(not odd, f"spoiled requests ended with {sorted(odd)}")
     result.demand(not different, f"{len(different)} batch mates differ: {different[:5]}")
-
-
-def _answer(events: list[dict[str, Any]]) -> list[str]:
-    """Return an answer to its last bit, the samples in their order."""
-    kept = [event for event in events if event["event"] in ("sample", "usage", "end")]
-    return sorted(json.dumps(event, sort_keys=True) for event in kept)
 
 
 # -- real models --------------------------------------------------------------------------------
