@@ -9,7 +9,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -152,6 +152,36 @@ async def run_arm(job: ArmJob, on_chunk: OnChunk) -> ArmResult:
     samples = await _Drawing(job, on_chunk).run()
     _check_any(samples)
     return await _scored(job, samples)
+
+
+async def run_arm_or_spare(
+    make_spare: Callable[[], Awaitable[ArmJob]], job: ArmJob, on_chunk: OnChunk
+) -> ArmResult:
+    """As `run_arm`; where its model is lost before a token was shown, the spare one answers."""
+    is_seen = False
+
+    def on_seen_chunk(chunk: Chunk) -> None:
+        nonlocal is_seen
+        is_seen = job.spec.output.stream
+        on_chunk(chunk)
+
+    result, error = None, None
+    try:
+        result = await run_arm(job, on_seen_chunk)
+    except EngineStoppedError as stopped:
+        error = stopped
+    if not is_seen and (result is None or _is_cut_off(result)):
+        spare = await make_spare()
+        if spare.model.is_alive:
+            return await run_arm(spare, on_chunk)
+    if result is None:
+        assert error is not None
+        raise error
+    return result
+
+
+def _is_cut_off(result: ArmResult) -> bool:
+    return any(sample.finish_reason is FinishReason.SHUTDOWN for sample in result.samples)
 
 
 async def run_second_arm(job: ArmJob, on_chunk: OnChunk) -> ArmResult:

@@ -10,11 +10,12 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from serve.admission import check_capacity, check_context, tokenize, tokenize_completions
 from serve.agreement import Agreement, Case, Judge
-from serve.arms import ArmJob, ArmResult, OnChunk, run_arm, run_second_arm
+from serve.arms import ArmJob, ArmResult, OnChunk, run_arm, run_arm_or_spare, run_second_arm
 from serve.comparison import CompletionScore, score_with_models
 from serve.errors import AbortedError, DrainingError, UnknownRequestError
 from serve.mailbox import Mailbox
@@ -153,10 +154,11 @@ class Coordinator:
             TandemError: the request cannot be served, or its first model failed.
         """
         with self._admitted(spec.request_id) as key:
-            first, *others = await self._jobs(spec, _Terms(key, tenant, deadline_s))
+            terms = _Terms(key, tenant, deadline_s)
+            first, *others = await self._jobs(spec, terms)
             case = Case(tenant, deadline_s)
             arms_to_run = [
-                self._run(run_arm, first, on_chunk, on_arm, case),
+                self._run(self._first_run(first, terms), first, on_chunk, on_arm, case),
                 *(self._run(run_second_arm, job, on_chunk, on_arm, case) for job in others),
             ]
             async with running(*arms_to_run) as tasks:
@@ -164,7 +166,8 @@ class Coordinator:
             agreement = await self._judge.judge(spec.evaluation, arms, case)
         if agreement is not None:
             self._metrics.on_agreement(agreement, spec.evaluation.task)
-        self._shadow(first, arms[0])
+        if arms[0].role is first.model.role:
+            self._shadow(first, arms[0])
         return Answer(arms, agreement)
 
     async def score(
@@ -225,24 +228,33 @@ class Coordinator:
             spec.divergence.enabled, self.engines, exactly=spec.divergence.exact
         )
         check_capacity(spec.sampling.num_samples, self.limits)
-        jobs = []
-        for model in models:
-            prompt = await _tokenize(spec.prompt, model.tokenizer)
-            check_context(len(prompt), spec.sampling.max_tokens, self.limits)
-            reference = self.engines.get(model.role.other) if is_scored else None
-            jobs.append(
-                ArmJob(
-                    key=f"{terms.key} {model.role.value}",
-                    cache_salt=_cache_salt(terms.tenant, spec.cache_salt),
-                    model=model,
-                    reference=reference,
-                    spec=spec,
-                    prompt_token_ids=prompt,
-                    deadline_s=terms.deadline_s,
-                    mailbox=self._mailbox,
-                )
-            )
-        return jobs
+        return [await self._job(spec, model, terms, is_scored=is_scored) for model in models]
+
+    async def _job(
+        self, spec: GenerationSpec, model: ServedModel, terms: _Terms, *, is_scored: bool
+    ) -> ArmJob:
+        prompt = await _tokenize(spec.prompt, model.tokenizer)
+        check_context(len(prompt), spec.sampling.max_tokens, self.limits)
+        return ArmJob(
+            key=f"{terms.key} {model.role.value}",
+            cache_salt=_cache_salt(terms.tenant, spec.cache_salt),
+            model=model,
+            reference=self.engines.get(model.role.other) if is_scored else None,
+            spec=spec,
+            prompt_token_ids=prompt,
+            deadline_s=terms.deadline_s,
+            mailbox=self._mailbox,
+        )
+
+    def _first_run(self, job: ArmJob, terms: _Terms) -> RunArm:
+        """Return how the first arm runs: where the server chose the model, with a spare one."""
+        if job.spec.route is not Route.AUTO or len(self.engines.loaded) < 2:
+            return run_arm
+        spare = self.engines.get(job.model.role.other)
+        is_scored = job.reference is not None
+        return partial(
+            run_arm_or_spare, lambda: self._job(job.spec, spare, terms, is_scored=is_scored)
+        )
 
     def _shadow(self, job: ArmJob, arm: ArmResult) -> None:
         """Have the other model score an answer of AUTO that nobody asked a divergence for."""

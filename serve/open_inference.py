@@ -228,7 +228,8 @@ class OpenInferenceService:
                             await write(oip.ModelStreamInferResponse(infer_response=response))
         except CallFailedError as failed:
             if isinstance(failed.__cause__, StalledError):
-                raise failed.__cause__ from None  # nothing can be written behind what the client left
+                # Nothing can be written behind what the client left.
+                raise failed.__cause__ from None
             await write(_to_error(source, failed.status))
 
     async def _stream_responses(

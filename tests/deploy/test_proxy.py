@@ -126,12 +126,10 @@ def test_killed_teacher_costs_no_primary_answer(servers: Servers, envoy_before: 
         servers.teacher.kill()
         for load in loads:
             load.wait_for_calls(60)
-    for load in loads[:2]:
+    for load in loads:
         assert load.codes() == {"OK": load.num_calls}
+    for load in loads[:2]:
         assert {outcome.has_divergences for outcome in load.outcomes} == {True, False}
-    # Of AUTO's own, what the teacher had begun to write ends where it was: SHUTDOWN, not an error.
-    codes = loads[2].codes()
-    assert set(codes) <= {"OK", "NO_ANSWER"} and codes["NO_ANSWER"] <= 16
     with pytest.raises(TimeoutError, match="did not find its teacher within"):
         wait_for_divergence(servers.stable.address, timeout_s=0.1)
     servers.teacher.start()

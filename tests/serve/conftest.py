@@ -67,6 +67,9 @@ class FakeBackend:
         self.may_run = threading.Event()
         self.may_run.set()
         self.is_asked = threading.Event()
+        # Before the step of this number, counted down, the model waits for `may_run`.
+        self.hold_after = 0
+        self.is_held = threading.Event()
 
     def forward(
         self,
@@ -76,6 +79,10 @@ class FakeBackend:
         logit_indices: Sequence[Sequence[int]] | None = None,
     ) -> torch.Tensor:
         self.is_asked.set()
+        self.hold_after -= 1
+        if self.hold_after == 0:
+            self.may_run.clear()
+            self.is_held.set()
         assert self.may_run.wait(30), "a test forgot to let the model run"
         if self.error is not None:
             raise self.error
