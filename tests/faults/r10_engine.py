@@ -41,10 +41,11 @@ from tests.faults.faulty import Break, FaultyBackend, fail, fail_once, hang, kil
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of
 
-NUM_REQUESTS = {Size.CI: 48, Size.FULL: 1000}  # for each fault and model
+NUM_REQUESTS = {Size.CI: 72, Size.FULL: 1000}  # for each fault and model
+NUM_CLIENTS = 8  # a failed step ends the calls of all at once, and others have to follow
 ROLES = {Size.CI: [Role.TEACHER], Size.FULL: list(Role)}
 NUM_TEMPLATES = 48
-FIRST_PASS = 15
+FIRST_PASS = 10
 MAX_STEP_S = 0.3
 MAX_READY_S = 1.0
 _SETTLE_S = 5.0
@@ -128,7 +129,7 @@ async def _drive_watched(
     seen: list[tuple[float, bool]] = []
     async with _watched(rig.server.address, seen):
         victim.arm(case.fault, FIRST_PASS)
-        await rig._drive(iter(requests), rig.folder / "broken.jsonl", 32, _send)
+        await rig._drive(iter(requests), rig.folder / "broken.jsonl", NUM_CLIENTS, _send)
         await asyncio.sleep(0.6)  # two looks of the server's
     return seen
 

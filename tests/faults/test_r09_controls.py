@@ -28,7 +28,7 @@ def r09(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def r10(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run R10 with one of its faults."""
-    monkeypatch.setitem(r10_engine.NUM_REQUESTS, Size.CI, 24)
+    monkeypatch.setitem(r10_engine.NUM_REQUESTS, Size.CI, 40)
     monkeypatch.setattr(r10_engine, "NUM_TEMPLATES", 24)
     monkeypatch.setattr(r10_engine, "FIRST_PASS", 6)
 
