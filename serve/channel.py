@@ -26,11 +26,17 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 # More than gRPC allows are cut to this by gRPC.
 MAX_ATTEMPTS = 5
 
-# Calls that may be sent again: a request id makes the first idempotent, the others only read.
+_INFERENCE, _CONTROL = "tandem.v1.InferenceService", "tandem.v1.ControlService"
+# Calls that may be sent again: a request id makes them idempotent, or they only read.
 _RETRIED: tuple[dict[str, str], ...] = (
-    {"service": "tandem.v1.InferenceService"},
-    {"service": "tandem.v1.ControlService", "method": "GetStatus"},
-    {"service": "tandem.v1.ControlService", "method": "GetPolicy"},
+    {"service": _INFERENCE},
+    {"service": _CONTROL, "method": "GetStatus"},
+    {"service": _CONTROL, "method": "GetPolicy"},
+)
+# Without Generate, whose synchronous streams `serve.retries` begins again.
+_RETRIED_SYNC: tuple[dict[str, str], ...] = (
+    *({"service": _INFERENCE, "method": name} for name in ("Compare", "Score", "GetModels")),
+    *_RETRIED[1:],
 )
 
 
@@ -90,19 +96,21 @@ class Endpoint:
     def open(self) -> grpc.Channel:
         """Return a channel that connects at its first call; OSError as `Tls.credentials`."""
         if self.tls is None:
-            return grpc.insecure_channel(self.target, self._options())
-        return grpc.secure_channel(self.target, self.tls.credentials(), self._options())
+            return grpc.insecure_channel(self.target, self._options(_RETRIED_SYNC))
+        options = self._options(_RETRIED_SYNC)
+        return grpc.secure_channel(self.target, self.tls.credentials(), options)
 
     def open_async(self) -> grpc.aio.Channel:
         """Do as `open`, for the running event loop."""
         if self.tls is None:
-            return grpc.aio.insecure_channel(self.target, self._options())
-        return grpc.aio.secure_channel(self.target, self.tls.credentials(), self._options())
+            return grpc.aio.insecure_channel(self.target, self._options(_RETRIED))
+        options = self._options(_RETRIED)
+        return grpc.aio.secure_channel(self.target, self.tls.credentials(), options)
 
-    def _options(self) -> list[tuple[str, str | int]]:
+    def _options(self, retried: tuple[dict[str, str], ...]) -> list[tuple[str, str | int]]:
         options: list[tuple[str, str | int]] = [
             *CHANNEL_OPTIONS,
-            ("grpc.service_config", service_config(self.max_attempts)),
+            ("grpc.service_config", service_config(self.max_attempts, retried)),
         ]
         if is_local(self.target):
             # Through a proxy, a loopback address would be the proxy's own.
@@ -112,7 +120,7 @@ class Endpoint:
         return options
 
 
-def service_config(max_attempts: int) -> str:
+def service_config(max_attempts: int, retried: tuple[dict[str, str], ...] = _RETRIED) -> str:
     """Return gRPC's service config as JSON: spread over all addresses, and retry within a budget.
 
     Retried are UNAVAILABLE and RESOURCE_EXHAUSTED, behind the server's grpc-retry-pushback-ms or
@@ -130,7 +138,7 @@ def service_config(max_attempts: int) -> str:
             "backoffMultiplier": 5,
             "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
         }
-        config["methodConfig"] = [{"name": _RETRIED, "retryPolicy": policy}]
+        config["methodConfig"] = [{"name": retried, "retryPolicy": policy}]
         config["retryThrottling"] = {"maxTokens": 1000, "tokenRatio": 0.1}
     return json.dumps(config)
 

@@ -35,6 +35,7 @@ from protos.tandem.v1.control_pb2_grpc import ControlServiceStub
 from protos.tandem.v1.inference_pb2_grpc import InferenceServiceStub
 from serve.channel import CHANNEL_OPTIONS, MAX_ATTEMPTS, Endpoint, Tls
 from serve.failures import explain, retry_delay_s, violations
+from serve.retries import Attempts, RetryBudget
 from serve.streams import AsyncGenerateStream, GenerateStream, Generation, IncompleteStreamError
 
 __all__ = [
@@ -72,6 +73,8 @@ class _Caller(ABC):
         """Prepare to connect; ValueError as `Endpoint`, OSError if a file of `tls` is not there."""
         endpoint = Endpoint(target, token, tls, max_attempts)
         self._timeout_s = timeout_s
+        self._max_attempts = max_attempts
+        self._budget = RetryBudget()
         self._metadata = endpoint.metadata()
         self._stub = self._stub_type(self._open(endpoint))
 
@@ -124,7 +127,14 @@ class Client(_SyncCaller):
         self, request: pb.GenerateRequest, timeout_s: float | None = None
     ) -> GenerateStream:
         """Send the request and return its events, which raise what goes wrong."""
-        return GenerateStream(self._stub.Generate(_identified(request), **self._options(timeout_s)))
+        identified = _identified(request)
+        options = self._options(timeout_s)
+        attempts = Attempts(self._max_attempts, self._budget, options["timeout"])
+
+        def begin() -> Any:
+            return self._stub.Generate(identified, **options | {"timeout": attempts.left_s})
+
+        return GenerateStream(begin, attempts)
 
     def score(self, request: pb.ScoreRequest, timeout_s: float | None = None) -> pb.ScoreResponse:
         response: pb.ScoreResponse = self._stub.Score(

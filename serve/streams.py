@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+import grpc
+
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.errors import TandemError
+from serve.retries import Attempts
 
 
 class IncompleteStreamError(TandemError):
@@ -64,8 +69,12 @@ class GenerateStream:
     frees its slots; reading on raises `grpc.RpcError` (CANCELLED).
     """
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
+    def __init__(self, begin: Callable[[], Any], attempts: Attempts) -> None:
+        """Begin the call, which `begin` begins again where an attempt had no event."""
+        self._begin = begin
+        self._attempts: Attempts | None = attempts
+        self._is_cancelled = threading.Event()
+        self._call = begin()
         self._parts = _Parts()
 
     def __iter__(self) -> GenerateStream:
@@ -73,7 +82,27 @@ class GenerateStream:
 
     def __next__(self) -> pb.GenerateResponse:
         """Wait for the next event; `grpc.RpcError` when the call fails."""
-        return self._parts.take(next(self._call))
+        while True:
+            try:
+                event = next(self._call)
+            except grpc.RpcError as error:
+                if not self._begin_again(error):
+                    raise
+            else:
+                if self._attempts is not None:
+                    self._attempts.succeeded()
+                    self._attempts = None
+                return self._parts.take(event)
+
+    def _begin_again(self, error: grpc.RpcError) -> bool:
+        """Begin the call again behind a pause, unless it had an event, or was cancelled."""
+        pause_s = None if self._attempts is None else self._attempts.pause_s(error)
+        if pause_s is None or self._is_cancelled.wait(pause_s):
+            return False
+        self._call = self._begin()
+        if self._is_cancelled.is_set():
+            self._call.cancel()
+        return True
 
     def result(self) -> Generation:
         """Read what is left; `IncompleteStreamError` if Usage did not come, `grpc.RpcError`."""
@@ -83,6 +112,7 @@ class GenerateStream:
 
     def cancel(self) -> None:
         """End the call, from any thread; without effect on one that has ended."""
+        self._is_cancelled.set()
         self._call.cancel()
 
     def close(self) -> None:
