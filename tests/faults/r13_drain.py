@@ -10,6 +10,7 @@ grace, the drain's delay and 5 s. Answers are those of a server that was not dis
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import subprocess
 import tempfile
@@ -33,9 +34,9 @@ from tests.faults.tiny import tiny_student
 NUM_RUNS = {Size.CI: 2, Size.FULL: 50}
 NUM_CLIENTS = 16
 NUM_TEMPLATES = 16
-WARM_S = 0.3
-DRAIN_DELAY_S = 0.3  # longer than a call takes to be admitted
-GOES_ON_S = 0.6  # behind the signal
+MAX_WARM_S = 0.3
+DRAIN_DELAY_S = 0.5  # longer than a call takes to be admitted
+GOES_ON_S = 0.8  # behind the signal
 LONG_GRACE_S, SHORT_GRACE_S = 20.0, 0.02
 MAX_AFTER_GRACE_S = 5.0
 SAMPLING = pb.SamplingParams(num_samples=1, seed=7, max_tokens=100, temperature=1, ignore_eos=True)
@@ -124,18 +125,21 @@ async def _signal_under_load(
     server: TandemProcess, number: int, path: Path
 ) -> tuple[float, list[Outcome]]:
     """Return when the signal was sent, and what became of all calls around it."""
-    warm_s = WARM_S * (1 + random.Random(number).random())
-    until_s = time.monotonic() + warm_s + GOES_ON_S
+    until_s, outcomes = math.inf, list[Outcome]()
     with Journal(path) as journal:
         async with AsyncClient(server.address, max_attempts=1, timeout_s=60) as client:
             calls = asyncio.create_task(
                 call_in_turns(
                     client, _requests(number), journal,
                     num_clients=NUM_CLIENTS, goes_on=lambda: time.monotonic() < until_s,
+                    outcomes=outcomes,
                 )
             )  # fmt: skip
-            await asyncio.sleep(warm_s)
+            while len(outcomes) < NUM_CLIENTS:  # all connected, and at any place of their answers
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(MAX_WARM_S * random.Random(number).random())
             signalled_s = time.monotonic()
+            until_s = signalled_s + GOES_ON_S
             server.begin_drain()
             return signalled_s, await calls
 
