@@ -31,7 +31,7 @@ from tests.faults.rig import Rig, requests_of
 from tests.faults.tiny import tiny_bundle
 from tests.serve.conftest import HistoryBackend
 
-NUM_REQUESTS = {Size.CI: 150, Size.FULL: 5000}
+NUM_REQUESTS = {Size.CI: 80, Size.FULL: 5000}
 NUM_ROUNDS = {Size.CI: 1, Size.FULL: 40}
 SPOILED_PART = 5  # one of so many requests
 MARK = 1

@@ -41,10 +41,10 @@ from tests.faults.faulty import Break, FaultyBackend, fail, fail_once, hang, kil
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of
 
-NUM_REQUESTS = {Size.CI: 72, Size.FULL: 1000}  # for each fault and model
+NUM_REQUESTS = {Size.CI: 40, Size.FULL: 1000}  # for each fault and model
 NUM_CLIENTS = 8  # a failed step ends the calls of all at once, and others have to follow
 ROLES = {Size.CI: [Role.TEACHER], Size.FULL: list(Role)}
-NUM_TEMPLATES = 48
+NUM_TEMPLATES = 24
 FIRST_PASS = 10
 MAX_STEP_S = 0.3
 MAX_READY_S = 1.0

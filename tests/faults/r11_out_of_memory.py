@@ -31,7 +31,7 @@ from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of
 from tests.serve.conftest import HistoryBackend
 
-NUM_REQUESTS = {Size.CI: 60, Size.FULL: 2000}  # in each phase
+NUM_REQUESTS = {Size.CI: 40, Size.FULL: 2000}  # in each phase
 MAX_PASS_TOKENS = 16
 MARK = 1
 """A prompt that begins with it never fits in the phase of that name."""
