@@ -33,6 +33,11 @@ async def main():
 
 asyncio.run(main())
 """
+FULL_COLLECTION = """
+import gc
+unlooked_at = gc.get_freeze_count()
+assert unlooked_at > 10 * len(gc.get_objects()), (unlooked_at, len(gc.get_objects()))
+"""
 
 
 class Process:
@@ -51,13 +56,14 @@ class Process:
 
 
 @contextmanager
-def serving_process(ready: Path, **settings: float) -> Iterator[Process]:
+def serving_process(ready: Path, *, then: str = "", **settings: float) -> Iterator[Process]:
+    """Have a server run; `then` is what its process does last."""
     script = SERVE_UNTIL_SIGNAL.format(
         root=str(Path(__file__).parents[2]),
         tests=str(Path(__file__).parent),
         settings={"ready_file": str(ready), **settings},
     )
-    process = subprocess.Popen([sys.executable, "-W", "error", "-c", script])
+    process = subprocess.Popen([sys.executable, "-W", "error", "-c", script + then])
     try:
         yield Process(process, ready)
     finally:
@@ -79,6 +85,12 @@ def test_server_drains_and_ends_with_exit_0(tmp_path: Path, how: str) -> None:
         server.wait_until(lambda: not server.ready.exists())  # while it still serves
         assert server.process.wait(30) == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_collector_does_not_look_at_what_was_loaded(tmp_path: Path) -> None:
+    with serving_process(tmp_path / "ready.json", then=FULL_COLLECTION) as server:
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
 
 
 def test_second_signal_ends_what_still_runs(tmp_path: Path) -> None:
