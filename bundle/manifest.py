@@ -232,7 +232,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         if not os.path.lexists(path):
             raise BundleError(f"{path} does not exist: {path.parent} is not a bundle")
-        if not path.is_file():
+        if path.is_symlink() or not path.is_file():
             raise BundleError(f"{path} is not a plain file")
         with path.open("rb") as file:
             data = file.read(MAX_MANIFEST_BYTES + 1)

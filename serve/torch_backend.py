@@ -105,7 +105,8 @@ class TorchBackend:
     ) -> TorchBackend:
         """Load a transformers folder, its safetensors alone.
 
-        Raises ValueError when the architecture is not supported, and OSError without safetensors.
+        Raises ValueError when the architecture is not supported or weights of it are missing, and
+        OSError without safetensors.
         """
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         check_supported(config)
@@ -114,9 +115,15 @@ class TorchBackend:
                 f"max_model_len {max_model_len} exceeds the {config.max_position_embeddings} "
                 f"positions of {path}"
             )
-        model = AutoModel.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        model, loading = AutoModel.from_pretrained(
+            path,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
+        if missing := sorted(loading["missing_keys"]):
+            raise ValueError(f"{path} lacks weights, {missing[0]} first: they would be random")
         return cls.take(
             model,
             device=device,

@@ -17,7 +17,7 @@ import torch
 import trustme
 from prometheus_client import CollectorRegistry
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tandem
@@ -436,6 +436,13 @@ def pickle_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def drop_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+
+
 def write(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(text)
 
@@ -444,6 +451,7 @@ def write(name: str, text: str) -> Callable[[Path], object]:
     ("damage", "text"),
     [
         (name_weights_elsewhere, "names weights elsewhere: '../outside.safetensors'"),
+        (drop_weights, "lacks weights, model.layers.1.mlp.up_proj.weight first"),
         (pickle_weights, "cannot load .*no file named model.safetensors"),
         (write("tokenizer.json", "{"), "cannot load .*Exception: EOF while parsing"),
         (write("tokenizer_config.json", "[]"), "cannot load .*AttributeError: 'list' object"),
