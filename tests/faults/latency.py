@@ -73,7 +73,8 @@ class Waits:
             "max_ratio": self.rounds.max_ratio,
         }
         is_met = self.ratio <= self.rounds.max_ratio
-        result.demand(is_met, f"others' {name} is {self.ratio:.2f} times as long")
+        text = f"others' {name} is {self.ratio:.2f} times as long"
+        result.demand(is_met, text, is_timed=True)
 
 
 def bystanders(count: int) -> Iterator[pb.GenerateRequest]:

@@ -213,7 +213,8 @@ def _judge_readiness(
         return
     late_s = off_s[0] - victim.broke_s[-1] - case.grace_s
     result.measured[f"readiness_off_s, {name}"] = round(late_s, 3)
-    result.demand(late_s <= MAX_READY_S, f"{name}: readiness went off {late_s:.2f} s late")
+    text = f"{name}: readiness went off {late_s:.2f} s late"
+    result.demand(late_s <= MAX_READY_S, text, is_timed=True)
     result.demand(not health[-1][1], f"{name}: readiness came back")
 
 

@@ -184,6 +184,7 @@ def _judge_one(result: RowResult, name: str, drain: Drain) -> None:
     result.demand(not others, f"{name}: calls ended with {sorted(others)}")
     result.demand(num_running >= NUM_CLIENTS // 2, f"{name}: only {num_running} calls ran")
     result.demand(drain.exit_code == 0, f"{name}: exit code {drain.exit_code}")
-    result.demand(after_s <= MAX_AFTER_GRACE_S, f"{name}: ended {after_s:.1f} s behind the grace")
+    text = f"{name}: ended {after_s:.1f} s behind the grace"
+    result.demand(after_s <= MAX_AFTER_GRACE_S, text, is_timed=True)
     if drain.grace_s == LONG_GRACE_S:
         result.demand(not drain.num_cut, f"{name}: {drain.num_cut} samples cut within the grace")

@@ -22,7 +22,8 @@ class RowResult:
 
     `num_requests` were under fault. `latency_ratio` is the worst that the row's target speaks of,
     None where it speaks of none. `measured` has the numbers behind the verdict, with units in their
-    names.
+    names. `slow` are those of the problems that a busy machine makes as well: the tests, which run
+    beside others, leave them to the campaign.
     """
 
     row: str
@@ -35,11 +36,17 @@ class RowResult:
     latency_ratio: float | None = None
     measured: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    slow: list[str] = field(default_factory=list)
 
     @property
     def is_passed(self) -> bool:
+        return self.is_sound and not self.slow
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether all is well but what took too long."""
         faults = self.num_lost + self.num_duplicated + self.num_altered
-        return not (faults or self.leaks or self.problems)
+        return not (faults or self.leaks or set(self.problems) - set(self.slow))
 
     def add(self, ledger: Ledger) -> None:
         """Count what a ledger objects to; its first objections are problems."""
@@ -49,10 +56,11 @@ class RowResult:
         self.num_altered += ledger.count(Fault.ALTERED)
         self.problems += [str(violation) for violation in ledger.violations[:5]]
 
-    def demand(self, holds: bool, problem: str) -> None:
+    def demand(self, holds: bool, problem: str, *, is_timed: bool = False) -> None:
         """Note a target that was missed, with its numbers."""
         if not holds:
             self.problems.append(problem)
+            self.slow += [problem] if is_timed else []
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"is_passed": self.is_passed}
