@@ -22,8 +22,8 @@ class RowResult:
 
     `num_requests` were under fault. `latency_ratio` is the worst that the row's target speaks of,
     None where it speaks of none. `measured` has the numbers behind the verdict, with units in their
-    names. `slow` are those of the problems that a busy machine makes as well: the tests, which run
-    beside others, leave them to the campaign.
+    names. `slow` are those of the problems that a busy machine, or a process full of other tests,
+    makes as well: the tests leave them to the campaign.
     """
 
     row: str
