@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bundle.manifest import StudentInfo
+from export.disk import writing_to
 from export.html_report import write_report
 from export.model_files import read_json
 from export.package import is_packaged, write_bundle
@@ -47,28 +48,38 @@ def package(pipeline: Pipeline) -> Path:
         _restore_report(target / "eval" / REPORT_NAME, report)
         say(f"bundle: finished before, {target}, default variant {default}")
         return target
-    partial = fresh(target.with_name("bundle.partial"))
-    write_report(report, collect_report(pipeline, variants, summary, default=default))
-    write_bundle(
-        partial,
-        student_dir=pipeline.path(pipeline.distilled),
-        variant_dirs={name: pipeline.path(spec) for name, spec in pipeline.graphs.items()},
-        eval_dir=pipeline.path(pipeline.evaluated),
-        report=report,
-        teacher=pipeline.teacher.reference.model_copy(
-            update={"local_path": str(pipeline.teacher.path.resolve())}
-        ),
-        student=_describe_student(pipeline),
-        lineage=records,
-        variants=variants,
-        default_variant=default,
-        metrics=describe_evaluation(pipeline.config, summary),
-    )
+    partial = target.with_name("bundle.partial")
+    with writing_to(partial):
+        write_report(report, collect_report(pipeline, variants, summary, default=default))
+        write_bundle(
+            fresh(partial),
+            student_dir=pipeline.path(pipeline.distilled),
+            variant_dirs={name: pipeline.path(spec) for name, spec in pipeline.graphs.items()},
+            eval_dir=pipeline.path(pipeline.evaluated),
+            report=report,
+            teacher=pipeline.teacher.reference.model_copy(
+                update={"local_path": str(pipeline.teacher.path.resolve())}
+            ),
+            student=_describe_student(pipeline),
+            lineage=records,
+            variants=variants,
+            default_variant=default,
+            metrics=describe_evaluation(pipeline.config, summary),
+        )
     verify_bundle_deep(partial)
-    fresh(target).rmdir()
-    partial.replace(target)
+    _put_in_place(partial, target)
     say(f"bundle: {target}, default variant {default}; read {target / 'eval' / REPORT_NAME}")
     return target
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Rename a whole bundle to where another may lie, which is kept until then."""
+    aside = target.with_name("bundle.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if target.exists():
+        target.replace(aside)
+    partial.replace(target)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _restore_report(packaged: Path, report: Path) -> None:

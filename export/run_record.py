@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bundle.hashing import hash_file
 from bundle.manifest import TeacherReference
 from export.config import ExportConfig, ExportError, JsonlSource
+from export.disk import writing_to
 from export.teacher import TeacherFolder
 
 RECORD_NAME = "run.json"
@@ -59,10 +60,11 @@ def record_run(recipe: Path, config: ExportConfig, teacher: TeacherFolder) -> Ru
         teacher_path=teacher.path.resolve(),
         config=config,
     )
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     partial = config.output_dir / f"{RECORD_NAME}.tmp"
-    partial.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    partial.replace(config.output_dir / RECORD_NAME)
+    with writing_to(partial):
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        partial.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        partial.replace(config.output_dir / RECORD_NAME)
     return record
 
 

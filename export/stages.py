@@ -21,6 +21,7 @@ from typing import Any
 
 from bundle.hashing import hash_json
 from bundle.manifest import StageRecord
+from export.disk import writing_to
 from export.distributed import World
 from export.resources import PeakMemory, folder_size_bytes
 
@@ -113,7 +114,8 @@ class StageRunner:
             for earlier in spec.after:
                 self.run(earlier)
             if self._world.is_main or spec.is_distributed:
-                self._build(spec)
+                with writing_to(self.partial_path(spec)):
+                    self._build(spec)
             self._world.wait()
         return self.finished(spec)
 

@@ -30,6 +30,7 @@ from bundle.errors import UserError
 from bundle.hashing import hash_file, hash_json, hash_weights
 from bundle.manifest import TeacherReference
 from bundle.verify import LEADS_OUT, check_indices
+from export.disk import writing_to
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -294,7 +295,8 @@ def build_once(cache_dir: Path, name: str, build: Callable[[Path], None]) -> Pat
     if folder.is_dir():
         return folder
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".building-") as scratch:
+    building = tempfile.TemporaryDirectory(dir=cache_dir, prefix=".building-")
+    with writing_to(folder), building as scratch:
         target = Path(scratch) / "result"
         target.mkdir()
         build(target)

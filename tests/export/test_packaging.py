@@ -16,7 +16,7 @@ from bundle.verify import verify_bundle
 from export import memory, parity
 from export.config import ExportConfig
 from export.model_files import read_json
-from export.packaging import REPORT_NAME
+from export.packaging import REPORT_NAME, _put_in_place
 from export.pipeline import Pipeline, open_pipeline
 from export.report import SUMMARY_NAME
 from export.report_data import collect_report
@@ -238,3 +238,14 @@ def test_manifest_is_strict_json(finished: Finished) -> None:
 
     text = (finished.output_dir / "bundle" / "manifest.json").read_text()
     json.loads(text, parse_constant=refuse)
+
+
+def test_old_bundle_is_there_until_the_new_one_is(tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "x").touch()
+    with pytest.raises(FileNotFoundError):
+        _put_in_place(tmp_path / "bundle.partial", tmp_path / "bundle")
+    assert (tmp_path / "bundle.old" / "x").exists()
+    (tmp_path / "bundle.partial").mkdir()
+    _put_in_place(tmp_path / "bundle.partial", tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from bundle.manifest import StageRecord
+from export.disk import DiskError
 from export.stages import RECORD_NAME, Stage, StageRunner, StageSpec, StageState, fresh
 
 
@@ -174,3 +176,16 @@ def test_fresh_empties_a_folder_and_makes_it(tmp_path: Path) -> None:
     (folder / "deep").mkdir()
     (folder / "deep" / "file").touch()
     assert list(fresh(folder).iterdir()) == []
+
+
+def test_full_disk_is_named_and_what_was_finished_is_kept(
+    recorder: Recorder, tmp_path: Path
+) -> None:
+    def fill(folder: Path) -> dict[str, Any]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sample = recorder.spec("sample")
+    distill = StageSpec("distill", {}, (sample,), fill)
+    with pytest.raises(DiskError, match=r"/distill-\w{12}.partial cannot be written: No space"):
+        recorder.runner.run(distill)
+    assert recorder.runner.state(sample) is StageState.FINISHED

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import zipfile
@@ -16,6 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from bundle.errors import BundleError
 from bundle.hashing import hash_file
+from export.disk import DiskError
 from export.teacher import (
     TeacherError,
     build_once,
@@ -355,6 +357,15 @@ def test_index_that_names_weights_elsewhere_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", **{"model.safetensors.index.json": index})
     with pytest.raises(BundleError, match=r"names weights elsewhere: '../outside.safetensors'"):
         resolve_teacher(str(folder), tmp_path)
+
+
+def test_full_disk_names_the_cache(tmp_path: Path) -> None:
+    def build(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DiskError, match="cache/x cannot be written: No space left on device"):
+        build_once(tmp_path / "cache", "x", build)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 @pytest.mark.parametrize(

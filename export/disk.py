@@ -1,0 +1,65 @@
+"""A disk that is full, as an error that says where: writers say it in many ways, most without."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from export.config import ExportError
+
+_CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+
+
+class DiskError(ExportError):
+    """A folder cannot be written; the text names it, and says what is kept."""
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Name the folder, or the file in it, that the block could not write; DiskError.
+
+    Other errors pass as they are.
+    """
+    try:
+        yield
+    except shutil.Error as error:  # of copytree: source, target and what was said, for each file
+        found = [(target, _number_in(said, "[Errno {}]")) for _, target, said in error.args[0]]
+        full = [(target, number) for target, number in found if number is not None]
+        if not full:
+            raise
+        raise _disk_error(*full[0], folder) from error
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        assert error.errno is not None
+        raise _disk_error(error.filename or folder, error.errno, folder) from error
+    except SafetensorError as error:
+        number = _number_in(str(error), "(os error {})")
+        if number is None:
+            raise
+        raise _disk_error(folder, number, folder) from error
+
+
+def _number_in(text: str, form: str) -> int | None:
+    """Return the number of an error of the system that was made a text."""
+    return next((number for number in _CANNOT_WRITE if form.format(number) in text), None)
+
+
+def _disk_error(path: object, number: int, folder: Path) -> DiskError:
+    return DiskError(
+        f"{path} cannot be written: {os.strerror(number)} ({_free(folder)}); what is finished is "
+        "kept: make room and start the same command again"
+    )
+
+
+def _free(folder: Path) -> str:
+    """Return how much room there is, by the nearest folder that exists."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = os.statvfs(existing)
+    return f"{free.f_bavail * free.f_frsize / 2**20:.1f} MiB free"
