@@ -29,9 +29,14 @@ CHAT_TEMPLATE = (
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four layers of 64 hidden units; ends an answer now and then. Tests leave it as it is."""
     folder = tmp_path_factory.mktemp("tiny_teacher")
+    save_tiny_teacher(folder)
+    return folder
+
+
+def save_tiny_teacher(folder: Path) -> None:
+    """Write the same model into `folder`."""
     _save_model(folder)
     _save_tokenizer(folder)
-    return folder
 
 
 def _save_model(folder: Path) -> None:
