@@ -17,7 +17,7 @@ def test_clients_without_a_budget_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the budget that ships 400 calls come to 900 attempts at most."""
     config = json.loads(channel.service_config(channel.MAX_ATTEMPTS))
     del config["retryThrottling"]
-    monkeypatch.setattr(channel, "service_config", lambda max_attempts: json.dumps(config))
+    monkeypatch.setattr(channel, "service_config", lambda *given: json.dumps(config))
     monkeypatch.setitem(r04_retry_storm.NUM_CALLS, Size.CI, 400)
     # So short that they are over before the first comes again.
     monkeypatch.setattr(r04_retry_storm, "OVERLOAD", 20.0)

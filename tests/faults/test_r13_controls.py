@@ -25,7 +25,7 @@ def test_server_that_does_not_wait_for_running_work_fails(monkeypatch: pytest.Mo
     monkeypatch.setitem(r13_drain.NUM_RUNS, Size.CI, 1)
     monkeypatch.setattr(r13_drain, "new_server", impatient)
     problems = r13_drain.run(Size.CI).problems
-    assert len(problems) == 1 and "samples cut within the grace" in problems[0]
+    assert any("samples cut within the grace" in problem for problem in problems)
 
 
 OUTCOMES = [Outcome("", 0, 0, 2, "OK")] * 16 + [Outcome("", 1.5, 1.5, 2, "UNAVAILABLE", 1.0)]
