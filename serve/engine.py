@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import queue
 import threading
 import time
 from collections import Counter, defaultdict, deque
@@ -23,7 +22,8 @@ import torch
 from serve.arbiter import StepArbiter
 from serve.backend import Backend
 from serve.deadlines import Deadlines
-from serve.errors import EngineFailedError, EngineStoppedError, QueueFullError
+from serve.errors import EngineFailedError
+from serve.intake import Intake
 from serve.observer import EngineObserver
 from serve.out_of_memory import is_out_of_memory
 from serve.outbox import Outbox
@@ -60,7 +60,6 @@ MAX_PASS_TOKENS = {"cpu": 128, "cuda": 2048}
 # How many times that when nobody waits: sequences that start together end together.
 LONE_PASS_FACTOR = 8
 MAX_PREFIX_CACHE_BYTES = 256 << 20
-RETRY_AFTER_S = 1.0
 MAX_STEP_S = 120.0
 # So many failed steps in a row end an engine: what a device has lost, no later step finds again.
 MAX_FAILED_STEPS = 3
@@ -126,7 +125,6 @@ class Engine:
         self.clock = clock
         self._eos_token_ids = eos_token_ids
         self._sampler = Sampler(eos_token_ids)
-        self._max_waiting = max_waiting
         self._observer = observer or EngineObserver()
         self._arbiter = arbiter
         self._priority = priority
@@ -148,13 +146,10 @@ class Engine:
         # A step looks at these, and at the earliest deadline, never at everything that waits.
         self._endings: dict[int, tuple[FinishReason, str]] = {}
         self._deadlines = Deadlines(self._live_ids)
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._admission_lock = threading.Lock()
-        self._num_admitted = 0
+        self._intake = Intake(name, backend.info.max_num_seqs, max_waiting)
         # The ledger, of the engine's thread: what its commands brought in and it has not released.
         self._num_inside = 0
         self._num_unaccounted = 0
-        self._is_stopping = False
         # Who holds it may touch what the engine works on. The engine's thread lets go of it while
         # the model runs, so that others can end an engine that hangs there.
         self._ownership = threading.Lock()
@@ -180,16 +175,14 @@ class Engine:
 
         Instead of `start`, for callers that have nothing else to do meanwhile.
         """
-        self._run_commands()
+        self._intake.run()
         while self._has_work():
             self.step()
             yield
 
     def stop(self) -> None:
         """End everything with SHUTDOWN and wait for the thread; a stopped engine stays stopped."""
-        with self._admission_lock:
-            self._is_stopping = True
-        self._commands.put(lambda: None)
+        self._intake.close()
         if self._thread.ident is None:
             self._end(FinishReason.SHUTDOWN, "")
             return
@@ -199,7 +192,7 @@ class Engine:
 
     def watch(self) -> None:
         """End an engine that hangs in a step; to be called several times a second."""
-        if not self._is_stopping and self._step_watch.look(self._current_step):
+        if not self._intake.is_closed and self._step_watch.look(self._current_step):
             logger.error(
                 "the %s engine hangs: a step takes longer than %g s", self.name, self._max_step_s
             )
@@ -210,11 +203,12 @@ class Engine:
         group = make_group(request, sink, self.clock())
         # Here: a stop check that cannot be made is the caller's error, not the engine's.
         sequences = list(make_sequences(group))
-        self._enqueue(request.sampling.num_samples, lambda: self._add_group(group, sequences))
+        num_samples = request.sampling.num_samples
+        self._intake.take(num_samples, lambda: self._add_group(group, sequences))
 
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """End a request's unfinished sequences before the next step; unknown ids are ignored."""
-        self._commands.put(lambda: self._end_request(request_id, reason))
+        self._intake.tell(lambda: self._end_request(request_id, reason))
 
     def score(self, request: ScoringRequest) -> Future[list[ScoredCompletion]]:
         """Queue completions for teacher-forced scoring. Raises like `submit`.
@@ -227,37 +221,18 @@ class Engine:
             self.submit(forced_request(request), scores.sink)
             return scores.future
         job = ScoringJob(request)
-        self._enqueue(1, lambda: self._add_job(job))
+        self._intake.take(1, lambda: self._add_job(job))
         return job.future
 
     def load(self) -> EngineLoad:
         num_running = self._scheduler.num_active
         return EngineLoad(
             num_running,
-            max(self._num_admitted - num_running, 0),
+            max(self._intake.num_admitted - num_running, 0),
             self.info.max_num_seqs,
-            self._thread.is_alive() and not self._is_stopping,
+            self._thread.is_alive() and not self._intake.is_closed,
             self._num_unaccounted,
         )
-
-    def _enqueue(self, count: int, command: Callable[[], None]) -> None:
-        """Count new work and hand it over, unless the engine stops or the queue is full."""
-        with self._admission_lock:
-            if self._is_stopping:
-                raise EngineStoppedError(f"the {self.name} engine is stopping")
-            if self._num_admitted + count > self._max_waiting + self.info.max_num_seqs:
-                raise QueueFullError(
-                    f"the {self.name} queue holds {self._num_admitted} sequences and takes at "
-                    f"most {self._max_waiting} beyond the {self.info.max_num_seqs} that run",
-                    RETRY_AFTER_S,
-                )
-            self._num_admitted += count
-            self._commands.put(command)
-
-    def _release(self) -> None:
-        self._num_inside -= 1
-        with self._admission_lock:
-            self._num_admitted -= 1
 
     # -- commands, on the engine's thread ---------------------------------------------------
 
@@ -272,6 +247,10 @@ class Engine:
         self._num_inside += 1
         self._scoring.append(job)
         self._watch_deadline(job.request.request_id, job.request.deadline_s)
+
+    def _release(self) -> None:
+        self._num_inside -= 1
+        self._intake.release()
 
     def _watch_deadline(self, request_id: str, deadline_s: float | None) -> None:
         if deadline_s is not None:
@@ -297,20 +276,12 @@ class Engine:
 
     def _wait_for_work(self) -> None:
         """Sleep while there is nothing to do; between steps, keep the claim on the cores."""
-        if not self._has_work() and not self._is_stopping:
+        if not self._has_work() and not self._intake.is_closed:
             if self._arbiter:
                 self._arbiter.unclaim(self._priority)
-            self._commands.get()()
+            self._intake.wait()
             if self._arbiter:
                 self._arbiter.claim(self._priority)
-
-    def _run_commands(self) -> None:
-        while True:
-            try:
-                command = self._commands.get_nowait()
-            except queue.Empty:
-                return
-            command()
 
     def _has_work(self) -> bool:
         return bool(self._scheduler.num_active or self._scheduler.waiting or self._scoring)
@@ -327,7 +298,7 @@ class Engine:
             with torch.cuda.stream(self._stream) if self._stream else nullcontext():
                 self._prepare()
                 self._is_prepared.set()
-                while not self._is_stopping:
+                while not self._intake.is_closed:
                     self._wait_for_work()
                     self._try_step()
             reason, error = FinishReason.SHUTDOWN, ""
@@ -363,10 +334,10 @@ class Engine:
         """Take no more work, and end what was taken, unless another thread has done so."""
         if self._arbiter:
             self._arbiter.unclaim(self._priority)
-        self._refuse()
+        self._intake.close()
         with self._ownership:
             if not self._is_abandoned:
-                self._run_commands()
+                self._intake.run()
                 self._end_all(reason, error)
 
     def _abandon(self, reason: FinishReason, error: str) -> None:
@@ -375,20 +346,16 @@ class Engine:
         Where it hangs in what is not the model, its requests wait for it: it may be about to
         change what they are made of.
         """
-        self._refuse()
+        self._intake.close()
         if self._arbiter:
             self._arbiter.drop(self._priority)
         if self._ownership.acquire(blocking=False):
             self._is_abandoned = True
             try:
-                self._run_commands()
+                self._intake.run()
                 self._end_all(reason, error)
             finally:
                 self._ownership.release()
-
-    def _refuse(self) -> None:
-        with self._admission_lock:
-            self._is_stopping = True
 
     def step(self) -> None:
         """Run commands, end what is over, decode, then run one prefill or scoring pass.
@@ -403,7 +370,7 @@ class Engine:
                 self._current_step = 0
 
     def _step(self) -> None:
-        self._run_commands()
+        self._intake.run()
         self._end_cancelled_and_expired()
         if self._scheduler.running:
             self._decode()

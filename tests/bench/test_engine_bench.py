@@ -7,7 +7,6 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,9 @@ from bench.engine_measures import Measures, at_least, at_most, render
 from bench.engine_server import mean_step_s
 from bench.engine_stress import MIB, flatness
 from bundle.errors import UserError
-from bundle.hashing import hash_weights
-from bundle.manifest import (
-    Evaluation,
-    Gate,
-    Manifest,
-    StudentInfo,
-    TeacherReference,
-    Variant,
-    write_manifest,
-)
-from bundle.verify import list_entries
+from bundle.manifest import write_manifest
 from demo import serving
+from tests.manifests import manifest_of
 
 Run = Callable[..., dict[str, Any]]
 
@@ -57,39 +47,9 @@ def bundle(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         export_onnx(model, graph, max_model_len=2048)
     record = {"prompt": "What is 12 plus 30?", "teacher": "It is 42.", "student": "12 or 30?"}
     (folder / "eval" / "texts.jsonl").write_text(20 * (json.dumps(record) + "\n"))
-    write_manifest(folder, manifest_of(folder, tiny_teacher))
+    manifest = manifest_of(folder, tiny_teacher, variant="fp32", is_teacher_local=True)
+    write_manifest(folder, manifest)
     return folder
-
-
-def manifest_of(folder: Path, teacher: Path) -> Manifest:
-    gate = Gate(name="kl", measured=0.0, threshold=1.0, passed=True, unit="nats/token")
-    return Manifest(
-        created_at=datetime(2026, 1, 2, tzinfo=UTC),
-        tandem_version="0",
-        files=list_entries(folder),
-        tokenizer_sha256="0" * 64,
-        chat_template_sha256="0" * 64,
-        teacher=TeacherReference(
-            source="x",
-            weights_sha256=hash_weights(teacher) or "",
-            local_path=str(teacher),
-            architecture="x",
-            num_parameters=1,
-            dtype="x",
-        ),
-        student=StudentInfo(
-            num_parameters=1, num_layers=4, kept_layers=(0, 1, 2, 3), dtype="float32"
-        ),
-        lineage=(),
-        variants={
-            "fp32": Variant(
-                precision="float32", opset=21, inputs=(), outputs=(), size_bytes=1, num_nodes=1,
-                gates=(gate,),
-            )
-        },
-        default_variant="fp32",
-        metrics=Evaluation(num_prompts=0, num_samples=1, k=(), temperature=0, seed=0, values={}),
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +123,7 @@ def test_unknown_variant_is_refused(run: Run) -> None:
 
 
 def test_bundle_whose_teacher_is_gone_is_refused(bundle: Path, tmp_path: Path) -> None:
-    manifest = manifest_of(bundle, bundle / "student")
+    manifest = manifest_of(bundle, bundle / "student", variant="fp32")
     reference = manifest.teacher.model_copy(update={"local_path": str(tmp_path / "gone")})
     options = argparse.Namespace(bundle=bundle, teacher=None)
     with pytest.raises(UserError, match="give --teacher"):

@@ -15,6 +15,7 @@ from unittest.mock import patch
 from serve.coordinator import Coordinator
 from serve.engine import Engine
 from serve.errors import QueueFullError
+from serve.intake import Intake
 from serve.sequence import EventSink, GenerationRequest
 from tests.faults import served
 
@@ -56,13 +57,13 @@ def _leaking_tasks() -> Callable[..., Any]:
 
 def _leaking_queue() -> Callable[..., None]:
     """Every refused request keeps its place in the queue."""
-    enqueue = Engine._enqueue
+    take = Intake.take
 
-    def leak(engine: Engine, count: int, command: Callable[[], None]) -> None:
+    def leak(intake: Intake, count: int, command: Callable[[], None]) -> None:
         try:
-            enqueue(engine, count, command)
+            take(intake, count, command)
         except QueueFullError:
-            engine._num_admitted += count
+            intake.num_admitted += count
             raise
 
     return leak
@@ -74,7 +75,7 @@ _BUILDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
         "serve.coordinator.Coordinator.answer": _leaking_tasks(),
     },
     "refusals": {
-        "serve.engine.Engine._enqueue": _leaking_queue(),
+        "serve.intake.Intake.take": _leaking_queue(),
         "serve.statuses._retry_after_s": lambda error: None,
     },
 }

@@ -46,7 +46,7 @@ def test_engine_that_hears_late_of_a_cancel_is_seen(monkeypatch: pytest.MonkeyPa
 
             def then() -> None:
                 engine._balance = step  # type: ignore[method-assign]
-                engine._commands.put(lambda: late(engine, *arguments, **again))
+                engine._intake.tell(lambda: late(engine, *arguments, **again))
                 step()
 
             engine._balance = then  # type: ignore[method-assign]

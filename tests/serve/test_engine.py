@@ -486,7 +486,7 @@ def fail_steps(engine: Engine, count: int, **settings: Any) -> list[Reader]:
     backend.error = RuntimeError("the device is lost")  # type: ignore[attr-defined]
     readers = []
     for number in range(count):
-        if engine._is_stopping:
+        if engine._intake.is_closed:
             break
         readers.append(submit(engine, f"failing-{number}", **settings))
         engine._try_step()
@@ -725,7 +725,7 @@ class Hang:
 
 def watch_until_it_ends(engine: Engine) -> None:
     until_s = time.monotonic() + 10
-    while not engine._is_stopping:
+    while not engine._intake.is_closed:
         assert time.monotonic() < until_s
         engine.watch()
         time.sleep(0.01)

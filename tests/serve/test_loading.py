@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tandem
 from bundle.errors import UserError
 from bundle.hashing import hash_weights
-from bundle.manifest import (
-    Evaluation,
-    Gate,
-    Manifest,
-    StudentInfo,
-    TeacherReference,
-    Variant,
-    write_manifest,
-)
-from bundle.verify import list_entries
+from bundle.manifest import TeacherReference, write_manifest
 from serve.config import ServeConfig
 from serve.errors import DeviceMissingError
 from serve.loading import (
@@ -48,6 +38,7 @@ from serve.routing import Role
 from serve.scoring import NoiseFloor
 from serve.server import initial_policy
 from serve.tokens import new_token
+from tests.manifests import manifest_of
 
 
 @pytest.mark.parametrize(
@@ -97,36 +88,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     tokenizer._tokenizer.save(str(folder / "student" / "tokenizer.json"))
     (folder / "onnx" / "int8").mkdir(parents=True)
     (folder / "onnx" / "int8" / "model.onnx").write_text("not a graph")
-    write_manifest(folder, manifest_of(folder))
+    write_manifest(folder, manifest_of(folder, folder / "student"))
     return folder
-
-
-def manifest_of(folder: Path) -> Manifest:
-    gate = Gate(name="kl", measured=0.0, threshold=1.0, passed=True, unit="nats/token")
-    return Manifest(
-        created_at=datetime(2026, 1, 2, tzinfo=UTC),
-        tandem_version="0",
-        files=list_entries(folder),
-        tokenizer_sha256="0" * 64,
-        chat_template_sha256="0" * 64,
-        teacher=TeacherReference(
-            source="x",
-            weights_sha256=hash_weights(folder / "student"),
-            architecture="x",
-            num_parameters=1,
-            dtype="x",
-        ),
-        student=StudentInfo(num_parameters=1, num_layers=1, kept_layers=(0,), dtype="float32"),
-        lineage=(),
-        variants={
-            "int8": Variant(
-                precision="int8", opset=21, inputs=(), outputs=(), size_bytes=1, num_nodes=1,
-                gates=(gate,),
-            )
-        },
-        default_variant="int8",
-        metrics=Evaluation(num_prompts=0, num_samples=1, k=(), temperature=0, seed=0, values={}),
-    )  # fmt: skip
 
 
 def load(bundle: Path, **settings: Any) -> Any:

@@ -404,7 +404,7 @@ def test_sequence_that_the_scheduler_loses_shows_in_the_ledger(
 
 def test_scoring_that_is_lost_shows_in_the_ledger(stepped: Stepped) -> None:
     stepped.engine.score(ScoringRequest("r", (5, 6), ((7, 8),)))
-    stepped.engine._run_commands()
+    stepped.engine._intake.run()
     stepped.engine._scoring.clear()
     stepped.step()
     assert stepped.imbalance == 1
