@@ -257,7 +257,7 @@ def test_teacher_elsewhere_is_looked_at(
     assert engines.teacher.tokenizer is engines.student.tokenizer
     assert engines.local == (engines.student,)
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert "parameters, the one that the student was distilled from (x) has 1" in warning
+    assert "parameters, the one that the student was distilled from (tiny) has 1" in warning
 
 
 def test_teacher_elsewhere_may_come_later(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
