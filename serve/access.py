@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     AnyClient = TypeVar("AnyClient", Client, ControlClient)
 
+# All attempts that a client may make take 16 s where nobody listens.
+_MAX_ATTEMPTS = 2
+
 TokenFile = Annotated[
     Path | None, typer.Option("--token-file", help="The first line is the token.")
 ]
@@ -59,9 +62,12 @@ def tls_of(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
 def open_client(
     kind: type[AnyClient], target: str, timeout_s: float, token: str | None, tls: Tls | None
 ) -> AnyClient:
-    """Return a client; UserError for credentials that cannot be read or would be unsafe."""
+    """Return a client for somebody who looks on: it says soon that nobody answers.
+
+    UserError for credentials that cannot be read or would be unsafe.
+    """
     try:
-        return kind(target, timeout_s=timeout_s, token=token, tls=tls)
+        return kind(target, timeout_s=timeout_s, token=token, tls=tls, max_attempts=_MAX_ATTEMPTS)
     except (OSError, ValueError) as error:
         raise UserError(f"{target}: {error}") from None
 

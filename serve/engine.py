@@ -206,6 +206,10 @@ class Engine:
         num_samples = request.sampling.num_samples
         self._intake.take(num_samples, lambda: self._add_group(group, sequences))
 
+    def check_room(self, num_samples: int) -> None:
+        """Raise as `submit` would now: cheaper, but no promise."""
+        self._intake.check_room(num_samples)
+
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """End a request's unfinished sequences before the next step; unknown ids are ignored."""
         self._intake.tell(lambda: self._end_request(request_id, reason))

@@ -105,12 +105,18 @@ class Gate(grpc.aio.ServerInterceptor):
         self._on_ended = on_ended
         self._clock = clock
         self._num_running: Counter[tuple[str, str]] = Counter()
+        self._calls: set[asyncio.Task[Any]] = set()
         self._logged_s: dict[str, float] = {}  # by host, of the last second, oldest first
 
     @property
     def num_active(self) -> int:
         """Calls and requests of streams that run; the first request of a stream is its call."""
         return self._num_running.total()
+
+    async def wait_for_current(self, timeout_s: float) -> None:
+        """Wait until every call that runs now has ended, whatever comes meanwhile."""
+        if current := set(self._calls):
+            await asyncio.wait(current, timeout=timeout_s)
 
     async def intercept_service(
         self,
@@ -163,6 +169,7 @@ class Gate(grpc.aio.ServerInterceptor):
 
         async def run(requests: AsyncIterator[Any], context: Context) -> Any:
             peer = _Peer(name or _certificate_name(context), _host(context))
+            self._note_call()
             try:
                 self._take(peer)
             except PeerLimitError as error:
@@ -183,6 +190,13 @@ class Gate(grpc.aio.ServerInterceptor):
             else grpc.stream_unary_rpc_method_handler
         )
         return make(run, handler.request_deserializer, handler.response_serializer)
+
+    def _note_call(self) -> None:
+        """Know of the running call until grpc is done with it, its status included."""
+        call = asyncio.current_task()
+        assert call is not None
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
 
     def _take(self, peer: _Peer) -> None:
         """Count one more that runs; PeerLimitError, logged by then, above the limit."""

@@ -31,16 +31,20 @@ class Intake:
     def take(self, count: int, command: Command) -> None:
         """Count new work and hand it over. Raises QueueFullError, EngineStoppedError."""
         with self._lock:
-            if self.is_closed:
-                raise EngineStoppedError(f"the {self._name} engine is stopping")
-            if self.num_admitted + count > self._max_waiting + self._max_num_seqs:
-                raise QueueFullError(
-                    f"the {self._name} queue holds {self.num_admitted} sequences and takes at "
-                    f"most {self._max_waiting} beyond the {self._max_num_seqs} that run",
-                    RETRY_AFTER_S,
-                )
+            self.check_room(count)
             self.num_admitted += count
             self._commands.put(command)
+
+    def check_room(self, count: int) -> None:
+        """Raise as `take`; without its lock it says what was so a moment ago."""
+        if self.is_closed:
+            raise EngineStoppedError(f"the {self._name} engine is stopping")
+        if self.num_admitted + count > self._max_waiting + self._max_num_seqs:
+            raise QueueFullError(
+                f"the {self._name} queue holds {self.num_admitted} sequences and takes at "
+                f"most {self._max_waiting} beyond the {self._max_num_seqs} that run",
+                RETRY_AFTER_S,
+            )
 
     def release(self) -> None:
         """Count one less."""

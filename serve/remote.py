@@ -137,6 +137,9 @@ class RemoteTeacher:
         call = _Call(request.request_id, "Generate")
         self._run(call, self._generate(request, sink, call))
 
+    def check_room(self, num_samples: int) -> None:
+        """Nothing: the other server knows."""
+
     def score(self, request: ScoringRequest) -> Future[list[ScoredCompletion]]:
         """Send completions to be scored; the future fails as an engine's does. As `submit`."""
         assert not request.with_logits, "logits do not travel; see routing.check_comparable"

@@ -21,6 +21,12 @@ from serve.errors import DeadlineError, InvalidFieldError
 Emit = Callable[[Any], None]
 Run = Callable[[Emit], Awaitable[bool]]
 """Emits responses in order; returns whether whoever asks again shall get the same ones."""
+Admit = Callable[[], None]
+"""Raises where a run would only be refused: before anything is made for it."""
+
+
+def admit_all() -> None:
+    """Leave it to the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +100,14 @@ class Replays:
         self._num_bytes = 0
 
     async def follow(
-        self, key: RunKey, digest: bytes, run: Run, *, is_kept: bool, deadline_s: float
+        self,
+        key: RunKey,
+        digest: bytes,
+        run: Run,
+        *,
+        is_kept: bool,
+        deadline_s: float,
+        admit: Admit = admit_all,
     ) -> AsyncGenerator[Any, None]:
         """Yield the responses of the request that `key` names, running it unless it ran or runs.
 
@@ -105,12 +118,13 @@ class Replays:
 
         Raises:
             InvalidFieldError: the id belongs to a different request.
-            Exception: whatever `run` raised; that is not replayed.
+            Exception: whatever `run` raised, or `admit`; that is not replayed.
         """
         while True:
             recording = self._find(key, digest)
             is_own = recording is None
             if recording is None:
+                admit()
                 recording = self._start(key, digest, run, is_kept)
             async with aclosing(self._read(key, recording)) as responses:
                 async for response in responses:

@@ -54,8 +54,7 @@ from serve.vllm_metrics import register_vllm_aliases
 logger = logging.getLogger(__name__)
 
 # After the engines have stopped, handlers only have to send what they hold.
-_LAST_WORDS_S = 5.0
-_LAST_WORDS_POLL_S = 0.02
+_LAST_WORDS_S = 4.0
 _CLOSE_S = 0.2
 # How soon health notices that an engine died or hangs; its status is answered from memory.
 _HEALTH_PERIOD_S = 0.25
@@ -212,7 +211,10 @@ class Server:
         self._open_inference.close()
         # First: handlers may wait for it.
         await self._answer_worker.stop()
-        await self._wait_for_last_words()
+        # Handlers have all that they will get from the engines; those that come now are refused.
+        await asyncio.gather(
+            *(gate.wait_for_current(_LAST_WORDS_S) for gate in (self._gate, self._control_gate))
+        )
         self._health.close()
         # What is open now are health watches and idle connections: they need no grace.
         await asyncio.gather(self._data_server.stop(_CLOSE_S), self._control_server.stop(_CLOSE_S))
@@ -279,12 +281,6 @@ class Server:
     def _count_ended(self, rpc: str, code: grpc.StatusCode) -> None:
         """Count a call that ended without a message, which no `CallGuard` sees either."""
         self._metrics.requests.labels(rpc, "none", code.name, OTHER_TASK).inc()
-
-    async def _wait_for_last_words(self) -> None:
-        """Let handlers send what they hold: they have all they will get from the engines."""
-        until_s = time.monotonic() + _LAST_WORDS_S
-        while self._gate.num_active + self._control_gate.num_active and time.monotonic() < until_s:
-            await asyncio.sleep(_LAST_WORDS_POLL_S)
 
     def _health_by_name(self) -> dict[str, bool]:
         """Whether each health name but `liveness` is serving.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import grpc
@@ -20,7 +21,7 @@ from serve.arms import ArmResult, Chunk
 from serve.calls import Call, CallGuard, Context, streaming, unary
 from serve.coordinator import Coordinator
 from serve.errors import ModelsNotComparableError
-from serve.replay import Emit, Replays, Run, RunKey
+from serve.replay import Admit, Emit, Replays, Run, RunKey, admit_all
 from serve.specs import GenerationSpec, ScoreSpec
 from serve.validation import parse, validate_compare, validate_generate, validate_score
 
@@ -66,7 +67,8 @@ class InferenceService:
         async def run(emit: Emit) -> bool:
             return await self._fill(emit, call, spec)
 
-        async with aclosing(self._follow(call, request, spec, run)) as responses:
+        admit = partial(self._coordinator.check_room, spec)
+        async with aclosing(self._follow(call, request, spec, run, admit)) as responses:
             async for response in responses:
                 yield response
 
@@ -120,7 +122,8 @@ class InferenceService:
             )
             return answer.is_whole
 
-        response: pb.CompareResponse = await self._only_response(call, request, spec, run)
+        admit = partial(self._coordinator.check_room, spec)
+        response: pb.CompareResponse = await self._only_response(call, request, spec, run, admit)
         return response
 
     async def _score(self, call: Call, data: bytes, context: Context) -> pb.ScoreResponse:
@@ -149,14 +152,24 @@ class InferenceService:
         return pb.GetModelsResponse(models=[replies.to_model(model) for model in loaded])
 
     async def _only_response(
-        self, call: Call, request: Any, spec: GenerationSpec | ScoreSpec, run: Run
+        self,
+        call: Call,
+        request: Any,
+        spec: GenerationSpec | ScoreSpec,
+        run: Run,
+        admit: Admit = admit_all,
     ) -> Any:
-        async with aclosing(self._follow(call, request, spec, run)) as responses:
+        async with aclosing(self._follow(call, request, spec, run, admit)) as responses:
             (response,) = [response async for response in responses]
         return response
 
     def _follow(
-        self, call: Call, request: Any, spec: GenerationSpec | ScoreSpec, run: Run
+        self,
+        call: Call,
+        request: Any,
+        spec: GenerationSpec | ScoreSpec,
+        run: Run,
+        admit: Admit,
     ) -> AsyncGenerator[Any, None]:
         """Run the request, or follow the run of the same one, which only a given id can name."""
         key = RunKey(call.tenant, spec.request_id)
@@ -166,6 +179,7 @@ class InferenceService:
             run,
             is_kept=bool(request.request_id),
             deadline_s=call.deadline_s,
+            admit=admit,
         )
 
 

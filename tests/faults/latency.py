@@ -15,6 +15,7 @@ import numpy as np
 from loadtest.journal import Journal
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient
+from tests.faults.calls import quiet_collector
 from tests.faults.result import RowResult
 from tests.faults.rig import Rig, requests_of, send
 
@@ -93,14 +94,15 @@ def compare_waits(
     """Measure, round by round, without and with the fault in turns; returns the journal, too."""
     requests, waits = bystanders(2 * rounds.max_rounds * rounds.num_requests), Waits(rounds)
     rig.drive(islice(bystanders(NUM_TEMPLATES), NUM_TEMPLATES), "warm")
-    while not waits.is_enough:
-        is_odd = len(waits.alone_s) % 2
-        sides = [(nullcontext, waits.alone_s), (fault, waits.beside_s)]
-        for condition, measured_s in sides[:: -1 if is_odd else 1]:
-            with condition():
-                wave = islice(requests, rounds.num_requests)
-                journal, latencies_s = _timed(rig, wave, journal_name)
-            measured_s.append(float(np.percentile(latencies_s, rounds.percentile)))
+    with quiet_collector():  # as `tandem serve` has it
+        while not waits.is_enough:
+            is_odd = len(waits.alone_s) % 2
+            sides = [(nullcontext, waits.alone_s), (fault, waits.beside_s)]
+            for condition, measured_s in sides[:: -1 if is_odd else 1]:
+                with condition():
+                    wave = islice(requests, rounds.num_requests)
+                    journal, latencies_s = _timed(rig, wave, journal_name)
+                measured_s.append(float(np.percentile(latencies_s, rounds.percentile)))
     return journal, waits
 
 

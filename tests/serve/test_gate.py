@@ -363,6 +363,27 @@ def test_requests_of_a_stream_count_as_calls(gated: Any) -> None:
             assert it.gate.num_active == 2
 
 
+def test_end_waits_for_calls_that_run_and_for_none_that_come_later(
+    gated: Any, loop: asyncio.AbstractEventLoop
+) -> None:
+    with gated() as it:
+        earlier = it.call("UnaryUnary", b"wait")
+        wait_until(lambda: it.echo.num_waiting == 1)
+        ending = asyncio.run_coroutine_threadsafe(it.gate.wait_for_current(30), loop)
+        with it.waiting(1):
+            wait_until(lambda: it.gate.num_active == 2)
+            assert not ending.done()
+            earlier.cancel()
+            ending.result(10)
+            assert it.gate.num_active == 1
+
+
+def test_end_waits_no_longer_than_it_is_told(gated: Any, loop: asyncio.AbstractEventLoop) -> None:
+    with gated() as it, it.waiting(1):
+        asyncio.run_coroutine_threadsafe(it.gate.wait_for_current(0.05), loop).result(10)
+        assert it.gate.num_active == 1
+
+
 def test_slots_that_requests_leave_are_those_of_the_next(gated: Any) -> None:
     with gated(max_concurrent=1) as it:
         requests = it.channel.stream_stream("/test.Echo/Slotted")

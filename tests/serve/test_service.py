@@ -653,6 +653,25 @@ def test_full_queue_says_when_to_retry(serving: Any, make_pair: Any) -> None:
     assert pair.value("admission_rejections_total", reason="queue_full") == 1
 
 
+def test_full_queue_does_not_keep_a_request_from_its_own_run(serving: Any, make_pair: Any) -> None:
+    pair = make_pair(max_num_seqs=1, max_waiting=0)
+    student = pair.backends[Role.STUDENT]
+    student.hold_after = 2
+    sampling = pb.SamplingParams(max_tokens=4, ignore_eos=True)
+    fields = {"request_id": "same", "prompt": "x", "sampling": sampling, "route": pb.ROUTE_STUDENT}
+    with serving(pair) as live:
+        first = live.client.generate(pb.GenerateRequest(**fields))
+        assert student.is_held.wait(10)
+        full = failure(lambda: generate(live, **{**fields, "request_id": "another"}))
+        again = live.client.generate(pb.GenerateRequest(**fields))
+        beginning = [next(again)]
+        student.may_run.set()
+        assert list(first) == [*beginning, *again]
+        student.hold_after = 0
+        assert generate(live, **{**fields, "request_id": "another"})
+    assert full.code() is CODE.RESOURCE_EXHAUSTED
+
+
 # GetModels
 
 

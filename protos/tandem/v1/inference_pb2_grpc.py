@@ -35,10 +35,16 @@ class InferenceServiceStub(object):
     knows. Send "authorization: Bearer TOKEN".
     * RESOURCE_EXHAUSTED: too many calls of this client run already. Wait as RetryInfo says. Without
     RetryInfo: the message is larger than 4 MiB; make it smaller.
+    * DEADLINE_EXCEEDED: the message did not come within 30 s, or nobody read the answer for the
+    server's `max_stall_s`. Send it, or read.
     * UNAVAILABLE: the server is draining or its engine is down. Retry after the RetryInfo detail,
     preferably elsewhere.
     * INTERNAL: a fault of the server, also non-finite logits. Report the error id in the message;
     one retry is reasonable.
+
+    A message has at most 4,096 fields, those of messages in it included, and 1 MiB in one list of
+    numbers: INVALID_ARGUMENT names the first one too many. It may be compressed (gzip, deflate); the
+    4 MiB are then of what comes out.
     """
 
     def __init__(self, channel):
@@ -79,10 +85,16 @@ class InferenceServiceServicer(object):
     knows. Send "authorization: Bearer TOKEN".
     * RESOURCE_EXHAUSTED: too many calls of this client run already. Wait as RetryInfo says. Without
     RetryInfo: the message is larger than 4 MiB; make it smaller.
+    * DEADLINE_EXCEEDED: the message did not come within 30 s, or nobody read the answer for the
+    server's `max_stall_s`. Send it, or read.
     * UNAVAILABLE: the server is draining or its engine is down. Retry after the RetryInfo detail,
     preferably elsewhere.
     * INTERNAL: a fault of the server, also non-finite logits. Report the error id in the message;
     one retry is reasonable.
+
+    A message has at most 4,096 fields, those of messages in it included, and 1 MiB in one list of
+    numbers: INVALID_ARGUMENT names the first one too many. It may be compressed (gzip, deflate); the
+    4 MiB are then of what comes out.
     """
 
     def Generate(self, request, context):
@@ -181,10 +193,16 @@ class InferenceService(object):
     knows. Send "authorization: Bearer TOKEN".
     * RESOURCE_EXHAUSTED: too many calls of this client run already. Wait as RetryInfo says. Without
     RetryInfo: the message is larger than 4 MiB; make it smaller.
+    * DEADLINE_EXCEEDED: the message did not come within 30 s, or nobody read the answer for the
+    server's `max_stall_s`. Send it, or read.
     * UNAVAILABLE: the server is draining or its engine is down. Retry after the RetryInfo detail,
     preferably elsewhere.
     * INTERNAL: a fault of the server, also non-finite logits. Report the error id in the message;
     one retry is reasonable.
+
+    A message has at most 4,096 fields, those of messages in it included, and 1 MiB in one list of
+    numbers: INVALID_ARGUMENT names the first one too many. It may be compressed (gzip, deflate); the
+    4 MiB are then of what comes out.
     """
 
     @staticmethod
