@@ -1,6 +1,6 @@
 """The fault matrix at its published size, as a table.
 
-    python -m tests.faults.campaign [--full] [--only R1,R7] [--out FILE]
+    python -m tests.faults.campaign [--full] [--only R1,R7] [--out FILE] [--markdown]
 
 Without `--full` it runs the size that the tests run. Finished rows are kept in the file: the same
 command goes on where it was stopped (`--again` starts anew). Exit code 1 where a row failed.
@@ -14,11 +14,12 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -77,9 +78,9 @@ def _write(out: Path | None, size: Size, rows: dict[str, dict[str, Any]]) -> Non
     temporary.replace(out)
 
 
-def render(results: Iterable[dict[str, Any]]) -> Table:
+def render(results: Sequence[dict[str, Any]], style: box.Box = box.HEAVY_HEAD) -> Table:
     """Return the table of the campaign."""
-    table = Table("row", "fault")
+    table = Table("row", "fault", box=style)
     for name in ("requests", "lost", "duplicated", "altered", "leaked", "latency", "seconds"):
         table.add_column(name, justify="right")
     table.add_column("verdict")
@@ -95,6 +96,17 @@ def render(results: Iterable[dict[str, Any]]) -> Table:
             f"{row['seconds']:.0f}",
             "passed" if row["is_passed"] else "FAILED",
         )
+    num_failed = sum(not row["is_passed"] for row in results)
+    table.add_row(
+        "all",
+        f"{len(results)} faults",
+        f"{sum(row['num_requests'] for row in results):,}",
+        *(str(sum(row[f"num_{n}"] for row in results)) for n in ("lost", "duplicated", "altered")),
+        str(sum(len(row["leaks"]) for row in results)),
+        "",
+        f"{sum(row['seconds'] for row in results):.0f}",
+        f"{num_failed} failed" if num_failed else "passed",
+    )
     return table
 
 
@@ -109,6 +121,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="rows, by comma")
     parser.add_argument("--out", type=Path, help="JSON of what was found")
     parser.add_argument("--again", action="store_true", help="forget what the file has")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     given = parser.parse_args()
     rows = find_rows()
     names = given.only.split(",") if given.only else sorted(rows, key=lambda name: int(name[1:]))
@@ -117,7 +130,8 @@ def main() -> int:
     if given.again and given.out:
         given.out.unlink(missing_ok=True)
     results = run_rows(names, Size.FULL if given.full else Size.CI, given.out)
-    Console(width=160).print(render(results))
+    style = box.MARKDOWN if given.markdown else box.HEAVY_HEAD
+    Console(width=160).print(render(results, style))
     for row in results:
         for problem in [*row["leaks"], *row["problems"]]:
             print(re.sub(r"\s+", " ", f"{row['row']}: {problem}"))

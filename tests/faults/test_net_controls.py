@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from socketserver import TCPServer
 from typing import Any
 
 import pytest
 
 from serve.calls import CallGuard
 from serve.engine import Engine
+from serve.metrics_http import _HttpServer
 from serve.outbox import Outbox
 from serve.replay import Replays
 from serve.sequence import TokenEvent
 from serve.server import SERVER_OPTIONS
-from tests.faults import r01_cancel, r02_deadline, r05_stalled, r06_black_hole
+from tests.faults import r01_cancel, r02_deadline, r05_stalled, r06_black_hole, r20_idle
 from tests.faults.latency import Rounds, Waits
 from tests.faults.memory import held, slope
 from tests.faults.result import RowResult, Size
@@ -146,3 +148,13 @@ def test_what_is_kept_is_held() -> None:
     # Less what the second collection took of others.
     assert after.num_objects - before.num_objects > 0.9 * len(kept)
     assert slope([0, 10, 20, 500, 40]) == 10
+
+
+def test_metrics_server_that_waits_for_a_stuck_scraper_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_HttpServer, "process_request", TCPServer.process_request)
+    monkeypatch.setattr(r20_idle, "NUM_IDLE", 4)
+    monkeypatch.setattr(r20_idle, "MAX_SCRAPE_S", 0.5)
+    monkeypatch.setitem(r20_idle.ROUNDS, Size.CI, Rounds(1, 1, 5, 50, 100.0))
+    assert "a good scrape got no metrics" in r20_idle.run(Size.CI).problems
