@@ -106,12 +106,21 @@ class Gate(grpc.aio.ServerInterceptor):
         self._clock = clock
         self._num_running: Counter[tuple[str, str]] = Counter()
         self._calls: set[asyncio.Task[Any]] = set()
+        self._may_run = asyncio.Event()
+        self._may_run.set()
         self._logged_s: dict[str, float] = {}  # by host, of the last second, oldest first
 
     @property
     def num_active(self) -> int:
         """Calls and requests of streams that run; the first request of a stream is its call."""
         return self._num_running.total()
+
+    def hold(self) -> None:
+        """Have calls that come from now on wait for `release`."""
+        self._may_run.clear()
+
+    def release(self) -> None:
+        self._may_run.set()
 
     async def wait_for_current(self, timeout_s: float) -> None:
         """Wait until every call that runs now has ended, whatever comes meanwhile."""
@@ -168,6 +177,8 @@ class Gate(grpc.aio.ServerInterceptor):
         )  # fmt: skip
 
         async def run(requests: AsyncIterator[Any], context: Context) -> Any:
+            if not self._may_run.is_set():
+                await self._may_run.wait()
             peer = _Peer(name or _certificate_name(context), _host(context))
             self._note_call()
             try:

@@ -55,6 +55,8 @@ logger = logging.getLogger(__name__)
 
 # After the engines have stopped, handlers only have to send what they hold.
 _LAST_WORDS_S = 4.0
+# Longer than a client takes to come again, and to hear that its connection is closing.
+_HOLD_S, _GO_AWAY_S = 0.05, 0.02
 _CLOSE_S = 0.2
 # How soon health notices that an engine died or hangs; its status is answered from memory.
 _HEALTH_PERIOD_S = 0.25
@@ -211,15 +213,32 @@ class Server:
         self._open_inference.close()
         # First: handlers may wait for it.
         await self._answer_worker.stop()
-        # Handlers have all that they will get from the engines; those that come now are refused.
-        await asyncio.gather(
-            *(gate.wait_for_current(_LAST_WORDS_S) for gate in (self._gate, self._control_gate))
-        )
-        self._health.close()
-        # What is open now are health watches and idle connections: they need no grace.
-        await asyncio.gather(self._data_server.stop(_CLOSE_S), self._control_server.stop(_CLOSE_S))
+        await self._close_listeners()
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.stop)
+
+    async def _close_listeners(self) -> None:
+        """Let handlers send what they hold, then tell clients to go, then refuse who is left.
+
+        In this order: what gRPC has received and not handed over when it closes ends with
+        CANCELLED, which no client repeats. So those who come again and again are held until all of
+        them wait, and are refused when their connections are closing, and they cannot return.
+        """
+        gates = (self._gate, self._control_gate)
+        await asyncio.gather(*(gate.wait_for_current(_LAST_WORDS_S) for gate in gates))
+        for gate in gates:
+            gate.hold()
+        await asyncio.sleep(_HOLD_S)
+        self._health.close()
+        # What is open then are health watches and idle connections: they need no grace.
+        closing = [
+            asyncio.create_task(server.stop(_CLOSE_S))
+            for server in (self._data_server, self._control_server)
+        ]
+        await asyncio.sleep(_GO_AWAY_S)
+        for gate in gates:
+            gate.release()
+        await asyncio.gather(*closing)
 
     async def _drain(self) -> None:
         self._state = pb.SERVER_STATE_DRAINING

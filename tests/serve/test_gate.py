@@ -378,6 +378,19 @@ def test_end_waits_for_calls_that_run_and_for_none_that_come_later(
             assert it.gate.num_active == 1
 
 
+def test_calls_that_are_held_run_when_they_are_released(
+    gated: Any, loop: asyncio.AbstractEventLoop
+) -> None:
+    with gated() as it, it.waiting(1):  # one that runs already goes on
+        loop.call_soon_threadsafe(it.gate.hold)
+        calls = [it.call("Open", b"x") for _ in range(3)]
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0.1), loop).result(10)
+        assert not any(call.done() for call in calls) and it.gate.num_active == 1
+        assert it.result("Health") == b"x of "
+        loop.call_soon_threadsafe(it.gate.release)
+        assert [b"".join(call) for call in calls] == 3 * [b"x of "]
+
+
 def test_end_waits_no_longer_than_it_is_told(gated: Any, loop: asyncio.AbstractEventLoop) -> None:
     with gated() as it, it.waiting(1):
         asyncio.run_coroutine_threadsafe(it.gate.wait_for_current(0.05), loop).result(10)
