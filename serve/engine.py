@@ -217,9 +217,13 @@ class Engine:
     def score(self, request: ScoringRequest) -> Future[list[ScoredCompletion]]:
         """Queue completions for teacher-forced scoring. Raises like `submit`.
 
+        EngineFailedError for a token that the model does not have, as a larger vocabulary of the
+        other model may: a lookup would fail the step, and on CUDA the device, for everyone.
+
         The future fails with TimeoutError past the deadline, with CancelledError after `cancel`
         (its own `cancel` does nothing), with EngineStoppedError when the engine stops or fails.
         """
+        self._check_vocabulary(request)
         if not self._scores_in_one_pass:
             scores = ForcedScores(len(request.completions))
             self.submit(forced_request(request), scores.sink)
@@ -227,6 +231,13 @@ class Engine:
         job = ScoringJob(request)
         self._intake.take(1, lambda: self._add_job(job))
         return job.future
+
+    def _check_vocabulary(self, request: ScoringRequest) -> None:
+        largest = max(max(token_ids) for token_ids in request.completions)
+        if largest >= self.info.vocab_size:
+            raise EngineFailedError(
+                f"the {self.name} has no token {largest}: its vocabulary has {self.info.vocab_size}"
+            )
 
     def load(self) -> EngineLoad:
         num_running = self._scheduler.num_active

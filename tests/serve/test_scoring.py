@@ -226,6 +226,22 @@ def test_scoring_error_by_reason(reason: FinishReason, kind: type[Exception]) ->
     assert type(scoring_error(reason, "")) is kind
 
 
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_token_that_the_model_does_not_have_fails_the_one_who_asks(
+    make_backend: Any, in_one_pass: bool
+) -> None:
+    backend = make_backend()
+    engine = make_engine(backend, in_one_pass=in_one_pass)
+    future = engine.score(make_request())
+    size = backend.info.vocab_size
+    with pytest.raises(EngineFailedError, match=f"no token {size}: its vocabulary has {size}"):
+        engine.score(make_request(completions=((1, size - 1), (2, size, 3))))
+    for _ in engine.run():
+        pass
+    assert len(future.result()) == len(COMPLETIONS)
+    assert engine.load().num_unaccounted == engine.load().num_waiting == 0
+
+
 @pytest.mark.parametrize("fields", [{"completions": ((1,), ())}, {"prompt_token_ids": ()}])
 def test_nothing_to_score_is_our_own_fault(fields: dict[str, Any]) -> None:
     with pytest.raises(AssertionError, match="nothing to score"):

@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import violations
+from serve.engine import MAX_FAILED_STEPS
 from serve.routing import Role
 from serve.sequence import FinishReason
 
@@ -602,6 +603,21 @@ def test_failed_teacher_leaves_a_routed_student_alone(serving: Any, make_pair: A
     with serving(pair) as live:
         (sample,) = completes(generate(live, prompt="x"))
     assert sample.token_ids and sample.divergence_error
+
+
+def test_token_of_the_teacher_alone_leaves_the_divergence_out(
+    serving: Any, make_pair: Any, tokenizer: Any
+) -> None:
+    size = tokenizer.vocab_size
+    logits = torch.zeros(size + 1, size + 1)
+    logits[:, size] = 50.0  # what pads a vocabulary to a round size is a token as others are
+    with serving(make_pair(teacher=logits)) as live:
+        for _ in range(MAX_FAILED_STEPS):
+            request = pb.GenerateRequest(prompt="x", route=pb.ROUTE_BOTH)
+            student, teacher = live.client.generate(request).result().samples
+            assert student.HasField("divergence") and teacher.token_ids[0] == size
+            assert f"the student has no token {size}" in teacher.divergence_error
+        assert live.pair.value("model_up", role="student")
 
 
 def test_nonfinite_reference_leaves_the_divergence_out(serving: Any, make_pair: Any) -> None:
