@@ -2,13 +2,17 @@
 
 Lines are JSON objects with the request's `id` and an `event`:
 
-    sent    before the call: rpc, seed, prompt_sha256, what (a hash of the request but for its id:
-            equal requests have equal answers), roles and num_samples that a whole answer has
-    tokens  a chunk: role, index, position, token_ids
-    sample  a whole sample: role, index, finish_reason, token_ids, logprobs, divergence or null
-    usage   the last message of a whole answer
-    end     the call is over: code, the gRPC status
+    sent       before the call: rpc, seed, prompt_sha256, what (a hash of the request but for its
+               id: equal requests have equal answers), and of a whole answer roles, num_samples,
+               max_tokens (null: not asked for), streams, and what is said of its answers, in vote
+    tokens     a chunk: role, index, position, token_ids, logprobs, text
+    sample     a whole sample: role, index, finish_reason, token_ids, logprobs, text, answer,
+               correct, divergence or null, divergence_error
+    agreement  student and teacher (a vote or null each), same_answer, pass@k of both
+    usage      the last message of a whole answer: request_id, seed, completion_tokens by role
+    end        the call is over: code, the gRPC status
 
+Each line is handed to the system as it is written: what a killed client had written is there.
 `loadtest.ledger` reads it. Score has no journal: nothing is sampled there.
 """
 
@@ -22,6 +26,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+from google.protobuf.message import Message
 
 from protos.tandem.v1 import inference_pb2 as pb
 
@@ -35,7 +40,20 @@ _ROUTES = {
     pb.ROUTE_TEACHER: ["teacher"],
     pb.ROUTE_BOTH: _BOTH,
 }
-_SUMS = ("num_tokens", "nonfinite_tokens", "k1_sum", "k2_sum", "k3_sum")
+_EXACT = (pb.ANSWER_MATCH_UNSPECIFIED, pb.ANSWER_MATCH_EXACT)
+_COUNTS = ("num_tokens", "nonfinite_tokens", "large_ratio_tokens")
+_SUMS = ("k1_sum", "k2_sum", "k3_sum")
+_MAYBE = ("k1_mean", "k2_mean", "k3_mean", "max_abs_log_ratio")
+DIVERGENCE_FIELDS = (*_COUNTS, *_SUMS, *_MAYBE)
+_FIELDS = {
+    "sent": {"what", "seed", "roles", "num_samples", "max_tokens", "streams", "vote"},
+    "tokens": {"role", "index", "position", "token_ids", "logprobs", "text"},
+    "sample": {"role", "index", "finish_reason", "token_ids", "logprobs", "text", "answer",
+               "correct", "divergence", "divergence_error"},
+    "agreement": {"student", "teacher", "same_answer", "student_pass_at_k", "teacher_pass_at_k"},
+    "usage": {"request_id", "seed", "completion_tokens"},
+    "end": {"code"},
+}  # fmt: skip
 
 
 class Journal:
@@ -61,6 +79,9 @@ class Journal:
             what=_hash_but_for_the_id(request),
             roles=roles,
             num_samples=sampling.num_samples if sampling.HasField("num_samples") else 1,
+            max_tokens=_given(sampling, "max_tokens"),
+            streams=_is_streamed(request),
+            vote=_vote_asked_for(request.evaluation),
         )
 
     def received(self, request_id: str, response: pb.GenerateResponse) -> None:
@@ -75,17 +96,24 @@ class Journal:
                     index=chunk.index,
                     position=chunk.position,
                     token_ids=list(chunk.token_ids),
+                    logprobs=list(chunk.logprobs),
+                    text=chunk.text,
                 )
             case "complete":
                 self._sample(request_id, response.complete.sample)
+            case "agreement":
+                self._agreement(request_id, response.agreement)
             case "usage":
-                self._write(request_id, "usage")
+                self._usage(request_id, response.usage)
 
     def compared(self, request_id: str, response: pb.CompareResponse) -> None:
         """Note the answer of a Compare."""
         for sample in response.samples:
             self._sample(request_id, sample)
-        self._write(request_id, "usage")
+        if response.HasField("agreement"):
+            self._agreement(request_id, response.agreement)
+        if response.HasField("usage"):
+            self._usage(request_id, response.usage)
 
     def ended(self, request_id: str, code: str) -> None:
         """Note the status with which the call ended."""
@@ -113,10 +141,33 @@ class Journal:
             finish_reason=pb.FinishReason.Name(sample.finish_reason),
             token_ids=list(sample.token_ids),
             logprobs=list(sample.logprobs),
+            text=sample.text,
+            answer=_given(sample, "answer"),
+            correct=_given(sample, "correct"),
             divergence=_divergence(sample) if sample.HasField("divergence") else None,
+            divergence_error=sample.divergence_error,
         )
 
-    def _write(self, request_id: str, event: str, **fields: Any) -> None:
+    def _agreement(self, request_id: str, agreement: pb.Agreement) -> None:
+        votes = {role: _given(agreement, role) for role in _BOTH}
+        self._write(
+            request_id,
+            "agreement",
+            **{role: None if vote is None else _vote(vote) for role, vote in votes.items()},
+            same_answer=_given(agreement, "same_answer"),
+            **{f"{r}_pass_at_k": dict(getattr(agreement, f"{r}_pass_at_k")) for r in _BOTH},
+        )
+
+    def _usage(self, request_id: str, usage: pb.Usage) -> None:
+        self._write(
+            request_id,
+            "usage",
+            request_id=usage.request_id,
+            seed=usage.seed,
+            completion_tokens={_ROLES[r.role]: r.completion_tokens for r in usage.roles},
+        )
+
+    def _write(self, request_id: str, event: str, /, **fields: Any) -> None:
         self._file.write(json.dumps({"id": request_id, "event": event, **fields}) + "\n")
 
     def close(self) -> None:
@@ -138,9 +189,35 @@ def _divergence(sample: pb.Sample) -> dict[str, Any]:
     """Return what was reported, and the log-probabilities that it can be computed from again."""
     divergence = sample.divergence
     return {
-        **{name: getattr(divergence, name) for name in _SUMS},
+        **{name: getattr(divergence, name) for name in (*_COUNTS, *_SUMS)},
+        **{name: _given(divergence, name) for name in _MAYBE},
         "reference_logprobs": list(divergence.reference_logprobs),
     }
+
+
+def _vote(vote: pb.Vote) -> dict[str, Any]:
+    numbers = {name: getattr(vote, name) for name in ("num_valid", "num_samples", "tie")}
+    return {"answer": _given(vote, "answer"), "share": _given(vote, "share"), **numbers}
+
+
+def _given(message: Message, name: str) -> Any:
+    """Return a field; None where it is unset."""
+    return getattr(message, name) if message.HasField(name) else None
+
+
+def _is_streamed(request: AnyRequest) -> bool:
+    if isinstance(request, pb.CompareRequest):
+        return False
+    return request.output.stream if request.output.HasField("stream") else True
+
+
+def _vote_asked_for(evaluation: pb.EvaluationOptions) -> str:
+    """Return "none", "exact" (answers are the same where their texts are), "gold" or "other"."""
+    if not evaluation.HasField("answer_format") or evaluation.answer_format == "none":
+        return "none"
+    if evaluation.answer_match not in _EXACT:
+        return "other"
+    return "gold" if evaluation.HasField("reference_answer") else "exact"
 
 
 def _prompt_hash(request: AnyRequest) -> str:
@@ -166,11 +243,19 @@ def read_journal(paths: Iterable[Path]) -> Iterable[dict[str, Any]]:
             killed client leaves it, and is left out.
     """
     for path in paths:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        for number, line in enumerate(lines[:-1], start=1):
-            try:
-                event = json.loads(line)
-                event["id"], event["event"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}, line {number} is no event: {line[:80]!r}") from None
-            yield event
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith("\n"):
+                    break
+                yield _event_of(line, f"{path}, line {number}")
+
+
+def _event_of(line: str, place: str) -> dict[str, Any]:
+    try:
+        event: dict[str, Any] = json.loads(line)
+        is_event = event.keys() >= {"id"} | _FIELDS[event["event"]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        is_event = False
+    if not is_event:
+        raise ValueError(f"{place} is no event: {line[:80].rstrip()!r}")
+    return event

@@ -3,44 +3,40 @@
     python -m loadtest.ledger JOURNAL... [--reference JOURNAL] [--may-be-open]
 
 Every request that was sent ends once. A call that ends with OK has each sample of each model once,
-and its Usage. The chunks of a sample have neither gap nor repetition, and are the sample's tokens.
-Divergences follow from the log-probabilities beside them. With `--reference`, a journal of the same
-requests without faults, the same request with the same seed has the same tokens; what ended early
-has a beginning of them. Exit code 1 where a rule is broken, 2 where a journal cannot be read.
+and its Usage, which counts them. The chunks of a sample have neither gap nor repetition, and are
+the sample's tokens, log-probabilities and text. Divergences follow from the log-probabilities
+beside them, votes from the answers. With `--reference`, a journal of the same requests without
+faults, the same request with the same seed has the same answer; what ended early has a beginning of
+it. Exit code 1 where a rule is broken, 2 where a journal cannot be read.
+
+A request is judged when it ends, and only its id is kept: memory is of what is open, and of ids.
 """
 
 from __future__ import annotations
 
 import argparse
-import enum
-import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from estimators.divergence import summarize
-from loadtest.journal import OK, read_journal
+from loadtest.journal import read_journal
+from loadtest.ledger_rules import (
+    WHOLE,
+    Event,
+    Fault,
+    Place,
+    Request,
+    check_request,
+    differences,
+    pairs,
+)
 
-WHOLE = ("FINISH_REASON_STOP", "FINISH_REASON_LENGTH")
-# Of sums of divergences that are computed again, in nats; the wire carries doubles.
-MAX_DIVERGENCE_ERROR = 1e-5
-# Of a log-probability of the same token in another run, in nats.
-MAX_LOGPROB_ERROR = 1e-6
+__all__ = ["WHOLE", "Fault", "Ledger", "Violation", "check", "main", "render"]
+
 _MAX_SHOWN = 20
-
-Place = tuple[str, int]
-"""A sample's model and index."""
-
-
-class Fault(enum.Enum):
-    """What is wrong with a journal."""
-
-    LOST = "lost"
-    DUPLICATED = "duplicated"
-    ALTERED = "altered"
+Expected = Mapping[tuple[str, Place], Event]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,58 +52,19 @@ class Violation:
 
 
 @dataclass(slots=True)
-class _Request:
-    """What a journal says of one id."""
-
-    sent: list[dict[str, Any]] = field(default_factory=list)
-    tokens: dict[Place, list[int]] = field(default_factory=dict)
-    samples: dict[Place, list[dict[str, Any]]] = field(default_factory=dict)
-    num_usages: int = 0
-    codes: list[str] = field(default_factory=list)
-    violations: list[tuple[Fault, str]] = field(default_factory=list)
-
-    def take(self, event: Mapping[str, Any]) -> None:
-        """Add an event, which must be at its place among the others."""
-        kind = event["event"]
-        if self.codes and kind != "sent":
-            self.violations.append((Fault.DUPLICATED, f"{kind} behind the end of the call"))
-        match kind:
-            case "sent":
-                self.sent.append(dict(event))
-            case "tokens":
-                self._take_tokens(event)
-            case "sample":
-                self.samples.setdefault(_place(event), []).append(dict(event))
-            case "usage":
-                self.num_usages += 1
-            case "end":
-                self.codes.append(event["code"])
-
-    def _take_tokens(self, event: Mapping[str, Any]) -> None:
-        place = _place(event)
-        known = self.tokens.setdefault(place, [])
-        position = event["position"]
-        if position > len(known):
-            text = f"{_named(place)}: tokens {len(known)} to {position - 1} did not come"
-            self.violations.append((Fault.LOST, text))
-        if position < len(known):
-            text = f"{_named(place)}: token {position} came again"
-            self.violations.append((Fault.DUPLICATED, text))
-        if place in self.samples:
-            text = f"{_named(place)}: tokens behind the whole sample"
-            self.violations.append((Fault.DUPLICATED, text))
-        known += event["token_ids"]
-
-
-@dataclass(frozen=True, slots=True)
 class Ledger:
-    """The verdict on a journal. `num_compared` samples were held against a reference."""
+    """The verdict on a journal.
 
-    num_requests: int
-    num_samples: int
-    num_compared: int
-    codes: Counter[str]
-    violations: list[Violation]
+    `num_compared` samples were held against a reference. `num_early` samples, of calls that ended
+    with OK, ended otherwise than by STOP or LENGTH: nothing is wrong with that by itself.
+    """
+
+    num_requests: int = 0
+    num_samples: int = 0
+    num_compared: int = 0
+    num_early: int = 0
+    codes: Counter[str] = field(default_factory=Counter)
+    violations: list[Violation] = field(default_factory=list)
 
     def count(self, fault: Fault) -> int:
         """Return how many requests have this fault."""
@@ -117,145 +74,71 @@ class Ledger:
     def is_balanced(self) -> bool:
         return not self.violations
 
+    def add(self, request_id: str, found: Iterable[tuple[Fault, str]]) -> None:
+        """Note what is wrong with a request."""
+        self.violations += [Violation(fault, request_id, text) for fault, text in found]
+
 
 def check(
-    events: Iterable[Mapping[str, Any]],
-    reference: Iterable[Mapping[str, Any]] = (),
-    *,
-    may_be_open: bool = False,
+    events: Iterable[Event], reference: Iterable[Event] | None = None, *, may_be_open: bool = False
 ) -> Ledger:
     """Hold the events of a journal against the rules, and against a run without faults.
 
     `may_be_open` allows requests without an end: their client was killed.
     """
-    requests = _by_id(events)
-    expected = {
-        (request.sent[0]["what"], place): samples[0]
-        for request in _by_id(reference).values()
-        if request.sent
-        for place, samples in request.samples.items()
-        if samples[0]["finish_reason"] in WHOLE
-    }
-    violations, num_compared = [], 0
-    for request_id, request in requests.items():
-        found = [*request.violations, *_check_ends(request, may_be_open), *_check_samples(request)]
-        for sample, other in _pairs(request, expected):
-            num_compared += 1
-            found += _differences(sample, other)
-        violations += [Violation(fault, request_id, text) for fault, text in found]
-    return Ledger(
-        num_requests=len(requests),
-        num_samples=sum(len(samples) for r in requests.values() for samples in r.samples.values()),
-        num_compared=num_compared,
-        codes=Counter(code for request in requests.values() for code in request.codes),
-        violations=violations,
-    )
+    ledger = Ledger()
+    expected = _expected(reference or (), ledger)
+    for request_id, request in _settled(events, ledger):
+        ledger.num_requests += 1
+        ledger.num_samples += sum(len(samples) for samples in request.samples.values())
+        ledger.num_early += request.num_early
+        ledger.codes.update([request.code] if request.code is not None else [])
+        ledger.add(request_id, check_request(request, may_be_open=may_be_open))
+        for sample, other in pairs(request, expected):
+            ledger.num_compared += 1
+            ledger.add(request_id, differences(sample, other))
+    if reference is not None and ledger.num_samples and not ledger.num_compared:
+        ledger.add("all", [(Fault.ALTERED, "the reference has none of these samples")])
+    return ledger
 
 
-def _by_id(events: Iterable[Mapping[str, Any]]) -> dict[str, _Request]:
-    requests: dict[str, _Request] = {}
+def _expected(reference: Iterable[Event], ledger: Ledger) -> Expected:
+    """Return the whole samples of a run without faults; two answers to the same are a fault."""
+    expected: dict[tuple[str, Place], Event] = {}
+    for request_id, request in _settled(reference, Ledger()):
+        for place, (sample, *_) in request.samples.items():
+            if request.sent and sample["finish_reason"] in WHOLE:
+                known = expected.setdefault((request.sent[0]["what"], place), sample)
+                ledger.add(f"{request_id} of the reference", differences(sample, known))
+    return expected
+
+
+def _settled(events: Iterable[Event], ledger: Ledger) -> Iterator[tuple[str, Request]]:
+    """Yield each request as it ends, then those that do not; what comes later is a fault."""
+    requests: dict[str, Request] = {}
+    num_ends = Counter[str]()
     for event in events:
-        requests.setdefault(event["id"], _Request()).take(event)
-    return requests
+        request_id = event["id"]
+        if request_id in num_ends:
+            ledger.add(request_id, [(Fault.DUPLICATED, _behind_the_end(event, num_ends))])
+            continue
+        request = requests.setdefault(request_id, Request())
+        ledger.add(request_id, request.take(event))
+        if request.code is not None:
+            num_ends[request_id] = 1
+            yield request_id, requests.pop(request_id)
+    yield from requests.items()
 
 
-Found = Iterator[tuple[Fault, str]]
-
-
-def _check_ends(request: _Request, may_be_open: bool) -> Found:
-    """Every id is sent once and ends once; what ended well is whole."""
-    if not request.sent:
-        yield Fault.ALTERED, "an answer to what was never sent"
-        return
-    if len(request.sent) > 1:
-        yield Fault.DUPLICATED, f"sent {len(request.sent)} times under one id"
-    if not request.codes and not may_be_open:
-        yield Fault.LOST, "has no end"
-    if len(request.codes) > 1:
-        yield Fault.DUPLICATED, f"ended {len(request.codes)} times: {', '.join(request.codes)}"
-    if request.codes[:1] == [OK]:
-        yield from _check_whole(request)
-
-
-def _check_whole(request: _Request) -> Found:
-    sent = request.sent[0]
-    places = {(role, index) for role in sent["roles"] for index in range(sent["num_samples"])}
-    for place in sorted(places - request.samples.keys()):
-        yield Fault.LOST, f"{_named(place)} did not come"
-    for place in sorted(request.samples.keys() - places):
-        yield Fault.DUPLICATED, f"{_named(place)} was not asked for"
-    if request.num_usages == 0:
-        yield Fault.LOST, "Usage did not come"
-    if request.num_usages > 1:
-        yield Fault.DUPLICATED, f"Usage came {request.num_usages} times"
-
-
-def _check_samples(request: _Request) -> Found:
-    """A sample comes once, has the tokens of its chunks, and a divergence that follows from it."""
-    for place, samples in request.samples.items():
-        if len(samples) > 1:
-            yield Fault.DUPLICATED, f"{_named(place)} came {len(samples)} times"
-        sample = samples[0]
-        chunks = request.tokens.get(place)
-        if chunks is not None and chunks != sample["token_ids"]:
-            yield Fault.ALTERED, f"{_named(place)}: chunks and sample have other tokens"
-        if sample["logprobs"] and len(sample["logprobs"]) != len(sample["token_ids"]):
-            yield Fault.ALTERED, f"{_named(place)}: not one log-probability for each token"
-        elif sample["divergence"] is not None and sample["logprobs"]:
-            yield from _check_divergence(place, sample)
-
-
-def _check_divergence(place: Place, sample: Mapping[str, Any]) -> Found:
-    reported = sample["divergence"]
-    theirs = reported["reference_logprobs"]
-    if len(theirs) != len(sample["logprobs"]):
-        yield Fault.ALTERED, f"{_named(place)}: not one reference log-probability for each token"
-        return
-    computed = summarize(sample["logprobs"], theirs)
-    for name in ("num_tokens", "nonfinite_tokens", "k1_sum", "k2_sum", "k3_sum"):
-        mine = getattr(computed, name)
-        if not math.isclose(reported[name], mine, rel_tol=1e-9, abs_tol=MAX_DIVERGENCE_ERROR):
-            text = f"{_named(place)}: {name} is {reported[name]}, its tokens give {mine}"
-            yield Fault.ALTERED, text
-
-
-def _pairs(
-    request: _Request, expected: Mapping[tuple[str, Place], Mapping[str, Any]]
-) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Yield the samples, and the chunks of those that never came whole, that have a reference."""
-    if not request.sent:
-        return
-    what = request.sent[0]["what"]
-    for place in request.samples.keys() | request.tokens.keys():
-        if (other := expected.get((what, place))) is not None:
-            role, index = place
-            part = {"role": role, "index": index, "finish_reason": "", "logprobs": []}
-            chunks = {**part, "token_ids": request.tokens.get(place, [])}
-            yield request.samples.get(place, [chunks])[0], other
-
-
-def _differences(sample: Mapping[str, Any], other: Mapping[str, Any]) -> Found:
-    """Say where a sample is not what the same request gave without faults."""
-    name, num_tokens = _named(_place(sample)), len(sample["token_ids"])
-    is_whole = sample["finish_reason"] in WHOLE
-    wanted = other["token_ids"] if is_whole else other["token_ids"][:num_tokens]
-    if sample["token_ids"] != wanted:
-        yield Fault.ALTERED, f"{name}: other tokens than without faults"
-        return
-    if is_whole and sample["finish_reason"] != other["finish_reason"]:
-        yield Fault.ALTERED, f"{name}: {sample['finish_reason']}, not {other['finish_reason']}"
-    for mine, theirs in zip(sample["logprobs"], other["logprobs"], strict=False):
-        if not math.isclose(mine, theirs, abs_tol=MAX_LOGPROB_ERROR):
-            yield Fault.ALTERED, f"{name}: log-probability {mine}, without faults {theirs}"
-            return
-
-
-def _place(event: Mapping[str, Any]) -> Place:
-    return event["role"], event["index"]
-
-
-def _named(place: Place) -> str:
-    return f"{place[0]} sample {place[1]}"
+def _behind_the_end(event: Event, num_ends: Counter[str]) -> str:
+    match event["event"]:
+        case "end":
+            num_ends[event["id"]] += 1
+            return f"ended {num_ends[event['id']]} times, with {event['code']} the last time"
+        case "sent":
+            return "sent again under one id"
+        case kind:
+            return f"{kind} behind the end of the call"
 
 
 def render(ledger: Ledger) -> str:
@@ -267,7 +150,8 @@ def render(ledger: Ledger) -> str:
     return "\n".join(
         [
             f"{ledger.num_requests} requests ({codes or 'none ended'}), {ledger.num_samples} "
-            f"samples, {ledger.num_compared} compared with the reference",
+            f"samples, {ledger.num_compared} compared with the reference, "
+            f"{ledger.num_early} ended early",
             f"{faults}: {'balanced' if ledger.is_balanced else 'NOT BALANCED'}",
             *shown,
             *([f"  and {hidden} more"] if hidden else []),
@@ -287,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--may-be-open", action="store_true", help="a client was killed")
     given = parser.parse_args(arguments)
     try:
-        reference = read_journal([given.reference] if given.reference else [])
+        reference = read_journal([given.reference]) if given.reference else None
         ledger = check(read_journal(given.journals), reference, may_be_open=given.may_be_open)
     except (OSError, ValueError) as error:
         print(f"ledger: {error}", file=sys.stderr)
