@@ -335,6 +335,7 @@ class Engine:
     def _recover(self) -> None:
         """After a failed step end everything in flight; new work may succeed."""
         self._num_failed_steps += 1
+        self._runner.distrust_rows()
         text = "the engine failed; see the server's log"
         if self._num_failed_steps < MAX_FAILED_STEPS:
             with self._ownership:

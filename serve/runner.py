@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from serve.backend import NUM_PREFILL_ROWS, NUM_SCORING_ROWS, Backend
+from serve.backend import NUM_PREFILL_ROWS, NUM_SCORING_ROWS, NUM_SPARE_ROWS, Backend
 from serve.out_of_memory import is_out_of_memory
 from serve.prefill import Prefiller, PromptEntry
 from serve.prefix_cache import PrefixCache
@@ -67,7 +67,15 @@ class Runner:
         self._make_room()
         return run(max(self._max_pass_tokens // 2, 2))
 
+    def distrust_rows(self) -> None:
+        """Have every row scrubbed before somebody else uses it.
+
+        What a pass that failed, or whose logits nobody saw, has written may not be finite.
+        """
+        self._tainted_rows.update(range(self._scheduler.max_num_seqs + NUM_SPARE_ROWS))
+
     def _make_room(self) -> None:
+        self.distrust_rows()
         self._prefix_cache.clear()
         if torch.device(self._backend.info.device).type == "cuda":
             torch.cuda.empty_cache()

@@ -6,6 +6,8 @@ On a real model, whose attention multiplies hidden positions by 0 and so keeps t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -125,10 +127,51 @@ def fail_the_engine(engine: Engine) -> None:
     engine._recover()
 
 
+def break_behind_the_pass(engine: Engine, error: Exception, prompt: tuple[int, ...]) -> None:
+    """Have a pass write NaN, and fail before anybody sees its logits."""
+    backend = engine._runner._backend
+    forward = backend.forward
+
+    def failing(*args: Any) -> torch.Tensor:
+        forward(*args)
+        raise error
+
+    with patch.object(backend, "forward", failing):
+        (ended,) = submit_and_try(engine, prompt)
+    assert ended.finish_reason is FinishReason.ERROR
+
+
+def submit_and_try(engine: Engine, prompt: tuple[int, ...]) -> list[FinishedEvent]:
+    ended = submit(engine, prompt)
+    while not ended:
+        engine._intake.run()
+        engine._try_step()
+    return ended
+
+
+def run_out_of_memory(engine: Engine) -> None:
+    break_behind_the_pass(engine, torch.OutOfMemoryError(), BAD)
+    break_behind_the_pass(engine, torch.OutOfMemoryError(), LONG_BAD)
+
+
+def fail_behind_the_pass(engine: Engine) -> None:
+    break_behind_the_pass(engine, RuntimeError(), BAD)
+    engine._num_failed_steps = 0
+
+
+def sample_without_memory(engine: Engine) -> None:
+    with patch.object(engine._sampler, "sample", side_effect=torch.OutOfMemoryError()):
+        (ended,) = submit_and_try(engine, BAD)
+    assert ended.finish_reason is FinishReason.ERROR
+
+
 @pytest.mark.parametrize(
     "poison",
-    [fail_short, fail_long, cancel_long, score_in_one_pass, score_by_decoding, fail_the_engine],
-)
+    [
+        fail_short, fail_long, cancel_long, score_in_one_pass, score_by_decoding, fail_the_engine,
+        run_out_of_memory, fail_behind_the_pass, sample_without_memory,
+    ],
+)  # fmt: skip
 def test_row_that_held_nan_serves_the_next_as_if_it_were_new(
     engine: Engine, poison: Callable[[Engine], None]
 ) -> None:
