@@ -122,7 +122,10 @@ def run(size: Size) -> RowResult:
         rig.drive(_requests(2 * NUM_TEMPLATES), "warm", send=cancels.send)
         cancels.num_cancelled = 0
         journal, waves = _drive_waves(rig, cancels, stops, size)
-        result.add(rig.ledger(journal, reference))
+        ledger = rig.ledger(journal, reference)
+        result.add(ledger)
+        odd = ledger.codes.keys() - {"OK", "CANCELLED"}
+        result.demand(not odd, f"calls ended with {sorted(odd)}")
         result.leaks = rig.leaks()
     _judge(result, size, cancels.num_cancelled, stops.num_steps, waves)
     return result

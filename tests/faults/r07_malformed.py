@@ -197,7 +197,10 @@ def run(size: Size) -> RowResult:
             journal = rig.drive(requests_of(num_good), "beside", num_clients=8)
             working.result()
             seconds = time.monotonic() - lines.started_s
-        result.add(rig.ledger(journal, reference))
+        ledger = rig.ledger(journal, reference)
+        result.add(ledger)
+        failed = ledger.codes.keys() - {"OK"}
+        result.demand(not failed, f"good clients failed: {dict(ledger.codes)}")
         result.num_requests += count
         result.leaks = rig.leaks()
         core = [text for text in stderr()[num_before:] if text] if is_core_quiet else []

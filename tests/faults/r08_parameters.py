@@ -100,7 +100,10 @@ def run(size: Size) -> RowResult:
         sending = asyncio.run_coroutine_threadsafe(beside.send_all(rig.server.address), rig.loop)
         journal = rig.drive(requests_of(NUM_GOOD[size]), "beside", num_clients=8)
         sending.result()
-        result.add(rig.ledger(journal, reference))
+        ledger = rig.ledger(journal, reference)
+        result.add(ledger)
+        failed = ledger.codes.keys() - {"OK"}
+        result.demand(not failed, f"good clients failed: {dict(ledger.codes)}")
         result.num_requests += len(found) * (NUM_ROUNDS[size] + 1)
         _check_injection(rig, result)
         result.leaks = rig.leaks()

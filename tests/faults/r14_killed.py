@@ -82,6 +82,8 @@ def run(size: Size) -> RowResult:
         result.add(check(*journals))
         for server in servers:
             result.leaks += leaks(server, idle)
+    has_proxy = size is Size.CI or proxy == "Envoy"
+    result.demand(has_proxy, f"there was no real proxy: {proxy}")
     result.measured = {"proxy": proxy, "num_kills": NUM_KILLS[size]}
     judge(result, outcomes)
     return result

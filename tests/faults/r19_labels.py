@@ -95,7 +95,10 @@ def run(size: Size) -> RowResult:
         journal = rig.drive(labelled(count, 2 * 10**6), "labelled", send=send)
         num_after = num_series(rig)
         rig.run(channel.close())
-        result.add(check(read_journal([journal])))
+        ledger = check(read_journal([journal]))
+        result.add(ledger)
+        failed = ledger.codes.keys() - {"OK"}
+        result.demand(not failed, f"calls with labels failed: {dict(ledger.codes)}")
         result.num_requests = count
         result.leaks = rig.leaks()
     result.measured = {"num_series_before": num_before, "num_series_after": num_after}
