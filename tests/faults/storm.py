@@ -298,8 +298,11 @@ async def _renamed(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run storms of increasing seeds for some time; the exit code says whether all was well."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.storm", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults.storm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the first storm")
     parser.add_argument("--seconds", type=float, default=1.0, help="in all; one storm at least")
     parser.add_argument("--length-s", type=float, default=2.0, help="of each storm")

@@ -15,7 +15,7 @@ from protos.tandem.v1 import inference_pb2 as pb
 from tests.faults.storm_backend import MARK, Weather
 
 TENANTS = ("ada", "bob")
-NUM_TEMPLATES = 30
+NUM_TEMPLATES = 10
 _SINGLE = (pb.ROUTE_STUDENT, pb.ROUTE_TEACHER)
 
 
