@@ -186,7 +186,7 @@ def _route_of(events: Sequence[Any]) -> pb.Route:
 async def operate(client: AsyncClient, address: str, rng: random.Random) -> None:
     """Change the policy and abort shared ids, a hundred times a second each."""
     async with grpc.aio.insecure_channel(address) as channel:
-        stub: Any = ControlServiceStub(channel)  # type: ignore[no-untyped-call]
+        stub: Any = ControlServiceStub(channel)
         for number in itertools.count():
             weight = rng.choice([0.0, 0.5, 1.0])
             policy = control_pb2.SetPolicyRequest(

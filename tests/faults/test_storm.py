@@ -51,7 +51,7 @@ def keep_slots() -> Any:
 @pytest.mark.parametrize(
     ("break_it", "seed", "problem"),
     [
-        (share_tenants, 2, "INVALID_ARGUMENT for"),
+        (share_tenants, 343, "INVALID_ARGUMENT for"),
         (forget_taints, 100, "non-finite"),
         (keep_slots, 2, "afterwards"),
     ],
@@ -61,7 +61,7 @@ def test_storm_over_a_broken_server_is_noticed(break_it: Any, seed: int, problem
     for one in patches:
         one.start()
     try:
-        outcome = storm.run(seed, SECONDS)
+        outcome = storm.run(seed, 2 * SECONDS)
     finally:
         for one in patches:
             one.stop()
