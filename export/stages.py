@@ -24,6 +24,7 @@ from bundle.manifest import StageRecord
 from export.disk import writing_to
 from export.distributed import World
 from export.resources import PeakMemory, folder_size_bytes
+from export.sole_user import sole_user
 
 RECORD_NAME = "stage.json"
 
@@ -86,6 +87,7 @@ class StageRunner:
         self._root = root
         self._announce = announce
         self._world = world or World()
+        self._is_sole_user = False
 
     def path(self, spec: StageSpec) -> Path:
         """Return the folder of a stage, finished or not."""
@@ -108,7 +110,21 @@ class StageRunner:
         return Stage(path, StageRecord.model_validate_json((path / RECORD_NAME).read_text()))
 
     def run(self, spec: StageSpec) -> Stage:
-        """Return the stage, building it and what comes before it where that is missing."""
+        """Return the stage, building it and what comes before it where that is missing.
+
+        Raises:
+            FolderInUseError: another process builds below `root`.
+        """
+        if self._is_sole_user or not self._world.is_main or self.find(spec) is not None:
+            return self._run(spec)
+        with writing_to(self._root), sole_user(self._root, self._announce):
+            self._is_sole_user = True
+            try:
+                return self._run(spec)
+            finally:
+                self._is_sole_user = False
+
+    def _run(self, spec: StageSpec) -> Stage:
         # All processes must agree: a late one would find what the main one has finished by now.
         if self._world.broadcast(self.find(spec) is None):
             for earlier in spec.after:
