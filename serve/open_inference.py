@@ -32,6 +32,8 @@ MAX_BYTES_PER_STREAM = 4 << 20
 _RETRY_AFTER_S = 1.0
 
 Generate = Callable[[Call, pb.GenerateRequest], AsyncGenerator[pb.GenerateResponse, None]]
+_STOPPED = status_of(EngineStoppedError("the server is draining"))
+
 Write = Callable[[oip.ModelStreamInferResponse], Awaitable[None]]
 
 
@@ -57,9 +59,14 @@ class OpenInferenceService:
         self._version = version
         self._health = health
         self._readers: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     def close(self) -> None:
-        """Read no more from streams: they end with UNAVAILABLE when what runs on them has ended."""
+        """Read no more from streams: they end with UNAVAILABLE when what runs on them has ended.
+
+        Those that come later, too: grpc would end a read on a listener that closes with INTERNAL.
+        """
+        self._is_closed = True
         for reader in self._readers:
             reader.cancel()
 
@@ -170,6 +177,8 @@ class OpenInferenceService:
 
     async def _model_stream_infer(self, requests: AsyncIterator[bytes], context: Context) -> None:
         """Answer requests side by side. What ends the call ends all of them."""
+        if self._is_closed:
+            await abort(context, _STOPPED)
         lock = asyncio.Lock()
 
         async def write(response: oip.ModelStreamInferResponse) -> None:
@@ -187,7 +196,7 @@ class OpenInferenceService:
         if stalled:
             await abort(context, status_of(stalled[0]))
         if reader.cancelled():
-            await abort(context, status_of(EngineStoppedError("the server is draining")))
+            await abort(context, _STOPPED)
 
     async def _read(
         self,

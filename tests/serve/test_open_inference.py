@@ -818,6 +818,18 @@ def test_stream_is_read_on_when_large_requests_have_ended(
     open_stream.close()
 
 
+def test_stream_that_comes_when_streams_are_over_is_told(serving: Any, make_pair: Any) -> None:
+    with serving(make_pair()) as live:
+        live.loop.call_soon_threadsafe(live.server._open_inference.close)
+        open_stream = Stream(live)
+        open_stream.send(infer_request(stream=False))
+        with pytest.raises(grpc.RpcError) as caught:
+            open_stream.read()
+        assert caught.value.code() is CODE.UNAVAILABLE
+        assert caught.value.details() == "the server is draining"
+        open_stream.close()
+
+
 @pytest.mark.parametrize("is_busy", [False, True])
 def test_drain_ends_a_stream_behind_its_last_response(
     serving: Any, make_pair: Any, is_busy: bool
