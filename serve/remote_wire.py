@@ -97,7 +97,11 @@ def from_score(response: pb.ScoreResponse, request: ScoringRequest) -> list[Scor
 
 
 class Answer:
-    """Turns the responses of one Generate call into events: each sample ends exactly once."""
+    """Turns the responses of one Generate call into events: each sample ends exactly once.
+
+    Its methods raise EngineFailedError for responses that are no answer: samples that were not
+    asked for or end twice, tokens with a gap, twice, or others than the sample has at its end.
+    """
 
     def __init__(self, num_samples: int) -> None:
         self._tokens: list[list[int]] = [[] for _ in range(num_samples)]
@@ -141,7 +145,13 @@ class Answer:
         return events
 
     def _token_events(self, chunk: pb.TokenChunk) -> Iterator[TokenEvent]:
-        tops = chunk.top_logprobs or [pb.TopLogprobs()] * len(chunk.token_ids)
+        num_tokens = len(chunk.token_ids)
+        tops = chunk.top_logprobs or [pb.TopLogprobs()] * num_tokens
+        _demand(chunk.index in self._unfinished, f"tokens of sample {chunk.index}")
+        is_next = chunk.position == len(self._tokens[chunk.index])
+        _demand(is_next, f"tokens of sample {chunk.index} from {chunk.position} on")
+        has_all = len(chunk.logprobs) == len(tops) == num_tokens
+        _demand(has_all, f"tokens of sample {chunk.index} without their log-probabilities")
         self._tokens[chunk.index] += chunk.token_ids
         self._logprobs[chunk.index] += chunk.logprobs
         for offset, (token_id, logprob, top) in enumerate(
@@ -157,6 +167,10 @@ class Answer:
             )
 
     def _complete(self, sample: pb.Sample) -> list[Event]:
+        is_awaited = sample.index in self._unfinished and self._last is None
+        _demand(is_awaited, f"the end of sample {sample.index}")
+        is_whole = list(sample.token_ids) == self._tokens[sample.index]
+        _demand(is_whole, f"sample {sample.index} with other tokens than before its end")
         if self._unfinished == {sample.index}:
             self._last = sample
             return []
@@ -176,6 +190,11 @@ class Answer:
             processed_logprobs=tuple(sample.processed_logprobs),
             num_cached_prompt_tokens=num_cached,
         )
+
+
+def _demand(holds: bool, what: str) -> None:
+    if not holds:
+        raise EngineFailedError(f"the teacher's server sent {what}")
 
 
 def _reason(reason: pb.FinishReason) -> FinishReason:

@@ -133,13 +133,17 @@ def usage(cached: int) -> pb.GenerateResponse:
 
 
 def test_tokens_become_events() -> None:
-    first, second = Answer(1).take(chunk(0, 3, 7, 8))
+    answer = Answer(1)
+    assert len(answer.take(chunk(0, 0, 4, 5, 6))) == 3
+    first, second = answer.take(chunk(0, 3, 7, 8))
     assert (first.position, first.token_id, first.logprob) == (3, 7, -1.0)
     assert (second.position, second.token_id) == (4, 8)
 
 
 def test_last_sample_waits_for_the_usage() -> None:
     answer = Answer(2)
+    answer.take(chunk(0, 0, 8))
+    answer.take(chunk(1, 0, 7))
     (first,) = answer.take(complete(1, 7))
     assert answer.take(complete(0, 8)) == []
     (second,) = answer.take(usage(cached=16))
@@ -152,7 +156,7 @@ def test_last_sample_waits_for_the_usage() -> None:
 
 def test_end_finishes_what_is_unfinished_once() -> None:
     answer = Answer(3)
-    answer.take(complete(0, 7))
+    answer.take(complete(0))
     answer.take(chunk(1, 0, 8))
     ended = answer.end(FinishReason.SHUTDOWN, "lost")
     assert [(e.index, e.finish_reason, e.token_ids, e.error) for e in ended] == [
@@ -165,16 +169,35 @@ def test_end_finishes_what_is_unfinished_once() -> None:
 
 def test_sample_that_waits_for_the_usage_is_whole_without_it() -> None:
     answer = Answer(1)
-    answer.take(complete(0, 7))
+    answer.take(complete(0))
     (ended,) = answer.end(FinishReason.ERROR, "too early")
     assert (ended.finish_reason, ended.error) == (FinishReason.STOP, "")
 
 
+BARE = pb.GenerateResponse(tokens=pb.TokenChunk(index=0, token_ids=[7]))
+
+
 @pytest.mark.parametrize(
-    "responses", [[chunk(2, 0, 7)], [complete(2, 7)], [complete(0, 7), complete(0, 7)]]
+    ("responses", "text"),
+    [
+        ([chunk(2, 0, 7)], "tokens of sample 2$"),
+        ([complete(2)], "the end of sample 2$"),
+        ([complete(0), complete(0)], "the end of sample 0$"),
+        ([complete(0), chunk(0, 0, 7)], "tokens of sample 0$"),
+        ([complete(0), complete(1), complete(1)], "the end of sample 1$"),
+        ([chunk(0, 1, 7)], "tokens of sample 0 from 1 on$"),
+        ([chunk(0, 0, 7), chunk(0, 0, 7)], "tokens of sample 0 from 0 on$"),
+        ([BARE], "tokens of sample 0 without their log-probabilities$"),
+        ([chunk(0, 0, 7), complete(0, 8)], "sample 0 with other tokens than before its end$"),
+        ([chunk(0, 0, 7), complete(0)], "sample 0 with other tokens than before its end$"),
+    ],
 )
-def test_nonsense_is_an_error(responses: list[pb.GenerateResponse]) -> None:
+def test_nonsense_is_an_error(responses: list[pb.GenerateResponse], text: str) -> None:
     answer = Answer(2)
-    with pytest.raises((IndexError, KeyError)):
-        for response in responses:
-            answer.take(response)
+    *before, last = responses
+    for response in before:
+        answer.take(response)
+    tokens = [list(ids) for ids in answer._tokens]
+    with pytest.raises(EngineFailedError, match=f"the teacher's server sent {text}"):
+        answer.take(last)
+    assert answer._tokens == tokens
