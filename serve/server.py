@@ -54,10 +54,10 @@ from serve.vllm_metrics import register_vllm_aliases
 logger = logging.getLogger(__name__)
 
 # After the engines have stopped, handlers only have to send what they hold.
-_LAST_WORDS_S = 4.0
+_LAST_WORDS_S = 3.5
 # Longer than a client takes to come again, and to hear that its connection is closing.
 _HOLD_S, _GO_AWAY_S = 0.05, 0.02
-_CLOSE_S = 0.2
+_CLOSE_S = 1.0
 # How soon health notices that an engine died or hangs; its status is answered from memory.
 _HEALTH_PERIOD_S = 0.25
 

@@ -284,7 +284,8 @@ class Streamers:
             call.cancel()
             raise
         except grpc.RpcError as error:
-            if error.code().name != "UNAVAILABLE":
+            # The second is this client's own word for a write on a stream that the server had ended.
+            if error.code().name != "UNAVAILABLE" and error.details() != "Internal error from Core":
                 self.problems.append(f"a stream ended with {error.code().name}: {error.details()}")
             return
         wanted = Counter(str(kind) for kind in asked)
