@@ -284,7 +284,7 @@ class Streamers:
             call.cancel()
             raise
         except grpc.RpcError as error:
-            # The second is this client's own word for a write on a stream that the server had ended.
+            # The second is this client's own word for a write on a stream that had ended.
             if error.code().name != "UNAVAILABLE" and error.details() != "Internal error from Core":
                 self.problems.append(f"a stream ended with {error.code().name}: {error.details()}")
             return
