@@ -143,7 +143,10 @@ class Runner:
         entry = PromptEntry(prompt, row)
         try:
             while entry.logits is None:
-                self._prefiller.advance(entry, max_tokens)
+                # Each of these passes is a new one, and has its second try.
+                self.try_twice(
+                    lambda tokens: self._prefiller.advance(entry, min(tokens, max_tokens))
+                )
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

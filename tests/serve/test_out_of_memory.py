@@ -168,6 +168,15 @@ def test_pass_that_is_too_large_is_tried_again_and_nothing_shows(
     assert answers(make_engine(fits, max_pass_tokens=6), prompts) == expected
 
 
+def test_every_pass_of_the_second_try_has_a_second_one(make_engine: Callable[..., Engine]) -> None:
+    """Memory that others take for a moment is missing now and then, not once."""
+    passes = itertools.count()
+    prompts = [*PROMPTS, LONG]
+    expected = answers(make_engine(max_pass_tokens=16), prompts)
+    engine = make_engine(lambda lengths, tokens: next(passes) % 2 == 1, max_pass_tokens=16)
+    assert answers(engine, prompts) == expected
+
+
 @pytest.mark.parametrize("heavy", [(HEAVY, 5), (*LONG[:20], HEAVY)])
 def test_prompt_that_there_is_no_memory_for_ends_its_request_alone(
     make_engine: Callable[..., Engine], heavy: tuple[int, ...]
