@@ -57,11 +57,11 @@ def _leaking_tasks() -> Callable[..., Any]:
 
 def _leaking_queue() -> Callable[..., None]:
     """Every refused request keeps its place in the queue."""
-    take = Intake.take
+    check_room = Intake.check_room
 
-    def leak(intake: Intake, count: int, command: Callable[[], None]) -> None:
+    def leak(intake: Intake, count: int) -> None:
         try:
-            take(intake, count, command)
+            check_room(intake, count)
         except QueueFullError:
             intake.num_admitted += count
             raise
@@ -75,7 +75,7 @@ _BUILDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
         "serve.coordinator.Coordinator.answer": _leaking_tasks(),
     },
     "refusals": {
-        "serve.intake.Intake.take": _leaking_queue(),
+        "serve.intake.Intake.check_room": _leaking_queue(),
         "serve.statuses._retry_after_s": lambda error: None,
     },
 }

@@ -163,9 +163,12 @@ def _judge(
     count = NUM_STREAMS[size]
     result.demand(num_cancelled > count // 5, f"only {num_cancelled} of {count} were cancelled")
     result.demand(len(num_steps) > count // 10, f"only {len(num_steps)} samples ran when cancelled")
-    result.demand(
-        max(num_steps, default=0) <= MAX_STEPS, f"{max(num_steps, default=0)} steps later"
-    )
+    # A busy machine keeps the loop from telling the engine for some steps now and then.
+    most = max(num_steps, default=0)
+    result.demand(most <= MAX_STEPS, f"{most} steps later", is_timed=True)
+    num_late = sum(count > MAX_STEPS for count in num_steps)
+    text = f"{num_late} of {len(num_steps)} samples ran on for more than {MAX_STEPS} steps"
+    result.demand(num_late * 20 <= len(num_steps), text)
     # In a process of its own alone: what other tests left behind comes and goes meanwhile.
     text = f"{num_objects:.2f} objects a cancel"
     result.demand(num_objects <= MAX_OBJECTS_PER_CANCEL, text, is_timed=True)

@@ -56,7 +56,8 @@ def test_engine_that_hears_late_of_a_cancel_is_seen(monkeypatch: pytest.MonkeyPa
             end_request(engine, *arguments, **options)
 
     monkeypatch.setattr(Engine, "_end_request", late)
-    assert any("steps later" in problem for problem in r01_cancel.run(Size.CI).problems)
+    result = r01_cancel.run(Size.CI)
+    assert any("samples ran on for more than 2 steps" in problem for problem in result.problems)
 
 
 def test_dropped_event_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
