@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import grpc
@@ -102,6 +103,7 @@ class Endpoint:
 
     def open_async(self) -> grpc.aio.Channel:
         """Do as `open`, for the running event loop."""
+        _keep_grpc_aio()
         if self.tls is None:
             return grpc.aio.insecure_channel(self.target, self._options(_RETRIED))
         options = self._options(_RETRIED)
@@ -164,3 +166,13 @@ def _host(address: str) -> str:
         return address[1:].partition("]")[0]
     # More than one colon: an IPv6 address without a port.
     return address.partition(":")[0] if address.count(":") == 1 else address
+
+
+@cache
+def _keep_grpc_aio() -> None:
+    """Keep grpc.aio in this process: else its last channel takes it down, the next one builds it.
+
+    That costs memory each time, and taking it down may wait for ever for its own thread: it did in
+    the thirtieth of a process's event loops.
+    """
+    grpc.aio.init_grpc_aio()

@@ -47,3 +47,21 @@ def test_last_attempt_is_later_than_a_restart_of_ten_seconds() -> None:
     pauses_s = [min(pause_s * policy["backoffMultiplier"] ** n, max_s) for n in range(4)]
     reconnect_s = 1.2 * dict(CHANNEL_OPTIONS)["grpc.max_reconnect_backoff_ms"] / 1e3
     assert 0.8 * sum(pauses_s) - reconnect_s > 10
+
+
+LOOPS = """
+import asyncio, threading
+from serve.channel import Endpoint
+
+async def open_and_close():
+    await Endpoint("127.0.0.1:1").open_async().close()
+    return {t.ident for t in threading.enumerate() if "_poll_wrapper" in t.name}
+
+first, second = asyncio.run(open_and_close()), asyncio.run(open_and_close())
+assert first == second and len(first) == 1, (first, second)
+"""
+
+
+def test_grpc_aio_is_not_taken_down_between_event_loops() -> None:
+    """In a process of its own: here other tests keep it alive."""
+    subprocess.run([sys.executable, "-c", LOOPS], check=True, timeout=60)
