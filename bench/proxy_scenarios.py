@@ -157,8 +157,7 @@ def killed_stream(site: Site) -> Iterator[Result]:
 def restarted_server(site: Site) -> Iterator[Result]:
     """Kill the only server that the clients know; it comes back as soon as it can.
 
-    With Compare: a Generate of the synchronous client that lost its connection and then finds no
-    server for all of its attempts never ends (docs/proxy.md).
+    With Compare, which gRPC repeats: `serve.retries` begins a Generate again (docs/proxy.md).
     """
     faults_s, downs_s = [], []
     with site.load(site.stable.address, comparing(site.plan.max_tokens)) as load:

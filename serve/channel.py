@@ -12,6 +12,14 @@ import grpc
 import grpc.aio
 
 from serve.hosts import is_loopback
+from serve.retries import (
+    FIRST_PAUSE_S,
+    MAX_PAUSE_S,
+    MAX_TOKENS,
+    PAUSE_FACTOR,
+    RETRIED,
+    TOKEN_RATIO,
+)
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # The server allows pings this often; a dead server is then noticed within 40 s.
@@ -96,17 +104,17 @@ class Endpoint:
 
     def open(self) -> grpc.Channel:
         """Return a channel that connects at its first call; OSError as `Tls.credentials`."""
-        if self.tls is None:
-            return grpc.insecure_channel(self.target, self._options(_RETRIED_SYNC))
         options = self._options(_RETRIED_SYNC)
+        if self.tls is None:
+            return grpc.insecure_channel(self.target, options)
         return grpc.secure_channel(self.target, self.tls.credentials(), options)
 
     def open_async(self) -> grpc.aio.Channel:
         """Do as `open`, for the running event loop."""
         _keep_grpc_aio()
-        if self.tls is None:
-            return grpc.aio.insecure_channel(self.target, self._options(_RETRIED))
         options = self._options(_RETRIED)
+        if self.tls is None:
+            return grpc.aio.insecure_channel(self.target, options)
         return grpc.aio.secure_channel(self.target, self.tls.credentials(), options)
 
     def _options(self, retried: tuple[dict[str, str], ...]) -> list[tuple[str, str | int]]:
@@ -135,13 +143,13 @@ def service_config(max_attempts: int, retried: tuple[dict[str, str], ...] = _RET
     if max_attempts > 1:
         policy = {
             "maxAttempts": max_attempts,
-            "initialBackoff": "0.2s",
-            "maxBackoff": "10s",
-            "backoffMultiplier": 5,
-            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+            "initialBackoff": f"{FIRST_PAUSE_S:g}s",
+            "maxBackoff": f"{MAX_PAUSE_S:g}s",
+            "backoffMultiplier": PAUSE_FACTOR,
+            "retryableStatusCodes": [code.name for code in RETRIED],
         }
         config["methodConfig"] = [{"name": retried, "retryPolicy": policy}]
-        config["retryThrottling"] = {"maxTokens": 1000, "tokenRatio": 0.1}
+        config["retryThrottling"] = {"maxTokens": MAX_TOKENS, "tokenRatio": TOKEN_RATIO}
     return json.dumps(config)
 
 

@@ -37,8 +37,6 @@ from serve.specs import GenerationSpec, Limits, Prompt, ScoreSpec
 from serve.tasks import running
 from serve.tokenization import Tokenizer
 
-_DRAINING = "the server is draining and takes no new work"
-
 OnArm = Callable[[ArmResult], None]
 RunArm = Callable[[ArmJob, OnChunk], Awaitable[ArmResult]]
 
@@ -147,8 +145,7 @@ class Coordinator:
         Under overload most requests end here. Those that are refused as late as `answer` can tell
         take half as much again of the time that the others need.
         """
-        if self._is_draining:
-            raise DrainingError(_DRAINING)
+        self._check_open()
         check_capacity(spec.sampling.num_samples, self.limits)
         self._choose_models(spec)[0].engine.check_room(spec.sampling.num_samples)
 
@@ -213,8 +210,7 @@ class Coordinator:
             DrainingError: the server is draining.
             AbortedError: `abort` ended the block.
         """
-        if self._is_draining:
-            raise DrainingError(_DRAINING)
+        self._check_open()
         task = asyncio.current_task()
         assert task is not None
         self._num_admitted += 1
@@ -232,6 +228,10 @@ class Coordinator:
             del self._running[key]
             if not self._running:
                 self._idle.set()
+
+    def _check_open(self) -> None:
+        if self._is_draining:
+            raise DrainingError("the server is draining and takes no new work")
 
     async def _jobs(self, spec: GenerationSpec, terms: _Terms) -> list[ArmJob]:
         """Return one job per answering model, checked against the context before any starts."""

@@ -177,8 +177,7 @@ class Gate(grpc.aio.ServerInterceptor):
         )  # fmt: skip
 
         async def run(requests: AsyncIterator[Any], context: Context) -> Any:
-            if not self._may_run.is_set():
-                await self._may_run.wait()
+            await self._may_run.wait()
             peer = _Peer(name or _certificate_name(context), _host(context))
             self._note_call()
             try:

@@ -16,11 +16,13 @@ from typing import Any
 
 import grpc
 
-PAUSES_S = (0.2, 1.0, 5.0, 10.0)
+from serve.failures import PUSHBACK_KEY
+
+FIRST_PAUSE_S, PAUSE_FACTOR, MAX_PAUSE_S = 0.2, 5, 10.0
+PAUSES_S = tuple(min(FIRST_PAUSE_S * PAUSE_FACTOR**number, MAX_PAUSE_S) for number in range(4))
 JITTER = 0.2
 RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 MAX_TOKENS, TOKEN_RATIO = 1000, 0.1
-_PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 
 class RetryBudget:
@@ -72,7 +74,7 @@ class Attempts:
         if pause_s is None:
             return None
         metadata: Any = error.trailing_metadata() or ()
-        wished_ms = dict(metadata).get(_PUSHBACK_KEY)
+        wished_ms = dict(metadata).get(PUSHBACK_KEY)
         if wished_ms is None:
             pause_s *= random.uniform(1 - JITTER, 1 + JITTER)
         elif wished_ms.isdecimal():

@@ -32,7 +32,7 @@ from serve.errors import (
     TooLargeError,
     UnknownRequestError,
 )
-from serve.failures import DETAILS_KEY
+from serve.failures import DETAILS_KEY, PUSHBACK_KEY
 from serve.wire import MalformedMessageError
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,6 @@ _MAX_CHARS = 800
 # A status waits for the response before it, and that one for room at the client.
 _MAX_ABORT_S = 1.0
 _MAX_DETAIL_CHARS = 2400  # of all fields together
-PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (MalformedMessageError, grpc.StatusCode.INVALID_ARGUMENT),

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from tests.faults.paced import PacedBackend
+from tests.serve.conftest import Pass
 
 Break = Callable[["FaultyBackend"], None]
 
@@ -35,19 +34,13 @@ class FaultyBackend(PacedBackend):
         self._num_passes_left = first_pass
         self._fault = fault
 
-    def forward(
-        self,
-        first_row: int,
-        new_token_ids: Sequence[Sequence[int]],
-        past_lengths: Sequence[int],
-        logit_indices: Sequence[Sequence[int]] | None = None,
-    ) -> torch.Tensor:
+    def before_pass(self, first_row: int, rows: Pass) -> None:
         if self._fault is not None:
             self._num_passes_left -= 1
             if self._num_passes_left < 0:
                 self.broke_s.append(time.monotonic())
                 self._fault(self)
-        return super().forward(first_row, new_token_ids, past_lengths, logit_indices)
+        super().before_pass(first_row, rows)
 
 
 def fail(backend: FaultyBackend) -> None:

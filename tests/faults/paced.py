@@ -11,7 +11,7 @@ import torch
 from serve.engine import Engine
 from serve.scoring import ScoredCompletion, ScoringRequest
 from serve.sequence import Event, EventSink, FinishedEvent, FinishReason, GenerationRequest
-from tests.serve.conftest import HistoryBackend
+from tests.serve.conftest import HistoryBackend, Pass
 
 OnEnd = Callable[[GenerationRequest, FinishReason], None]
 OnTaken = Callable[[GenerationRequest | ScoringRequest], None]
@@ -27,6 +27,12 @@ class PacedBackend(HistoryBackend):
     on_pass: Callable[[list[list[int]]], None] = staticmethod(lambda rows: None)
     on_passed: Callable[[], None] = staticmethod(lambda: None)
 
+    def before_pass(self, first_row: int, rows: Pass) -> None:
+        self.on_pass(
+            [self.rows[row][:past] + list(ids) for row, (past, ids) in enumerate(rows, first_row)]
+        )
+        time.sleep(self.pass_s)
+
     def forward(
         self,
         first_row: int,
@@ -34,13 +40,6 @@ class PacedBackend(HistoryBackend):
         past_lengths: Sequence[int],
         logit_indices: Sequence[Sequence[int]] | None = None,
     ) -> torch.Tensor:
-        self.on_pass(
-            [
-                self.rows[first_row + i][:past] + list(ids)
-                for i, (ids, past) in enumerate(zip(new_token_ids, past_lengths, strict=True))
-            ]
-        )
-        time.sleep(self.pass_s)
         logits = super().forward(first_row, new_token_ids, past_lengths, logit_indices)
         self.calls.clear()  # or memory grows with every pass
         self.on_passed()

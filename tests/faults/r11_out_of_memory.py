@@ -24,12 +24,11 @@ import torch
 from loadtest.journal import OK
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.engine import Engine
-from serve.routing import Role
 from tests.faults.answers import answers_of, codes_of
 from tests.faults.faulty import quiet_log
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of
-from tests.serve.conftest import HistoryBackend
+from tests.serve.conftest import HistoryBackend, Pass
 
 NUM_REQUESTS = {Size.CI: 40, Size.FULL: 2000}  # in each phase
 MAX_PASS_TOKENS = 16
@@ -37,8 +36,6 @@ MARK = 1
 """A prompt that begins with it never fits in the phase of that name."""
 FAILED = "INTERNAL"
 
-Pass = list[tuple[int, Sequence[int]]]
-"""Of each row the cached tokens, and the new ones."""
 Fits = Callable[[Pass], bool]
 
 
@@ -48,18 +45,11 @@ class TightBackend(HistoryBackend):
     fits: Fits = staticmethod(lambda rows: True)
     num_failed = 0
 
-    def forward(
-        self,
-        first_row: int,
-        new_token_ids: Sequence[Sequence[int]],
-        past_lengths: Sequence[int],
-        logit_indices: Sequence[Sequence[int]] | None = None,
-    ) -> torch.Tensor:
-        if not self.fits(list(zip(past_lengths, new_token_ids, strict=True))):
+    def before_pass(self, first_row: int, rows: Pass) -> None:
+        self.calls.clear()
+        if not self.fits(rows):
             self.num_failed += 1
             torch.empty(1 << 48)
-        self.calls.clear()
-        return super().forward(first_row, new_token_ids, past_lengths, logit_indices)
 
 
 class NowAndThen:
@@ -104,28 +94,19 @@ PHASES = (
 )
 
 
-class TightRig(Rig):
-    """Engines with small passes, that prompts come in chunks as well."""
-
-    def _engine(self, role: Role, max_waiting: int) -> Engine:
-        backend = self.backends[role]
-        return Engine(
-            backend,
-            eos_token_ids=frozenset({backend.EOS}),
-            max_waiting=max_waiting,
-            observer=self.metrics.observer(role),
-            name=role.value,
-            max_pass_tokens=MAX_PASS_TOKENS,
-        )
-
-
 def run(size: Size) -> RowResult:
     """Go through the phases, in one server."""
     result = RowResult("R11", "out of memory in a pass")
     with (
         quiet_log(),
         tempfile.TemporaryDirectory() as folder,
-        TightRig(Path(folder), max_replays=0, make_backend=TightBackend) as rig,
+        # Small passes, that prompts come in chunks as well.
+        Rig(
+            Path(folder),
+            max_pass_tokens=MAX_PASS_TOKENS,
+            max_replays=0,
+            make_backend=TightBackend,
+        ) as rig,
     ):
         requests = list(_requests(NUM_REQUESTS[size]))
         reference = rig.drive(iter(requests), "reference")
@@ -145,7 +126,7 @@ def _requests(count: int) -> Iterator[pb.GenerateRequest]:
 
 def _run_phase(
     result: RowResult,
-    rig: TightRig,
+    rig: Rig,
     phase: Phase,
     requests: Sequence[pb.GenerateRequest],
     reference: Path,

@@ -111,6 +111,10 @@ class FakeBackend:
         """There is no cache."""
 
 
+Pass = list[tuple[int, Sequence[int]]]
+"""Of each row the cached tokens, and the new ones."""
+
+
 class HistoryBackend:
     """Next-token logits depend on every token before, read from rows of its cache.
 
@@ -138,6 +142,7 @@ class HistoryBackend:
         past_lengths: Sequence[int],
         logit_indices: Sequence[Sequence[int]] | None = None,
     ) -> torch.Tensor:
+        self.before_pass(first_row, list(zip(past_lengths, new_token_ids, strict=True)))
         if self.error is not None:
             raise self.error
         self.calls.append((first_row, [len(ids) for ids in new_token_ids], list(past_lengths)))
@@ -152,6 +157,9 @@ class HistoryBackend:
             assert len(row) <= self.info.max_model_len
             logits += [self.logits_after(row[: past + j + 1]) for j in indices]
         return torch.stack(logits)
+
+    def before_pass(self, first_row: int, rows: Pass) -> None:
+        """Nothing: for models that take their time, or break."""
 
     def logits_after(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Return `(V,)` for the token behind `token_ids`; NaN behind the token `nan_after`."""
