@@ -247,7 +247,7 @@ def _weights() -> Named:
         "longer than the file": (1000).to_bytes(8, "little") + b"{}",
         "none": b"",
         "no JSON": (2).to_bytes(8, "little") + b"[[",
-        "deep": (100_000).to_bytes(8, "little") + b"[" * 100_000,
+        "deep": (100_005).to_bytes(8, "little") + b'{"x":' + b"[" * 100_000,
         "beyond the end": _header({"x": ["F32", [4], [0, 16]]}),
         "backwards": _header({"x": ["F32", [4], [16, 0]]}),
         "negative shape": _header({"x": ["F32", [-4], [0, 16]]}),

@@ -112,7 +112,7 @@ def _break(result: RowResult, rig: SharedRig, case: Case, role: Role, count: int
         during = rig.folder / "broken.jsonl"
         result.add(rig.ledger(during, reference))
         after = rig.drive(_alone(requests, other), "after")
-        result.add(rig.ledger(after, reference))
+        result.add(rig.ledger(after, reference), is_under_fault=False)
         _judge_calls(result, name, [during, after], requests, other)
         _judge_readiness(result, name, case, victim, health)
         result.leaks += [f"{name}: {leak}" for leak in _leaks(rig, case)]

@@ -1,7 +1,8 @@
 """A GPU is asked for and missing: exit code 3 and one line, before any model is loaded.
 
 `tandem serve --device cuda` where no device is to be seen, whatever is installed. It must not fall
-back on the CPU; with `auto` it does, and says so.
+back on the CPU; with `auto` it does, and says so. The bundle's models are such that to load one
+would be an error of its own: an end for want of a device came before.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.faults.damage import BACKENDS, Copies, relist, why_refused
 from tests.faults.result import RowResult, Size
 from tests.faults.tiny import tiny_bundle
 
 EXIT_CODE = 3
 MAX_S = 120.0
+MODELS = ("onnx/fp32/model.onnx", "student/model.safetensors")
 NUM_STARTS = {Size.CI: 1, Size.FULL: 20}
 FLAGS: tuple[tuple[str, ...], ...] = (
     (),
@@ -31,19 +35,34 @@ FLAGS: tuple[tuple[str, ...], ...] = (
 def run(size: Size) -> RowResult:
     """Start servers that must not start."""
     result = RowResult("R12", "GPU asked for and missing")
-    for number in range(NUM_STARTS[size]):
-        flags = FLAGS[number % len(FLAGS)]
-        started_s = time.monotonic()
-        done = start(flags)
-        result.measured[f"start_s, {number}"] = round(time.monotonic() - started_s, 1)
-        result.num_requests += 1
-        judge(result, flags, done)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = unloadable_bundle(Path(folder))
+        for backend in BACKENDS:
+            reason = why_refused(bundle, backend)
+            loads = reason is not None and reason.startswith("cannot load")
+            result.demand(loads, f"{backend}: without --device cuda the start says {reason}")
+        for number in range(NUM_STARTS[size]):
+            flags = FLAGS[number % len(FLAGS)]
+            started_s = time.monotonic()
+            done = start(bundle, flags)
+            result.measured[f"start_s, {number}"] = round(time.monotonic() - started_s, 1)
+            result.num_requests += 1
+            judge(result, flags, done)
     return result
 
 
-def start(flags: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run `tandem serve` of a bundle that is there, without a GPU, to its end."""
-    command = [sys.executable, "-m", "tandem", "serve", "--bundle", str(tiny_bundle())]
+def unloadable_bundle(folder: Path) -> Path:
+    """Return a bundle whose hashes are right and whose models no runtime can read."""
+    bundle = Copies(tiny_bundle(), folder).make()
+    for name in MODELS:
+        (bundle / name).write_bytes(b"no model")
+    relist(bundle, *MODELS)
+    return bundle
+
+
+def start(bundle: Path, flags: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run `tandem serve` without a GPU, to its end."""
+    command = [sys.executable, "-m", "tandem", "serve", "--bundle", str(bundle)]
     ports = ["--port", "0", "--control-port", "0", "--metrics-port", "0"]
     return subprocess.run(
         [*command, "--device", "cuda", *ports, *flags],

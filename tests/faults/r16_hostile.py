@@ -47,7 +47,9 @@ def run(size: Size) -> RowResult:
         for backend in BACKENDS:
             reason = why_refused(copies.make(), backend)
             result.demand(reason is None, f"the intact bundle was refused: {reason}")
-            for attack in (a for a in attacks() if a.backend in (None, backend)):
+            tried = [attack for attack in attacks() if attack.backend in (None, backend)]
+            result.measured[f"num_attacks, {backend}"] = len(tried)
+            for attack in tried:
                 _attack(result, pool, copies, attack, backend, watches)
         _unpack_all(result, folder, watches)
     return result

@@ -33,6 +33,7 @@ NUM_TEMPLATES = 50
 NUM_CLIENTS = 4
 CALLS_PER_CONNECTION = 8
 PAST = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+WITHDRAWN = "withdrawn token"
 METHOD = "/tandem.v1.InferenceService/GetModels"
 
 
@@ -173,7 +174,7 @@ class Rotation:
         await asyncio.sleep(LOOK_S)
         (first, *_) = bad_clients(self._site)
         for token in self._site.withdrawn:
-            await self._try(replace(first, name="withdrawn token", token=token))
+            await self._try(replace(first, name=WITHDRAWN, token=token))
 
     async def _good(self, journal: Journal) -> None:
         """Connect anew every few calls, with the token and the files as they are by then."""
@@ -216,6 +217,9 @@ def run(size: Size) -> RowResult:
             result.leaks = rig.leaks()
     failed = {code: n for code, n in ledger.codes.items() if code != "OK"}
     result.demand(not failed, f"good clients failed: {failed}")
+    tried = {name for name, _, _ in rotation.answers}
+    untried = {WITHDRAWN, *(client.name for client in bad_clients(site))} - tried
+    result.demand(not untried, f"never tried: {sorted(untried)}")
     for (name, wanted, code), n in rotation.answers.items():
         result.demand(code == wanted, f"{name}: {code} ({n} times), not {wanted}")
     result.num_requests += rotation.answers.total()

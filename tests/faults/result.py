@@ -48,9 +48,12 @@ class RowResult:
         faults = self.num_lost + self.num_duplicated + self.num_altered
         return not (faults or self.leaks or set(self.problems) - set(self.slow))
 
-    def add(self, ledger: Ledger) -> None:
-        """Count what a ledger objects to; its first objections are problems."""
-        self.num_requests += ledger.num_requests
+    def add(self, ledger: Ledger, *, is_under_fault: bool = True) -> None:
+        """Count what a ledger objects to; its first objections are problems.
+
+        Requests that came when the fault was over are checked, and not counted.
+        """
+        self.num_requests += ledger.num_requests if is_under_fault else 0
         self.num_lost += ledger.count(Fault.LOST)
         self.num_duplicated += ledger.count(Fault.DUPLICATED)
         self.num_altered += ledger.count(Fault.ALTERED)

@@ -119,3 +119,11 @@ def test_tokens_that_are_not_read_again_are_found(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("serve.tokens._MIN_INTERVAL_S", 3600.0)
     text = problems(r21_credentials)
     assert "good clients failed" in text and "withdrawn token: OK" in text
+
+
+def test_credentials_that_were_never_tried_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def try_nothing(self: object) -> None: ...
+
+    monkeypatch.setattr(r21_credentials.Rotation, "_bad", try_nothing)
+    text = problems(r21_credentials)
+    assert "never tried: ['another CA for the server'" in text and "withdrawn" not in text

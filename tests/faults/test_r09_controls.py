@@ -185,6 +185,7 @@ def test_r11_objects_where_memory_ends_everything(
     [
         (1, "--device cuda: no GPU; use cpu or auto", "exit code 1"),
         (0, "serving on the CPU", "exit code 0"),
+        (2, "tandem: cannot load bundle: header too small", "exit code 2"),
         (3, "Traceback\n--device cuda: no GPU; use cpu or auto", "2 lines"),
         (3, "no GPU", "does not say what to do"),
     ],
@@ -193,6 +194,12 @@ def test_r12_objects_to_another_end(code: int, stderr: str, text: str) -> None:
     result = RowResult("R12", "")
     r12_no_gpu.judge(result, (), subprocess.CompletedProcess([], code, "", stderr))
     assert text in found(result)
+
+
+def test_r12_objects_to_models_that_can_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(r12_no_gpu, "MODELS", ())
+    monkeypatch.setattr(r12_no_gpu, "NUM_STARTS", {Size.CI: 0})
+    assert "onnx: without --device cuda the start says None" in found(r12_no_gpu.run(Size.CI))
 
 
 def test_r12_takes_the_right_end() -> None:
