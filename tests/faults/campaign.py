@@ -3,7 +3,8 @@
     python -m tests.faults.campaign [--full] [--only R1,R7] [--out FILE] [--markdown]
 
 Without `--full` it runs the size that the tests run. Finished rows are kept in the file: the same
-command goes on where it was stopped (`--again` starts anew). Exit code 1 where a row failed.
+command goes on where it was stopped (`--again` starts anew). The table ends with the commits that
+its rows ran on. Exit code 1 where a row failed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import importlib
 import json
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -43,15 +45,26 @@ def run_rows(names: Iterable[str], size: Size, out: Path | None) -> list[dict[st
     """Run rows that the file does not have yet, and keep each as it ends."""
     rows = find_rows()
     done = _read(out, size)
+    commit = _commit()
     for name in names:
         if name in done:
             continue
         started_s = time.monotonic()
         print(f"{name} {rows[name]} …", file=sys.stderr, flush=True)
         result = load(rows[name]).run(size).to_json()
-        done[name] = result | {"seconds": round(time.monotonic() - started_s, 1)}
+        seconds = round(time.monotonic() - started_s, 1)
+        done[name] = result | {"seconds": seconds, "commit": commit}
         _write(out, size, done)
     return [done[name] for name in names]
+
+
+def _commit() -> str:
+    """Return the commit of this working tree, "-dirty" where it has changes; empty without git."""
+    command = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _read(out: Path | None, size: Size) -> dict[str, dict[str, Any]]:
@@ -132,6 +145,7 @@ def main() -> int:
     results = run_rows(names, Size.FULL if given.full else Size.CI, given.out)
     style = box.MARKDOWN if given.markdown else box.HEAVY_HEAD
     Console(width=160).print(render(results, style))
+    print("commits:", ", ".join(sorted({row["commit"] for row in results})))
     for row in results:
         for problem in [*row["leaks"], *row["problems"]]:
             print(re.sub(r"\s+", " ", f"{row['row']}: {problem}"))

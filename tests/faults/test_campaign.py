@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ def test_finished_row_is_kept_and_not_run_again(
     kept = json.loads(out.read_text())
     assert kept["size"] == "ci" and kept["rows"][FAST]["is_passed"]
     table = capsys.readouterr().out
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert kept["rows"][FAST]["commit"].startswith(head.stdout[:12])
+    assert f"commits: {head.stdout[:12]}" in table
 
     def fail(size: Size) -> RowResult:
         raise AssertionError("it ran already")
