@@ -25,6 +25,8 @@ from serve.sequence import (
 )
 
 ROLE = pb.ROLE_TEACHER
+# Ours by the message's; both name their members alike.
+_FINISH_REASONS = {pb.FinishReason.Value(f"FINISH_REASON_{r.name}"): r for r in FinishReason}
 _NO_DIVERGENCE = pb.DivergenceOptions(enabled=False)
 
 
@@ -171,6 +173,9 @@ class Answer:
         _demand(is_awaited, f"the end of sample {sample.index}")
         is_whole = list(sample.token_ids) == self._tokens[sample.index]
         _demand(is_whole, f"sample {sample.index} with other tokens than before its end")
+        # A newer server may know more reasons than this one.
+        is_known = sample.finish_reason in _FINISH_REASONS
+        _demand(is_known, f"the reason {sample.finish_reason} for the end of sample {sample.index}")
         if self._unfinished == {sample.index}:
             self._last = sample
             return []
@@ -182,7 +187,7 @@ class Answer:
         timings = sample.timings
         return FinishedEvent(
             index=sample.index,
-            finish_reason=_reason(sample.finish_reason),
+            finish_reason=_FINISH_REASONS[sample.finish_reason],
             token_ids=tuple(sample.token_ids),
             logprobs=tuple(sample.logprobs),
             timings=Timings(timings.queue_s, timings.prefill_s, timings.ttft_s, timings.decode_s),
@@ -195,8 +200,3 @@ class Answer:
 def _demand(holds: bool, what: str) -> None:
     if not holds:
         raise EngineFailedError(f"the teacher's server sent {what}")
-
-
-def _reason(reason: pb.FinishReason) -> FinishReason:
-    """Return our reason for the message's; both name their members alike."""
-    return FinishReason[pb.FinishReason.Name(reason).removeprefix("FINISH_REASON_")]

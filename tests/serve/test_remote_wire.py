@@ -174,6 +174,7 @@ def test_sample_that_waits_for_the_usage_is_whole_without_it() -> None:
     assert (ended.finish_reason, ended.error) == (FinishReason.STOP, "")
 
 
+NEW_REASON = pb.GenerateResponse(complete=pb.Complete(sample=pb.Sample(index=0)))
 BARE = pb.GenerateResponse(tokens=pb.TokenChunk(index=0, token_ids=[7]))
 
 
@@ -188,6 +189,8 @@ BARE = pb.GenerateResponse(tokens=pb.TokenChunk(index=0, token_ids=[7]))
         ([chunk(0, 1, 7)], "tokens of sample 0 from 1 on$"),
         ([chunk(0, 0, 7), chunk(0, 0, 7)], "tokens of sample 0 from 0 on$"),
         ([BARE], "tokens of sample 0 without their log-probabilities$"),
+        ([NEW_REASON], "the reason 0 for the end of sample 0$"),
+        ([complete(1), NEW_REASON], "the reason 0 for the end of sample 0$"),
         ([chunk(0, 0, 7), complete(0, 8)], "sample 0 with other tokens than before its end$"),
         ([chunk(0, 0, 7), complete(0)], "sample 0 with other tokens than before its end$"),
     ],
@@ -201,3 +204,5 @@ def test_nonsense_is_an_error(responses: list[pb.GenerateResponse], text: str) -
     with pytest.raises(EngineFailedError, match=f"the teacher's server sent {text}"):
         answer.take(last)
     assert answer._tokens == tokens
+    num_ended = sum(response.HasField("complete") for response in before)
+    assert len(answer.end(FinishReason.ERROR, "nonsense")) >= 2 - num_ended
