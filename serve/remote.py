@@ -41,13 +41,16 @@ _PROBE_TIMEOUT_S = 2.0
 _NUM_PROBES = 3
 # Of a call's time what is kept for the way back, so that who waits for it can still answer.
 _RESERVE_SHARE, _MAX_RESERVE_S = 0.1, 1.0
-_CLOSE_S = 1.0
+# What still runs on a connection that was given up ends by its own deadline.
+_LAST_CALLS_S = 3600.0
 
 # What a status says about a sample; any other is an error. SHUTDOWN: the work was not taken.
 _REASONS = {
     grpc.StatusCode.UNAVAILABLE: FinishReason.SHUTDOWN,
     grpc.StatusCode.RESOURCE_EXHAUSTED: FinishReason.SHUTDOWN,
     grpc.StatusCode.UNAUTHENTICATED: FinishReason.SHUTDOWN,
+    # We did not cancel it: a server that closes does, with what it has received and not yet begun.
+    grpc.StatusCode.CANCELLED: FinishReason.SHUTDOWN,
     grpc.StatusCode.DEADLINE_EXCEEDED: FinishReason.DEADLINE,
 }
 
@@ -75,8 +78,8 @@ class _Call:
 class RemoteTeacher:
     """The teacher of the server at `address`, which must have the tokenizer `tokenizer_hash`.
 
-    `open_endpoint` reads the credentials: at the start, and when the server refuses them. A scoring
-    may take `scoring_timeout_s`. `on_call` hears each call's rpc and status code.
+    `open_endpoint` reads the credentials: at the start, and when the server refuses them or cannot
+    be reached. A scoring may take `scoring_timeout_s`. `on_call` hears each call's rpc and code.
     """
 
     name = "teacher"
@@ -102,6 +105,7 @@ class RemoteTeacher:
         self._is_stopping = False
         self._calls: set[_Call] = set()
         self._channel: grpc.aio.Channel | None = None
+        self._closing: set[asyncio.Task[None]] = set()
 
     # -- as an engine -----------------------------------------------------------------------
 
@@ -267,7 +271,7 @@ class RemoteTeacher:
 
     async def _why_not(self) -> tuple[str, bool]:
         """Return why the teacher cannot be used, empty if it can; and whether it says nothing."""
-        why, is_silent = "", False
+        why, is_silent, is_answered = "", False, True
         for _ in range(_NUM_PROBES):
             try:
                 if self._channel is None:
@@ -275,10 +279,11 @@ class RemoteTeacher:
                 if not (why := await self._probe()):
                     return "", False
             except grpc.RpcError as error:
+                is_answered = False
                 is_silent = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
                 why = " ".join(explain(error).split())
                 if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-                    await self._close()
+                    self._give_up_channel()
             except (OSError, UserError, ValueError) as error:  # of the credentials' files
                 why = str(error)
             except asyncio.CancelledError:
@@ -289,6 +294,9 @@ class RemoteTeacher:
                 # Without its watch the teacher would stay what it was for ever.
                 logger.exception("a probe of the teacher at %s failed", self.address)
                 why = "its probe failed; see the server's log"
+        if not is_answered:
+            # Certificates that are out of date, here or there, look as if nobody were there.
+            self._give_up_channel()
         return why, is_silent
 
     async def _probe(self) -> str:
@@ -319,10 +327,13 @@ class RemoteTeacher:
         self._stub = InferenceServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
-    async def _close(self) -> None:
+    def _give_up_channel(self) -> None:
+        """Have the next probe connect anew, with the credentials of then; what runs may end."""
         channel, self._channel = self._channel, None
         if channel is not None:
-            await channel.close(_CLOSE_S)
+            closing = self._loop.create_task(channel.close(_LAST_CALLS_S))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     async def _stop(self) -> None:
         self._is_stopping = True
@@ -330,7 +341,8 @@ class RemoteTeacher:
         self._watch.cancel()
         tasks = [self._watch, *(call.task for call in self._calls if call.task is not None)]
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._close()
+        self._give_up_channel()
+        await asyncio.gather(*self._closing)
 
 
 def teacher_of(response: pb.GetModelsResponse, tokenizer_hash: str) -> pb.Model:

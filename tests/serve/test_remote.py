@@ -12,10 +12,11 @@ from typing import Any
 
 import grpc
 import pytest
+import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.channel import Endpoint
+from serve.channel import Endpoint, Tls
 from serve.client import explain
 from serve.remote import RemoteTeacher
 from serve.remote_address import RemoteAddress
@@ -26,6 +27,7 @@ from serve.tokens import new_token
 
 SAMPLING = pb.SamplingParams(num_samples=3, seed=5, max_tokens=12)
 NOWHERE = "127.0.0.1:1"
+CANCELLED_SEED = 13
 
 
 class Elsewhere:
@@ -399,6 +401,38 @@ def test_token_is_read_again_when_the_teacher_refuses_it(
     reached(student)
 
 
+def test_certificates_are_read_again_when_the_teacher_cannot_be_reached(
+    elsewhere: Elsewhere, tmp_path: Path
+) -> None:
+    old, new = trustme.CA(), trustme.CA()
+    cert, key, mine = (tmp_path / name for name in ("cert", "key", "ca"))
+    issued = new.issue_cert("127.0.0.1")
+    issued.private_key_pem.write_to_path(key)
+    issued.cert_chain_pems[0].write_to_path(cert)
+    old.cert_pem.write_to_path(mine)
+    address = elsewhere.teacher(tls_cert=cert, tls_key=key).server.address
+    student = elsewhere.student(address, lambda: Endpoint(address, tls=Tls(mine)))
+    eventually(lambda: "CERTIFICATE_VERIFY_FAILED" in why_lost(student), "the refusal")
+    new.cert_pem.write_to_path(mine)
+    reached(student)
+
+
+def test_calls_on_their_way_outlive_the_credentials_that_they_had(
+    elsewhere: Elsewhere, loop: asyncio.AbstractEventLoop
+) -> None:
+    teacher = elsewhere.teacher()
+    student = reached(elsewhere.student(teacher.server.address))
+    backend = teacher.pair.backends[Role.TEACHER]
+    backend.may_run.clear()
+    score = student.stub.Score.future(SCORE)
+    assert backend.is_asked.wait(10)
+    loop.call_soon_threadsafe(student.pair.engines.teacher.engine._give_up_channel)
+    time.sleep(1.2)  # more than the second that they had
+    assert student.client.get_models().models[1].backend and is_up(student)
+    backend.may_run.set()
+    assert len(score.result(10).scores) == 4
+
+
 def test_credentials_that_cannot_be_read_are_a_reason(elsewhere: Elsewhere) -> None:
     student = elsewhere.student(NOWHERE, lambda: Endpoint("x", (Path("/nowhere")).read_text()))
     eventually(lambda: "No such file" in why_lost(student), "the reason")
@@ -422,6 +456,8 @@ def liar(loop: asyncio.AbstractEventLoop, tokenizer: Any) -> Iterator[str]:
             return pb.ScoreResponse()
 
         async def generate(request: Any, context: Any) -> Any:
+            if request.sampling.seed == CANCELLED_SEED:
+                await context.abort(grpc.StatusCode.CANCELLED, "as a server that closes")
             yield pb.GenerateResponse(tokens=pb.TokenChunk(index=9, token_ids=[1], logprobs=[0.0]))
 
         async def check(request: Any, context: Any) -> Any:
@@ -458,6 +494,15 @@ def liar(loop: asyncio.AbstractEventLoop, tokenizer: Any) -> Iterator[str]:
     server, port = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
     yield f"127.0.0.1:{port}"
     asyncio.run_coroutine_threadsafe(server.stop(0), loop).result(10)
+
+
+def test_call_that_the_teacher_cancels_was_not_taken(elsewhere: Elsewhere, liar: str) -> None:
+    student = reached(elsewhere.student(liar))
+    sampling = pb.SamplingParams(seed=CANCELLED_SEED)
+    request = pb.GenerateRequest(prompt="x", route=pb.ROUTE_TEACHER, sampling=sampling)
+    with pytest.raises(grpc.RpcError) as caught:
+        student.client.generate(request).result()
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def test_nonsense_is_an_error_of_the_teacher_alone(elsewhere: Elsewhere, liar: str) -> None:
