@@ -5,8 +5,10 @@
 Each seed makes a server and a plan (`storm_plan`). A calm run says what the answers are. Then
 `storm_backend` runs out of memory, fails and gives NaN, while callers share ids, leave, hurry and
 stream (`storm_callers`), an operator changes the policy and aborts, and the token file is written
-again. Every answer is held against the calm run, and what may not leak must be back; the same
-requests afterwards must be equal to the last bit. At the end it drains under load.
+again. In some plans the teacher is another server, which comes and goes (`storm_elsewhere`); in
+some all connections are encrypted, and the certificates rotate (`storm_certificates`). Every answer
+is held against the calm run, and what may not leak must be back; the same requests afterwards must
+be equal to the last bit. At the end it drains under load.
 """
 
 from __future__ import annotations
@@ -20,26 +22,23 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from unittest.mock import patch
 
 from loadtest.journal import Journal
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.client import AsyncClient
-from serve.engine import Engine
-from serve.tokens import new_token
+from serve import remote
 from tests.faults.answers import answers_of
 from tests.faults.faulty import quiet_log
-from tests.faults.rig import Rig
-from tests.faults.storm_backend import CALM, StormBackend, Weather, break_sampling
+from tests.faults.storm_backend import CALM
 from tests.faults.storm_callers import MAX_CALL_S, Callers, Scorers, Streamers, operate
 from tests.faults.storm_plan import TENANTS, Plan, make_plan
+from tests.faults.storm_rig import StormRig
 
 _ROUTES = (pb.ROUTE_STUDENT, pb.ROUTE_TEACHER, pb.ROUTE_BOTH)
 _MAX_SHOWN = 8
-_SCOPES = "inference,control"
 
 
 @dataclass(slots=True)
@@ -60,55 +59,6 @@ class Outcome:
         return "\n".join([f"{head} ({codes}): {verdict}", *shown])
 
 
-class StormRig(Rig):
-    """A server whose models stand in a weather; each tenant has a client."""
-
-    def __init__(self, folder: Path, plan: Plan, **settings: Any) -> None:
-        pairs = {tenant: new_token() for tenant in TENANTS}
-        self.tokens = folder / "tokens"
-        self.token_lines = "".join(f"{t} {sha} {_SCOPES}\n" for t, (_, sha) in pairs.items())
-        self.tokens.write_text(self.token_lines, encoding="utf-8")
-        self._secrets = {tenant: token for tenant, (token, _) in pairs.items()}
-        self.clients: dict[str, AsyncClient] = {}
-        super().__init__(
-            folder,
-            max_num_seqs=plan.max_num_seqs,
-            max_waiting=plan.max_waiting,
-            make_backend=StormBackend,
-            connect=self._connect_all,
-            auth_tokens=self.tokens,
-            **{**plan.settings, **settings},
-        )
-        for model in self.engines.loaded:
-            engine, backend = model.engine, self.backends[model.role]
-            assert isinstance(engine, Engine) and isinstance(backend, StormBackend)
-            sampler = engine._sampler
-            sampler.sample = break_sampling(  # type: ignore[method-assign]
-                sampler.sample, backend
-            )
-            backend.rng.seed(f"{plan.seed} {model.role.value}")
-
-    def _connect_all(self, address: str) -> AsyncClient:
-        self.clients = {
-            tenant: AsyncClient(address, max_attempts=1, timeout_s=60, token=secret)
-            for tenant, secret in self._secrets.items()
-        }
-        return self.clients[TENANTS[0]]
-
-    async def _stop(self) -> None:
-        await asyncio.gather(*(client.close() for client in self.clients.values()))
-        await self.server.stop()
-
-    def set_weather(self, weather: Weather) -> None:
-        for backend in self.backends.values():
-            assert isinstance(backend, StormBackend)
-            backend.weather = weather
-
-    @property
-    def num_faults(self) -> int:
-        return sum(b.num_faults for b in self.backends.values() if isinstance(b, StormBackend))
-
-
 def run(
     seed: int, seconds: float = 1.0, prepare: Callable[[StormRig], None] = lambda rig: None
 ) -> Outcome:
@@ -117,6 +67,8 @@ def run(
     with quiet_log(), tempfile.TemporaryDirectory() as name, StormRig(Path(name), plan) as rig:
         prepare(rig)
         _Storm(rig, plan, outcome).run(seconds)
+    if rig.elsewhere is not None:
+        outcome.problems += rig.elsewhere.problems
     return outcome
 
 
@@ -200,15 +152,37 @@ class _Storm:
             ]
             if has_operator:
                 others.append(asyncio.create_task(self._operate_until(until_s)))
-            if ends:
-                await asyncio.sleep(seconds / 2)
-                callers.is_draining = True
-                await self._end_server()
-            await self._wait_for(calling + others)
+            if has_operator and self._rig.certificates is not None:
+                others.append(asyncio.create_task(self._renew_until(until_s)))
+            async with self._teacher_that_comes_and_goes():
+                if ends:
+                    await asyncio.sleep(seconds / 2)
+                    callers.is_draining = True
+                    await self._end_server()
+                await self._wait_for(calling + others)
         self._outcome.codes += callers.codes
         self._outcome.num_requests += callers.num_requests
         self._outcome.problems += callers.problems
         return path
+
+    @asynccontextmanager
+    async def _teacher_that_comes_and_goes(self) -> AsyncIterator[None]:
+        """Have the teacher elsewhere, if there is one, be lost; in the end it must be there."""
+        elsewhere = self._rig.elsewhere
+        if elsewhere is None:
+            yield
+            return
+        # So short that a road which brings nothing is noticed within a storm.
+        with patch.object(remote, "_PROBE_TIMEOUT_S", 0.2):
+            is_over = asyncio.Event()
+            task = asyncio.create_task(elsewhere.misbehave_until(is_over))
+            try:
+                yield
+            finally:
+                is_over.set()
+                await task
+        if self._rig.server._end is None:
+            await elsewhere.be_found()
 
     async def _wait_for(self, tasks: list[asyncio.Task[None]]) -> None:
         _, pending = await asyncio.wait(tasks, timeout=3 * MAX_CALL_S)
@@ -236,14 +210,19 @@ class _Storm:
             await asyncio.sleep(0.01)
 
     async def _operate_until(self, until_s: float) -> None:
-        client, address = self._rig.clients[TENANTS[0]], self._rig.server.control_address
         rig = self._rig
+        endpoint = rig.endpoint(TENANTS[0], rig.server.control_address)
         # Empty at first, as who writes in place leaves it: what was read before must hold.
         rig.tokens.write_text("", encoding="utf-8")
         with suppress(TimeoutError):
             async with asyncio.timeout(max(until_s - time.monotonic(), 0)):
-                await operate(client, address, self._rng)
+                await operate(endpoint, self._rng)
         rig.tokens.write_text(f"# again\n{rig.token_lines}", encoding="utf-8")
+
+    async def _renew_until(self, until_s: float) -> None:
+        while time.monotonic() < until_s:
+            await self._rig.renew(self._rng)
+            await asyncio.sleep(self._rng.uniform(0, 0.3))
 
     async def _end_server(self) -> None:
         """Ask for the end twice, and hurry it or not."""

@@ -18,6 +18,7 @@ from protos.oip import grpc_service_pb2_grpc as oip_grpc
 from protos.tandem.v1 import control_pb2
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1.control_pb2_grpc import ControlServiceStub
+from serve.channel import Endpoint
 from serve.client import AsyncClient
 from tests.faults.storm_backend import MARK
 from tests.faults.storm_plan import Act, Id, Manner, Plan
@@ -55,17 +56,28 @@ class Callers:
     async def _attempt(self, act: Act) -> tuple[str, list[Any]]:
         self.num_requests += 1
         events: list[Any] = []
+        text = ""
         try:
             async with asyncio.timeout(2 * MAX_CALL_S):
                 code = await self._converse(act, events)
         except grpc.RpcError as error:
-            code = error.code().name
-            self._check_innocent(act, error.details() or "")
+            code, text = error.code().name, error.details() or ""
+            self._check_innocent(act, text)
         except TimeoutError:
             code = "no end"
+        if code not in self._allowed(act):
+            self.problems.append(f"{code} ({text}) for {act}")
         for sample in _samples(events):
             self._check_innocent(act, f"{sample.error} {sample.divergence_error}")
+            is_cut = sample.finish_reason == pb.FINISH_REASON_SHUTDOWN
+            may_be_cut = self.is_draining or self._needs_what_may_be_lost(sample.role)
+            if is_cut and not may_be_cut:
+                self.problems.append(f"a sample ended with SHUTDOWN for {act}")
         return code, events
+
+    def _needs_what_may_be_lost(self, role_or_route: int) -> bool:
+        """Say so of the teacher elsewhere."""
+        return self._plan.is_teacher_elsewhere and role_or_route == pb.ROUTE_TEACHER
 
     def _check_innocent(self, act: Act, text: str) -> None:
         """Only what is NaN by itself may fail by NaN, whatever is beside it or was in its rows."""
@@ -78,7 +90,7 @@ class Callers:
         timeout_s = act.timeout_s if act.manner is Manner.HURRIES else MAX_CALL_S
         if act.manner is Manner.SENDS_NOTHING:
             await self._send_nothing(client)
-        elif act.manner is Manner.COMPARES and act.id_kind is not Id.TWIN:
+        elif _is_compare(act):
             events.append(await client.compare(_to_compare(request), timeout_s))
         elif act.manner is Manner.LEAVES_AT_ONCE:
             client.generate(request, timeout_s).cancel()
@@ -108,8 +120,6 @@ class Callers:
 
     def _note(self, act: Act, code: str, events: Sequence[Any]) -> None:
         self.codes[code] += 1
-        if code not in self._allowed(act):
-            self.problems.append(f"{code} for {act}")
         if act.manner is Manner.SENDS_NOTHING:
             return
         noted = self._request(act)
@@ -145,7 +155,8 @@ class Callers:
             codes.add("DEADLINE_EXCEEDED")
         if self.is_broken:
             codes.add("INTERNAL")
-        if self.is_draining:
+        route = self._request(act).route if not _is_compare(act) else pb.ROUTE_BOTH
+        if self.is_draining or self._needs_what_may_be_lost(route):
             codes.add("UNAVAILABLE")
         return codes
 
@@ -153,6 +164,10 @@ class Callers:
 async def _nothing() -> AsyncIterator[Any]:
     for data in list[bytes]():
         yield data
+
+
+def _is_compare(act: Act) -> bool:
+    return act.manner is Manner.COMPARES and act.id_kind is not Id.TWIN
 
 
 def _to_compare(request: pb.GenerateRequest) -> pb.CompareRequest:
@@ -183,9 +198,10 @@ def _route_of(events: Sequence[Any]) -> pb.Route:
     return pb.ROUTE_STUDENT
 
 
-async def operate(client: AsyncClient, address: str, rng: random.Random) -> None:
+async def operate(endpoint: Endpoint, rng: random.Random) -> None:
     """Change the policy and abort shared ids, a hundred times a second each."""
-    async with grpc.aio.insecure_channel(address) as channel:
+    metadata = endpoint.metadata()
+    async with endpoint.open_async() as channel:
         stub: Any = ControlServiceStub(channel)
         for number in itertools.count():
             weight = rng.choice([0.0, 0.5, 1.0])
@@ -196,8 +212,8 @@ async def operate(client: AsyncClient, address: str, rng: random.Random) -> None
             )
             aborted = f"shared-{rng.randrange(6)}-{rng.randrange(1 + number // 20)}"
             for call in (
-                stub.SetPolicy(policy, metadata=client._metadata),
-                stub.Abort(control_pb2.AbortRequest(request_id=aborted), metadata=client._metadata),
+                stub.SetPolicy(policy, metadata=metadata),
+                stub.Abort(control_pb2.AbortRequest(request_id=aborted), metadata=metadata),
             ):
                 try:
                     await call
@@ -238,7 +254,7 @@ class Scorers:
             if error.code().name not in (
                 "INTERNAL", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "UNAVAILABLE",
             ):  # fmt: skip
-                self.problems.append(f"Score ended with {error.code().name}")
+                self.problems.append(f"Score ended with {error.code().name}: {error.details()}")
             return
         found = [(s.role, s.index, list(s.logprobs)) for s in response.scores]
         if self._expected.setdefault(place, found) != found:

@@ -65,6 +65,8 @@ class Plan:
     weather: Weather
     templates: list[pb.GenerateRequest]
     num_callers: int
+    is_teacher_elsewhere: bool
+    has_certificates: bool
 
     def acts(self) -> Iterator[Act]:
         """Yield calls without end."""
@@ -99,6 +101,8 @@ def make_plan(seed: int) -> Plan:
         weather=weather,
         templates=[_template(rng) for _ in range(NUM_TEMPLATES)],
         num_callers=rng.choice([8, 24, 48]),
+        is_teacher_elsewhere=rng.random() < 0.4,
+        has_certificates=rng.random() < 0.4,
     )
 
 

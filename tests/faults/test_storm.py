@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 
 from serve.engine import Engine
+from serve.remote import RemoteTeacher
+from serve.remote_wire import Answer
 from serve.replay import RunKey
 from serve.runner import Runner
+from serve.sequence import Event, TokenEvent
 from tests.faults import rig, storm
 from tests.faults.storm_plan import make_plan
 
 SECONDS = 0.25
+ELSEWHERE = 1
+"""A plan with a teacher elsewhere, and with certificates."""
 
 
-@pytest.mark.parametrize("seed", [2, 100])
+@pytest.mark.parametrize("seed", [ELSEWHERE, 7])
 def test_storm_leaves_nothing_behind(seed: int) -> None:
     outcome = storm.run(seed, SECONDS)
     assert not outcome.problems, outcome
@@ -28,41 +35,62 @@ def test_plan_is_its_seeds() -> None:
     assert acts[0] == acts[1] and make_plan(7) == make_plan(7) != make_plan(8)
 
 
-def share_tenants() -> Any:
-    return patch.object(RunKey, "__hash__", lambda key: hash(key.request_id)), patch.object(
-        RunKey, "__eq__", lambda key, other: key.request_id == other.request_id
-    )
+def share_tenants() -> list[Any]:
+    return [
+        patch.object(RunKey, "__hash__", lambda key: hash(key.request_id)),
+        patch.object(RunKey, "__eq__", lambda key, other: key.request_id == other.request_id),
+    ]
 
 
-def forget_taints() -> Any:
-    return (patch.object(Runner, "_clean", lambda runner, row: None),)
+def forget_taints() -> list[Any]:
+    return [patch.object(Runner, "_clean", lambda runner, row: None)]
 
 
-def keep_slots() -> Any:
+def keep_slots() -> list[Any]:
     release = Engine._release
 
     def leaking(engine: Engine) -> None:
         if engine._num_inside % 5:
             release(engine)
 
-    return (patch.object(Engine, "_release", leaking),)
+    return [patch.object(Engine, "_release", leaking)]
+
+
+def break_teacher_elsewhere() -> list[Any]:
+    """Have it drop tokens, repeat others, and keep its calls."""
+    take, run, numbers = Answer.take, RemoteTeacher._run, itertools.count(1)
+
+    def breaking(answer: Answer, response: Any) -> list[Event]:
+        events, number = take(answer, response), next(numbers)
+        if not any(isinstance(event, TokenEvent) for event in events):
+            return events
+        return events * 2 if number % 7 == 0 else events[1:] if number % 5 == 0 else events
+
+    def keeping(teacher: RemoteTeacher, call: Any, work: Any) -> None:
+        run(teacher, call, work)
+        call.task.add_done_callback(lambda task: teacher._calls.add(call))
+
+    return [patch.object(Answer, "take", breaking), patch.object(RemoteTeacher, "_run", keeping)]
 
 
 @pytest.mark.parametrize(
-    ("break_it", "seed", "problem"),
+    ("patches", "seed", "problems"),
     [
-        (share_tenants, 343, "INVALID_ARGUMENT for"),
-        (forget_taints, 100, "non-finite"),
-        (keep_slots, 2, "afterwards"),
+        (
+            [*share_tenants(), *forget_taints(), *keep_slots()],
+            9,
+            ["INVALID_ARGUMENT (request_id", "non-finite", "ledger_imbalance"],
+        ),
+        (break_teacher_elsewhere(), ELSEWHERE, ["came again", "did not come", "teacher slots"]),
     ],
+    ids=["here", "elsewhere"],
 )
-def test_storm_over_a_broken_server_is_noticed(break_it: Any, seed: int, problem: str) -> None:
-    patches = (*break_it(), patch.object(rig, "_SETTLE_S", 0.3))
-    for one in patches:
-        one.start()
-    try:
+def test_storm_over_a_broken_server_is_noticed(
+    patches: list[Any], seed: int, problems: list[str]
+) -> None:
+    with ExitStack() as stack:
+        for one in (*patches, patch.object(rig, "_SETTLE_S", 0.3)):
+            stack.enter_context(one)
         outcome = storm.run(seed, 2 * SECONDS)
-    finally:
-        for one in patches:
-            one.stop()
-    assert any(problem in text for text in outcome.problems), outcome
+    for problem in problems:
+        assert any(problem in text for text in outcome.problems), (problem, outcome)
