@@ -223,7 +223,7 @@ class Coordinator:
             if not one.is_aborted:
                 raise
             task.uncancel()
-            raise AbortedError("the request was aborted by an operator") from None
+            raise AbortedError from None
         finally:
             del self._running[key]
             if not self._running:

@@ -139,6 +139,11 @@ class StalledError(DeadlineError):
 class AbortedError(TandemError):
     """An operator ended the request."""
 
+    TEXT = "the request was aborted by an operator"
+
+    def __init__(self) -> None:
+        super().__init__(self.TEXT)
+
 
 class EngineFailedError(TandemError):
     """The model gave nothing for this request; the text is the engine's."""

@@ -26,7 +26,7 @@ from protos.tandem.v1.inference_pb2_grpc import InferenceServiceStub
 from serve.backend import ModelInfo
 from serve.channel import Endpoint
 from serve.engine import EngineLoad
-from serve.errors import EngineStoppedError
+from serve.errors import AbortedError, EngineStoppedError
 from serve.failures import explain
 from serve.remote_wire import ROLE, Answer, from_score, to_generate, to_score
 from serve.scoring import ScoredCompletion, ScoringRequest, scoring_error, uncancellable_future
@@ -49,7 +49,7 @@ _REASONS = {
     grpc.StatusCode.UNAVAILABLE: FinishReason.SHUTDOWN,
     grpc.StatusCode.RESOURCE_EXHAUSTED: FinishReason.SHUTDOWN,
     grpc.StatusCode.UNAUTHENTICATED: FinishReason.SHUTDOWN,
-    # We did not cancel it: a server that closes does, with what it has received and not yet begun.
+    # A server that closes cancels what it has received and not yet begun.
     grpc.StatusCode.CANCELLED: FinishReason.SHUTDOWN,
     grpc.StatusCode.DEADLINE_EXCEEDED: FinishReason.DEADLINE,
 }
@@ -228,9 +228,7 @@ class RemoteTeacher:
             failure = _CallFailedError(call.reason or FinishReason.ERROR, text)
         except grpc.RpcError as error:
             code = error.code().name
-            failure = _CallFailedError(
-                _REASONS.get(error.code(), FinishReason.ERROR), self._told(error)
-            )
+            failure = _CallFailedError(_reason(error), self._told(error))
         except Exception as error:
             # What the other server sent is no answer; nobody but those who wait may be harmed.
             logger.exception("a response of the teacher at %s makes no sense", self.address)
@@ -343,6 +341,13 @@ class RemoteTeacher:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._give_up_channel()
         await asyncio.gather(*self._closing)
+
+
+def _reason(error: grpc.RpcError) -> FinishReason:
+    """Return how samples end with a call; what an operator aborted there is not to be repeated."""
+    if error.details() == AbortedError.TEXT:
+        return FinishReason.ERROR
+    return _REASONS.get(error.code(), FinishReason.ERROR)
 
 
 def teacher_of(response: pb.GetModelsResponse, tokenizer_hash: str) -> pb.Model:

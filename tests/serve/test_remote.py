@@ -27,7 +27,8 @@ from serve.tokens import new_token
 
 SAMPLING = pb.SamplingParams(num_samples=3, seed=5, max_tokens=12)
 NOWHERE = "127.0.0.1:1"
-CANCELLED_SEED = 13
+CANCELLED = {13: "as a server that closes", 14: "the request was aborted by an operator"}
+"""By seed: what a server says of a call that it cancels."""
 
 
 class Elsewhere:
@@ -456,8 +457,8 @@ def liar(loop: asyncio.AbstractEventLoop, tokenizer: Any) -> Iterator[str]:
             return pb.ScoreResponse()
 
         async def generate(request: Any, context: Any) -> Any:
-            if request.sampling.seed == CANCELLED_SEED:
-                await context.abort(grpc.StatusCode.CANCELLED, "as a server that closes")
+            if text := CANCELLED.get(request.sampling.seed):
+                await context.abort(grpc.StatusCode.CANCELLED, text)
             yield pb.GenerateResponse(tokens=pb.TokenChunk(index=9, token_ids=[1], logprobs=[0.0]))
 
         async def check(request: Any, context: Any) -> Any:
@@ -496,13 +497,17 @@ def liar(loop: asyncio.AbstractEventLoop, tokenizer: Any) -> Iterator[str]:
     asyncio.run_coroutine_threadsafe(server.stop(0), loop).result(10)
 
 
-def test_call_that_the_teacher_cancels_was_not_taken(elsewhere: Elsewhere, liar: str) -> None:
+@pytest.mark.parametrize(("seed", "code"), [(13, "UNAVAILABLE"), (14, "INTERNAL")])
+def test_call_that_the_teacher_cancels_was_not_taken_but_by_an_operator(
+    elsewhere: Elsewhere, liar: str, seed: int, code: str
+) -> None:
     student = reached(elsewhere.student(liar))
-    sampling = pb.SamplingParams(seed=CANCELLED_SEED)
+    sampling = pb.SamplingParams(seed=seed)
     request = pb.GenerateRequest(prompt="x", route=pb.ROUTE_TEACHER, sampling=sampling)
     with pytest.raises(grpc.RpcError) as caught:
         student.client.generate(request).result()
-    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert caught.value.code().name == code
+    assert CANCELLED[seed] in caught.value.details()
 
 
 def test_nonsense_is_an_error_of_the_teacher_alone(elsewhere: Elsewhere, liar: str) -> None:
