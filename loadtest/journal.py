@@ -28,6 +28,7 @@ from typing import Any, Self
 import grpc
 from google.protobuf.message import Message
 
+from loadtest.journal_events import check_event
 from protos.tandem.v1 import inference_pb2 as pb
 
 OK = grpc.StatusCode.OK.name
@@ -45,15 +46,6 @@ _COUNTS = ("num_tokens", "nonfinite_tokens", "large_ratio_tokens")
 _SUMS = ("k1_sum", "k2_sum", "k3_sum")
 _MAYBE = ("k1_mean", "k2_mean", "k3_mean", "max_abs_log_ratio")
 DIVERGENCE_FIELDS = (*_COUNTS, *_SUMS, *_MAYBE)
-_FIELDS = {
-    "sent": {"what", "seed", "roles", "num_samples", "max_tokens", "streams", "vote"},
-    "tokens": {"role", "index", "position", "token_ids", "logprobs", "text"},
-    "sample": {"role", "index", "finish_reason", "token_ids", "logprobs", "text", "answer",
-               "correct", "divergence", "divergence_error"},
-    "agreement": {"student", "teacher", "same_answer", "student_pass_at_k", "teacher_pass_at_k"},
-    "usage": {"request_id", "seed", "completion_tokens"},
-    "end": {"code"},
-}  # fmt: skip
 
 
 class Journal:
@@ -253,9 +245,7 @@ def read_journal(paths: Iterable[Path]) -> Iterable[dict[str, Any]]:
 def _event_of(line: str, place: str) -> dict[str, Any]:
     try:
         event: dict[str, Any] = json.loads(line)
-        is_event = event.keys() >= {"id"} | _FIELDS[event["event"]]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        is_event = False
-    if not is_event:
-        raise ValueError(f"{place} is no event: {line[:80].rstrip()!r}")
+        check_event(event)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{place} is no event: {line[:80].rstrip()!r}") from None
     return event

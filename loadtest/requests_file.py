@@ -46,5 +46,5 @@ def _read(line: bytes, where: str) -> RequestRecord:
                 math.nan if k3 is None else k3 for k3 in sample["per_token_k3"]
             ]
         return _RECORD.validate_python(values)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where} is not a request's record: {error}") from None

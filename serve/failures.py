@@ -6,11 +6,14 @@ All take the `grpc.RpcError` of a sync or async call.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+
+from bundle.errors import one_line
 
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
@@ -28,7 +31,8 @@ def violations(error: grpc.RpcError) -> dict[str, str]:
 def retry_delay_s(error: grpc.RpcError) -> float | None:
     """Return the seconds after which the server wants the call again; None where it says none."""
     for detail in _details(error, error_details_pb2.RetryInfo):
-        seconds: float = detail.retry_delay.ToTimedelta().total_seconds()
+        # Not ToTimedelta, which raises where there are more seconds than it can hold.
+        seconds: float = detail.retry_delay.seconds + detail.retry_delay.nanos / 1e9
         return seconds
     return None
 
@@ -36,12 +40,12 @@ def retry_delay_s(error: grpc.RpcError) -> float | None:
 def explain(error: grpc.RpcError) -> str:
     """Return status code and text of a call that failed, a line per refused field, and the delay.
 
-    A text that only repeats the fields is left out.
+    A text that only repeats the fields is left out. None can steer a terminal, or begin a line.
     """
     fields = violations(error)
-    text = _beside(fields, error.details() or "")
+    text = one_line(_beside(fields, error.details() or ""))
     lines = [f"{error.code().name}: {text}".rstrip()]
-    lines += [f"  {field} {description}" for field, description in fields.items()]
+    lines += [f"  {one_line(field)} {one_line(text)}" for field, text in fields.items()]
     delay_s = retry_delay_s(error)
     if delay_s is not None:
         lines.append(f"  retry in {delay_s:g} s")
@@ -62,11 +66,8 @@ def _details(error: grpc.RpcError, kind: Any) -> Iterator[Any]:
     for key, value in metadata:
         if key != DETAILS_KEY:
             continue
-        try:
-            packed = status_pb2.Status.FromString(value).details
-        except DecodeError:
-            continue
-        for each in packed:
-            detail = kind()
-            if each.Unpack(detail):
-                yield detail
+        with suppress(DecodeError):
+            for each in status_pb2.Status.FromString(value).details:
+                detail = kind()
+                if each.Unpack(detail):
+                    yield detail

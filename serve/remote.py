@@ -20,7 +20,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
-from bundle.errors import UserError
+from bundle.errors import UserError, one_line
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1.inference_pb2_grpc import InferenceServiceStub
 from serve.backend import ModelInfo
@@ -361,8 +361,8 @@ def teacher_of(response: pb.GetModelsResponse, tokenizer_hash: str) -> pb.Model:
         raise UserError("the server there has no teacher of its own")
     if found[0].tokenizer_hash != tokenizer_hash:
         raise UserError(
-            f"the teacher there has the tokenizer {found[0].tokenizer_hash}, the student has "
-            f"{tokenizer_hash}: their token ids mean different texts"
+            f"the teacher there has the tokenizer {one_line(found[0].tokenizer_hash)}, the student "
+            f"has {tokenizer_hash}: their token ids mean different texts"
         )
     return found[0]
 

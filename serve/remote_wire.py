@@ -173,6 +173,8 @@ class Answer:
         _demand(is_awaited, f"the end of sample {sample.index}")
         is_whole = list(sample.token_ids) == self._tokens[sample.index]
         _demand(is_whole, f"sample {sample.index} with other tokens than before its end")
+        has_all = len(sample.logprobs) == len(sample.processed_logprobs) == len(sample.token_ids)
+        _demand(has_all, f"sample {sample.index} without its log-probabilities")
         # A newer server may know more reasons than this one.
         is_known = sample.finish_reason in _FINISH_REASONS
         _demand(is_known, f"the reason {sample.finish_reason} for the end of sample {sample.index}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ PAUSES_S = tuple(min(FIRST_PAUSE_S * PAUSE_FACTOR**number, MAX_PAUSE_S) for numb
 JITTER = 0.2
 RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 MAX_TOKENS, TOKEN_RATIO = 1000, 0.1
+_MILLISECONDS = re.compile("[0-9]{1,10}")
 
 
 class RetryBudget:
@@ -66,7 +68,8 @@ class Attempts:
     def pause_s(self, error: grpc.RpcError) -> float | None:
         """Return the seconds until the next attempt, no more than are left; None for no other one.
 
-        The server's own wish goes before our pause; a negative one means never.
+        The server's own wish goes before our pause. A negative one means never, and so does what
+        is no number of milliseconds, or one that no clock can wait for.
         """
         if error.code() not in RETRIED or not self._budget.failed():
             return None
@@ -77,7 +80,7 @@ class Attempts:
         wished_ms = dict(metadata).get(PUSHBACK_KEY)
         if wished_ms is None:
             pause_s *= random.uniform(1 - JITTER, 1 + JITTER)
-        elif wished_ms.isdecimal():
+        elif _MILLISECONDS.fullmatch(wished_ms):
             pause_s = int(wished_ms) / 1e3
         else:
             return None

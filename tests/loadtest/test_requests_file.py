@@ -32,7 +32,7 @@ def test_not_a_number_is_null_in_the_file_and_comes_back(tmp_path: Path) -> None
     assert math.isnan(read.samples[0].per_token_k3[1])
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"samples": []}', '{"samples": [{}]}'])
+@pytest.mark.parametrize("line", ["{", "[" * 3000, "[]", '{"samples": []}', '{"samples": [{}]}'])
 def test_broken_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "r.jsonl"
     write_requests(path, [record(0, [])])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import grpc
 import pytest
+from google.protobuf import any_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
@@ -66,3 +67,19 @@ def test_mangled_details_leave_the_text() -> None:
     trailers = grpc.aio.Metadata(("grpc-status-details-bin", b"\xff"))
     error = grpc.aio.AioRpcError(CODE.INTERNAL, grpc.aio.Metadata(), trailers, "broken")
     assert explain(error) == "INTERNAL: broken"
+
+
+def test_details_that_are_damaged_or_too_large_raise_nothing() -> None:
+    status = status_pb2.Status(details=[any_pb2.Any()])
+    status.details[0].Pack(RETRY)
+    status.details[0].value = b"\xff"
+    trailers = grpc.aio.Metadata(("grpc-status-details-bin", status.SerializeToString()))
+    damaged = grpc.aio.AioRpcError(CODE.UNAVAILABLE, grpc.aio.Metadata(), trailers, "full")
+    assert explain(damaged) == "UNAVAILABLE: full"
+    late = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=2**62))
+    assert retry_delay_s(failed(CODE.UNAVAILABLE, "", late)) == 2.0**62
+
+
+def test_what_a_server_says_steers_no_terminal_and_begins_no_line() -> None:
+    error = failed(CODE.INVALID_ARGUMENT, "a\nb", refused("c\x1b[2J", "d\r"))
+    assert explain(error) == "INVALID_ARGUMENT: 'a\\nb'\n  'c\\x1b[2J' 'd\\r'"

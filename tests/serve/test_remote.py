@@ -15,10 +15,11 @@ import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
+from bundle.errors import UserError
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.channel import Endpoint, Tls
 from serve.client import explain
-from serve.remote import RemoteTeacher
+from serve.remote import RemoteTeacher, teacher_of
 from serve.remote_address import RemoteAddress
 from serve.routing import Engines, Role, ServedModel
 from serve.scoring import ScoringRequest
@@ -371,6 +372,13 @@ def test_other_tokenizer_is_no_teacher(
         student = elsewhere.student(other.server.address)
         eventually(lambda: "mean different texts" in why_lost(student), "the refusal")
         check_student_alone(student)
+
+
+def test_other_tokenizer_steers_no_terminal() -> None:
+    model = pb.Model(role=pb.ROLE_TEACHER, tokenizer_hash="a\x1b[2J")
+    with pytest.raises(UserError) as error:
+        teacher_of(pb.GetModelsResponse(models=[model]), "abc")
+    assert str(error.value).isprintable()
 
 
 def test_server_whose_teacher_is_elsewhere_is_no_teacher(elsewhere: Elsewhere) -> None:

@@ -175,6 +175,11 @@ def test_sample_that_waits_for_the_usage_is_whole_without_it() -> None:
 
 
 NEW_REASON = pb.GenerateResponse(complete=pb.Complete(sample=pb.Sample(index=0)))
+BARE_SAMPLE = pb.GenerateResponse(
+    complete=pb.Complete(
+        sample=pb.Sample(token_ids=[7], logprobs=[-1.0], finish_reason=pb.FINISH_REASON_STOP)
+    )
+)
 BARE = pb.GenerateResponse(tokens=pb.TokenChunk(index=0, token_ids=[7]))
 
 
@@ -189,6 +194,7 @@ BARE = pb.GenerateResponse(tokens=pb.TokenChunk(index=0, token_ids=[7]))
         ([chunk(0, 1, 7)], "tokens of sample 0 from 1 on$"),
         ([chunk(0, 0, 7), chunk(0, 0, 7)], "tokens of sample 0 from 0 on$"),
         ([BARE], "tokens of sample 0 without their log-probabilities$"),
+        ([chunk(0, 0, 7), BARE_SAMPLE], "sample 0 without its log-probabilities$"),
         ([NEW_REASON], "the reason 0 for the end of sample 0$"),
         ([complete(1), NEW_REASON], "the reason 0 for the end of sample 0$"),
         ([chunk(0, 0, 7), complete(0, 8)], "sample 0 with other tokens than before its end$"),

@@ -54,6 +54,8 @@ def test_pauses_are_those_that_grpc_makes_for_other_calls() -> None:
         (2, Failed(grpc.StatusCode.RESOURCE_EXHAUSTED, "1500"), 1.5),
         (2, Failed(UNAVAILABLE, "-1"), None),
         (2, Failed(UNAVAILABLE, "soon"), None),
+        (2, Failed(UNAVAILABLE, "9" * 400), None),
+        (2, Failed(UNAVAILABLE, "9" * 5000), None),
     ],
 )
 def test_server_and_status_decide(
