@@ -38,7 +38,7 @@ def _compile(name: str, text: str) -> re.Pattern[str]:
         )
     try:
         pattern = re.compile(text)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:  # the latter of x{9999999999}, (((
         raise ValueError(f"answer format {name!r} is no regular expression: {error}") from error
     if not pattern.groups:
         raise ValueError(f"answer format {name!r} has no group; put the answer in parentheses")

@@ -284,6 +284,8 @@ def test_symbolic_matching_is_refused_where_math_verify_is_missing(
         ("", "(x)", "'': a name"),
         ("My format", "(x)", "'My format': a name"),
         ("open", "(x", "'open' is no regular expression"),
+        ("many", "(x){9999999999}", "'many' is no regular expression"),
+        ("deep", "(" * 3000 + ")" * 3000, "'deep' is no regular expression"),
         ("flat", "x", "'flat' has no group"),
     ],
 )
