@@ -235,16 +235,16 @@ def read_journal(paths: Iterable[Path]) -> Iterable[dict[str, Any]]:
             killed client leaves it, and is left out.
     """
     for path in paths:
-        with path.open(encoding="utf-8", newline="\n") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if not line.endswith("\n"):
+                if not line.endswith(b"\n"):
                     break
                 yield _event_of(line, f"{path}, line {number}")
 
 
-def _event_of(line: str, place: str) -> dict[str, Any]:
+def _event_of(line: bytes, place: str) -> dict[str, Any]:
     try:
-        event: dict[str, Any] = json.loads(line)
+        event: dict[str, Any] = json.loads(line.decode())
         check_event(event)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{place} is no event: {line[:80].rstrip()!r}") from None

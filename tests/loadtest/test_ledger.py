@@ -375,14 +375,14 @@ def test_what_a_killed_client_had_written_is_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "nonsense", "[]", '{"id": "a"}', "7", '{"id": "a", "event": "end"}', "[" * 3000,
+        "nonsense", "\udcff", "[]", '{"id": "a"}', "7", '{"id": "a", "event": "end"}', "[" * 3000,
         '{"id": "a", "event": ["end"]}', '{"id": ["a"], "event": "end", "code": "OK"}',
         '{"id": "a", "event": "end", "code": {}}', json.dumps(SENT | {"num_samples": 10**12}),
     ],
 )  # fmt: skip
 def test_line_that_is_no_event_is_named(tmp_path: Path, line: str, capsys: Any) -> None:
     path = tmp_path / "j"
-    path.write_text(f"{json.dumps(SENT)}\n{line}\n")
+    path.write_text(f"{json.dumps(SENT)}\n{line}\n", "utf-8", "surrogateescape")
     assert main([str(path)]) == 2
     assert f"{path}, line 2 is no event" in capsys.readouterr().err
 
