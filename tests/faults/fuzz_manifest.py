@@ -7,14 +7,16 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bundle.errors import BundleError
 from bundle.manifest import MANIFEST_NAME, seal
-from bundle.verify import verify_bundle
+from bundle.verify import check_indices, check_safe, verify_bundle
 
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 GRAPH, CONTENT = "onnx/fp32/model.onnx", b"graph"
 _SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
@@ -22,10 +24,22 @@ _SHA256 = hashlib.sha256(CONTENT).hexdigest()
 def check(data: bytes) -> None:
     """Write the bytes as the manifest of a folder with one file; raises where that goes wrong.
 
-    As they are, and sealed: what was changed after it was sealed gets no further than that.
+    As they are, and sealed: what was changed after it was sealed gets no further than that. And
+    as the other files of JSON that are looked into.
     """
     for text in (data, seal(data.rstrip().removesuffix(b"}").rstrip() + b"\n}")):
         _check(text)
+    for name in (CONFIG, INDEX):
+        (_models() / name).write_bytes(data)
+        with suppress(BundleError):
+            check_safe(_models(), name)
+    with suppress(BundleError):
+        check_indices(_models())
+
+
+@cache
+def _models() -> Path:
+    return Path(tempfile.mkdtemp(prefix="fuzz-models-"))
 
 
 def _check(data: bytes) -> None:
@@ -34,7 +48,7 @@ def _check(data: bytes) -> None:
     try:
         manifest = verify_bundle(path.parent)
     except BundleError as error:
-        assert str(error).strip()
+        assert str(error).isprintable() and str(error).strip(), error
         return
     assert set(manifest.files) == {GRAPH}, sorted(manifest.files)
 
@@ -75,6 +89,16 @@ def seeds() -> Iterator[bytes]:
     for name in ("../../etc/passwd", "/etc/passwd", "a\0b", "x" * 300, "x/" * 3000 + "y", "a.pkl"):
         files = {**manifest()["files"], name: {"sha256": _SHA256, "size_bytes": 5}}
         yield json.dumps(manifest() | {"files": files}).encode()
+    for changed in (
+        {"files": {GRAPH: {"sha256": _SHA256, "size_bytes": 6}}},
+        {"files": {GRAPH: {"sha256": "0" * 64, "size_bytes": len(CONTENT)}}},
+        {"files": {}}, {"schema_version": 2}, {"default_variant": "int8"}, {"variants": {}},
+        {"tokenizer_sha256": "x"}, {"created_at": "now"}, {"metrics": None},
+    ):  # fmt: skip
+        yield json.dumps(manifest() | changed).encode()
+    for name in ("model.safetensors", "..", "a/b", "\x1b[2J"):
+        yield json.dumps({"weight_map": {"a": name}, "auto_map\r": 1}).encode()
+    yield b'{"auto_map": {}, "weight_map": []}'
     yield b"[" * 4000
     yield b'{"schema_version": ' + b"1" * 4000 + b"}"
 

@@ -50,6 +50,23 @@ def _environment(data: bytes) -> dict[str, str]:
     return {env_of(NAMES[(ord(line[0]) - 32) % len(NAMES)]): line[1:] for line in lines if line}
 
 
+# What settings say of each other, and forms of their own.
+_TEXTS = (
+    "teacher: grpc://127.0.0.1:1\nteacher_token_file: t", "teacher: grpcs://x:1\nteacher_tls_ca: c",
+    "teacher: grpcs://x:1\nteacher_tls_cert: c", "teacher_tls_ca: c", "teacher: grpc://x:70000",
+    "teacher: grpc://x:1\nteacher_tls_ca: c", "teacher: 'grpcs://[::1%1]:1/'", "teacher: t",
+    "teacher: grpc://x:1\nno_student: true", "no_teacher: true\nno_student: true",
+    "no_teacher: true\nteacher: t", "tls_cert: c", "tls_client_ca: c", "host: 0.0.0.0",
+    "host: 0.0.0.0\ntls_cert: c\ntls_key: k\nauth_tokens: t", "host: localhost", "host: ''",
+    "student_weight: 0\nteacher_weight: 0", "student_wieght: 1", "1: 2", "? [a]\n: b", "a: 1\na: 2",
+    "answer_formats: {boxed: x}", "answer_formats: {A: (x)}", "answer_formats: {a: (}",
+    "answer_formats: {a: x}", "answer_formats: {a: '(x){99999999999}'}",
+    "answer_formats: {a: '" + "(" * 3000 + ")" * 3000 + "'}", "port: !!python/name:os.system",
+    "&a [*a]", "- *a", "port: 0x" + "f" * 4000, "port: 2001-01-01", "tasks: !!set {a, b}",
+    "answer_formats: &x {a: *x}", "tasks: &t [*t]", "bundle: c", "host: !!binary aGk=",
+)  # fmt: skip
+
+
 def seeds() -> Iterator[bytes]:
     """Yield a file of each kind, and variables."""
     yield (
@@ -61,6 +78,22 @@ def seeds() -> Iterator[bytes]:
     variables = {"bundle": "b", "port": "1", "tasks": '["a"]', "shadow_rate": "0.5"}
     lines = [chr(NAMES.index(name) + 32) + text for name, text in variables.items()]
     yield bytes([_ENVIRONMENT]) + "\n".join(lines).encode()
+    for text in _TEXTS:
+        yield bytes([_YAML]) + b"bundle: b\n" + text.encode()
+    for name in NAMES:
+        for value in (
+            "1",
+            "-1",
+            "true",
+            "x",
+            "null",
+            "[]",
+            "{a: b}",
+            "1e999",
+            "'::1'",
+            "~nobody/x",
+        ):
+            yield bytes([_YAML]) + f"bundle: b\n{name}: {value}\n".encode()
 
 
 if __name__ == "__main__":

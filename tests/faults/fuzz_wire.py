@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,8 +15,9 @@ from protos.oip import grpc_service_pb2 as oip
 from protos.tandem.v1 import control_pb2 as control
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.errors import TandemError
-from serve.infer_models import to_role
+from serve.infer_models import OUTPUTS, to_role
 from serve.infer_requests import to_inference
+from serve.infer_settings import AS_TENSORS, PROMPTS
 from serve.policy import TrafficPolicy
 from serve.specs import Limits
 from serve.statuses import status_of
@@ -25,8 +29,10 @@ from serve.validation import (
     validate_score,
     validate_set_policy,
 )
+from tests.faults.fuzz_messages import any_message
 
 LIMITS = Limits(max_model_len=64, vocab_size=259, tasks=frozenset({"math"}))
+NUM_DRAWN = 40  # messages of each rpc by chance
 # HTTP/2 trailers, of which a client takes 8 KiB by default.
 MAX_TRAILER_BYTES = 8 << 10
 
@@ -71,6 +77,74 @@ def check(data: bytes) -> None:
 
 
 def seeds() -> Iterator[bytes]:
+    """Yield whole requests of each rpc, one compressed, and messages with anything in them."""
+    requests = [*_requests(), *_inferences()]
+    for request in requests:
+        yield bytes([TYPES.index(type(request))]) + request.SerializeToString()
+    yield b"\0" + gzip.compress(requests[0].SerializeToString())
+    rng = random.Random(8)
+    names = (*AS_TENSORS, *PROMPTS, *OUTPUTS, "student", "teacher", "user", "boxed", "math")
+    texts = (*names, "1", "true", "null", "[]", '{"top_k": 5}', "", " ", "ab\n", "\u00e9", "BYTES")
+    for kind in TYPES * NUM_DRAWN:
+        yield bytes([TYPES.index(kind)]) + any_message(rng, kind, texts).SerializeToString()
+
+
+def _inferences() -> Iterator[oip.ModelInferRequest]:
+    """Yield requests that are right, or wrong in one setting, in each of the forms it may have."""
+    whole: Mapping[str, Any] = {
+        "INT64": [1], "INT32": [5, 6], "UINT64": [7], "FP32": [0.5], "BOOL": [True],
+        "BYTES": [b"ab"],
+    }  # fmt: skip
+    fields = {"INT64": "int64", "INT32": "int", "UINT64": "uint64", "FP32": "fp32"}
+    for name, setting in AS_TENSORS.items():
+        infer = _inference()
+        tensor = infer.inputs.add(name=name, datatype=setting.datatype)
+        values = whole[setting.datatype][: None if setting.is_list else 1]
+        tensor.shape.append(len(values))
+        field = fields.get(setting.datatype, setting.datatype.lower())
+        getattr(tensor.contents, f"{field}_contents").extend(values)
+        yield infer
+    for value in (1, -1, 1.5, "1", "x", "1e999", True, None, [], [1, "a"], ["\ud800"], {}):
+        for name in AS_TENSORS:
+            infer = _inference()
+            text = json.dumps({name: value})
+            infer.parameters["sampling_parameters"].string_param = text
+            yield infer
+            yield _with_parameter(name, value)
+    for shape, raw in (
+        ([1, 3], bytes(24)),
+        ([2], b""),
+        ([-1], b""),
+        ([1], b"\xff"),
+        ([65], bytes(520)),
+    ):
+        infer = oip.ModelInferRequest(model_name="student", raw_input_contents=[raw])
+        infer.inputs.add(name="input_ids", datatype="INT64", shape=shape)
+        yield infer
+    for raw in (b"\2\0\0\0ab", b"\1\0\0\0\xff", b"\xff\0\0\0", b"\0", b"\0\0\0\0" * 2):
+        infer = oip.ModelInferRequest(model_name="student", raw_input_contents=[raw])
+        infer.inputs.add(name="text_input", datatype="BYTES", shape=[1])
+        yield infer
+
+
+def _inference() -> oip.ModelInferRequest:
+    infer = oip.ModelInferRequest(model_name="student")
+    infer.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.CopyFrom(
+        oip.InferTensorContents(bytes_contents=[b"ab"])
+    )
+    return infer
+
+
+def _with_parameter(name: str, value: object) -> oip.ModelInferRequest:
+    """Return a request with a parameter; one of no such type has no value."""
+    infer, kinds = _inference(), {int: "int64", float: "double", str: "string", bool: "bool"}
+    parameter = infer.parameters[name]
+    if isinstance(value, tuple(kinds)):
+        setattr(parameter, f"{kinds[type(value)]}_param", value)
+    return infer
+
+
+def _requests() -> Iterator[Message]:
     """Yield a whole request of each rpc."""
     sampling = pb.SamplingParams(max_tokens=4, seed=1, stop=["ab"], top_p=0.5, stop_token_ids=[1])
     evaluation = pb.EvaluationOptions(answer_format="boxed", reference_answer="1", pass_at_k=[1])
@@ -85,7 +159,7 @@ def seeds() -> Iterator[bytes]:
     typed.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.CopyFrom(
         oip.InferTensorContents(bytes_contents=[b"ab"])
     )
-    requests: tuple[Message, ...] = (
+    yield from (
         pb.GenerateRequest(prompt_token_ids=ids, sampling=sampling, evaluation=evaluation, route=3),
         pb.GenerateRequest(messages=chat, output=pb.OutputOptions(top_logprobs=3)),
         pb.CompareRequest(prompt="x", sampling=sampling, request_id="x"),
@@ -96,8 +170,6 @@ def seeds() -> Iterator[bytes]:
         typed,
         oip.ModelConfigRequest(name="student", version="1"),
     )
-    for request in requests:
-        yield bytes([TYPES.index(type(request))]) + request.SerializeToString()
 
 
 if __name__ == "__main__":

@@ -5,17 +5,32 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bundle.errors import UserError
 from protos.tandem.v1 import inference_pb2 as pb
-from tests.faults import fuzz_manifest, fuzz_settings, fuzz_wire
+from tests.faults import (
+    fuzz_answers,
+    fuzz_files,
+    fuzz_http,
+    fuzz_manifest,
+    fuzz_settings,
+    fuzz_wire,
+    fuzzing,
+)
 from tests.faults.hostile import mutate
 
-TARGETS = {module.__name__: module for module in (fuzz_wire, fuzz_settings, fuzz_manifest)}
+TARGETS = {
+    module.__name__: module
+    for module in (
+        fuzz_wire, fuzz_settings, fuzz_manifest, fuzz_answers, fuzz_files, fuzz_http,
+    )
+}  # fmt: skip
 NUM_MUTATIONS = 150
 bounded = settings(
     max_examples=100, deadline=None, derandomize=True, database=None,
@@ -105,6 +120,9 @@ def test_any_value_anywhere_in_a_manifest(data: st.DataObject) -> None:
         (fuzz_wire, "validate_generate", next(iter(fuzz_wire.seeds()))),
         (fuzz_settings, "load_settings", next(iter(fuzz_settings.seeds()))),
         (fuzz_manifest, "verify_bundle", next(iter(fuzz_manifest.seeds()))),
+        (fuzz_answers, "from_score", bytes([fuzz_answers.KINDS.index(fuzz_answers.score)])),
+        (fuzz_files, "read_token", bytes([fuzz_files.KINDS.index("token")]) + b"abc"),
+        (fuzz_http, "_Unnamed", b"GET / HTTP/1.0"),
     ],
 )
 def test_another_exception_is_found(
@@ -117,3 +135,29 @@ def test_another_exception_is_found(
     with pytest.raises(KeyError, match="of a bug"):
         check: Callable[[bytes], None] = target.check
         check(data)
+
+
+def test_answers_that_end_twice_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz_answers.Answer, "end", lambda *_: [])
+    with pytest.raises(AssertionError):
+        fuzz_answers.check(b"\0")
+
+
+@pytest.mark.parametrize("text", ["no name", "a\x1b[2J of token", "token " + "x" * 3000])
+def test_errors_that_say_too_little_or_too_much_are_found(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise UserError(text)
+
+    monkeypatch.setattr(fuzz_files, "read_token", refuse)
+    with pytest.raises(AssertionError):
+        fuzz_files.check(bytes([fuzz_files.KINDS.index("token")]))
+
+
+def test_corpus_is_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "found").write_bytes(b"\0" + b"[" * 10)
+    num_seeds = len(list(fuzz_answers.seeds()))
+    assert fuzzing.replay("tests.faults.fuzz_answers", tmp_path) == 0
+    assert fuzzing.replay("tests.faults.fuzz_answers", None) == 0
+    assert capsys.readouterr().out == f"{num_seeds + 1} inputs\n{num_seeds} inputs\n"
