@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
+from bundle.errors import one_line
 from bundle.hashing import hash_file, hash_json
 from estimators.answers import ANSWER_FORMATS, canonicalise, extract
 from export.config import (
@@ -184,7 +185,7 @@ def _parse_row(line: str, place: str) -> _Row:
         return _Row.model_validate_json(line)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the line"
+        key = one_line(".".join(map(str, first["loc"])) or "the line")
         raise ExportError(
             f"{place}: {key}: {first['msg']}, got {reprlib.repr(first['input'])}; "
             f"keys: {', '.join(_Row.model_fields)}"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from export.config import BuiltinSource, ExportError, JsonlSource, ReasoningGymSource, TasksConfig
-from export.task_sources import hash_sources, is_entry_solved, load_tasks
+from export.task_sources import hash_sources, is_entry_solved, load_jsonl, load_tasks
 from export.tasks import Task, builtin_tasks, normalise_prompt, prompt_id, split_of
 
 Write = Callable[..., JsonlSource]
@@ -335,3 +335,11 @@ def test_hash_takes_the_version_of_the_package(monkeypatch: pytest.MonkeyPatch) 
     assert hash_sources(config) == before
     monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} 99")
     assert hash_sources(config) != before
+
+
+def test_key_of_a_row_steers_no_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "x\\u001b[2J": 1}\n', encoding="utf-8")
+    with pytest.raises(ExportError, match="Extra inputs") as error:
+        load_jsonl(path)
+    assert str(error.value).isprintable()
