@@ -46,6 +46,22 @@ def _journal(path: Path) -> None:
         raise UserError(str(error)) from error
 
 
+_WRONG = (
+    *[("tokens", text) for text in (
+        "", "\udcff", "a b", "a b c", f"ada {SHA256} all", f"-a {SHA256} control",
+        f"a {SHA256} control\na {SHA256[::-1]} control", f"a {SHA256} control\nb {SHA256} control",
+        f"a {SHA256} control,control",
+    )],
+    *[("token", text) for text in ("", "\udcff", "a b", "\u00e9", " \nx")],
+    *[("trace", text) for text in ("", "\udcff", "x", "2\n1", "nan", "1e999", "-1", "\x1b[2J")],
+    *[("dataset", text) for text in (
+        "\udcff", "[]", "{}", '{"prompt": "a", "x\\u001b": 1}', '{"prompt": "a", "answer": "1"}\n'
+        '{"prompt": "a", "answer": "2"}', '{"prompt": "a", "id": "i"}\n{"prompt": "b", "id": "i"}',
+        '{"prompt": "a", "answer_format": "\\u001b"}', '{"prompt": "a", "answer_format": "boxed"}',
+        '{"prompt": "a", "answer": "}{", "answer_format": "boxed"}', '{"prompt": "\\ud800"}',
+        '{"prompt": "a", "answer": "1", "answer_format": "none"}',
+    )],
+)  # fmt: skip
 READERS: Mapping[str, Callable[[Path], object]] = {
     "tokens": _tokens,
     "token": _token,
@@ -124,6 +140,15 @@ def seeds() -> Iterator[bytes]:
     }
     for kind, data in files.items():
         yield bytes([KINDS.index(kind)]) + data
+    for kind, text in _WRONG:
+        yield bytes([KINDS.index(kind)]) + text.encode("utf-8", "surrogateescape")
+    for again in (journal[1], journal[2], journal[3], journal[4], journal[0], journal[5]):
+        for place in range(1, len(journal) + 1):
+            events = [*journal[:place], again, *journal[place:]]
+            yield bytes([KINDS.index("journal")]) + _lines(iter(events))
+    for left_out in range(len(journal)):
+        events = [*journal[:left_out], *journal[left_out + 1 :]]
+        yield bytes([KINDS.index("journal")]) + _lines(iter(events))
     for kind in ("journal", "requests", "dataset"):
         yield bytes([KINDS.index(kind)]) + b'{"id": ' + b"[" * 3000 + b"\n"
     for number, event in enumerate(journal):

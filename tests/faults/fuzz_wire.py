@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import random
 import sys
@@ -14,6 +15,7 @@ from google.protobuf.message import Message
 from protos.oip import grpc_service_pb2 as oip
 from protos.tandem.v1 import control_pb2 as control
 from protos.tandem.v1 import inference_pb2 as pb
+from serve.compression import MAX_MESSAGE_BYTES
 from serve.errors import TandemError
 from serve.infer_models import OUTPUTS, to_role
 from serve.infer_requests import to_inference
@@ -78,10 +80,13 @@ def check(data: bytes) -> None:
 
 def seeds() -> Iterator[bytes]:
     """Yield whole requests of each rpc, one compressed, and messages with anything in them."""
-    requests = [*_requests(), *_inferences()]
-    for request in requests:
+    for request in itertools.chain(_requests(), _inferences(), _mistaken()):  # some change again
         yield bytes([TYPES.index(type(request))]) + request.SerializeToString()
-    yield b"\0" + gzip.compress(requests[0].SerializeToString())
+    yield b"\0" + gzip.compress(pb.GenerateRequest(prompt="x").SerializeToString())
+    yield b"\0" + gzip.compress(b"x" * 100)[:20] + b"damaged"
+    yield b"\0" + gzip.compress(bytes(MAX_MESSAGE_BYTES + 1))
+    two = pb.GenerateRequest(prompt="x").SerializeToString()
+    yield b"\0" + two + pb.GenerateRequest(messages=pb.ChatMessages()).SerializeToString()
     rng = random.Random(8)
     names = (*AS_TENSORS, *PROMPTS, *OUTPUTS, "student", "teacher", "user", "boxed", "math")
     texts = (*names, "1", "true", "null", "[]", '{"top_k": 5}', "", " ", "ab\n", "\u00e9", "BYTES")
@@ -127,6 +132,43 @@ def _inferences() -> Iterator[oip.ModelInferRequest]:
         yield infer
 
 
+def _mistaken() -> Iterator[oip.ModelInferRequest]:
+    """Yield requests whose parts do not fit together."""
+    for name, datatype in (("text_input", "INT64"), ("input_ids", "INT64"), ("x", "BYTES")):
+        infer = _inference()
+        infer.inputs.add(name=name, datatype=datatype, shape=[0])
+        yield infer
+        del infer.inputs[0]
+        yield infer
+    for value in (-1, 1 << 40, 5):
+        infer = oip.ModelInferRequest(model_name="teacher")
+        ids = infer.inputs.add(name="input_ids", datatype="INT64", shape=[1])
+        ids.contents.int64_contents.append(value)
+        infer.parameters["exclude_input_in_output"].bool_param = value < 5
+        yield infer
+        ids.contents.bool_contents.append(True)
+        yield infer
+    infer = _inference()
+    infer.parameters["temperature"].double_param = infer.parameters["top_p"].double_param = -1
+    infer.parameters["stream"].bool_param = True
+    yield infer
+    for name in ("k3", "logprobs", "text_output", "output_ids", "k3"):
+        infer.outputs.add(name=name)
+        infer.parameters["divergence"].bool_param = False
+        yield infer
+    infer.parameters["stop"].string_param = "x" * 70000
+    yield infer
+    for number in range(70):
+        infer.inputs.add(name=f"{number}", datatype="BYTES")
+        infer.parameters[f"{number}"].bool_param = True
+    yield infer
+    infer.parameters.clear()
+    yield infer
+    many = _inference()
+    many.parameters["sampling_parameters"].string_param = json.dumps({"stop": ["a"] * 300})
+    yield many
+
+
 def _inference() -> oip.ModelInferRequest:
     infer = oip.ModelInferRequest(model_name="student")
     infer.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.CopyFrom(
@@ -165,7 +207,11 @@ def _requests() -> Iterator[Message]:
         pb.CompareRequest(prompt="x", sampling=sampling, request_id="x"),
         pb.ScoreRequest(prompt="x", completions=[pb.Completion(token_ids=ids)], roles=[1, 2]),
         control.SetPolicyRequest(student_weight=1, expected_revision=0),
+        control.SetPolicyRequest(student_weight=0, teacher_weight=0),
         control.AbortRequest(request_id="x"),
+        pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=[5] * 65)),
+        pb.GenerateRequest(prompt="x", sampling=pb.SamplingParams(stop_token_ids=[5] * 300)),
+        pb.ScoreRequest(prompt="x", roles=[1, 1], temperature=2, completions=[pb.Completion()]),
         infer,
         typed,
         oip.ModelConfigRequest(name="student", version="1"),
