@@ -151,7 +151,8 @@ class Elsewhere:
         await self._end()
 
     async def be_found(self) -> None:
-        """Wait until the other server has found this one."""
+        """Wait until the other server has found this one, by a probe that ends from now on."""
+        self.remote._why_lost = "asked again"
         with suppress(TimeoutError):
             async with asyncio.timeout(_FOUND_S):
                 while not self.remote.load().is_alive:
