@@ -27,8 +27,7 @@ from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of
 
 NUM_ROTATIONS = {Size.CI: 1, Size.FULL: 40}
-# The server looks at the file once a second; calls that began with the old token may still come.
-LOOK_S, LAST_CALLS_S = 1.2, 0.3
+LOOK_S = 1.2  # the server looks at the file once a second
 NUM_TEMPLATES = 50
 NUM_CLIENTS = 4
 CALLS_PER_CONNECTION = 8
@@ -53,6 +52,7 @@ class Site:
         self._fixed = [f"lasting {lasts} inference", f"ops {other} control"]
         self._lines = [f"good {good} inference"]
         self.withdrawn: list[str] = []
+        self.num_users = Counter[str]()  # connections of good clients, by token
         self._write_tokens()
         self.issue()
 
@@ -86,9 +86,10 @@ class Site:
         self._lines.append(f"good{number} {sha256} inference")
         self._write_tokens()
         await asyncio.sleep(LOOK_S)
-        self.withdrawn.append(self.token)
-        self.token = token
-        await asyncio.sleep(LAST_CALLS_S)
+        old, self.token = self.token, token
+        self.withdrawn.append(old)
+        while self.num_users[old]:
+            await asyncio.sleep(0.01)
         del self._lines[0]
         self._write_tokens()
 
@@ -179,12 +180,15 @@ class Rotation:
     async def _good(self, journal: Journal) -> None:
         """Connect anew every few calls, with the token and the files as they are by then."""
         while not self._is_over.is_set():
-            client = self._site.connect(self._address, self._site.token)
+            token = self._site.token
+            self._site.num_users[token] += 1
+            client = self._site.connect(self._address, token)
             for _ in range(CALLS_PER_CONNECTION):
                 request = numbered(next(self._numbers))
                 journal.sent(request)
                 await journal.follow(request, client.generate(request))
             await client.close()
+            self._site.num_users[token] -= 1
 
     async def _bad(self) -> None:
         clients = bad_clients(self._site)
