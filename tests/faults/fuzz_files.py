@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from loadtest.requests_file import read_requests, write_requests
 from serve.access import read_token
 from serve.channel import Endpoint
 from serve.tokens import SCOPES, TokenFile
+from tests.faults.fuzzing import main, scratch_folder
 
 SHA256 = "8281e31fa6574f3561cfa2070634eabf2e91a1d55c18b601428d1a06ca040011"
 MAX_MESSAGE_CHARS = 2000
@@ -81,7 +80,7 @@ def check(data: bytes) -> None:
     if not data:
         return
     kind = KINDS[data[0] % len(KINDS)]
-    path = _folder() / kind
+    path = scratch_folder("files") / kind
     path.write_bytes(data[1:])
     try:
         READERS[kind](path)
@@ -89,11 +88,6 @@ def check(data: bytes) -> None:
         text = str(error)
         assert kind in text and len(text) < MAX_MESSAGE_CHARS, text[:200]
         assert all(line.isprintable() for line in text.split("\n")), text
-
-
-@cache
-def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="fuzz-files-"))
 
 
 def _events() -> Iterator[dict[str, Any]]:
@@ -120,7 +114,7 @@ def _lines(values: Iterator[Any]) -> bytes:
 
 def _record() -> bytes:
     plan = PlannedRequest(0, "student", 1.0, 0, 0, "p", 1, Phase.MEASURED, 0.5)
-    path = _folder() / "record"
+    path = scratch_folder("files") / "record"
     write_requests(path, [RequestRecord(plan, 0.5, samples=[SampleRecord(0, per_token_k3=[0.1])])])
     return path.read_bytes()
 
@@ -158,6 +152,4 @@ def seeds() -> Iterator[bytes]:
 
 
 if __name__ == "__main__":
-    from tests.faults.fuzzing import main
-
     sys.exit(main("tests.faults.fuzz_files"))

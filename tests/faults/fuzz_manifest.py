@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -15,6 +14,7 @@ from typing import Any
 from bundle.errors import BundleError
 from bundle.manifest import MANIFEST_NAME, seal
 from bundle.verify import check_indices, check_safe, verify_bundle
+from tests.faults.fuzzing import main, scratch_folder
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 GRAPH, CONTENT = "onnx/fp32/model.onnx", b"graph"
@@ -29,17 +29,13 @@ def check(data: bytes) -> None:
     """
     for text in (data, seal(data.rstrip().removesuffix(b"}").rstrip() + b"\n}")):
         _check(text)
+    folder = scratch_folder("models")
     for name in (CONFIG, INDEX):
-        (_models() / name).write_bytes(data)
+        (folder / name).write_bytes(data)
         with suppress(BundleError):
-            check_safe(_models(), name)
+            check_safe(folder, name)
     with suppress(BundleError):
-        check_indices(_models())
-
-
-@cache
-def _models() -> Path:
-    return Path(tempfile.mkdtemp(prefix="fuzz-models-"))
+        check_indices(folder)
 
 
 def _check(data: bytes) -> None:
@@ -55,7 +51,7 @@ def _check(data: bytes) -> None:
 
 @cache
 def _bundle() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-bundle-"))
+    folder = scratch_folder("bundle")
     (folder / GRAPH).parent.mkdir(parents=True)
     (folder / GRAPH).write_bytes(CONTENT)
     return folder
@@ -104,6 +100,4 @@ def seeds() -> Iterator[bytes]:
 
 
 if __name__ == "__main__":
-    from tests.faults.fuzzing import main
-
     sys.exit(main("tests.faults.fuzz_manifest"))

@@ -17,7 +17,10 @@ atheris, or what the tests have:
 from __future__ import annotations
 
 import argparse
+import atexit
+import functools
 import importlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +39,14 @@ def main(target: str) -> int:
     command = [sys.executable, "-m", __name__, target, str(given.seconds)]
     kept = [given.corpus] if given.corpus else []
     return subprocess.run([*command, *kept], check=False).returncode
+
+
+@functools.cache
+def scratch_folder(name: str) -> Path:
+    """Return a folder of this process, which is removed at its end."""
+    folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def replay(target: str, corpus: Path | None) -> int:
