@@ -4,7 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 
-SHIPPED := tests/deploy tests/export tests/bundle tests/test_end_to_end.py tests/test_resume.py
+SHIPPED := tests/deploy tests/export tests/bundle tests/test_end_to_end.py tests/test_resume.py \
+           $(wildcard tests/faults/test_r1[5-8]_controls.py) \
+           tests/faults/test_storm.py tests/faults/test_real_models.py
 
 .PHONY: demo loadtest test test-shipped test-served check k8s-check format protos docs baseline
 
