@@ -45,7 +45,7 @@ def explain(error: grpc.RpcError) -> str:
     fields = violations(error)
     text = one_line(_beside(fields, error.details() or ""))
     lines = [f"{error.code().name}: {text}".rstrip()]
-    lines += [f"  {one_line(field)} {one_line(text)}" for field, text in fields.items()]
+    lines += [f"  {one_line(field)} {one_line(told)}" for field, told in fields.items()]
     delay_s = retry_delay_s(error)
     if delay_s is not None:
         lines.append(f"  retry in {delay_s:g} s")

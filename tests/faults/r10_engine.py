@@ -35,6 +35,7 @@ from protos.tandem.v1 import inference_pb2 as pb
 from serve.arbiter import StepArbiter
 from serve.channel import Endpoint
 from serve.engine import MAX_FAILED_STEPS, Engine
+from serve.metrics import ServerMetrics
 from serve.routing import Role
 from serve.sequence import FinishReason
 from tests.faults.faulty import Break, FaultyBackend, fail, fail_once, hang, kill_thread, quiet_log
@@ -77,13 +78,13 @@ class SharedRig(Rig):
         self._arbiter = StepArbiter()
         super().__init__(folder, max_replays=0, make_backend=FaultyBackend)
 
-    def _engine(self, role: Role, max_waiting: int) -> Engine:
+    def _engine(self, role: Role, metrics: ServerMetrics) -> Engine:
         backend = self.backends[role]
         return Engine(
             backend,
             eos_token_ids=frozenset({backend.EOS}),
-            max_waiting=max_waiting,
-            observer=self.metrics.observer(role),
+            max_waiting=self._max_waiting,
+            observer=metrics.observer(role),
             name=role.value,
             arbiter=self._arbiter,
             priority=0 if role is Role.STUDENT else 1,

@@ -76,8 +76,8 @@ class Site:
         """Give server and clients new certificates, each file whole, one after the other."""
         for cert, key in ((self._cert, self._key), (self._client_cert, self._client_key)):
             issued = self.ca.issue_cert("127.0.0.1")
-            _replace(key, issued.private_key_pem.bytes())
-            _replace(cert, b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+            replace_file(key, issued.private_key_pem.bytes())
+            replace_file(cert, b"".join(pem.bytes() for pem in issued.cert_chain_pems))
 
     async def rotate(self, number: int) -> None:
         """Replace certificates and token as one should: the new one is known before it is used."""
@@ -94,10 +94,11 @@ class Site:
         self._write_tokens()
 
     def _write_tokens(self) -> None:
-        _replace(self._tokens, "\n".join([*self._fixed, *self._lines]).encode())
+        replace_file(self._tokens, "\n".join([*self._fixed, *self._lines]).encode())
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that it is never half there."""
     temporary = path.with_name(f"{path.name}.new")
     temporary.write_bytes(data)
     temporary.replace(path)

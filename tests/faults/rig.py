@@ -103,10 +103,11 @@ class Rig(AbstractContextManager["Rig"]):
         generator = torch.Generator().manual_seed(1)
         table = self.backends[Role.TEACHER]._table
         table += 0.3 * torch.randn(table.shape, generator=generator)
+        self._max_waiting = max_waiting
         self._max_pass_tokens: int | None = settings.get("max_pass_tokens")
         tokenizer = build_tokenizer()
         models = {
-            role: ServedModel(role, self._engine(role, max_waiting), tokenizer) for role in Role
+            role: ServedModel(role, self._engine(role, self.metrics), tokenizer) for role in Role
         }
         self.engines = Engines(models[Role.STUDENT], models[Role.TEACHER])
         given = {"drain_grace_s": 5, "max_concurrent_per_peer": 100_000, **settings}
@@ -116,13 +117,13 @@ class Rig(AbstractContextManager["Rig"]):
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="rig")
 
-    def _engine(self, role: Role, max_waiting: int) -> Engine:
+    def _engine(self, role: Role, metrics: ServerMetrics) -> Engine:
         return Engine(
             self.backends[role],
             eos_token_ids=frozenset({HistoryBackend.EOS}),
-            max_waiting=max_waiting,
+            max_waiting=self._max_waiting,
             max_pass_tokens=self._max_pass_tokens,
-            observer=self.metrics.observer(role),
+            observer=metrics.observer(role),
             name=role.value,
         )
 

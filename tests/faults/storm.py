@@ -157,7 +157,8 @@ class _Storm:
             async with self._teacher_that_comes_and_goes():
                 if ends:
                     await asyncio.sleep(seconds / 2)
-                    callers.is_draining = True
+                    for one in (callers, self._scorers, self._streamers):
+                        one.is_draining = True
                     await self._end_server()
                 await self._wait_for(calling + others)
         self._outcome.codes += callers.codes

@@ -10,6 +10,7 @@ from typing import Any
 import trustme
 
 from serve.channel import Tls
+from tests.faults.r21_credentials import replace_file
 
 _HOST = "127.0.0.1"
 
@@ -55,10 +56,3 @@ class Certificates:
             found.append((key, leaf.private_key_pem.bytes()))
             found.append((cert, b"".join(pem.bytes() for pem in leaf.cert_chain_pems)))
         return found
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that it is never half there."""
-    temporary = path.with_name(f"{path.name}.new")
-    temporary.write_bytes(data)
-    temporary.replace(path)

@@ -24,7 +24,8 @@ from serve.remote_loading import open_endpoint
 from serve.routing import Engines, Role, ServedModel
 from serve.server import Server
 from serve.tokens import new_token
-from tests.faults.storm_certificates import Certificates, replace_file
+from tests.faults.r21_credentials import replace_file
+from tests.faults.storm_certificates import Certificates
 from tests.faults.storm_plan import Plan
 from tests.serve.conftest import build_tokenizer
 

@@ -63,8 +63,8 @@ class StormRig(Rig):
     def storm_backends(self) -> dict[Role, StormBackend]:
         return {r: b for r, b in self.backends.items() if isinstance(b, StormBackend)}
 
-    def _engine(self, role: Role, max_waiting: int) -> Engine:
-        engine = super()._engine(role, max_waiting)
+    def _engine(self, role: Role, metrics: ServerMetrics) -> Engine:
+        engine = super()._engine(role, metrics)
         sampler = engine._sampler
         sampler.sample = break_sampling(  # type: ignore[method-assign]
             sampler.sample, self.storm_backends[role]
@@ -76,11 +76,7 @@ class StormRig(Rig):
         backend = self.storm_backends[Role.TEACHER]
         for row in range(len(backend.rows)):
             backend.scrub_kv(row)
-        mine, self.metrics = self.metrics, metrics
-        try:
-            return self._engine(Role.TEACHER, self._plan.max_waiting)
-        finally:
-            self.metrics = mine
+        return self._engine(Role.TEACHER, metrics)
 
     def endpoint(self, tenant: str, address: str) -> Endpoint:
         tls = self.certificates.tls() if self.certificates is not None else None
