@@ -19,6 +19,7 @@ from tests.faults import rig, storm
 from tests.faults.storm_plan import make_plan
 
 SECONDS = 0.25
+MAX_STORMS = 5  # which of the broken parts a storm meets is up to chance
 ELSEWHERE = 1
 """A plan with a teacher elsewhere, and with certificates."""
 
@@ -91,6 +92,10 @@ def test_storm_over_a_broken_server_is_noticed(
     with ExitStack() as stack:
         for one in (*patches, patch.object(rig, "_SETTLE_S", 0.3)):
             stack.enter_context(one)
-        outcome = storm.run(seed, 2 * SECONDS)
-    for problem in problems:
-        assert any(problem in text for text in outcome.problems), (problem, outcome)
+        found: list[str] = []
+        for _ in range(MAX_STORMS):
+            found += storm.run(seed, 2 * SECONDS).problems
+            missing = [p for p in problems if not any(p in text for text in found)]
+            if not missing:
+                break
+    assert not missing, found
