@@ -368,7 +368,7 @@ def limits_of(engines: Engines, config: ServeConfig) -> Limits:
     return Limits(
         max_model_len=max_model_len,
         vocab_size=min(
-            min(model.engine.info.vocab_size, model.tokenizer.vocab_size) for model in models
+            min(model.engine.info.vocab_size, model.tokenizer.num_tokens) for model in models
         ),
         tasks=config.tasks,
         answer_formats=(*ANSWER_FORMATS, *config.answer_formats),

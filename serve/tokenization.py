@@ -65,9 +65,13 @@ class Tokenizer:
         """SHA-256, hex, of the vocabulary (token → id): equal hashes make models comparable."""
         return hash_json(self._tokenizer.get_vocab(with_added_tokens=True))
 
-    @property
-    def vocab_size(self) -> int:
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+    @cached_property
+    def num_tokens(self) -> int:
+        """The highest token id plus one, added tokens included: from here on logits are padding.
+
+        Ids below that no token has (holes) count, as a model has rows for them.
+        """
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str, *, is_continuation: bool = False) -> tuple[int, ...]:
         """Tokenize text as it stands.

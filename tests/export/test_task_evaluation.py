@@ -41,7 +41,7 @@ class DigitBackend:
 
     def __init__(self, tokenizer: Tokenizer, digits: str, max_num_seqs: int = 4) -> None:
         self.digits = [tokenizer.encode(digit)[0] for digit in digits]
-        self.info = ModelInfo("fake", "cpu", "float32", 0, tokenizer.vocab_size, 256, max_num_seqs)
+        self.info = ModelInfo("fake", "cpu", "float32", 0, tokenizer.num_tokens, 256, max_num_seqs)
 
     def forward(
         self,

@@ -187,7 +187,7 @@ class HistoryBackend:
 
 def random_logits(seed: int) -> torch.Tensor:
     """A model that likes digits and sometimes ends; teachers differ from students by the seed."""
-    vocab_size = TOKENIZER.vocab_size
+    vocab_size = TOKENIZER.num_tokens
     generator = torch.Generator().manual_seed(seed)
     shared = torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(0))
     logits = 2 * shared + 0.5 * torch.randn(vocab_size, vocab_size, generator=generator)
@@ -200,7 +200,7 @@ def fixed_logits(text: str) -> torch.Tensor:
     """A model that continues "?" with `text` (no character twice) and then ends."""
     ids = [*TOKENIZER.encode("?" + text), EOS]
     assert len(set(ids)) == len(ids), "the newest token alone must say what comes next"
-    logits = torch.full((TOKENIZER.vocab_size, TOKENIZER.vocab_size), -30.0)
+    logits = torch.full((TOKENIZER.num_tokens, TOKENIZER.num_tokens), -30.0)
     logits[:, EOS] = 0.0
     for current, following in itertools.pairwise(ids):
         logits[current, EOS] = -30.0

@@ -75,7 +75,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A bundle with a tiny random Llama as its student; its ONNX graph is none."""
     folder = tmp_path_factory.mktemp("bundle")
     config = LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=tokenizer.num_tokens,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,

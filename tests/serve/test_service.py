@@ -608,7 +608,7 @@ def test_failed_teacher_leaves_a_routed_student_alone(serving: Any, make_pair: A
 def test_token_of_the_teacher_alone_leaves_the_divergence_out(
     serving: Any, make_pair: Any, tokenizer: Any
 ) -> None:
-    size = tokenizer.vocab_size
+    size = tokenizer.num_tokens
     logits = torch.zeros(size + 1, size + 1)
     logits[:, size] = 50.0  # what pads a vocabulary to a round size is a token as others are
     with serving(make_pair(teacher=logits)) as live:

@@ -147,3 +147,10 @@ def test_turns_without_special_tokens_are_the_template_tokenized(tokenizer: Toke
     text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
     expected = tokenizer.encode(f"{text}<|im_start|>assistant\n", is_continuation=True)
     assert tokenizer.encode_chat(turns) == expected
+
+
+def test_holes_count_as_tokens(tokenizer: Tokenizer) -> None:
+    state = json.loads(tokenizer._tokenizer.to_str())
+    state["model"]["vocab"]["far"] = 500
+    holed = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(state)))
+    assert (tokenizer.num_tokens, holed.num_tokens) == (259, 501)
