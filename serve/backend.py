@@ -25,7 +25,11 @@ NUM_SPARE_ROWS = 1 + NUM_PREFILL_ROWS + NUM_SCORING_ROWS
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a served model is; answered by GetModels and shown by `tandem ask`."""
+    """What a served model is; answered by GetModels and shown by `tandem ask`.
+
+    `batch_invariant`: a sequence's logits do not depend on what else is in the batch, checked at
+    the start on this machine's kernels.
+    """
 
     backend: str
     device: str
@@ -34,6 +38,7 @@ class ModelInfo:
     vocab_size: int
     max_model_len: int
     max_num_seqs: int
+    batch_invariant: bool = False
 
 
 class Backend(Protocol):

@@ -121,6 +121,7 @@ class RemoteTeacher:
             vocab_size=model.vocab_size,
             max_model_len=model.max_model_len,
             max_num_seqs=model.max_num_seqs,
+            batch_invariant=model.batch_invariant,
         )
 
     def start(self) -> None:

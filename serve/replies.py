@@ -188,6 +188,7 @@ def to_model(model: ServedModel) -> pb.Model:
         path_noise_nats=noise.path_nats if noise else None,
         batch_noise_nats=noise.batch_nats if noise else None,
         backend_noise_nats=model.backend_noise_nats,
+        batch_invariant=info.batch_invariant,
     )
 
 

@@ -62,6 +62,7 @@ class FakeBackend:
             vocab_size=logits.shape[1],
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
+            batch_invariant=True,
         )
         self.error: Exception | None = None
         self.may_run = threading.Event()

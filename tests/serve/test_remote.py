@@ -159,7 +159,7 @@ def test_models_say_what_is_elsewhere(elsewhere: Elsewhere) -> None:
     first, second = student.client.get_models().models
     assert (first.role, first.address) == (pb.ROLE_STUDENT, "")
     assert (second.role, second.address) == (pb.ROLE_TEACHER, f"grpc://{teacher.server.address}")
-    assert second.backend == "fake" and second.max_num_seqs == 8
+    assert second.backend == "fake" and second.max_num_seqs == 8 and second.batch_invariant
 
 
 def test_calls_of_the_teacher_are_counted(elsewhere: Elsewhere) -> None:

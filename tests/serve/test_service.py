@@ -697,6 +697,7 @@ def test_models_are_described(live: Any) -> None:
     assert student.tokenizer_hash == teacher.tokenizer_hash
     assert (student.max_model_len, student.max_num_seqs, student.vocab_size) == (256, 8, 259)
     assert (student.backend, student.device, student.precision) == ("fake", "cpu", "float32")
+    assert student.batch_invariant
 
 
 def labels(rpc: str, route: str, code: str) -> dict[str, str]:

@@ -88,10 +88,12 @@ class ChatMessage(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class ChatMessages(_message.Message):
-    __slots__ = ("messages",)
+    __slots__ = ("messages", "continue_final_message")
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _ClassVar[int]
     messages: _containers.RepeatedCompositeFieldContainer[ChatMessage]
-    def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ...) -> None: ...
+    continue_final_message: bool
+    def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., continue_final_message: bool = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("num_samples", "temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos", "repetition_penalty")
@@ -148,18 +150,20 @@ class EvaluationOptions(_message.Message):
     def __init__(self, answer_format: _Optional[str] = ..., reference_answer: _Optional[str] = ..., pass_at_k: _Optional[_Iterable[int]] = ..., task: _Optional[str] = ..., answer_match: _Optional[_Union[AnswerMatch, str]] = ...) -> None: ...
 
 class OutputOptions(_message.Message):
-    __slots__ = ("stream", "logprobs", "top_logprobs", "text", "processed_logprobs")
+    __slots__ = ("stream", "logprobs", "top_logprobs", "text", "processed_logprobs", "return_prompt_token_ids")
     STREAM_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     PROCESSED_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    RETURN_PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     stream: bool
     logprobs: bool
     top_logprobs: int
     text: bool
     processed_logprobs: bool
-    def __init__(self, stream: bool = ..., logprobs: bool = ..., top_logprobs: _Optional[int] = ..., text: bool = ..., processed_logprobs: bool = ...) -> None: ...
+    return_prompt_token_ids: bool
+    def __init__(self, stream: bool = ..., logprobs: bool = ..., top_logprobs: _Optional[int] = ..., text: bool = ..., processed_logprobs: bool = ..., return_prompt_token_ids: bool = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "route", "prompt", "messages", "prompt_token_ids", "sampling", "divergence", "evaluation", "output", "cache_salt")
@@ -368,16 +372,18 @@ class Agreement(_message.Message):
     def __init__(self, student: _Optional[_Union[Vote, _Mapping]] = ..., teacher: _Optional[_Union[Vote, _Mapping]] = ..., same_answer: bool = ..., student_pass_at_k: _Optional[_Mapping[int, float]] = ..., teacher_pass_at_k: _Optional[_Mapping[int, float]] = ..., reference_kind: _Optional[_Union[ReferenceKind, str]] = ...) -> None: ...
 
 class RoleUsage(_message.Message):
-    __slots__ = ("role", "prompt_tokens", "cached_prompt_tokens", "completion_tokens")
+    __slots__ = ("role", "prompt_tokens", "cached_prompt_tokens", "completion_tokens", "prompt_token_ids")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     role: Role
     prompt_tokens: int
     cached_prompt_tokens: int
     completion_tokens: int
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., prompt_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
+    prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., prompt_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("request_id", "seed", "roles", "seconds")
@@ -432,7 +438,7 @@ class Completion(_message.Message):
     def __init__(self, token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., text: _Optional[str] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("request_id", "prompt", "messages", "prompt_token_ids", "completions", "roles", "temperature", "divergence", "cache_salt")
+    __slots__ = ("request_id", "prompt", "messages", "prompt_token_ids", "completions", "roles", "temperature", "divergence", "cache_salt", "return_prompt_token_ids")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
@@ -442,6 +448,7 @@ class ScoreRequest(_message.Message):
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    RETURN_PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: str
     messages: ChatMessages
@@ -451,23 +458,26 @@ class ScoreRequest(_message.Message):
     temperature: float
     divergence: DivergenceOptions
     cache_salt: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., prompt_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., temperature: _Optional[float] = ..., divergence: _Optional[_Union[DivergenceOptions, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    return_prompt_token_ids: bool
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., prompt_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., temperature: _Optional[float] = ..., divergence: _Optional[_Union[DivergenceOptions, _Mapping]] = ..., cache_salt: _Optional[str] = ..., return_prompt_token_ids: bool = ...) -> None: ...
 
 class Score(_message.Message):
-    __slots__ = ("role", "index", "token_ids", "logprobs", "sum_logprob", "divergence")
+    __slots__ = ("role", "index", "token_ids", "logprobs", "sum_logprob", "divergence", "is_greedy")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     SUM_LOGPROB_FIELD_NUMBER: _ClassVar[int]
     DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    IS_GREEDY_FIELD_NUMBER: _ClassVar[int]
     role: Role
     index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     sum_logprob: float
     divergence: Divergence
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., sum_logprob: _Optional[float] = ..., divergence: _Optional[_Union[Divergence, _Mapping]] = ...) -> None: ...
+    is_greedy: _containers.RepeatedScalarFieldContainer[bool]
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., sum_logprob: _Optional[float] = ..., divergence: _Optional[_Union[Divergence, _Mapping]] = ..., is_greedy: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
     __slots__ = ("scores", "usage")
@@ -488,7 +498,7 @@ class GetModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("role", "backend", "device", "precision", "num_parameters", "vocab_size", "max_model_len", "max_num_seqs", "tokenizer_hash", "bundle_id", "manifest_sha256", "path_noise_nats", "batch_noise_nats", "backend_noise_nats", "address")
+    __slots__ = ("role", "backend", "device", "precision", "num_parameters", "vocab_size", "max_model_len", "max_num_seqs", "tokenizer_hash", "bundle_id", "manifest_sha256", "path_noise_nats", "batch_noise_nats", "backend_noise_nats", "address", "batch_invariant")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -504,6 +514,7 @@ class Model(_message.Message):
     BATCH_NOISE_NATS_FIELD_NUMBER: _ClassVar[int]
     BACKEND_NOISE_NATS_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_INVARIANT_FIELD_NUMBER: _ClassVar[int]
     role: Role
     backend: str
     device: str
@@ -519,4 +530,5 @@ class Model(_message.Message):
     batch_noise_nats: float
     backend_noise_nats: float
     address: str
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., tokenizer_hash: _Optional[str] = ..., bundle_id: _Optional[str] = ..., manifest_sha256: _Optional[str] = ..., path_noise_nats: _Optional[float] = ..., batch_noise_nats: _Optional[float] = ..., backend_noise_nats: _Optional[float] = ..., address: _Optional[str] = ...) -> None: ...
+    batch_invariant: bool
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., tokenizer_hash: _Optional[str] = ..., bundle_id: _Optional[str] = ..., manifest_sha256: _Optional[str] = ..., path_noise_nats: _Optional[float] = ..., batch_noise_nats: _Optional[float] = ..., backend_noise_nats: _Optional[float] = ..., address: _Optional[str] = ..., batch_invariant: bool = ...) -> None: ...

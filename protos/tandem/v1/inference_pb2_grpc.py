@@ -103,7 +103,8 @@ class InferenceServiceServicer(object):
         ended early.
 
         Further status codes:
-        * OUT_OF_RANGE: prompt and max_tokens together exceed the context. Shorten either.
+        * OUT_OF_RANGE: prompt and a given max_tokens together exceed the context, or the prompt alone
+        leaves no room in it. Shorten either.
         * FAILED_PRECONDITION: a divergence was asked for, but only one model is loaded or the
         tokenizers differ. Set divergence.enabled to false, or ask another server.
         * NOT_FOUND: the route needs a model that is not loaded (see GetModels).
