@@ -63,12 +63,13 @@ class SampleDivergence:
 
 @dataclass(frozen=True, slots=True)
 class CompletionScore:
-    """Completion `index` of a Score request under one model, `(T,)` log-probabilities in nats."""
+    """Completion `index` of a Score request under one model: see `ScoredCompletion`."""
 
     role: Role
     index: int
     token_ids: tuple[int, ...]
     logprobs: FloatArray
+    is_greedy: NDArray[np.bool_] | None = None
     divergence: SampleDivergence | None = None
 
 
@@ -147,7 +148,7 @@ async def score_with_models(
     async with running(*(score(model, request) for model, request in requests)) as tasks:
         by_model = await asyncio.gather(*tasks)
     scores = [
-        CompletionScore(model.role, index, token_ids, scored.logprobs)
+        CompletionScore(model.role, index, token_ids, scored.logprobs, scored.is_greedy)
         for (model, request), of_model in zip(requests, by_model, strict=True)
         for index, (token_ids, scored) in enumerate(zip(request.completions, of_model, strict=True))
     ]

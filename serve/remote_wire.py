@@ -95,7 +95,16 @@ def from_score(response: pb.ScoreResponse, request: ScoringRequest) -> list[Scor
     found = [(s.role, s.index, tuple(s.token_ids), len(s.logprobs)) for s in scores]
     if found != [(ROLE, index, ids, len(ids)) for index, ids in enumerate(request.completions)]:
         raise EngineFailedError("the teacher's server scored something else than it was sent")
-    return [ScoredCompletion(np.array(score.logprobs, np.float64)) for score in scores]
+    if any(len(score.is_greedy) not in (0, len(score.token_ids)) for score in scores):
+        raise EngineFailedError("the teacher's server says of some tokens only if they are greedy")
+    return [
+        ScoredCompletion(
+            np.array(score.logprobs, np.float64),
+            # A server that does not know the field yet leaves it empty.
+            np.array(score.is_greedy, np.bool_) if score.is_greedy else None,
+        )
+        for score in scores
+    ]
 
 
 class Answer:

@@ -148,6 +148,7 @@ def to_score(score: CompletionScore, spec: ScoreSpec) -> pb.Score:
         logprobs=score.logprobs,
         sum_logprob=score.logprobs.sum(),
         divergence=divergence,
+        is_greedy=() if score.is_greedy is None else score.is_greedy,
     )
 
 

@@ -39,7 +39,8 @@ class SampledBatch:
 
     `logprobs` are of the untruncated distribution at the row's `logprob_temperature`, in nats;
     `processed_logprobs` of the one that was drawn from: penalized, at the sampling temperature,
-    truncated and renormalized. These are 0 where greedy and NaN where a token was forced.
+    truncated and renormalized. These are 0 where greedy; where a token was forced 0 if it had been
+    drawn, too, else -inf.
     `is_finite` is False where the row's logits held NaN or +inf: its token means nothing.
     """
 
@@ -107,12 +108,12 @@ class RowParameters:
         return torch.from_numpy(u).to(device)
 
     def force(self, drawn: torch.Tensor) -> torch.Tensor:
-        """Replace the draws of sequences that are being scored by the tokens forced on them."""
-        if self.forced:
-            now = [(row, ids[len(self.sequences[row].token_ids)]) for row, ids in self.forced]
-            rows, token_ids = torch.tensor(now, device=drawn.device).T
-            drawn[rows] = token_ids
-        return drawn
+        """Return the draws `(B,)`, those of sequences that are being scored replaced by theirs."""
+        if not self.forced:
+            return drawn
+        now = [(row, ids[len(self.sequences[row].token_ids)]) for row, ids in self.forced]
+        rows, token_ids = torch.tensor(now, device=drawn.device).T
+        return drawn.index_copy(0, rows, token_ids)
 
 
 def _has_filter(params: SamplingParams) -> bool:
@@ -182,7 +183,7 @@ def _sample(softmax: Softmax, on_basis: Softmax, rows: RowParameters) -> Sampled
     drawn = _draw(softmax, rows)
     token_ids = rows.force(drawn.token_ids)
     logprobs = on_basis.logprobs(token_ids[:, None])[:, 0]
-    columns = [token_ids.double(), logprobs]
+    columns = [token_ids.double(), logprobs, (token_ids == drawn.token_ids).double()]
     if rows.num_greedy < len(rows.sequences):
         columns.append(_processed_logprobs(drawn, softmax, on_basis, logprobs, rows))
     if rows.max_top_logprobs:
@@ -210,12 +211,12 @@ def token_logprobs(
 def _batch(columns: list[list[float]], rows: RowParameters) -> SampledBatch:
     """Take the columns that `sample` stacked apart, each `(B,)`."""
     num_rows = len(rows.sequences)
-    logprobs, rest = columns[1], columns[2:]
+    logprobs, is_drawn, rest = columns[1], columns[2], columns[3:]
     processed_logprobs = [0.0] * num_rows
     if rows.num_greedy < num_rows:
         processed_logprobs = rest.pop(0)
     for row, _ in rows.forced:
-        processed_logprobs[row] = math.nan
+        processed_logprobs[row] = 0.0 if is_drawn[row] else -math.inf
     tops = list(zip(*rest, strict=True)) or [()] * num_rows
     return SampledBatch(
         [int(t) for t in columns[0]],

@@ -22,6 +22,7 @@ from serve.prefill import Prefiller, PromptEntry
 from serve.prompt import TokenizedPrompt
 from serve.sampling import token_logprobs
 from serve.sequence import Event, FinishedEvent, FinishReason, GenerationRequest, SamplingParams
+from serve.softmax import argmax
 
 # Beyond it a teacher-forced pass is not what decoding would have given, and k3 no estimate.
 MAX_PATH_NOISE_NATS = 1e-3
@@ -49,9 +50,11 @@ class ScoringRequest:
 @dataclass(frozen=True, slots=True)
 class ScoredCompletion:
     """Of one completion of T tokens: `logprobs` `(T,)` float64 in nats, at the request's
-    temperature and untruncated; `logits` `(T, V)` float32, raw, only when asked for."""
+    temperature and untruncated; `is_greedy` `(T,)` bool, whether temperature 0 takes this token,
+    None where another server did not say; `logits` `(T, V)` float32, raw, only when asked for."""
 
     logprobs: NDArray[np.float64]
+    is_greedy: NDArray[np.bool_] | None = None
     logits: NDArray[np.float32] | None = None
 
 
@@ -131,7 +134,7 @@ class ScoringJob:
             if row > first_row:
                 backend.copy_kv(first_row, row, num_prompt_tokens)
             scored = _PartlyScored(index, self.request.completions[index])
-            scored.add(*self._read(prompt_logits[None], scored.token_ids[:1]))
+            scored.add(self._read(prompt_logits[None], scored.token_ids[:1]))
             self._batch.append(scored)
 
     def _advance_batch(self, backend: Backend, first_row: int, max_tokens: int) -> None:
@@ -146,16 +149,18 @@ class ScoringJob:
         parts = logits.split([len(ids) for ids in fed])
         for scored, ids, part in zip(batch, fed, parts, strict=True):
             predicted = scored.token_ids[scored.num_scored :][: len(ids)]
-            scored.add(*self._read(part, predicted))
+            scored.add(self._read(part, predicted))
 
-    def _read(
-        self, logits: torch.Tensor, token_ids: Sequence[int]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float32] | None]:
-        """Return the log-probabilities of `token_ids`, `(N,)`, and `logits` `(N, V)` if asked."""
+    def _read(self, logits: torch.Tensor, token_ids: Sequence[int]) -> ScoredCompletion:
+        """Return what `logits`, `(N, V)`, say of the `N` tokens that came."""
         ids = torch.tensor(token_ids, device=logits.device)
         logprobs = token_logprobs(logits, ids, self.request.temperature).cpu().numpy()
         self._has_nan |= bool(np.isnan(logprobs).any())
-        return logprobs, logits.cpu().numpy().copy() if self.request.with_logits else None
+        return ScoredCompletion(
+            logprobs,
+            (argmax(logits) == ids).cpu().numpy(),
+            logits.cpu().numpy().copy() if self.request.with_logits else None,
+        )
 
 
 class _PartlyScored:
@@ -165,22 +170,24 @@ class _PartlyScored:
         self.index = index
         self.token_ids = token_ids
         self.num_scored = 0
-        self._logprobs: list[NDArray[np.float64]] = []
-        self._logits: list[NDArray[np.float32]] = []
+        self._parts: list[ScoredCompletion] = []
 
     @property
     def is_done(self) -> bool:
         return self.num_scored == len(self.token_ids)
 
-    def add(self, logprobs: NDArray[np.float64], logits: NDArray[np.float32] | None) -> None:
-        self.num_scored += len(logprobs)
-        self._logprobs.append(logprobs)
-        if logits is not None:
-            self._logits.append(logits)
+    def add(self, part: ScoredCompletion) -> None:
+        self.num_scored += len(part.logprobs)
+        self._parts.append(part)
 
     def result(self) -> ScoredCompletion:
-        logits = np.concatenate(self._logits) if self._logits else None
-        return ScoredCompletion(np.concatenate(self._logprobs), logits)
+        parts = self._parts
+        logits = [part.logits for part in parts if part.logits is not None]
+        return ScoredCompletion(
+            np.concatenate([part.logprobs for part in parts]),
+            np.concatenate([part.is_greedy for part in parts if part.is_greedy is not None]),
+            np.concatenate(logits) if logits else None,
+        )
 
 
 def forced_request(request: ScoringRequest) -> GenerationRequest:
@@ -215,7 +222,12 @@ class ForcedScores:
             self.future.set_exception(scoring_error(event.finish_reason, event.error))
             return
         logits = None if event.logits is None else event.logits.numpy()
-        self._scored[event.index] = ScoredCompletion(np.array(event.logprobs), logits)
+        self._scored[event.index] = ScoredCompletion(
+            np.array(event.logprobs),
+            # What greedy sampling would have drawn had the probability 1, all others had none.
+            np.array(event.processed_logprobs) == 0.0,
+            logits,
+        )
         if len(self._scored) == self._num_completions:
             self.future.set_result([self._scored[i] for i in range(self._num_completions)])
 

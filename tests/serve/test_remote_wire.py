@@ -93,6 +93,18 @@ def test_scores_come_back_in_the_order_of_the_request() -> None:
     assert [list(completion.logprobs) for completion in scored] == [[-1.0], [-2.0, -3.0]]
 
 
+def test_server_that_does_not_say_what_is_greedy_may_be_older() -> None:
+    scores = pb.ScoreResponse()
+    scores.CopyFrom(SCORES)
+    scores.scores[0].is_greedy.extend([True, False])
+    first, second = from_score(scores, ScoringRequest("r", (1,), ((3,), (4, 5))))
+    assert first.is_greedy is None
+    assert second.is_greedy is not None and second.is_greedy.tolist() == [True, False]
+    scores.scores[0].is_greedy.pop()
+    with pytest.raises(EngineFailedError, match="of some tokens only"):
+        from_score(scores, ScoringRequest("r", (1,), ((3,), (4, 5))))
+
+
 @pytest.mark.parametrize("completions", [((3,),), ((3,), (4, 6)), ((3,), (4, 5), (6,))])
 def test_scores_of_something_else_are_refused(completions: tuple[tuple[int, ...], ...]) -> None:
     with pytest.raises(EngineFailedError, match="scored something else"):

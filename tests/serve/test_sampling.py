@@ -193,16 +193,20 @@ def test_processed_logprobs_are_of_the_distribution_that_is_drawn_from(
         assert share == pytest.approx(math.exp(logprob), abs=0.035)
 
 
-def test_processed_logprob_is_zero_where_greedy_and_nan_where_forced() -> None:
+def test_processed_logprob_is_zero_where_greedy_and_says_what_forcing_overruled() -> None:
+    logits = random_logits(4, 300)
+    logits[2:, 7] = logits[2:, 9] = logits.max() + 1  # of equal ones the lowest id is drawn
     sequences = [
         make_sequence(temperature=0.0),
         make_sequence(seed=1),
         make_sequence(temperature=0.0, forced=(7,)),
+        make_sequence(temperature=0.0, forced=(9,)),
     ]
-    batch = sample(random_logits(3, 300), sequences, EOS)
+    batch = sample(logits, sequences, EOS)
+    assert batch.token_ids[2:] == [7, 9]
     assert batch.processed_logprobs[0] == 0.0
     assert batch.processed_logprobs[1] == batch.logprobs[1]
-    assert math.isnan(batch.processed_logprobs[2])
+    assert batch.processed_logprobs[2:] == [0.0, -math.inf]
     assert sample(random_logits(1, 300), sequences[:1], EOS).processed_logprobs == [0.0]
 
 

@@ -79,6 +79,45 @@ def test_scores_are_log_softmax_at_the_temperature(
         assert one.logprobs.dtype == np.float64 and one.logits is None
 
 
+class TieBackend:
+    """Makes the logits of two tokens the largest, and equal."""
+
+    def __init__(self, backend: Any, lower: int, higher: int) -> None:
+        self._backend = backend
+        self._tied = [lower, higher]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def forward(self, *arguments: Any) -> torch.Tensor:
+        logits: torch.Tensor = self._backend.forward(*arguments)
+        logits[:, self._tied] = 100.0
+        return logits
+
+
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_token_is_greedy_where_temperature_0_takes_it(make_backend: Any, in_one_pass: bool) -> None:
+    """At another temperature too, which changes no order."""
+    likeliest, ids = [], list(PROMPT)
+    for _ in range(4):
+        likeliest.append(int(make_backend().logits_after(ids).argmax()))
+        ids.append(likeliest[-1])
+    completions = (tuple(likeliest), (*likeliest[:2], (likeliest[2] + 1) % 40))
+    engine = make_engine(make_backend(), in_one_pass=in_one_pass)
+    scored = scores_of(engine, make_request(completions=completions, temperature=2.0))
+    found = [one.is_greedy.tolist() for one in scored]
+    assert found == [[True, True, True, True], [True, True, False]]
+
+
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_of_equally_likely_tokens_the_lowest_id_is_greedy(
+    make_backend: Any, in_one_pass: bool
+) -> None:
+    engine = make_engine(TieBackend(make_backend(), 4, 11), in_one_pass=in_one_pass)
+    scored = scores_of(engine, make_request(completions=((4, 11, 4),)))
+    assert scored[0].is_greedy.tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("max_tokens", [4, 1000])
 def test_logits_of_every_completion_position_come_when_asked_for(
     make_backend: Any, max_tokens: int

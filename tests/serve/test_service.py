@@ -347,6 +347,16 @@ def test_score_gives_the_logprobs_of_a_sample_back(live: Any) -> None:
     assert teacher.divergence.policy == pb.ROLE_TEACHER
 
 
+def test_greedy_sample_is_greedy_to_its_own_model_alone(live: Any) -> None:
+    sampling = pb.SamplingParams(temperature=0, max_tokens=12)
+    sample = live.client.compare(pb.CompareRequest(prompt="x", sampling=sampling)).samples[0]
+    completion = pb.Completion(token_ids=pb.TokenIds(ids=sample.token_ids))
+    scored = live.client.score(pb.ScoreRequest(prompt="x", completions=[completion]))
+    student, teacher = (list(score.is_greedy) for score in scored.scores)
+    assert student == [True] * len(sample.token_ids)
+    assert len(teacher) == len(student) and not all(teacher)
+
+
 @pytest.mark.parametrize("basis", [pb.BASIS_TEMPERED, pb.BASIS_RAW])
 def test_score_reports_the_basis_asked_for(live: Any, basis: pb.Basis) -> None:
     completions, divergence = [pb.Completion(text="y")], pb.DivergenceOptions(basis=basis)
