@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from serve.errors import (
     CompletionLengthError,
     ContextLengthError,
     InvalidFieldError,
     NeverFitsError,
 )
-from serve.specs import Limits, Prompt, ScoreSpec
+from serve.specs import GenerationSpec, Limits, Prompt, ScoreSpec
 from serve.tokenization import Tokenizer
 
 
@@ -24,16 +27,37 @@ def tokenize(prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
         tokenizer.encode_chat(prompt.messages) if prompt.messages else tokenizer.encode(prompt.text)
     )
     if not token_ids:
-        raise InvalidFieldError.of(
-            "messages" if prompt.messages else "prompt", "has no tokens; must have at least one"
-        )
+        raise InvalidFieldError.of(prompt.field, "has no tokens; must have at least one")
     return token_ids
 
 
-def check_context(num_prompt_tokens: int, max_tokens: int, limits: Limits) -> None:
-    """Raise ContextLengthError unless the prompt and its completions fit into the context."""
-    if num_prompt_tokens + max_tokens > limits.max_model_len:
-        raise ContextLengthError(num_prompt_tokens, max_tokens, limits.max_model_len)
+def fit_context(
+    spec: GenerationSpec, num_prompt_tokens: int, limits: Limits, others: Iterable[int] = ()
+) -> GenerationSpec:
+    """Return the request with a default `max_tokens` lowered to what the prompt leaves.
+
+    `others` are contexts of models elsewhere, which count as far as the prompt fits into them: what
+    does not is refused there.
+
+    Raises:
+        ContextLengthError: the prompt leaves no room for one token, or for those asked for.
+    """
+    context, sampling = limits.max_model_len, spec.sampling
+    if num_prompt_tokens >= context:
+        what = f"{num_prompt_tokens} prompt tokens leave no room for a completion in"
+        raise ContextLengthError(spec.prompt.field, what, context)
+    name, num_asked = "max_tokens", sampling.max_tokens
+    if spec.is_max_tokens_default:
+        name, num_asked = "min_tokens", max(sampling.min_tokens, 1)
+    if num_prompt_tokens + num_asked > context:
+        total = num_prompt_tokens + num_asked
+        what = f"{num_prompt_tokens} prompt tokens + {name} {num_asked} = {total} exceed"
+        raise ContextLengthError(f"sampling.{name}", what, context)
+    if not spec.is_max_tokens_default:
+        return spec
+    left = min(each for each in (context, *others) if each > num_prompt_tokens) - num_prompt_tokens
+    max_tokens = max(num_asked, min(sampling.max_tokens, left))
+    return replace(spec, sampling=replace(sampling, max_tokens=max_tokens))
 
 
 def check_capacity(num_samples: int, limits: Limits) -> None:

@@ -128,7 +128,7 @@ class ArmResult:
     """All samples of one model, by index."""
 
     role: Role
-    num_prompt_tokens: int
+    prompt_token_ids: tuple[int, ...]
     samples: list[SampleResult]
 
     @property
@@ -203,7 +203,7 @@ async def run_second_arm(job: ArmJob, on_chunk: OnChunk) -> ArmResult:
 async def _scored(job: ArmJob, samples: list[SampleResult]) -> ArmResult:
     if job.reference is not None:
         await _try_to_score(job, job.reference, samples)
-    return ArmResult(job.model.role, len(job.prompt_token_ids), samples)
+    return ArmResult(job.model.role, job.prompt_token_ids, samples)
 
 
 def describe_failure(error: Exception) -> str:

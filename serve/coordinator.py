@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from serve.admission import check_capacity, check_context, tokenize, tokenize_completions
+from serve.admission import check_capacity, fit_context, tokenize, tokenize_completions
 from serve.agreement import Agreement, Case, Judge
 from serve.arms import ArmJob, ArmResult, OnChunk, run_arm, run_arm_or_spare, run_second_arm
 from serve.comparison import CompletionScore, score_with_models
@@ -241,27 +241,38 @@ class Coordinator:
             spec.divergence.enabled, self.engines, exactly=spec.divergence.exact
         )
         check_capacity(spec.sampling.num_samples, self.limits)
-        return [await self._job(spec, model, terms, is_scored=is_scored) for model in models]
+        return await self._jobs_for(models, spec, terms, is_scored=is_scored)
 
     def _choose_models(self, spec: GenerationSpec) -> tuple[ServedModel, ...]:
         auto = self.policy.choose_role(spec.request_id)
         return choose_models(spec.route, self.engines, auto)
 
-    async def _job(
-        self, spec: GenerationSpec, model: ServedModel, terms: _Terms, *, is_scored: bool
-    ) -> ArmJob:
-        prompt = await _tokenize(spec.prompt, model.tokenizer)
-        check_context(len(prompt), spec.sampling.max_tokens, self.limits)
-        return ArmJob(
-            key=f"{terms.key} {model.role.value}",
-            cache_salt=_cache_salt(terms.tenant, spec.cache_salt),
-            model=model,
-            reference=self.engines.get(model.role.other) if is_scored else None,
-            spec=spec,
-            prompt_token_ids=prompt,
-            deadline_s=terms.deadline_s,
-            mailbox=self._mailbox,
-        )
+    async def _jobs_for(
+        self,
+        models: Sequence[ServedModel],
+        spec: GenerationSpec,
+        terms: _Terms,
+        *,
+        is_scored: bool,
+    ) -> list[ArmJob]:
+        """Return the jobs of these models, all of the same `max_tokens`."""
+        prompts = [await _tokenize(spec.prompt, model.tokenizer) for model in models]
+        involved = self.engines.loaded if is_scored else models
+        elsewhere = [model.engine.info.max_model_len for model in involved if model.address]
+        spec = fit_context(spec, max(map(len, prompts)), self.limits, elsewhere)
+        return [
+            ArmJob(
+                key=f"{terms.key} {model.role.value}",
+                cache_salt=_cache_salt(terms.tenant, spec.cache_salt),
+                model=model,
+                reference=self.engines.get(model.role.other) if is_scored else None,
+                spec=spec,
+                prompt_token_ids=prompt,
+                deadline_s=terms.deadline_s,
+                mailbox=self._mailbox,
+            )
+            for model, prompt in zip(models, prompts, strict=True)
+        ]
 
     def _first_run(self, job: ArmJob, terms: _Terms) -> RunArm:
         """Return how the first arm runs: where the server chose the model, with a spare one."""
@@ -269,9 +280,12 @@ class Coordinator:
             return run_arm
         spare = self.engines.get(job.model.role.other)
         is_scored = job.reference is not None
-        return partial(
-            run_arm_or_spare, lambda: self._job(job.spec, spare, terms, is_scored=is_scored)
-        )
+
+        async def make_spare() -> ArmJob:
+            (made,) = await self._jobs_for((spare,), job.spec, terms, is_scored=is_scored)
+            return made
+
+        return partial(run_arm_or_spare, make_spare)
 
     def _shadow(self, job: ArmJob, arm: ArmResult) -> None:
         """Have the other model score an answer of AUTO that nobody asked a divergence for."""

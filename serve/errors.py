@@ -3,7 +3,7 @@
     TandemError
     ├── InvalidFieldError          a field is out of bounds, missing or contradictory
     ├── TooLargeError              it can never be served here:
-    │   ├── ContextLengthError     prompt + max_tokens exceeds what the model can hold
+    │   ├── ContextLengthError     the prompt and the tokens asked for exceed the model's context
     │   ├── CompletionLengthError  the same of a completion that is to be scored
     │   ├── TooManyTokensError     a list of token ids alone does
     │   └── NeverFitsError         more samples than the queue and the slots ever hold
@@ -65,13 +65,9 @@ class TooLargeError(TandemError):
 class ContextLengthError(TooLargeError):
     """The prompt and the tokens asked for do not fit into the model's context."""
 
-    field = "sampling.max_tokens"
-
-    def __init__(self, num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
-        super().__init__(
-            f"{num_prompt_tokens} prompt tokens + max_tokens {max_tokens} = "
-            f"{num_prompt_tokens + max_tokens} exceed the context of {max_model_len} tokens"
-        )
+    def __init__(self, field: str, what: str, max_model_len: int) -> None:
+        self.field = field
+        super().__init__(f"{what} the context of {max_model_len} tokens")
 
 
 class CompletionLengthError(TooLargeError):

@@ -126,9 +126,10 @@ def to_usage(spec: GenerationSpec, arms: Iterable[ArmResult], seconds: float) ->
         roles=[
             pb.RoleUsage(
                 role=to_role(arm.role),
-                prompt_tokens=arm.num_prompt_tokens,
+                prompt_tokens=len(arm.prompt_token_ids),
                 cached_prompt_tokens=arm.num_cached_prompt_tokens,
                 completion_tokens=sum(len(sample.token_ids) for sample in arm.samples),
+                prompt_token_ids=arm.prompt_token_ids if spec.output.prompt_token_ids else (),
             )
             for arm in arms
         ],
@@ -162,6 +163,7 @@ def to_score_usage(
                 role=to_role(role),
                 prompt_tokens=len(request.prompt_token_ids),
                 completion_tokens=sum(map(len, request.completions)),
+                prompt_token_ids=request.prompt_token_ids if spec.returns_prompt_token_ids else (),
             )
             for role, request in requests.items()
         ],

@@ -83,6 +83,13 @@ class Prompt:
     messages: tuple[tuple[str, str], ...] = ()
     token_ids: tuple[int, ...] = ()
 
+    @property
+    def field(self) -> str:
+        """The field that it came in, for errors."""
+        if self.token_ids:
+            return "prompt_token_ids.ids"
+        return "messages" if self.messages else "prompt"
+
 
 @dataclass(frozen=True, slots=True)
 class DivergenceSpec:
@@ -114,11 +121,15 @@ class OutputSpec:
     top_logprobs: int = 0
     text: bool = True
     processed_logprobs: bool = False
+    prompt_token_ids: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationSpec:
-    """A valid Generate or Compare request."""
+    """A valid Generate or Compare request.
+
+    `is_max_tokens_default`: nobody asked for so many, so that there may be less room.
+    """
 
     request_id: str
     route: Route
@@ -129,6 +140,7 @@ class GenerationSpec:
     evaluation: EvaluationSpec
     output: OutputSpec
     cache_salt: str = ""
+    is_max_tokens_default: bool = False
 
     @property
     def basis(self) -> Basis:
@@ -151,3 +163,4 @@ class ScoreSpec:
     temperature: float
     divergence: DivergenceSpec
     cache_salt: str = ""
+    returns_prompt_token_ids: bool = False

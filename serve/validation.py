@@ -43,6 +43,8 @@ AnyMessage = TypeVar("AnyMessage", bound=Message)
 WEIGHT = Range(0, 1e6)
 MAX_NAME_CHARS = 128
 CHAT_ROLES = ("system", "user", "assistant")
+# Of the seeds that are chosen here: a double, JavaScript's only number, keeps so many.
+_SEED_BITS = 53
 
 
 # From bytes
@@ -105,6 +107,7 @@ def _validate_generation(
         evaluation=_evaluation(request.evaluation, sampling.num_samples, limits, checks),
         output=_output(request.output, limits, checks),
         cache_salt=_name(request, "cache_salt", checks),
+        is_max_tokens_default=not request.sampling.HasField("max_tokens"),
     )
     checks.raise_if_any()
     return spec
@@ -121,6 +124,7 @@ def validate_score(request: pb.ScoreRequest, limits: Limits) -> ScoreSpec:
         temperature=checks.number(request, "temperature", limits.scoring_temperature, 1.0),
         divergence=_divergence(request.divergence, checks),
         cache_salt=_name(request, "cache_salt", checks),
+        returns_prompt_token_ids=request.return_prompt_token_ids,
     )
     if spec.divergence.basis is Basis.RAW and spec.temperature != 1.0:
         checks.refuse("divergence.basis", "BASIS_RAW", f"unset at temperature {spec.temperature}")
@@ -236,9 +240,9 @@ def _seed(request: pb.GenerateRequest | pb.CompareRequest) -> int:
     if request.sampling.HasField("seed"):
         return request.sampling.seed
     if not request.request_id:
-        return secrets.randbits(64)
+        return secrets.randbits(_SEED_BITS)
     digest = hashlib.sha256(f"seed:{request.request_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big")
+    return int.from_bytes(digest[:8], "big") >> (64 - _SEED_BITS)
 
 
 def _sampling(
@@ -354,6 +358,7 @@ def _output(options: pb.OutputOptions, limits: Limits, checks: Checks) -> Output
         top_logprobs=checks.number(options, "output.top_logprobs", limits.top_logprobs, 0),
         text=flag("text"),
         processed_logprobs=flag("processed_logprobs", default=False),
+        prompt_token_ids=flag("return_prompt_token_ids", default=False),
     )
 
 

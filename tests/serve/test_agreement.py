@@ -51,7 +51,7 @@ def samples_of(role: Role, *texts: str | None) -> list[SampleResult]:
 
 
 def boxed(role: Role, *answers: str) -> ArmResult:
-    return ArmResult(role, 1, samples_of(role, *(f"\\boxed{{{answer}}}" for answer in answers)))
+    return ArmResult(role, (1,), samples_of(role, *(f"\\boxed{{{answer}}}" for answer in answers)))
 
 
 async def run_judge(
@@ -112,7 +112,7 @@ def test_exact_answers_are_read_without_a_turn_of_the_loop() -> None:
 def test_samples_that_did_not_end_well_have_no_answer_and_their_arm_no_vote() -> None:
     samples = samples_of(Role.STUDENT, "\\boxed{1}", None)
     gold = EvaluationSpec("boxed", reference_answer="1")
-    agreement = judged(gold, ArmResult(Role.STUDENT, 1, samples))
+    agreement = judged(gold, ArmResult(Role.STUDENT, (1,), samples))
     assert [(s.answer, s.correct) for s in samples] == [("1", True), (None, None)]
     assert agreement.votes == {}
 
@@ -126,7 +126,7 @@ def test_without_a_reference_answer_nothing_is_correct_or_wrong() -> None:
 
 def test_an_absent_answer_is_wrong() -> None:
     samples = samples_of(Role.STUDENT, "I do not know.")
-    judged(EvaluationSpec("boxed", reference_answer="1"), ArmResult(Role.STUDENT, 1, samples))
+    judged(EvaluationSpec("boxed", reference_answer="1"), ArmResult(Role.STUDENT, (1,), samples))
     assert [(s.answer, s.correct) for s in samples] == [(None, False)]
 
 
@@ -147,21 +147,23 @@ def test_no_format_no_agreement() -> None:
 def test_a_format_of_the_configuration_extracts_in_the_worker() -> None:
     samples = samples_of(Role.STUDENT, "2 + 2 = 3, no, = 4.0", "nothing", None)
     gold = EvaluationSpec("equals", reference_answer="4")
-    judged(gold, ArmResult(Role.STUDENT, 1, samples))
+    judged(gold, ArmResult(Role.STUDENT, (1,), samples))
     assert [(s.answer, s.correct) for s in samples] == [("4", True), (None, False), (None, None)]
 
 
 def test_an_answer_whose_extraction_hangs_is_undecided_not_wrong() -> None:
     samples = samples_of(Role.STUDENT, "aa", HANGING, "b")
     gold = EvaluationSpec("hanging", reference_answer="aa", pass_at_k=(1,))
-    arm = ArmResult(Role.STUDENT, 1, samples)
+    arm = ArmResult(Role.STUDENT, (1,), samples)
     agreement = judged(gold, arm, worker=AnswerWorker(0.4))
     assert [(s.answer, s.correct) for s in samples] == [("aa", True), (None, None), (None, False)]
     assert agreement == Agreement({}, {}, ReferenceKind.GOLD, {NoResult.TIMEOUT: 1})
 
 
 def test_an_undecided_arm_leaves_the_other_its_vote() -> None:
-    arms = [ArmResult(r, 1, samples_of(r, t)) for r, t in zip(Role, ("aa", HANGING), strict=True)]
+    arms = [
+        ArmResult(r, (1,), samples_of(r, t)) for r, t in zip(Role, ("aa", HANGING), strict=True)
+    ]
     agreement = judged(EvaluationSpec("hanging", pass_at_k=(1,)), *arms, worker=AnswerWorker(0.4))
     assert {role: vote.answer for role, vote in agreement.votes.items()} == {Role.STUDENT: "aa"}
     assert (agreement.outcome, agreement.pass_at_k) == (None, {})
@@ -170,7 +172,9 @@ def test_an_undecided_arm_leaves_the_other_its_vote() -> None:
 def test_a_worker_that_turns_requests_away_leaves_them_undecided() -> None:
     samples = samples_of(Role.STUDENT, "x = 4")
     worker = AnswerWorker(1, max_waiting=0)
-    agreement = judged(EvaluationSpec("equals"), ArmResult(Role.STUDENT, 1, samples), worker=worker)
+    agreement = judged(
+        EvaluationSpec("equals"), ArmResult(Role.STUDENT, (1,), samples), worker=worker
+    )
     assert (agreement.votes, agreement.undecided) == ({}, {NoResult.DROPPED: 1})
 
 
@@ -201,7 +205,7 @@ def test_a_reference_that_hangs_ends_the_request_by_its_deadline() -> None:
 
 
 def test_reading_and_judging_share_one_claim() -> None:
-    arms = [ArmResult(role, 1, samples_of(role, HANGING, HANGING)) for role in Role]
+    arms = [ArmResult(role, (1,), samples_of(role, HANGING, HANGING)) for role in Role]
     case = Case()
     agreement = judged(EvaluationSpec("hanging"), *arms, worker=AnswerWorker(0.1), case=case)
     assert agreement.undecided == {NoResult.TIMEOUT: 4}

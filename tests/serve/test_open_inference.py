@@ -579,7 +579,7 @@ def test_long_shape_is_never_multiplied() -> None:
 
 def test_error_that_others_see_too_is_left_as_it_is() -> None:
     inference = to_inference(infer_request(), may_stream=False, max_elements=64)
-    shared = ContextLengthError(1, 2, 3)
+    shared = ContextLengthError("sampling.max_tokens", "4 tokens exceed", 3)
     for _ in range(2):
         with (
             pytest.raises(TooLargeError, match="exceed the context of 3") as caught,
@@ -603,6 +603,26 @@ def test_too_long_request_is_out_of_range(stub: Any) -> None:
         stub.ModelInfer(infer_request(max_tokens=256))
     assert caught.value.code() is CODE.OUT_OF_RANGE
     assert list(violations(caught.value)) == ["parameters[max_tokens]"]
+
+
+def test_default_max_tokens_ends_with_the_context(stub: Any) -> None:
+    request = infer_request(ids([1, 250], [5] * 250), ignore_eos=True)
+    del request.parameters["max_tokens"]
+    assert len(value_of(stub.ModelInfer(request), "output_ids")) == 6
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"),
+    [(text_input(b"x" * 256), "text_input"), (ids([1, 256], [5] * 256), "input_ids")],
+)
+def test_prompt_that_fills_the_context_is_out_of_range(
+    stub: Any, prompt: InputTensor, field: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ModelInfer(infer_request(prompt, max_tokens=1))
+    assert caught.value.code() is CODE.OUT_OF_RANGE
+    text = "256 prompt tokens leave no room for a completion in the context of 256 tokens"
+    assert violations(caught.value) == {f"inputs[{field}]": text}
 
 
 @pytest.mark.parametrize("is_raw", [False, True])

@@ -356,6 +356,19 @@ def test_more_than_the_teacher_takes_is_no_error_of_the_student(
     assert "the context takes 16" in samples[1].error
 
 
+def test_default_max_tokens_fits_the_shorter_context_of_the_teacher(
+    elsewhere: Elsewhere, serving: Any, make_pair: Any
+) -> None:
+    pair = make_pair(teacher=elsewhere.logits, roles=(Role.TEACHER,), max_model_len=16)
+    sampling = pb.SamplingParams(ignore_eos=True)
+    with serving(pair) as small:
+        student = reached(elsewhere.student(small.server.address))
+        request = pb.CompareRequest(prompt="x" * 10, sampling=sampling)
+        samples = student.client.compare(request).samples
+    assert [len(sample.token_ids) for sample in samples] == [6, 6]
+    assert all(sample.HasField("divergence") for sample in samples)
+
+
 # What is no teacher of this student
 
 

@@ -170,6 +170,48 @@ def test_usage_counts_tokens_of_both_models(live: Any) -> None:
         assert usage.completion_tokens == sum(len(s.token_ids) for s in samples)
 
 
+def chat(*turns: tuple[str, str]) -> pb.ChatMessages:
+    return pb.ChatMessages(messages=[pb.ChatMessage(role=r, content=c) for r, c in turns])
+
+
+def test_prompt_comes_back_as_each_model_saw_it(live: Any) -> None:
+    """Of every rpc; sent as ids they are the same prompt."""
+    sampling = pb.SamplingParams(max_tokens=4, seed=3)
+    output = pb.OutputOptions(return_prompt_token_ids=True)
+    fields = {"sampling": sampling, "output": output}
+    question = {"messages": chat(("user", "Hi"))}
+    compared = live.client.compare(pb.CompareRequest(**question, **fields))
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    expected = list(live.pair.engines.student.tokenizer.encode(text))
+    assert [list(role.prompt_token_ids) for role in compared.usage.roles] == [expected] * 2
+    ids = pb.TokenIds(ids=expected)
+    again = live.client.compare(pb.CompareRequest(prompt_token_ids=ids, **fields))
+    assert [s.token_ids for s in again.samples] == [s.token_ids for s in compared.samples]
+    generated = live.client.generate(pb.GenerateRequest(**question, **fields)).result()
+    scored = live.client.score(
+        pb.ScoreRequest(
+            **question, completions=[pb.Completion(text="a")], return_prompt_token_ids=True
+        )
+    )
+    for usage in (generated.usage, scored.usage):
+        assert list(usage.roles[0].prompt_token_ids) == expected
+
+
+def test_prompt_comes_back_to_those_who_ask(live: Any) -> None:
+    compared = live.client.compare(pb.CompareRequest(prompt="x"))
+    scored = live.client.score(pb.ScoreRequest(prompt="x", completions=[pb.Completion(text="a")]))
+    roles = [*compared.usage.roles, *scored.usage.roles]
+    assert len(roles) == 4 and not any(role.prompt_token_ids for role in roles)
+
+
+def test_default_max_tokens_ends_with_the_context(live: Any) -> None:
+    """A given one that exceeds it is refused: see the table of statuses."""
+    sampling = pb.SamplingParams(num_samples=2, ignore_eos=True)
+    samples = live.client.compare(pb.CompareRequest(prompt="x" * 250, sampling=sampling)).samples
+    assert [len(sample.token_ids) for sample in samples] == [6] * 4
+    assert {sample.finish_reason for sample in samples} == {pb.FINISH_REASON_LENGTH}
+
+
 def test_gold_answer_judges_both_models(serving: Any, make_pair: Any, continuing_with: Any) -> None:
     pair = make_pair(continuing_with("3"), continuing_with("4"))
     evaluation = pb.EvaluationOptions(
@@ -438,7 +480,7 @@ def test_completion_over_the_context_is_out_of_range(live: Any) -> None:
             CODE.OUT_OF_RANGE,
             "sampling.max_tokens",
         ),
-        ({"prompt": "x" * 200}, CODE.OUT_OF_RANGE, "sampling.max_tokens"),
+        ({"prompt": "x" * 256}, CODE.OUT_OF_RANGE, "prompt"),
         ({"prompt": "x", "route": 77}, CODE.INVALID_ARGUMENT, "route"),
         ({"prompt": "x", "divergence": {"basis": 5}}, CODE.INVALID_ARGUMENT, "divergence.basis"),
         (

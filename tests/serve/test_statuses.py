@@ -28,7 +28,7 @@ CODE = grpc.StatusCode
     [
         (MalformedMessageError(), CODE.INVALID_ARGUMENT),
         (InvalidFieldError.of("a", "b"), CODE.INVALID_ARGUMENT),
-        (ContextLengthError(1, 2, 2), CODE.OUT_OF_RANGE),
+        (ContextLengthError("prompt", "2 tokens exceed", 1), CODE.OUT_OF_RANGE),
         (CompletionLengthError(0, 3, 2), CODE.OUT_OF_RANGE),
         (NeverFitsError(3, 2), CODE.OUT_OF_RANGE),
         (StalePolicyError(), CODE.FAILED_PRECONDITION),

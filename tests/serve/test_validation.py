@@ -40,6 +40,17 @@ def test_unset_seed_and_id_are_drawn_anew() -> None:
     assert specs[0].request_id != specs[1].request_id
 
 
+def test_seed_that_is_chosen_here_is_a_whole_number_in_javascript() -> None:
+    """Given ones stay as they are."""
+    unnamed = [pb.GenerateRequest(prompt="x") for _ in range(100)]
+    named = [pb.GenerateRequest(prompt="x", request_id=f"r{i}") for i in range(100)]
+    seeds = [validate_generate(request, LIMITS).sampling.seed for request in (*unnamed, *named)]
+    assert all(int(float(seed)) == seed < 2**53 for seed in seeds)
+    assert all(any(seed >> bit & 1 for seed in seeds) for bit in range(53))
+    given = pb.GenerateRequest(prompt="x", sampling=pb.SamplingParams(seed=2**64 - 1))
+    assert validate_generate(given, LIMITS).sampling.seed == 2**64 - 1
+
+
 def test_zero_is_not_unset() -> None:
     sampling = pb.SamplingParams(temperature=0, seed=0)
     spec = validate_generate(pb.GenerateRequest(prompt="x", sampling=sampling), LIMITS)
