@@ -45,6 +45,7 @@ def package(pipeline: Pipeline) -> Path:
     target = pipeline.config.output_dir / "bundle"
     records = tuple(stages.finished(spec).record for spec in pipeline.specs)
     if is_packaged(target, records, variants, default):
+        shutil.rmtree(_aside(target), ignore_errors=True)  # of a run killed before it did so
         _restore_report(target / "eval" / REPORT_NAME, report)
         say(f"bundle: finished before, {target}, default variant {default}")
         return target
@@ -74,12 +75,16 @@ def package(pipeline: Pipeline) -> Path:
 
 def _put_in_place(partial: Path, target: Path) -> None:
     """Rename a whole bundle to where another may lie, which is kept until then."""
-    aside = target.with_name("bundle.old")
+    aside = _aside(target)
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
         target.replace(aside)
     partial.replace(target)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name("bundle.old")
 
 
 def _restore_report(packaged: Path, report: Path) -> None:

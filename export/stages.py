@@ -133,6 +133,8 @@ class StageRunner:
                 with writing_to(self.partial_path(spec)):
                     self._build(spec)
             self._world.wait()
+        elif self._world.is_main:  # the process that built it may have been killed before
+            self._remove_scratch(spec)
         return self.finished(spec)
 
     def finished(self, spec: StageSpec) -> Stage:
@@ -166,9 +168,12 @@ class StageRunner:
         )
         (partial / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n")
         partial.replace(self.path(spec))
+        self._remove_scratch(spec)
+        self._announce(f"{spec.name}: {seconds:.0f} s, {_shown(record)}")
+
+    def _remove_scratch(self, spec: StageSpec) -> None:
         for name in spec.scratch:
             shutil.rmtree(self.path(spec) / name, ignore_errors=True)
-        self._announce(f"{spec.name}: {seconds:.0f} s, {_shown(record)}")
 
 
 def fresh(folder: Path) -> Path:

@@ -249,3 +249,10 @@ def test_old_bundle_is_there_until_the_new_one_is(tmp_path: Path) -> None:
     (tmp_path / "bundle.partial").mkdir()
     _put_in_place(tmp_path / "bundle.partial", tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_older_bundle_left_aside_by_a_kill_is_removed(finished: Finished, tmp_path: Path) -> None:
+    pipeline = finished.copy(tmp_path)
+    (tmp_path / "bundle.old").mkdir()
+    pipeline.package()
+    assert not (tmp_path / "bundle.old").exists()

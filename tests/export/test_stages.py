@@ -189,3 +189,26 @@ def test_full_disk_is_named_and_what_was_finished_is_kept(
     with pytest.raises(DiskError, match=r"/distill-\w{12}.partial cannot be written: No space"):
         recorder.runner.run(distill)
     assert recorder.runner.state(sample) is StageState.FINISHED
+
+
+def test_scratch_left_by_a_kill_behind_the_rename_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(folder: Path) -> dict[str, Any]:
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints" / "state").write_bytes(b"x" * 1000)
+        return {}
+
+    def killed(path: Path, target: Path) -> Path:
+        rename(path, target)
+        raise KeyboardInterrupt
+
+    rename = Path.replace
+    spec = StageSpec("distill", {}, (), build, can_resume=True, scratch=("checkpoints",))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        StageRunner(tmp_path, lambda message: None).run(spec)
+    runner = StageRunner(tmp_path, lambda message: None)
+    assert (runner.path(spec) / "checkpoints").exists()
+    runner.run(spec)
+    assert [path.name for path in runner.path(spec).iterdir()] == [RECORD_NAME]
