@@ -55,8 +55,8 @@ def demo(
     from rich.console import Console
 
     from export.cli import ConsoleReporter
-    from export.config import load_config
     from export.pipeline import run_export
+    from export.recipe import load_config
 
     console = Console(width=None if sys.stdout.isatty() else 100)
     bundle = run_export(load_config(recipe), ConsoleReporter())

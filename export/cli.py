@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from export.config import ConfigError, ExportConfig, ExportError, load_config
+from export.config import ConfigError, ExportConfig, ExportError
+from export.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +37,7 @@ failed; 4 resume: an input of the run has changed; 5 interrupted, finished stage
 
 app = typer.Typer(help=HELP, no_args_is_help=True)
 
-Recipe = Annotated[Path, typer.Argument(help="The YAML recipe.", exists=True, dir_okay=False)]
+RecipePath = Annotated[Path, typer.Argument(help="The YAML recipe.", exists=True, dir_okay=False)]
 Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False)]
 
 
@@ -50,9 +51,9 @@ class InterruptedRunError(ExportError):
 
 
 @app.command()
-def plan(recipe: Recipe) -> None:
+def plan(recipe: RecipePath) -> None:
     """Print the whole recipe, and what its stages will take; nothing is fetched or written."""
-    config = load_config(recipe)
+    config = _load(recipe).config
     from export.estimates import Machine
     from export.plan import make_plan, print_plan
 
@@ -78,7 +79,7 @@ def _find_run(path: Path) -> tuple[ExportConfig, TeacherFolder | None]:
         return record.config, record.teacher_folder
     from export.teacher import find_teacher
 
-    config = load_config(path)
+    config = _load(path).config
     return config, find_teacher(config.teacher, config.cache_dir)
 
 
@@ -86,11 +87,11 @@ def _find_run(path: Path) -> tuple[ExportConfig, TeacherFolder | None]:
 
 
 @app.command()
-def run(recipe: Recipe) -> None:
+def run(recipe: RecipePath) -> None:
     """Run every stage of a recipe that is not finished yet, and write the bundle."""
-    config = load_config(recipe)
-    with _running("resume", config.output_dir) as (world, reporter):
-        _begin(recipe, config, reporter, world).package()
+    loaded = _load(recipe)
+    with _running("resume", loaded.config.output_dir) as (world, reporter):
+        _begin(loaded, reporter, world).package()
 
 
 @app.command()
@@ -108,16 +109,24 @@ def resume(output_dir: Folder) -> None:
         pipeline.package()
 
 
-def _begin(recipe: Path, config: ExportConfig, reporter: ConsoleReporter, world: World) -> Pipeline:
+def _load(path: Path) -> Recipe:
+    """Read a recipe, and say on stderr what of it lies elsewhere than beside it."""
+    recipe = load_recipe(path)
+    for note in recipe.notes:
+        typer.echo(f"tandem: {note}", err=True)
+    return recipe
+
+
+def _begin(recipe: Recipe, reporter: ConsoleReporter, world: World) -> Pipeline:
     """Open a recipe's pipeline, check what can be checked before any work, and write run.json."""
     from export.pipeline import open_pipeline
     from export.plan import check_feasible
     from export.run_record import record_run
 
-    pipeline = open_pipeline(config, reporter, world)
-    check_feasible(config, pipeline.teacher)
+    pipeline = open_pipeline(recipe.config, reporter, world)
+    check_feasible(recipe.config, pipeline.teacher)
     if world.is_main:
-        record_run(recipe, config, pipeline.teacher)
+        record_run(recipe.path, recipe.config, pipeline.teacher)
     return pipeline
 
 
@@ -138,15 +147,15 @@ def _add_stage_command(name: str) -> None:
     select, summary = _STAGES[name]
 
     @app.command(name, help=f"{summary} Runs what is missing before it, and no further.")
-    def run_stage(recipe: Recipe) -> None:
-        config = load_config(recipe)
-        if name == "cache" and config.cache.kind == "none":
+    def run_stage(recipe: RecipePath) -> None:
+        loaded = _load(recipe)
+        if name == "cache" and loaded.config.cache.kind == "none":
             raise ConfigError(
                 f"{recipe}: cache.kind is 'none', so there is nothing to cache: choose dense, "
                 "top_k or random_sampling"
             )
         with _running(name, recipe) as (world, reporter):
-            pipeline = _begin(recipe, config, reporter, world)
+            pipeline = _begin(loaded, reporter, world)
             for spec in select(pipeline):
                 pipeline.run(spec)
 

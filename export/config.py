@@ -6,10 +6,10 @@ option reruns that stage and what follows, and nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -17,7 +17,6 @@ from pydantic import (
     Field,
     JsonValue,
     Tag,
-    ValidationError,
     model_validator,
 )
 
@@ -32,9 +31,21 @@ class ExportError(UserError):
 
 
 class ConfigError(ExportError):
-    """A recipe is wrong; the text names the key, its value and what is allowed."""
+    """A recipe is wrong; a line for each fault names the key, its value and what is allowed."""
 
     exit_code = 2
+
+
+Fault = tuple[str, str]
+"""A dotted key of a recipe and what is wrong with it."""
+
+
+class ContradictionError(ValueError):
+    """Options that are right by themselves cannot go together."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        super().__init__("; ".join(f"{key} {text}" for key, text in faults))
+        self.faults = tuple(faults)
 
 
 class _Section(BaseModel):
@@ -360,82 +371,68 @@ class ExportConfig(_Section):
     select: SelectConfig = SelectConfig()
 
     @model_validator(mode="after")
-    def _check_variants(self) -> ExportConfig:
+    def _check_together(self) -> ExportConfig:
+        faults = [*self._faults_of_sections(), *self._faults_of_cache(), *self._faults_of_sharing()]
+        if faults:
+            raise ContradictionError(faults)
+        return self
+
+    def _faults_of_sections(self) -> Iterator[Fault]:
         if FLOAT_VARIANT in self.variants:
-            raise ValueError(f"variants: {FLOAT_VARIANT!r} is always exported; leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _check_num_texts(self) -> ExportConfig:
+            yield f"variants.{FLOAT_VARIANT}", "is always exported; leave it out"
         if self.prune.num_texts > self.tasks.max_train:
-            raise ValueError(
-                f"prune.num_texts {self.prune.num_texts} exceeds tasks.max_train "
-                f"{self.tasks.max_train}, from which the texts are drawn"
+            yield (
+                "prune.num_texts",
+                f"{self.prune.num_texts} exceeds tasks.max_train {self.tasks.max_train}, from "
+                "which the texts are drawn",
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_cache(self) -> ExportConfig:
-        for index, phase in enumerate(self.distill.phases):
-            if phase.teacher_logits == "cache":
-                self._check_cached_phase(f"distill.phases.{index}", phase)
-        return self
-
-    def _check_cached_phase(self, name: str, phase: PhaseConfig) -> None:
+    def _faults_of_cache(self) -> Iterator[Fault]:
         kind = self.cache.kind
-        if kind == "none":
-            raise ValueError(
-                f"{name}.teacher_logits is 'cache', but cache.kind is 'none': choose dense, top_k "
-                "or random_sampling"
-            )
-        # What a tail or a draw at T = 1 becomes at another T depends on logits that were not kept.
-        if kind != "dense" and phase.temperature != 1.0:
-            raise ValueError(
-                f"{name}.temperature {phase.temperature} needs all of the teacher's logits, which "
-                f"cache.kind {kind!r} does not keep: set it to 1, or choose cache.kind dense"
-            )
-        if kind == "random_sampling" and phase.divergence != "forward_kl":
-            raise ValueError(
-                f"{name}.divergence {phase.divergence!r} cannot be had from the draws of "
-                "cache.kind 'random_sampling': choose forward_kl, or cache.kind dense or top_k"
-            )
+        for index, phase in enumerate(self.distill.phases):
+            if phase.teacher_logits != "cache":
+                continue
+            name = f"distill.phases.{index}"
+            if kind == "none":
+                yield (
+                    f"{name}.teacher_logits",
+                    "is 'cache', but cache.kind is 'none': choose dense, top_k or random_sampling",
+                )
+            # What a tail or a draw at T = 1 becomes at another T depends on logits not kept.
+            elif kind != "dense" and phase.temperature != 1.0:
+                yield (
+                    f"{name}.temperature",
+                    f"{phase.temperature} needs all of the teacher's logits, which cache.kind "
+                    f"{kind!r} does not keep: set it to 1, or choose cache.kind dense",
+                )
+            if kind == "random_sampling" and phase.divergence != "forward_kl":
+                yield (
+                    f"{name}.divergence",
+                    f"{phase.divergence!r} cannot be had from the draws of cache.kind "
+                    "'random_sampling': choose forward_kl, or cache.kind dense or top_k",
+                )
 
-    @model_validator(mode="after")
-    def _check_shared_layers(self) -> ExportConfig:
+    def _faults_of_sharing(self) -> Iterator[Fault]:
         if not self.distill.freeze_shared_layers:
-            return self
-        name = "distill.freeze_shared_layers true"
+            return
+        name = "distill.freeze_shared_layers"
         if self.student is not None:
-            raise ValueError(
-                f"{name} with student {self.student!r}: a pretrained student shares no layers; "
-                "set it to false"
+            yield (
+                name,
+                f"true with student {self.student!r}: a pretrained student shares no layers; set "
+                "it to false",
             )
         if self.prune.kept_mlp_share < 1:
-            raise ValueError(
-                f"{name} with prune.kept_mlp_share {self.prune.kept_mlp_share}: narrower layers "
-                "are not the teacher's; set one to false or the other to 1"
+            yield (
+                name,
+                f"true with prune.kept_mlp_share {self.prune.kept_mlp_share}: narrower layers are "
+                "not the teacher's; set one to false or the other to 1",
             )
         for index, phase in enumerate(self.distill.phases):
             for key in ("hidden_weight", "attention_weight"):
                 if value := getattr(phase, key):
-                    raise ValueError(
-                        f"{name} with distill.phases.{index}.{key} {value}: matching needs both "
-                        "models whole; set one to false or the other to 0"
+                    yield (
+                        name,
+                        f"true with distill.phases.{index}.{key} {value}: matching needs both "
+                        "models whole; set one to false or the other to 0",
                     )
-        return self
-
-
-def load_config(path: Path) -> ExportConfig:
-    """Read a recipe. ConfigError names the first key that is wrong, or what YAML cannot parse."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
-    try:
-        return ExportConfig.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(f"{path}: {key}: {first['msg']}, got {first['input']!r}") from None

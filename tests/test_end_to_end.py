@@ -22,8 +22,8 @@ from bundle.manifest import Manifest, load_manifest, write_manifest
 from bundle.verify import verify_bundle
 from demo import compare_with_responses, demo, scrape, serving
 from estimators.divergence import k1, k2, k3
-from export.config import load_config
 from export.pipeline import run_export
+from export.recipe import load_config
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client, violations
 

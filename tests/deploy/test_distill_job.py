@@ -24,8 +24,8 @@ import yaml
 from safetensors.torch import load_file
 
 from bundle.verify import verify_bundle
-from export.config import load_config
 from export.pipeline import open_pipeline
+from export.recipe import load_config
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders the Job")
 

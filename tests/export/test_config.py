@@ -17,8 +17,8 @@ from export.config import (
     ReasoningGymSource,
     StaticVariant,
     WeightOnlyVariant,
-    load_config,
 )
+from export.recipe import load_config
 
 RECIPES = sorted(Path("export/recipes").glob("*.yaml"))
 MINIMAL: dict[str, Any] = {"teacher": "some/model", "output_dir": "runs/x"}
@@ -168,19 +168,19 @@ def test_what_is_just_allowed_loads(tmp_path: Path, sections: dict[str, Any]) ->
         ({"gates": {"quantized_kl": -1}}, r"gates\.quantized_kl: .*or equal to 0, got -1"),
         ({"select": {"rule": "best"}}, r"select\.rule: .*'fastest', 'lowest_kl' or 'knee'"),
         ({"select": {"max_kl_excess": -0.1}}, r"select\.max_kl_excess: .*or equal to 0, got -0\.1"),
-        (variant(bits=3, block_size=32), r"variants\.v\.rtn\.bits: .*4 or 8, got 3"),
-        (variant(bits=8), r"variants\.v\.rtn\.block_size: Field required"),
-        (variant(bits=8, block_size=48), r"variants\.v\.rtn\.block_size: .*256, got 48"),
-        (variant(**INT4, accuracy_level=5), r"variants\.v\.rtn\.accuracy_level: .*4, got 5"),
+        (variant(bits=3, block_size=32), r"variants\.v.bits: .*4 or 8, got 3"),
+        (variant(bits=8), r"variants\.v.block_size: Field required"),
+        (variant(bits=8, block_size=48), r"variants\.v.block_size: .*256, got 48"),
+        (variant(**INT4, accuracy_level=5), r"variants\.v.accuracy_level: .*4, got 5"),
         (variant(method="awq"), r"variants\.v: Input tag 'awq' .*'rtn', 'dynamic', 'static'"),
-        (variant(method="dynamic", bits=8), r"variants\.v\.dynamic\.bits: Extra inputs .*got 8"),
+        (variant(method="dynamic", bits=8), r"variants\.v\.bits: Extra inputs .*got 8"),
         (
             variant(method="static", calibration="max"),
-            r"variants\.v\.static\.calibration: .*'minmax', 'entropy' or 'percentile', got 'max'",
+            r"variants\.v\.calibration: .*'minmax', 'entropy' or 'percentile', got 'max'",
         ),
         (
             variant(**INT4, overrides={"q_proj": INT4}),
-            r"variants\.v\.rtn\.overrides\.q_proj.*'qkv_proj', .*got 'q_proj'",
+            r"variants\.v.overrides\.q_proj.*'qkv_proj', .*got 'q_proj'",
         ),
         ({"variants": {"Int 8": INT4}}, r"variants\.Int 8"),
         ({"output_dir": None}, r"output_dir: .*, got None"),
@@ -189,7 +189,7 @@ def test_what_is_just_allowed_loads(tmp_path: Path, sections: dict[str, Any]) ->
 def test_wrong_key_or_value_fails_by_name(
     tmp_path: Path, sections: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"recipe\.yaml: {message}") as refused:
+    with pytest.raises(ConfigError, match=rf"recipe\.yaml:\d+: {message}") as refused:
         load_config(write(tmp_path / "recipe.yaml", **sections))
     assert refused.value.exit_code == 2
 
@@ -220,79 +220,79 @@ def test_wrong_key_or_value_fails_by_name(
         ({"evaluate": {"k": [0]}}, r"evaluate: Value error, k 0 is outside 1 to num_samples 8"),
         (
             variant(**INT4, method="hqq", train={}),
-            r"variants\.v\.rtn: .*only symmetric rtn and gptq grids can be trained on",
+            r"variants\.v: .*only symmetric rtn and gptq grids can be trained on",
         ),
         (
             variant(**INT4, symmetric=False, train={}),
-            r"variants\.v\.rtn: .*only symmetric rtn and gptq grids can be trained on",
+            r"variants\.v: .*only symmetric rtn and gptq grids can be trained on",
         ),
         (
             variant(**INT4, train={"data": "student"}),
-            r"variants\.v\.rtn: .*train\.data: the text is the teacher's; give 'teacher'",
+            r"variants\.v: .*train\.data: the text is the teacher's; give 'teacher'",
         ),
         (
             variant(**INT4, train={"teacher_logits": "cache"}),
-            r"variants\.v\.rtn: .*train\.teacher_logits: .*; give 'live'",
+            r"variants\.v: .*train\.teacher_logits: .*; give 'live'",
         ),
         (
             variant(**INT4, train={"hidden_weight": 0.5}),
-            r"variants\.v\.rtn: .*train\.hidden_weight is 0\.5: .*; set it to 0",
+            r"variants\.v: .*train\.hidden_weight is 0\.5: .*; set it to 0",
         ),
         (
             variant(**INT4, train={"attention_weight": 2}),
-            r"variants\.v\.rtn: .*train\.attention_weight is 2\.0: .*; set it to 0",
+            r"variants\.v: .*train\.attention_weight is 2\.0: .*; set it to 0",
         ),
         (
             variant(bits=8, block_size=32, method="hqq"),
-            r"variants\.v\.rtn: .*bits 8: method 'hqq' has 4 bits only",
+            r"variants\.v: .*bits 8: method 'hqq' has 4 bits only",
         ),
         (
             variant(**INT4, method="hqq", overrides={"lm_head": {"bits": 8, "block_size": 32}}),
-            r"variants\.v\.rtn: .*bits 8: method 'hqq' has 4 bits only",
+            r"variants\.v: .*bits 8: method 'hqq' has 4 bits only",
         ),
-        ({"variants": {"fp32": INT4}}, r"the file: .*variants: 'fp32' is always exported"),
+        ({"variants": {"fp32": INT4}}, r"variants\.fp32 is always exported"),
         (
             {"tasks": {"max_train": 4}, "prune": {"num_texts": 8}},
-            r"the file: .*prune\.num_texts 8 exceeds tasks\.max_train 4",
+            r"prune\.num_texts 8 exceeds tasks\.max_train 4",
         ),
         (
             cached("none"),
-            r"the file: .*distill\.phases\.1\.teacher_logits is 'cache', but cache\.kind is 'none'",
+            r"distill\.phases\.1\.teacher_logits is 'cache', but cache\.kind is 'none'",
         ),
         (
             cached("top_k", temperature=2.0),
-            r"the file: .*distill\.phases\.1\.temperature 2\.0 .*'top_k' does not keep: set it to",
+            r"distill\.phases\.1\.temperature 2\.0 .*'top_k' does not keep: set it to",
         ),
         (
             cached("random_sampling", temperature=0.5),
-            r"the file: .*distill\.phases\.1\.temperature 0\.5 .*'random_sampling' does not keep",
+            r"distill\.phases\.1\.temperature 0\.5 .*'random_sampling' does not keep",
         ),
         (
             cached("random_sampling", temperature=1.0, divergence="jsd"),
-            r"the file: .*distill\.phases\.1\.divergence 'jsd' cannot be had from the draws",
+            r"distill\.phases\.1\.divergence 'jsd' cannot be had from the draws",
         ),
         (
             {"student": "other/model", "distill": {"freeze_shared_layers": True}},
-            r"the file: .*freeze_shared_layers true with student 'other/model'",
+            r"distill.freeze_shared_layers true with student 'other/model'",
         ),
         (
             {"prune": {"kept_mlp_share": 0.5}, "distill": {"freeze_shared_layers": True}},
-            r"the file: .*freeze_shared_layers true with prune\.kept_mlp_share 0\.5",
+            r"distill.freeze_shared_layers true with prune\.kept_mlp_share 0\.5",
         ),
         (
             {"distill": {"freeze_shared_layers": True, "phases": [{}, {"hidden_weight": 0.5}]}},
-            r"the file: .*freeze_shared_layers true with distill\.phases\.1\.hidden_weight 0\.5",
+            r"distill.freeze_shared_layers true with distill\.phases\.1\.hidden_weight 0\.5",
         ),
         (
             {"distill": {"freeze_shared_layers": True, "phases": [{"attention_weight": 2}]}},
-            r"the file: .*freeze_shared_layers true with distill\.phases\.0\.attention_weight 2\.0",
+            r"distill.freeze_shared_layers true with distill\.phases\.0\.attention_weight 2\.0",
         ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(
     tmp_path: Path, sections: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"recipe\.yaml: {message}") as refused:
+    with pytest.raises(ConfigError, match=rf"recipe\.yaml:\d+: {message}") as refused:
         load_config(write(tmp_path / "recipe.yaml", **sections))
     assert refused.value.exit_code == 2
 
@@ -300,10 +300,10 @@ def test_settings_that_contradict_each_other_are_refused(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"recipe\.yaml: the file: .*dictionary"),
-        ("- teacher", r"recipe\.yaml: the file: .*dictionary"),
-        ("teacher: [", r"recipe\.yaml is not YAML: "),
-        ("output_dir: x", r"recipe\.yaml: teacher: Field required"),
+        ("", r"recipe\.yaml: the file is empty"),
+        ("- teacher", r"recipe\.yaml: the file holds no sections"),
+        ("a: 1\nteacher: [", r"recipe\.yaml:2: not YAML: "),
+        ("output_dir: x", r"recipe\.yaml:1: teacher: Field required"),
     ],
 )
 def test_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -316,7 +316,7 @@ def test_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message: s
 def test_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"teacher: \xff\xfe")
-    with pytest.raises(ConfigError, match=r"recipe\.yaml is not YAML: "):
+    with pytest.raises(ConfigError, match=r"recipe\.yaml:1: not YAML: "):
         load_config(path)
 
 

@@ -405,7 +405,7 @@ def test_hugging_face_failure_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError("no route\nto host")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(TeacherError, match=r"cannot fetch 'org/model': no route$"):
+    with pytest.raises(TeacherError, match=r"named 'org/model', and .* fetched: no route$"):
         resolve_teacher("org/model", tmp_path)
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from export.config import load_config
 from export.pipeline import open_pipeline
+from export.recipe import load_config
 from export.run_record import record_run
 from tests.conftest import save_tiny_teacher
 from tests.test_resume import SETTINGS
