@@ -11,7 +11,7 @@ import asyncio
 import gc
 import selectors
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from loadtest.records import PlannedRequest, RequestRecord
@@ -41,11 +41,20 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 class Runner:
     """Runs blocks against a target; `records` and `costs` grow while it does.
 
-    `start_s` is the run's start in `time.monotonic`, which all processes of a machine share.
+    `start_s` is the run's start on the running loop's clock: that is `time.monotonic`, which all
+    processes of a machine share. `cpu_time_s` is what this process has used so far.
     """
 
-    def __init__(self, target: Target, start_s: float, process: int = 0) -> None:
+    def __init__(
+        self,
+        target: Target,
+        start_s: float,
+        process: int = 0,
+        cpu_time_s: Callable[[], float] = time.process_time,
+    ) -> None:
         self._target = target
+        self._clock_s = asyncio.get_running_loop().time
+        self._cpu_time_s = cpu_time_s
         self._start_s = start_s
         self._process = process
         self.records: list[RequestRecord] = []
@@ -66,7 +75,7 @@ class Runner:
 
     async def _run_block(self, block: Block, requests: asyncio.TaskGroup) -> None:
         """Send a block's requests. Those that run at its end go on behind it."""
-        started_s, started_cpu_s = self._now(), time.process_time()
+        started_s, started_cpu_s = self._now(), self._cpu_time_s()
         waiting = iter(block.requests)
         is_closed = bool(block.requests) and block.requests[0].intended_s is None
         if is_closed:
@@ -75,7 +84,7 @@ class Runner:
         else:
             await self._dispatch(waiting, requests)
         await self._sleep_until(block.end_s)
-        cpu_share = (time.process_time() - started_cpu_s) / (self._now() - started_s)
+        cpu_share = (self._cpu_time_s() - started_cpu_s) / (self._now() - started_s)
         has_run_out = is_closed and next(waiting, None) is None
         self.costs.append(BlockCost(self._process, block.index, cpu_share, has_run_out))
 
@@ -113,7 +122,7 @@ class Runner:
         return self._now()
 
     def _now(self) -> float:
-        return time.monotonic() - self._start_s
+        return self._clock_s() - self._start_s
 
     async def _sleep_until(self, moment_s: float) -> None:
         delay_s = moment_s - self._now()

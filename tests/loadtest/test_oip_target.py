@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ class Scripted(oip_grpc.GRPCInferenceServiceServicer):
 
     def __init__(
         self,
-        replies: Iterable[Reply | float | grpc.StatusCode] = (),
+        replies: Iterable[Reply | threading.Event | grpc.StatusCode] = (),
         inputs: dict[str, list[int]] = VLLM,
         outputs: tuple[str, ...] = ("text_output",),
     ) -> None:
@@ -85,8 +86,8 @@ class Scripted(oip_grpc.GRPCInferenceServiceServicer):
         for each in self.replies:
             if isinstance(each, grpc.StatusCode):
                 context.abort(each, "not now")
-            elif isinstance(each, float):
-                time.sleep(each)
+            elif isinstance(each, threading.Event):
+                each.wait()
             else:
                 yield each
 
@@ -110,20 +111,20 @@ def run() -> Iterator[Callable[..., Any]]:
 
 
 def config_of(target: str, **settings: Any) -> RunConfig:
-    given = {"arms": ("gpt",), "protocol": "oip", "timeout_s": 5, **settings}
+    given = {"arms": ("gpt",), "protocol": "oip", "timeout_s": 60, **settings}
     return RunConfig(target=target, out=Path("unused"), **given)
 
 
 async def exchange(
     config: RunConfig, prompts: tuple[str, ...] = ("sum",)
 ) -> tuple[RequestRecord, RequestFailedError | None]:
-    """Check the server and send it one request of seed 7."""
+    """Check the server and send it one request of seed 7; each look at the clock is a second."""
     plan = PlannedRequest(0, "gpt", 1.0, 0, 0, prompts[0], 7, Phase.MEASURED, 0.0)
-    record = RequestRecord(plan, sent_s=time.monotonic())
+    record, ticks = RequestRecord(plan, sent_s=0.0), itertools.count(1.0)
     target = OipTarget(config, {name: PROMPTS[name] for name in prompts})
     try:
         await target.check()
-        await target.send(record, time.monotonic)
+        await target.send(record, lambda: next(ticks))
     except RequestFailedError as failed:
         return record, failed
     finally:
@@ -135,7 +136,6 @@ async def exchange(
 def test_tokens_texts_and_answer_are_recorded(run: Any, is_raw: bool) -> None:
     replies = [
         reply("½".encode()[:1], [5], is_raw=is_raw),
-        0.1,
         reply("½".encode()[1:] + b" = 4", [6, 7], is_raw=is_raw, reason="stop"),
         reply(is_final=True),
     ]
@@ -145,8 +145,7 @@ def test_tokens_texts_and_answer_are_recorded(run: Any, is_raw: bool) -> None:
     (sample,) = record.samples
     assert (sample.token_ids, sample.text, sample.finish_reason) == ([5, 6, 7], "½ = 4", "STOP")
     assert (sample.answer, sample.is_correct) == ("4", True)
-    first_s, second_s, third_s = sample.token_times_s
-    assert second_s == third_s and 0.08 < second_s - first_s < 1
+    assert sample.token_times_s == [1, 2, 2]
 
 
 def test_without_ids_each_text_counts_as_a_token(run: Any) -> None:
@@ -211,13 +210,20 @@ def test_lengths_of_a_prompt_are_kept(run: Any) -> None:
         ([reply(b"4", id="x")], "UNKNOWN", "a response came with the id 'x'"),
         ([reply(b"4", id="1")], "UNKNOWN", "a response came with the id '1'"),
         ([grpc.StatusCode.UNAVAILABLE], "UNAVAILABLE", "not now"),
-        ([0.5], "DEADLINE_EXCEEDED", "Deadline Exceeded"),
     ],
 )
 def test_failures_are_told_apart(run: Any, replies: Any, status: str, text: str) -> None:
     with serving(Scripted(replies)) as target:
-        _, failed = run(exchange(config_of(target, timeout_s=0.3)))
+        _, failed = run(exchange(config_of(target)))
     assert (failed.status, failed.text) == (status, text)
+
+
+def test_deadline_is_the_configured_one(run: Any) -> None:
+    is_over = threading.Event()
+    with serving(Scripted([is_over])) as target:
+        _, failed = run(exchange(config_of(target, timeout_s=0.3)))
+        is_over.set()
+    assert failed.status == "DEADLINE_EXCEEDED"
 
 
 def test_model_must_be_there(run: Any) -> None:

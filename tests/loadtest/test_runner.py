@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
+import selectors
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -23,19 +23,39 @@ from protos.tandem.v1 import inference_pb2_grpc
 Answer = Callable[[RequestRecord], Awaitable[None]]
 
 
-@pytest.fixture(autouse=True)
-def uncollected() -> Iterator[None]:
-    """Keep the collector, which takes half a second for all that other tests hold, out of times."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
+class ClockLoop(asyncio.SelectorEventLoop):
+    """Its clock stands still while there is anything to do, and then goes to the next timer."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        super().__init__(_ClockSelector(self))
+
+    def time(self) -> float:
+        return self.now_s
 
 
-@pytest.fixture(scope="module")
+class _ClockSelector(selectors.SelectSelector):
+    def __init__(self, loop: ClockLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> Any:
+        ready = super().select(None if timeout is None else 0)
+        self._loop.now_s += 0 if ready or timeout is None else timeout
+        return ready
+
+
+@pytest.fixture
 def run() -> Iterator[Callable[..., Any]]:
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=ClockLoop) as runner:
         yield runner.run
+
+
+def pass_time(seconds: float) -> None:
+    """Keep the whole loop busy for so long."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, ClockLoop)
+    loop.now_s += seconds
 
 
 class FakeTarget:
@@ -63,7 +83,7 @@ def block(
 
 
 async def load(answer: Answer, *blocks: Block) -> Runner:
-    runner = Runner(FakeTarget(answer), time.monotonic() + 0.05)
+    runner = Runner(FakeTarget(answer), asyncio.get_running_loop().time() + 0.05)
     await runner.run(blocks)
     return runner
 
@@ -74,75 +94,78 @@ async def at_once(record: RequestRecord) -> None: ...
 # Open loop
 
 
-class Stalling(inference_pb2_grpc.InferenceServiceServicer):
-    """Answers at once, but nobody while it stalls."""
+def test_stall_is_in_the_latency_of_every_request_due_meanwhile(run: Any) -> None:
+    """A request every 50 ms; from 0.5 to 1.5 s nobody is answered."""
 
-    def __init__(self) -> None:
-        self.may_answer = threading.Event()
-        self.may_answer.set()
+    async def stall(record: RequestRecord) -> None:
+        if 0.5 <= record.sent_s < 1.5:
+            await asyncio.sleep(1.5 - record.sent_s)
+
+    records = run(load(stall, block([0.05 * number for number in range(40)], end_s=2.0))).records
+    for number, record in enumerate(records):
+        due_s = 0.05 * number
+        assert record.send_lag_s == pytest.approx(0)
+        assert record.e2e_s == pytest.approx(1.5 - due_s if 0.5 <= due_s < 1.5 else 0)
+    assert len(records) == 40
+
+
+class Stalling(inference_pb2_grpc.InferenceServiceServicer):
+    """Answers nobody until `num_asked` requests are there."""
+
+    def __init__(self, num_asked: int) -> None:
+        self._all_are_here = threading.Barrier(num_asked, action=self._end)
+        self.ended_s = 0.0
+
+    def _end(self) -> None:
+        self.ended_s = time.monotonic()
 
     def Generate(self, request: Any, context: Any) -> Iterator[pb.GenerateResponse]:  # noqa: N802
-        self.may_answer.wait(10)
+        self._all_are_here.wait(60)
         yield pb.GenerateResponse(tokens=pb.TokenChunk(token_ids=[5]))
         yield pb.GenerateResponse(complete=pb.Complete(sample=pb.Sample(token_ids=[5])))
         yield pb.GenerateResponse(usage=pb.Usage())
 
 
-async def stall(service: Stalling, target: str) -> list[RequestRecord]:
-    """Send a request every 50 ms; from 0.5 to 1.5 s the server stalls."""
-    config = RunConfig(target=target, out=Path("unused"))
-    tandem = TandemTarget(config, {"p": Prompt("p", "?")})
-    start_s = time.monotonic() + 0.1
-    asyncio.get_running_loop().call_at(start_s + 0.5, service.may_answer.clear)
-    asyncio.get_running_loop().call_at(start_s + 1.5, service.may_answer.set)
+async def send(target: str, start_s: float, requests: Block) -> list[RequestRecord]:
+    tandem = TandemTarget(RunConfig(target=target, out=Path("unused")), {"p": Prompt("p", "?")})
     runner = Runner(tandem, start_s)
-    await runner.run([block([0.05 * number for number in range(40)], end_s=2.0)])
+    await runner.run([requests])
     await tandem.close()
     return runner.records
 
 
-def test_stall_is_in_the_latency_of_every_request_due_meanwhile(run: Any) -> None:
-    service = Stalling()
-    server = grpc.server(ThreadPoolExecutor(40))
+def test_server_that_answers_nobody_is_asked_none_the_less() -> None:
+    service = Stalling(20)
+    server = grpc.server(ThreadPoolExecutor(20))
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    records = run(stall(service, f"127.0.0.1:{port}"))
+    start_s = time.monotonic()
+    requests = block([0.01 * number for number in range(20)])
+    with asyncio.Runner(loop_factory=new_event_loop) as real:
+        records = real.run(send(f"127.0.0.1:{port}", start_s, requests))
     server.stop(None).wait()
-    assert [record.status for record in records] == ["OK"] * 40
+    assert [record.status for record in records] == ["OK"] * 20
     for record in records:
-        due_s = record.plan.intended_s
-        assert due_s is not None and record.ttft_s is not None
-        assert record.send_lag_s is not None and 0 <= record.send_lag_s < 0.4
-        if 0.55 <= due_s <= 1.45:
-            assert 1.5 - due_s - 0.05 < record.ttft_s < 1.5 - due_s + 0.6
-        elif not 0.45 < due_s < 1.55:
-            assert record.e2e_s < 0.9  # through the stall it would take 1.05 at least
+        assert record.ttft_s is not None and record.plan.intended_s is not None
+        assert record.send_lag_s is not None and record.send_lag_s >= 0
+        assert start_s + record.plan.intended_s + record.ttft_s >= service.ended_s
 
 
 def test_slow_client_shows_as_send_lag(run: Any) -> None:
     async def blocked(record: RequestRecord) -> None:
         if record.plan.number == 0:
-            time.sleep(0.2)  # the whole loop
+            pass_time(0.2)
 
     records = run(load(blocked, block([0.0, 0.05, 0.1, 0.28]))).records
-    lags_s = [record.send_lag_s for record in records]
-    assert lags_s[0] < 0.05 and lags_s[3] < 0.05
-    assert lags_s[1] == pytest.approx(0.15, abs=0.05)
-    assert lags_s[2] == pytest.approx(0.1, abs=0.05)
+    assert [record.send_lag_s for record in records] == pytest.approx([0, 0.15, 0.1, 0])
 
 
-def test_timers_are_exact_to_a_fraction_of_a_millisecond(run: Any) -> None:
-    async def overshoots_s() -> list[float]:
-        found = []
-        for _ in range(30):
-            started_s = time.monotonic()
-            await asyncio.sleep(0.0021)
-            found.append(time.monotonic() - started_s - 0.0021)
-        return sorted(found)
-
-    # epoll's time-out, in whole milliseconds, is 0.9 ms too late at the least.
-    assert 0 <= run(overshoots_s())[3] < 0.0008
+def test_timers_of_a_client_are_not_in_whole_milliseconds() -> None:
+    # epoll's time-out is; `bench.loadtest_client` measures what comes of it.
+    with asyncio.Runner(loop_factory=new_event_loop) as real:
+        loop: Any = real.get_loop()
+        assert type(loop._selector) is selectors.SelectSelector
 
 
 def test_requests_go_on_behind_the_end_of_their_block(run: Any) -> None:
@@ -153,7 +176,7 @@ def test_requests_go_on_behind_the_end_of_their_block(run: Any) -> None:
     runner = run(load(slow, block([0.0], end_s=0.1), second))
     assert [round(record.sent_s, 1) for record in runner.records] == [0.0, 0.2]
     assert [record.is_ok for record in runner.records] == [True, True]
-    assert all(record.e2e_s >= 0.3 for record in runner.records)
+    assert [record.e2e_s for record in runner.records] == pytest.approx([0.3, 0.3])
 
 
 def test_cancelled_load_keeps_its_records(run: Any) -> None:
@@ -161,7 +184,7 @@ def test_cancelled_load_keeps_its_records(run: Any) -> None:
         await asyncio.sleep(60 * record.plan.number)
 
     async def cancel() -> Runner:
-        runner = Runner(FakeTarget(endless), time.monotonic())
+        runner = Runner(FakeTarget(endless), asyncio.get_running_loop().time())
         task = asyncio.create_task(runner.run([block([0.0, 0.05, 9.0], end_s=10)]))
         await asyncio.sleep(0.2)
         task.cancel()
@@ -187,9 +210,10 @@ def test_closed_loop_has_so_many_requests_at_a_time(run: Any) -> None:
         running.remove(record.plan.number)
 
     runner = run(load(counted, block([None] * 1000, load=3)))
+    # Three workers for 0.3 s at 0.02 s each; rounding decides on those at the very end.
     numbers = [record.plan.number for record in runner.records]
     assert numbers == list(range(len(numbers)))
-    assert 12 <= len(numbers) <= 48
+    assert 45 <= len(numbers) <= 48
     assert all(record.sent_s < 0.3 and record.send_lag_s is None for record in runner.records)
     assert not runner.costs[0].has_run_out
 
@@ -224,11 +248,15 @@ def test_fault_of_the_client_is_none_of_the_server(run: Any) -> None:
 
 
 def test_cost_is_the_share_of_a_core(run: Any) -> None:
-    async def busy(record: RequestRecord) -> None:
-        until_s = time.process_time() + 0.1
-        while time.process_time() < until_s:
-            pass
+    used_s = [0.0]
 
-    costs = run(load(busy, block([0.0], end_s=0.4), block([], start_s=0.5, end_s=0.6))).costs
-    assert 0.15 < costs[0].cpu_share < 0.5
-    assert costs[1].cpu_share < 0.15
+    async def busy(record: RequestRecord) -> None:
+        used_s[0] += 0.1
+
+    async def measure() -> Runner:
+        start_s = asyncio.get_running_loop().time()
+        runner = Runner(FakeTarget(busy), start_s, cpu_time_s=lambda: used_s[0])
+        await runner.run([block([0.0], end_s=0.4), block([], start_s=0.5, end_s=0.6)])
+        return runner
+
+    assert [cost.cpu_share for cost in run(measure()).costs] == pytest.approx([0.25, 0])

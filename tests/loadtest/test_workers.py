@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,10 +31,17 @@ PROMPTS = {"p": Prompt("p", "?")}
 
 
 class Prompted(inference_pb2_grpc.InferenceServiceServicer):
-    """Answers at once; has a student only."""
+    """Answers at once; has a student only. Notes by seed when a request came and was answered."""
+
+    def __init__(self) -> None:
+        self.came_s: dict[int, float] = {}
+        self.answered_s: dict[int, float] = {}
 
     def Generate(self, request: Any, context: Any) -> Iterator[pb.GenerateResponse]:  # noqa: N802
+        seed = request.sampling.seed
+        self.came_s[seed] = time.monotonic()
         yield pb.GenerateResponse(tokens=pb.TokenChunk(token_ids=[5]))
+        self.answered_s[seed] = time.monotonic()
         yield pb.GenerateResponse(complete=pb.Complete(sample=pb.Sample(token_ids=[5])))
         yield pb.GenerateResponse(usage=pb.Usage())
 
@@ -42,9 +50,14 @@ class Prompted(inference_pb2_grpc.InferenceServiceServicer):
 
 
 @pytest.fixture(scope="module")
-def target() -> Iterator[str]:
+def service() -> Prompted:
+    return Prompted()
+
+
+@pytest.fixture(scope="module")
+def target(service: Prompted) -> Iterator[str]:
     server = grpc.server(ThreadPoolExecutor(8))
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(Prompted(), server)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     yield f"127.0.0.1:{port}"
@@ -61,15 +74,17 @@ def load(config: RunConfig, on_progress: Callable[[Progress], None]) -> LoadResu
     return run_load(config, PROMPTS, blocks, on_progress)
 
 
-def test_processes_share_requests_and_clock(target: str) -> None:
+def test_processes_share_requests_and_clock(target: str, service: Prompted) -> None:
     config = config_of(target, processes=2, rates_rps=(40.0,), duration_s=0.8, block_s=0.4)
     seen: list[Progress] = []
     result = load(config, seen.append)
     assert [record.plan.number for record in result.records] == list(range(32))
     assert {record.status for record in result.records} == {"OK"}
-    # A process with a clock of its own would be early, or late for all it sends.
-    lags_s = [record.send_lag_s for record in result.records]
-    assert min(lags_s) >= 0 and sorted(lags_s)[16] < 0.05
+    assert all(record.send_lag_s >= 0 for record in result.records)
+    # One start fits all: nothing came before it was sent, nothing ended before it was answered.
+    seeds = [(record, record.plan.seed) for record in result.records]
+    latest_start_s = min(service.came_s[seed] - record.sent_s for record, seed in seeds)
+    assert latest_start_s >= max(service.answered_s[seed] - r.ended_s for r, seed in seeds)
     assert [(cost.block, cost.process) for cost in result.costs] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert all(cost.cpu_share > 0 for cost in result.costs)
     assert (seen[-1].num_sent, seen[-1].num_ended, seen[-1].num_failed) == (32, 32, 0)
@@ -86,7 +101,7 @@ def test_ctrl_c_keeps_what_was_recorded(target: str) -> None:
 
     result = load(config_of(target, rates_rps=(20.0,), duration_s=60), interrupt)
     assert result.is_interrupted
-    assert 5 <= len(result.records) < 200
+    assert 5 <= len(result.records) < 1200  # of 60 s
     assert result.records[0].is_ok
     assert signal.getsignal(signal.SIGINT) is before
 
