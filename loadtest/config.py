@@ -17,7 +17,9 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    target: str = Field(default="127.0.0.1:50051", description="HOST:PORT of the server")
+    target: str = Field(
+        default="127.0.0.1:50051", description="HOST:PORT or unix:/PATH of the server"
+    )
     protocol: Protocol = Field(default="tandem", description="oip: Open Inference Protocol")
     metrics_url: str | None = Field(
         default=None, description="of the server's /metrics, for the cross-check"

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from serve.hosts import is_loopback
+from serve.hosts import is_loopback, is_unix, parse_unix
 from serve.retries import (
     FIRST_PAUSE_S,
     MAX_PAUSE_S,
@@ -89,6 +89,9 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not 1 <= self.max_attempts <= MAX_ATTEMPTS:
             raise ValueError(f"max_attempts is {self.max_attempts}; must be 1 to {MAX_ATTEMPTS}")
+        if is_unix(self.target):
+            for socket in self.target.split(","):
+                parse_unix(socket)
         if self.token is None:
             return
         if not re.fullmatch(r"[!-~]+", self.token):
@@ -163,7 +166,7 @@ def is_local(target: str) -> bool:
     >>> [is_local(t) for t in ("example.com:1", "ipv4:127.0.0.1:1,10.0.0.1:1", "dns:///10.0.0.1")]
     [False, False, False]
     """
-    if target.startswith(("unix:", "unix-abstract:")):
+    if is_unix(target):
         return True
     addresses = re.sub(r"^(dns:(//[^/]*/)?|ipv[46]:)", "", target)
     return all(is_loopback(_host(address)) for address in addresses.split(","))

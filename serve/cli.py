@@ -46,7 +46,9 @@ def serve(
 
 def ask(
     prompt: Annotated[str, typer.Argument(help="The question.")],
-    target: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:50051",
+    target: Annotated[
+        str, typer.Option(help="HOST:PORT or unix:/PATH of the server.")
+    ] = "127.0.0.1:50051",
     num_samples: Annotated[int, typer.Option(help="Answers per model.")] = 1,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens per answer at most.")] = None,

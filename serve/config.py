@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from serve.answer_formats import compile_formats
-from serve.hosts import is_loopback
+from serve.hosts import is_loopback, is_unix, parse_host
 from serve.remote_address import RemoteAddress, is_remote
 
 Backend = Literal["onnx", "torch"]
@@ -25,7 +25,8 @@ class ServeConfig(BaseModel):
         default=None, description="folder of the bundle; required unless the teacher is alone"
     )
     teacher: Path | str | None = Field(
-        default=None, description="folder, or grpc://HOST:PORT; none: the bundle's own"
+        default=None,
+        description="folder, grpc://HOST:PORT, or grpc+unix:/PATH; none: the bundle's own",
     )
     no_teacher: bool = Field(default=False, description="the student alone")
     no_student: bool = Field(default=False, description="the teacher alone, for other servers")
@@ -50,9 +51,11 @@ class ServeConfig(BaseModel):
     )
     teacher_tls_key: Path | None = Field(default=None, description="PEM key of teacher_tls_cert")
 
-    host: str = Field(default="127.0.0.1", description="where clients call")
+    host: str = Field(
+        default="127.0.0.1", description="where clients call: a name, an address, or unix:/PATH"
+    )
     port: int = Field(default=50051, ge=0, le=65535, description="0 picks a free one")
-    control_host: str = Field(default="127.0.0.1", description="of the control listener")
+    control_host: str = Field(default="127.0.0.1", description="likewise of the control listener")
     control_port: int = Field(default=50052, ge=0, le=65535, description="0 picks a free one")
     metrics_host: str = Field(default="127.0.0.1", description="of /metrics and /healthz")
     metrics_port: int = Field(default=9464, ge=0, le=65535, description="0 picks a free one")
@@ -177,6 +180,28 @@ class ServeConfig(BaseModel):
             raise ValueError("--tls-cert and --tls-key belong together; give both or none")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
+        return self
+
+    @field_validator("host", "control_host", "metrics_host")
+    @classmethod
+    def _check_host(cls, host: str) -> str:
+        return parse_host(host)
+
+    @model_validator(mode="after")
+    def _check_sockets(self) -> ServeConfig:
+        """Refuse what no Unix socket has; ports that are defaults are nobody's wish."""
+        if is_unix(self.metrics_host):
+            raise ValueError(
+                f"--metrics-host {self.metrics_host}: metrics are served over TCP alone; must be a "
+                "name or an address"
+            )
+        if is_unix(self.host) and self.host == self.control_host:
+            raise ValueError(f"--host and --control-host are both {self.host}; give them two")
+        for name, host in (("port", self.host), ("control_port", self.control_host)):
+            port, default = getattr(self, name), type(self).model_fields[name].default
+            if is_unix(host) and port not in (0, default):
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {port}: {host} has no port; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -35,7 +35,7 @@ class Answer(NamedTuple):
 @contextmanager
 def connect(
     target: Annotated[
-        str, typer.Option(help="HOST:PORT of the control listener.")
+        str, typer.Option(help="HOST:PORT or unix:/PATH of the control listener.")
     ] = "127.0.0.1:50052",
     token_file: TokenFile = None,
     tls_ca: TlsCa = None,

@@ -335,7 +335,7 @@ def _bearer_token(metadata: tuple[tuple[str, str | bytes], ...]) -> str | None:
 
 
 def _host(context: Context) -> str:
-    """Return the peer without its port: "ipv4:127.0.0.1"."""
+    """Return the peer without its port: "ipv4:127.0.0.1"; "unix" for all of Unix sockets."""
     return context.peer().rpartition(":")[0]
 
 

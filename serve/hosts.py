@@ -1,4 +1,4 @@
-"""Hosts: how an address is written, and which ones only this machine can reach.
+"""Where servers listen: how an address is written, and which ones only this machine can reach.
 
 The latter matters for listeners without TLS, and for tokens without it.
 """
@@ -6,26 +6,102 @@ The latter matters for listeners without TLS, and for tokens without it.
 from __future__ import annotations
 
 import ipaddress
+import re
+
+UNIX, ABSTRACT = "unix:", "unix-abstract:"
+# Of sockaddr_un.sun_path, without the byte that ends it (unix(7)).
+MAX_UNIX_BYTES = 107
+# gRPC takes what follows "unix:" for a URI, and several of them for a list.
+_UNIX_NAME = re.compile(r"[^\s%?#,\x00-\x1f\x7f]+(?: +[^\s%?#,\x00-\x1f\x7f]+)*")
+
+
+def is_unix(address: str) -> bool:
+    """Say whether an address is a Unix socket's: `unix:/PATH` or `unix-abstract:NAME`."""
+    return address.startswith((UNIX, ABSTRACT))
+
+
+def parse_unix(address: str) -> str:
+    """Return a Unix socket's address as `unix:/PATH` or `unix-abstract:NAME`.
+
+    Raises:
+        ValueError: no socket can have it.
+
+    >>> parse_unix("unix:///run/tandem.sock"), parse_unix("unix-abstract:tandem")
+    ('unix:/run/tandem.sock', 'unix-abstract:tandem')
+    """
+    if address.startswith(ABSTRACT):
+        kind, name = ABSTRACT, address.removeprefix(ABSTRACT)
+    else:
+        kind, name = UNIX, re.sub("^//(?=/)", "", address.removeprefix(UNIX))
+    if kind == UNIX and not re.match("/(?!/)", name):
+        raise ValueError("a socket's path must be absolute: unix:/PATH or unix:///PATH")
+    if not _UNIX_NAME.fullmatch(name):
+        raise ValueError("a socket's name must be without % ? # commas and spaces around it")
+    num_bytes = len(name.encode())
+    if num_bytes > MAX_UNIX_BYTES:
+        raise ValueError(
+            f"the name of a Unix socket has {num_bytes} bytes; must have at most {MAX_UNIX_BYTES}"
+        )
+    return kind + name
+
+
+def parse_host(text: str) -> str:
+    """Return a host to listen on as it is used here: an IPv6 address without its brackets.
+
+    Raises:
+        ValueError: it is none; says what it may be.
+
+    >>> parse_host("[::1]"), parse_host("fe80::1%eth0"), parse_host("unix:///run/tandem.sock")
+    ('::1', 'fe80::1%eth0', 'unix:/run/tandem.sock')
+    >>> parse_host("127.0.0.1:50051")
+    Traceback (most recent call last):
+    ValueError: has a port, which is a setting of its own
+    """
+    if is_unix(text):
+        return parse_unix(text)
+    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if _is_ip(host):
+        return host
+    if re.fullmatch(r"(\[.*\]|[^:]*):\d+", text):
+        raise ValueError("has a port, which is a setting of its own")
+    if not re.fullmatch(r"[^\s:/\[\]%@,]+", host):
+        raise ValueError(
+            "must be a name, an IPv4 or IPv6 address, unix:/PATH or unix-abstract:NAME"
+        )
+    return host
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:
     """Say whether a host is this machine's own; of names only `localhost` is.
 
-    >>> [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example")]
-    [True, True, True, False, False]
+    >>> [is_loopback(host) for host in ("127.0.0.1", "::1", "::1%lo", "localhost", "unix:/x")]
+    [True, True, True, True, True]
+    >>> [is_loopback(host) for host in ("0.0.0.0", "::", "example")]
+    [False, False, False]
     """
-    if host == "localhost":
+    if host == "localhost" or is_unix(host):
         return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return _is_ip(host) and ipaddress.ip_address(host).is_loopback
 
 
 def join_port(host: str, port: int) -> str:
-    """Return HOST:PORT, an IPv6 address in brackets.
+    """Return HOST:PORT, an IPv6 address in brackets; a Unix socket has no port.
 
-    >>> join_port("localhost", 80), join_port("::1", 80)
-    ('localhost:80', '[::1]:80')
+    The percent sign of a zone is written as in a URI (RFC 6874), which gRPC takes it for.
+
+    >>> join_port("localhost", 80), join_port("::1", 80), join_port("fe80::1%eth0", 80)
+    ('localhost:80', '[::1]:80', '[fe80::1%25eth0]:80')
+    >>> join_port("unix:/run/tandem.sock", 1)
+    'unix:/run/tandem.sock'
     """
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if is_unix(host):
+        return host
+    return f"[{host.replace('%', '%25')}]:{port}" if ":" in host else f"{host}:{port}"

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import socket
-from contextlib import ExitStack
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from bundle.errors import UserError
 from serve.config import ServeConfig
+from serve.hosts import ABSTRACT, UNIX, is_unix
+
+# Of a socket's file: its owner and its group may connect.
+_SOCKET_UMASK = 0o117
 
 
 def check_listeners(config: ServeConfig) -> None:
@@ -22,7 +30,10 @@ def check_listeners(config: ServeConfig) -> None:
     }
     with ExitStack() as held:
         for flag, (host, port) in places.items():
-            held.enter_context(_bind(flag, host, port))
+            if is_unix(host):
+                _try_unix(flag.replace("port", "host"), host)
+            else:
+                held.enter_context(_bind(flag, host, port))
 
 
 def _bind(flag: str, host: str, port: int) -> socket.socket:
@@ -32,7 +43,10 @@ def _bind(flag: str, host: str, port: int) -> socket.socket:
         )
     except socket.gaierror as error:
         raise UserError(f"--{flag.replace('port', 'host')} {host}: {error.strerror}") from None
-    listener = socket.socket(family, kind, protocol)
+    try:
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:  # a machine without IPv6
+        raise _cannot_listen(flag, port, host, error) from None
     # As servers do: a port whose last connections are still fading is free.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -40,5 +54,61 @@ def _bind(flag: str, host: str, port: int) -> socket.socket:
         listener.listen()
     except OSError as error:
         listener.close()
-        raise UserError(f"--{flag} {port}: cannot listen on {host}: {error.strerror}") from None
+        raise _cannot_listen(flag, port, host, error) from None
     return listener
+
+
+def _cannot_listen(flag: str, port: int, host: str, error: OSError) -> UserError:
+    return UserError(f"--{flag} {port}: cannot listen on {host}: {error.strerror}")
+
+
+def _try_unix(flag: str, address: str) -> None:
+    """Bind a Unix socket, and let go of it again; UserError."""
+    try:
+        remove_stale_socket(address)
+        with socket.socket(socket.AF_UNIX) as listener:
+            if address.startswith(ABSTRACT):
+                listener.bind("\0" + address.removeprefix(ABSTRACT))
+            else:
+                listener.bind(address.removeprefix(UNIX))
+                Path(address.removeprefix(UNIX)).unlink()
+    except OSError as error:
+        raise UserError(f"--{flag} {address}: cannot listen: {error.strerror}") from None
+
+
+def remove_stale_socket(address: str) -> None:
+    """Remove the file that a server has left that was killed; gRPC would also take a live one.
+
+    Raises:
+        UserError: somebody listens there, or something else has that path.
+        OSError: it cannot be looked at, or not be removed.
+    """
+    path = Path(address.removeprefix(UNIX))
+    if address.startswith(ABSTRACT):
+        return
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise UserError(f"{path} is there, and no socket; remove it, or listen elsewhere")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except BlockingIOError:  # it listens, and has no time for us
+            pass
+    raise UserError(f"{path} is in use: another server listens there")
+
+
+@contextmanager
+def socket_permissions() -> Iterator[None]:
+    """Give the files of sockets that are made within the mode 0660."""
+    before = os.umask(_SOCKET_UMASK)
+    try:
+        yield
+    finally:
+        os.umask(before)

@@ -35,7 +35,8 @@ from serve.errors import TandemError
 from serve.gate import OPEN, Gate, current_client
 from serve.health import NAME as HEALTH_NAME
 from serve.health import Health
-from serve.hosts import join_port
+from serve.hosts import is_unix, join_port
+from serve.listeners import remove_stale_socket, socket_permissions
 from serve.metrics import ServerMetrics
 from serve.metrics_http import MetricsServer
 from serve.open_inference import SERVICE_NAME as OPEN_INFERENCE_NAME
@@ -157,7 +158,7 @@ class Server:
 
         Raises:
             RuntimeError, OSError: a port is taken.
-            UserError: certificate or key cannot be used.
+            UserError: a socket is, or certificate or key cannot be used.
         """
         config = self._config
         self._register()
@@ -281,15 +282,19 @@ class Server:
         reflection.enable_server_reflection((*names, HEALTH_NAME, reflection.SERVICE_NAME), server)
 
     def _listen(self, server: grpc.aio.Server, host: str, port: int) -> str:
-        """Open a port, encrypted if there is a certificate, and return its address."""
+        """Open a port or a socket, encrypted if there is a certificate; return its address."""
         config, address = self._config, join_port(host, port)
-        if config.tls_cert is None or config.tls_key is None:
-            bound = server.add_insecure_port(address)
-        else:
-            # Credentials are of one listener: grpc asks each for its first certificate only once.
-            bound = server.add_secure_port(
-                address, server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
-            )
+        if is_unix(host):
+            remove_stale_socket(host)
+        with socket_permissions():
+            if config.tls_cert is None or config.tls_key is None:
+                bound = server.add_insecure_port(address)
+            else:
+                # Credentials are of one listener: grpc asks each for its first certificate once.
+                credentials = server_credentials(
+                    config.tls_cert, config.tls_key, config.tls_client_ca
+                )
+                bound = server.add_secure_port(address, credentials)
         return join_port(host, bound)
 
     def _count_rejected(self, reason: str, rpc: str, code: grpc.StatusCode) -> None:

@@ -194,8 +194,8 @@ def test_settings_that_contradict_each_other_are_refused(
 )
 def test_address_of_a_teacher_that_is_none_is_refused(address: str) -> None:
     assert refusal(teacher=address) == (
-        f"flag --teacher: {address!r} is no address; must be grpc://HOST:PORT or "
-        f"grpcs://HOST:PORT, got {address!r}"
+        f"flag --teacher: {address!r} is no address; must be grpc://HOST:PORT, "
+        f"grpcs://HOST:PORT or grpc+unix:/PATH, got {address!r}"
     )
 
 
