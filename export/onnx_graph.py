@@ -391,10 +391,13 @@ def _fuse(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _detach_weights(graph: onnx.GraphProto) -> dict[str, bytes]:
-    """Take the weights out of the graph; their names, types and shapes stay."""
+    """Take the matrices out of the graph; their names, types and shapes stay.
+
+    Biases stay: shape inference reads what is added, and without it no norm is fused.
+    """
     weights = {}
     for tensor in graph.initializer:
-        if len(tensor.raw_data) >= EXTERNAL_DATA_THRESHOLD_BYTES:
+        if len(tensor.dims) > 1 and len(tensor.raw_data) >= EXTERNAL_DATA_THRESHOLD_BYTES:
             weights[tensor.name] = tensor.raw_data
             tensor.ClearField("raw_data")
     return weights

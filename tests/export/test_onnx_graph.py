@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import numpy_helper
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from export.onnx_graph import DATA_FILE, OPSET, check_node_count, export_onnx, load_untied
 
@@ -66,6 +67,19 @@ def test_attention_is_one_operator_and_norms_are_fused(exported: Any) -> None:
     assert kinds.count("SkipSimplifiedLayerNormalization") == 2 * NUM_LAYERS
     assert kinds.count("SimplifiedLayerNormalization") == 1
     assert kinds.count("MatMul") + kinds.count("FusedMatMul") == 5 * NUM_LAYERS + 1
+
+
+def test_biases_as_long_as_those_of_real_models_hinder_no_fusion(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = Qwen2Config(vocab_size=40, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    model = Qwen2ForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
+    graph = onnx.load(export_onnx(model, tmp_path, max_model_len=64)).graph
+    biases = [i.dims for i in graph.initializer if list(i.dims) == [256]]
+    assert len(biases) == 2, "1024 bytes: SmolLM2's layers have none, Qwen2.5's 8 KiB"
+    assert [node.op_type for node in graph.node].count("SkipSimplifiedLayerNormalization") == 4
 
 
 def test_inputs_and_outputs_have_the_names_of_the_ecosystem(exported: Any) -> None:
