@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from serve.errors import (
@@ -11,6 +11,7 @@ from serve.errors import (
     InvalidFieldError,
     NeverFitsError,
 )
+from serve.routing import ServedModel
 from serve.specs import GenerationSpec, Limits, Prompt, ScoreSpec
 from serve.tokenization import Tokenizer
 
@@ -29,6 +30,23 @@ def tokenize(prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
     if not token_ids:
         raise InvalidFieldError.of(prompt.field, "has no tokens; must have at least one")
     return token_ids
+
+
+def check_known(field: str, token_ids: Sequence[int], model: ServedModel) -> None:
+    """Check the tokens of a text: a tokenizer may have more of them than its model has rows for.
+
+    A model elsewhere is looked after by its own server.
+
+    Raises:
+        InvalidFieldError: the model has no row for one, and its step would fail for everyone.
+    """
+    largest, num_rows = max(token_ids), model.engine.info.vocab_size
+    if not model.address and largest >= num_rows:
+        raise InvalidFieldError.of(
+            field,
+            f"has the token {model.tokenizer.token_text(largest)!r} with the id {largest}; the "
+            f"{model.role.value} knows tokens with ids below {num_rows} alone",
+        )
 
 
 def fit_context(
@@ -67,22 +85,23 @@ def check_capacity(num_samples: int, limits: Limits) -> None:
 
 
 def tokenize_completions(
-    spec: ScoreSpec, num_prompt_tokens: int, tokenizer: Tokenizer, limits: Limits
+    spec: ScoreSpec, num_prompt_tokens: int, model: ServedModel, limits: Limits
 ) -> tuple[tuple[int, ...], ...]:
     """Return the token ids of the completions to score, each at least one.
 
     Raises:
-        InvalidFieldError: a text has no tokens.
+        InvalidFieldError: a text has no tokens, or one that the model does not have.
         CompletionLengthError: prompt and completion exceed the context.
     """
     completions = []
     for index, completion in enumerate(spec.completions):
         if isinstance(completion, str):
-            completion = tokenizer.encode(completion, is_continuation=True)
+            completion = model.tokenizer.encode(completion, is_continuation=True)
         if not completion:
             raise InvalidFieldError.of(
                 f"completions[{index}].text", "has no tokens; must have at least one"
             )
+        check_known(f"completions[{index}].text", completion, model)
         num_tokens = num_prompt_tokens + len(completion)
         if num_tokens > limits.max_model_len:
             raise CompletionLengthError(index, num_tokens, limits.max_model_len)

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from serve.admission import check_capacity, fit_context, tokenize, tokenize_completions
+from serve.admission import (
+    check_capacity,
+    check_known,
+    fit_context,
+    tokenize,
+    tokenize_completions,
+)
 from serve.agreement import Agreement, Case, Judge
 from serve.arms import ArmJob, ArmResult, OnChunk, run_arm, run_arm_or_spare, run_second_arm
 from serve.comparison import CompletionScore, score_with_models
@@ -35,7 +41,6 @@ from serve.scoring import ScoringRequest
 from serve.shadow import Shadows
 from serve.specs import GenerationSpec, Limits, Prompt, ScoreSpec
 from serve.tasks import running
-from serve.tokenization import Tokenizer
 
 OnArm = Callable[[ArmResult], None]
 RunArm = Callable[[ArmJob, OnChunk], Awaitable[ArmResult]]
@@ -256,7 +261,7 @@ class Coordinator:
         is_scored: bool,
     ) -> list[ArmJob]:
         """Return the jobs of these models, all of the same `max_tokens`."""
-        prompts = [await _tokenize(spec.prompt, model.tokenizer) for model in models]
+        prompts = [await _tokenize(spec.prompt, model) for model in models]
         involved = self.engines.loaded if is_scored else models
         elsewhere = [model.engine.info.max_model_len for model in involved if model.address]
         spec = fit_context(spec, max(map(len, prompts)), self.limits, elsewhere)
@@ -317,9 +322,9 @@ class Coordinator:
     async def _scoring_request(
         self, spec: ScoreSpec, model: ServedModel, terms: _Terms
     ) -> ScoringRequest:
-        prompt = await _tokenize(spec.prompt, model.tokenizer)
+        prompt = await _tokenize(spec.prompt, model)
         completions = await asyncio.to_thread(
-            tokenize_completions, spec, len(prompt), model.tokenizer, self.limits
+            tokenize_completions, spec, len(prompt), model, self.limits
         )
         return ScoringRequest(
             terms.key,
@@ -336,11 +341,14 @@ def _cache_salt(tenant: str, given: str) -> str:
     return f"{tenant}\0{given}"
 
 
-async def _tokenize(prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the prompt's token ids, text tokenized beside the loop. Raises like `tokenize`.
+async def _tokenize(prompt: Prompt, model: ServedModel) -> tuple[int, ...]:
+    """Return the prompt's token ids, text tokenized beside the loop.
 
-    Ids need no thread, whose turn would come between requests that could start together.
+    Ids need no thread, whose turn would come between requests that could start together. Raises
+    like `tokenize` and `check_known`.
     """
     if prompt.token_ids:
         return prompt.token_ids
-    return await asyncio.to_thread(tokenize, prompt, tokenizer)
+    token_ids = await asyncio.to_thread(tokenize, prompt, model.tokenizer)
+    check_known(prompt.field, token_ids, model)
+    return token_ids

@@ -98,6 +98,16 @@ def _warn_of_another(folder: Path, reference: TeacherReference) -> None:
         )
 
 
+def _warn_of_few_rows(folder: Path, tokenizer: Tokenizer, engine: Engine) -> None:
+    num_rows = engine.info.vocab_size
+    if num_rows < tokenizer.num_tokens:
+        logger.warning(
+            "%s has a tokenizer of %d tokens, and logits of %d: texts with a token from %r (id %d) "
+            "on are refused; resize the model's embeddings to the tokenizer",
+            *(folder, tokenizer.num_tokens, num_rows, tokenizer.token_text(num_rows), num_rows),
+        )
+
+
 def _why_not_there(reference: TeacherReference) -> str:
     """Say why the distilled-from teacher cannot be served; empty when it can."""
     if reference.local_path is None:
@@ -170,11 +180,12 @@ class _Loader:
             tokenizer = Tokenizer.load(bundle / "student")
             engine, noise = self._build_engine(
                 Role.STUDENT,
-                self._student_backend(stream),
+                self._student_backend(stream, tokenizer),
                 bundle / "student",
                 stream,
                 rounds_activations=self._student_rounds_activations(),
             )
+        _warn_of_few_rows(bundle / "student", tokenizer, engine)
         return ServedModel(
             Role.STUDENT,
             engine,
@@ -190,8 +201,9 @@ class _Loader:
         with _loading(folder):
             tokenizer = Tokenizer.load(folder)
             engine, noise = self._build_engine(
-                Role.TEACHER, self._teacher_backend(folder, stream), folder, stream
+                Role.TEACHER, self._teacher_backend(folder, stream, tokenizer), folder, stream
             )
+        _warn_of_few_rows(folder, tokenizer, engine)
         # One vocabulary, one tokenizer: both models must see the very same prompt.
         if student is not None and tokenizer.hash == student.tokenizer.hash:
             tokenizer = student.tokenizer
@@ -271,24 +283,27 @@ class _Loader:
         half = [name for name, v in variants.items() if v.precision in _HALF_PRECISIONS]
         return half[0] if half and self.device != "cpu" else self._manifest.default_variant
 
-    def _student_backend(self, stream: torch.cuda.Stream | None) -> Backend:
+    def _student_backend(self, stream: torch.cuda.Stream | None, tokenizer: Tokenizer) -> Backend:
         config, variants = self.config, self._manifest.variants
         if config.student_backend == "torch":
-            return self._load_torch(self._bundle / "student", "float32")
+            return self._load_torch(self._bundle / "student", "float32", tokenizer)
         name = self._variant_name()
         return self._load_onnx(
             self._bundle / "onnx" / name,
             stream,
+            tokenizer,
             precision=variants[name].precision,
             num_parameters=self._manifest.student.num_parameters,
         )
 
-    def _teacher_backend(self, folder: Path, stream: torch.cuda.Stream | None) -> Backend:
+    def _teacher_backend(
+        self, folder: Path, stream: torch.cuda.Stream | None, tokenizer: Tokenizer
+    ) -> Backend:
         if self.config.teacher_backend == "torch":
-            return self._load_torch(folder, self.config.teacher_dtype)
-        return self._load_onnx(folder, stream)
+            return self._load_torch(folder, self.config.teacher_dtype, tokenizer)
+        return self._load_onnx(folder, stream, tokenizer)
 
-    def _load_torch(self, folder: Path, dtype: str) -> Backend:
+    def _load_torch(self, folder: Path, dtype: str, tokenizer: Tokenizer) -> Backend:
         import torch
 
         from serve.torch_backend import TorchBackend
@@ -301,10 +316,15 @@ class _Loader:
             dtype=getattr(torch, dtype),
             max_num_seqs=self.config.max_num_seqs,
             max_model_len=self.config.max_model_len,
+            real_tokens=tokenizer.real_tokens,
         )
 
     def _load_onnx(
-        self, folder: Path, stream: torch.cuda.Stream | None, **described: Any
+        self,
+        folder: Path,
+        stream: torch.cuda.Stream | None,
+        tokenizer: Tokenizer,
+        **described: Any,
     ) -> Backend:
         from serve.onnx_backend import OnnxBackend
 
@@ -316,6 +336,7 @@ class _Loader:
             num_threads=self.num_threads,
             shares_cores=self.arbiter is not None,
             stream=stream.cuda_stream if stream else None,
+            real_tokens=tokenizer.real_tokens,
             **described,
         )
 

@@ -34,6 +34,7 @@ from serve.onnx_session import (
     open_stream,
     run_options,
 )
+from serve.real_tokens import RealTokens
 from serve.serving_graph import LAST_POSITIONS, LOGIT_ROWS, TOTAL_LENGTH
 
 _TORCH_TYPES = {
@@ -70,6 +71,7 @@ class OnnxBackend:
         max_model_len: int,
         stream: Any = None,
         cuda_graphs: bool = False,
+        real_tokens: RealTokens | None = None,
     ) -> None:
         self._session = session
         self._device = device
@@ -82,12 +84,14 @@ class OnnxBackend:
             _TORCH_TYPES[past[0].type],
             device,
         )
+        self._num_rows: int = config["vocab_size"]
+        self._real_tokens = (real_tokens or RealTokens(self._num_rows)).within(self._num_rows)
         self.info = ModelInfo(
             backend="onnx",
             device=str(device),
             precision=precision,
             num_parameters=num_parameters,
-            vocab_size=config["vocab_size"],
+            vocab_size=self._real_tokens.num_tokens,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
         )
@@ -120,9 +124,11 @@ class OnnxBackend:
         shares_cores: bool = True,
         stream: int | None = None,
         cuda_graphs: bool | None = None,
+        real_tokens: RealTokens | None = None,
     ) -> OnnxBackend:
         """Load `variant_dir/model.onnx` beside its `config.json`.
 
+        Logits are those of `real_tokens`, of all that the graph has by default.
         `shares_cores` False lets threads spin between steps: for the only model on these cores.
         `stream` is the address of the CUDA stream to work on; by default the backend makes its
         own. `cuda_graphs` is by default True on CUDA.
@@ -157,6 +163,7 @@ class OnnxBackend:
             max_model_len=max_model_len,
             stream=own_stream,
             cuda_graphs=has_graphs,
+            real_tokens=real_tokens,
         )
 
     def forward(
@@ -284,11 +291,10 @@ class OnnxBackend:
         self._total_length[...] = total_length
         step.inputs.upload()
         self._session.run_with_iobinding(step.binding, options)
-        logits = step.logits
-        return logits if logits.dtype == torch.float32 else logits.float()
+        return self._real_tokens.cut(step.logits.float())
 
     def _new_logits(self, num_rows: int) -> torch.Tensor:
-        shape = (num_rows + num_rows % 2, self.info.vocab_size)
+        shape = (num_rows + num_rows % 2, self._num_rows)
         return torch.empty(shape, dtype=self._logits_type, device=self._device)
 
     # -- bindings ---------------------------------------------------------------------------

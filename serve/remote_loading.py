@@ -53,6 +53,13 @@ def reach_teacher(
             "has %d: divergences are from this other model",
             *(address, model.num_parameters, reference.source, reference.num_parameters),
         )
+    num_tokens = student.engine.info.vocab_size
+    if model is not None and model.vocab_size != num_tokens:
+        logger.warning(
+            "the teacher at %s has logits of %d tokens, the student of %d: log-probabilities are "
+            "normalised over different tokens; an older Tandem counts the rows that pad a head",
+            *(address, model.vocab_size, num_tokens),
+        )
     return ServedModel(Role.TEACHER, engine, student.tokenizer, address=str(address))
 
 

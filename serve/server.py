@@ -375,6 +375,9 @@ def limits_of(engines: Engines, config: ServeConfig) -> Limits:
         vocab_size=min(
             min(model.engine.info.vocab_size, model.tokenizer.num_tokens) for model in models
         ),
+        missing_token_ids=frozenset(
+            i for model in models for i in model.tokenizer.real_tokens.missing_ids
+        ),
         tasks=config.tasks,
         answer_formats=(*ANSWER_FORMATS, *config.answer_formats),
         max_queued_samples=config.max_waiting + config.max_num_seqs,

@@ -35,10 +35,14 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Every bound of a request. The first two are the models': the lesser of those loaded."""
+    """Every bound of a request. The first two are the models': the lesser of those loaded.
+
+    `missing_token_ids` are below `vocab_size` and no token's.
+    """
 
     max_model_len: int
     vocab_size: int
+    missing_token_ids: frozenset[int] = frozenset()
     tasks: frozenset[str] = frozenset()
     answer_formats: tuple[str, ...] = tuple(ANSWER_FORMATS)
     max_queued_samples: int = 1 << 31

@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from bundle.hashing import hash_json
 from serve.errors import InvalidFieldError
+from serve.real_tokens import RealTokens
 from serve.sequence import StopCheck
 
 _REPLACEMENT = "\ufffd"
@@ -66,12 +67,17 @@ class Tokenizer:
         return hash_json(self._tokenizer.get_vocab(with_added_tokens=True))
 
     @cached_property
+    def real_tokens(self) -> RealTokens:
+        """The ids of all tokens, added ones included."""
+        return RealTokens.of(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @property
     def num_tokens(self) -> int:
         """The highest token id plus one, added tokens included: from here on logits are padding.
 
         Ids below that no token has (holes) count, as a model has rows for them.
         """
-        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        return self.real_tokens.num_tokens
 
     def encode(self, text: str, *, is_continuation: bool = False) -> tuple[int, ...]:
         """Tokenize text as it stands.

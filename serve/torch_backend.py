@@ -30,6 +30,7 @@ from serve.decoder import (
     rotary_table,
 )
 from serve.kv_cache import KVCache
+from serve.real_tokens import ABSENT_LOGIT, RealTokens
 from serve.slot_attention import (
     QUERY_ALIGNMENT,
     ManyTokenAttention,
@@ -63,9 +64,12 @@ class TorchBackend:
         max_num_seqs: int,
         max_model_len: int,
         enable_cuda_graphs: bool = True,
+        real_tokens: RealTokens | None = None,
     ) -> None:
         config = model.config
         shape = head_shape(config)
+        num_rows = len(model.lm_head.weight)
+        real_tokens = (real_tokens or RealTokens(num_rows)).within(num_rows)
         # One column more than the context: padding tokens write there when a row is full.
         num_columns = key_length(max_model_len + 1)
         self.info = ModelInfo(
@@ -73,7 +77,7 @@ class TorchBackend:
             device=str(device),
             precision=str(model.dtype).removeprefix("torch."),
             num_parameters=model.num_parameters(),
-            vocab_size=config.vocab_size,
+            vocab_size=real_tokens.num_tokens,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
         )
@@ -85,7 +89,7 @@ class TorchBackend:
         )
         self._device = device
         self._slots = SlotCache(self.cache)
-        self._decoder = take_decoder(model, num_columns)
+        self._decoder = take_decoder(model, num_columns, real_tokens)
         self._graphs: DecodeGraphs | None = None
         if device.type == "cuda" and enable_cuda_graphs:
             self._graphs = DecodeGraphs(
@@ -102,8 +106,11 @@ class TorchBackend:
         max_num_seqs: int,
         max_model_len: int,
         enable_cuda_graphs: bool = True,
+        real_tokens: RealTokens | None = None,
     ) -> TorchBackend:
         """Load a transformers folder, its safetensors alone.
+
+        Logits are those of `real_tokens`, of all rows of the head by default.
 
         Raises ValueError when the architecture is not supported or weights of it are missing, and
         OSError without safetensors.
@@ -130,6 +137,7 @@ class TorchBackend:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             enable_cuda_graphs=enable_cuda_graphs,
+            real_tokens=real_tokens,
         )
 
     @classmethod
@@ -141,8 +149,9 @@ class TorchBackend:
         max_num_seqs: int,
         max_model_len: int,
         enable_cuda_graphs: bool = True,
+        real_tokens: RealTokens | None = None,
     ) -> TorchBackend:
-        """Take over a transformers model, whose weights are gone afterwards.
+        """Take over a transformers model, whose weights are gone afterwards; see `load`.
 
         Raises ValueError when the architecture is not supported.
         """
@@ -153,6 +162,7 @@ class TorchBackend:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             enable_cuda_graphs=enable_cuda_graphs,
+            real_tokens=real_tokens,
         )
 
     @torch.inference_mode()
@@ -224,7 +234,7 @@ class TorchBackend:
         self.cache.scrub(row, start)
 
 
-def take_decoder(model: Any, num_positions: int) -> Decoder:
+def take_decoder(model: Any, num_positions: int, real_tokens: RealTokens) -> Decoder:
     """Take the weights out of a transformers model, layer by layer, and leave it without them."""
     decoder, config = model.model, model.config
     windows = sliding_windows(config)
@@ -235,7 +245,7 @@ def take_decoder(model: Any, num_positions: int) -> Decoder:
             for layer, window in zip(decoder.layers, windows, strict=True)
         ),
         final_norm=make_norm(decoder.norm.weight, config.rms_norm_eps),
-        head=make_linear(model.lm_head.weight.float(), model.lm_head.bias),
+        head=make_linear(*_head_of(model.lm_head, real_tokens)),
         rotary=_rotary(model, num_positions),
         shape=head_shape(config),
     )
@@ -256,6 +266,20 @@ def _take_layer(layer: Any, eps: float, window: int | None) -> DecoderLayer:
     )
     layer.to("meta")  # else every weight would be in memory twice
     return taken
+
+
+def _head_of(lm_head: nn.Linear, real_tokens: RealTokens) -> tuple[Tensor, Tensor | None]:
+    """Return float32 weight and bias of the rows that are tokens' (`serve.real_tokens`)."""
+    weight = lm_head.weight.detach()[: real_tokens.num_tokens].float()
+    bias = None
+    if lm_head.bias is not None:
+        bias = lm_head.bias.detach()[: real_tokens.num_tokens].float()
+    if real_tokens.missing_ids:
+        missing = torch.tensor(real_tokens.missing_ids, device=weight.device)
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        weight = weight.index_fill(0, missing, 0.0)
+        bias = bias.index_fill(0, missing, ABSENT_LOGIT)
+    return weight, bias
 
 
 def _stacked(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:

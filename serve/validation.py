@@ -228,11 +228,13 @@ def _token_ids(path: str, ids: Sequence[int], limits: Limits, checks: Checks) ->
 
 
 def _check_vocabulary(path: str, ids: Sequence[int], limits: Limits, checks: Checks) -> None:
-    if max(ids, default=0) < limits.vocab_size:
+    if max(ids, default=0) < limits.vocab_size and limits.missing_token_ids.isdisjoint(ids):
         return
     for index, token_id in enumerate(ids):
         if token_id >= limits.vocab_size:
             checks.refuse(f"{path}[{index}]", token_id, f"below {limits.vocab_size}")
+        elif token_id in limits.missing_token_ids:
+            checks.refuse(f"{path}[{index}]", token_id, "the id of a token, and none has this one")
 
 
 def _seed(request: pb.GenerateRequest | pb.CompareRequest) -> int:

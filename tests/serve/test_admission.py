@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.admission import check_capacity, fit_context, tokenize, tokenize_completions
+from serve.admission import (
+    check_capacity,
+    check_known,
+    fit_context,
+    tokenize,
+    tokenize_completions,
+)
 from serve.errors import (
     CompletionLengthError,
     ContextLengthError,
@@ -77,12 +86,21 @@ def test_what_leaves_no_room_is_named(
     assert caught.value.field == field
 
 
-def test_completion_over_the_context_names_its_place(tokenizer: Tokenizer) -> None:
+def test_completion_over_the_context_names_its_place(make_pair: Any) -> None:
     completions = [pb.Completion(text="a"), pb.Completion(text="a" * 41)]
     spec = validate_score(pb.ScoreRequest(prompt="x", completions=completions), LIMITS)
     with pytest.raises(CompletionLengthError) as caught:
-        tokenize_completions(spec, 60, tokenizer, LIMITS)
+        tokenize_completions(spec, 60, make_pair().engines.student, LIMITS)
     assert caught.value.field == "completions[1]"
+
+
+def test_text_with_a_token_that_the_model_has_no_row_for_is_refused(make_pair: Any) -> None:
+    student = make_pair(student=torch.zeros(100, 100)).engines.student
+    check_known("prompt", student.tokenizer.encode("!"), student)
+    with pytest.raises(
+        InvalidFieldError, match=r"prompt: has the token .* the id 130; .* below 100"
+    ):
+        check_known("prompt", student.tokenizer.encode("é"), student)
 
 
 def test_samples_may_fill_the_queue_exactly() -> None:

@@ -74,8 +74,16 @@ def test_eos_that_is_no_token_is_refused(tmp_path: Path, value: Any) -> None:
 def bundle(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A bundle with a tiny random Llama as its student; its ONNX graph is none."""
     folder = tmp_path_factory.mktemp("bundle")
+    save_llama(folder / "student", tokenizer, tokenizer.num_tokens)
+    (folder / "onnx" / "int8").mkdir(parents=True)
+    (folder / "onnx" / "int8" / "model.onnx").write_text("not a graph")
+    write_manifest(folder, manifest_of(folder, folder / "student"))
+    return folder
+
+
+def save_llama(folder: Path, tokenizer: Any, num_rows: int) -> Path:
     config = LlamaConfig(
-        vocab_size=tokenizer.num_tokens,
+        vocab_size=num_rows,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -84,11 +92,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
         max_position_embeddings=128,
         eos_token_id=2,
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "student")
-    tokenizer._tokenizer.save(str(folder / "student" / "tokenizer.json"))
-    (folder / "onnx" / "int8").mkdir(parents=True)
-    (folder / "onnx" / "int8" / "model.onnx").write_text("not a graph")
-    write_manifest(folder, manifest_of(folder, folder / "student"))
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer._tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -105,6 +110,20 @@ def test_bundle_and_teacher_become_two_engines(bundle: Path) -> None:
     assert student.engine.info.max_num_seqs == 2
     assert student.manifest_sha256 and not teacher.manifest_sha256
     assert teacher.tokenizer is student.tokenizer
+
+
+def test_rows_behind_the_tokens_are_nowhere(bundle: Path, tmp_path: Path, tokenizer: Any) -> None:
+    teacher = save_llama(tmp_path, tokenizer, 320)
+    models = load(bundle, teacher=teacher, teacher_dtype="float32").loaded
+    assert [model.engine.info.vocab_size for model in models] == [259, 259]
+
+
+def test_tokens_without_a_row_are_warned_about(
+    bundle: Path, tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(bundle, teacher=save_llama(tmp_path, tokenizer, 250))
+    (warning,) = [r.getMessage() for r in caplog.records if "tokenizer of" in r.getMessage()]
+    assert "tokenizer of 259 tokens, and logits of 250: texts with a token from" in warning
 
 
 def test_without_a_teacher_the_student_is_alone(bundle: Path) -> None:
@@ -258,6 +277,14 @@ def test_teacher_elsewhere_is_looked_at(
     assert engines.local == (engines.student,)
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert "parameters, the one that the student was distilled from (tiny) has 1" in warning
+
+
+def test_logits_of_other_tokens_elsewhere_are_warned_about(
+    bundle: Path, serving: Any, make_pair: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(make_pair(teacher=torch.zeros(320, 320), roles=(Role.TEACHER,))) as live:
+        load(bundle, teacher=f"grpc://{live.server.address}")
+    assert "has logits of 320 tokens, the student of 259" in caplog.text
 
 
 def test_teacher_elsewhere_may_come_later(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -672,6 +672,19 @@ def test_token_of_the_teacher_alone_leaves_the_divergence_out(
         assert live.pair.value("model_up", role="student")
 
 
+def test_text_with_a_token_that_the_model_lacks_is_the_callers_error(
+    serving: Any, make_pair: Any
+) -> None:
+    completion = pb.Completion(text="é")
+    with serving(make_pair(student=torch.zeros(100, 100), roles=(Role.STUDENT,))) as live:
+        score = pb.ScoreRequest(prompt="a", completions=[completion])
+        for call in (lambda: generate(live, prompt="é"), lambda: live.client.score(score)):
+            error = failure(call)
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "with the id 130; the student knows tokens" in error.details()
+        assert live.pair.value("model_up", role="student")
+
+
 def test_nonfinite_reference_leaves_the_divergence_out(serving: Any, make_pair: Any) -> None:
     pair = make_pair()
     pair.backends[Role.TEACHER].logits[:] = float("nan")

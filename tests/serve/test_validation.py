@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,6 +117,20 @@ def test_sampling_out_of_bounds_names_the_field(sampling: dict[str, object], fie
 )
 def test_bad_request_names_the_field(request_fields: dict[str, object], field: str) -> None:
     assert refused(pb.GenerateRequest(**request_fields)) == [field]
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "field"),
+    [
+        ({"prompt_token_ids": {"ids": [1, 7]}}, "prompt_token_ids.ids[1]"),
+        ({"prompt": "x", "sampling": {"stop_token_ids": [7]}}, "sampling.stop_token_ids[0]"),
+    ],
+)
+def test_id_that_no_token_has_is_refused(request_fields: dict[str, object], field: str) -> None:
+    limits = replace(LIMITS, missing_token_ids=frozenset({7}))
+    with pytest.raises(InvalidFieldError, match="is 7; must be the id of a token") as caught:
+        validate_generate(pb.GenerateRequest(**request_fields), limits)
+    assert [violation.field for violation in caught.value.violations] == [field]
 
 
 @pytest.mark.parametrize(
