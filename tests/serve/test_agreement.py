@@ -195,11 +195,9 @@ def test_a_reference_that_hangs_ends_the_request_by_its_deadline() -> None:
     gold = EvaluationSpec(
         "boxed", reference_answer="9^{9^{9^9}}+x", answer_match=AnswerMatch.SYMBOLIC
     )
-    began_s = time.monotonic()
-    case = Case(deadline_s=began_s + 0.5)
+    case = Case(deadline_s=time.monotonic() + 0.5)
     student = boxed(Role.STUDENT, "9^{9^{9^9}}+x", "x+1", "x+2")
-    agreement = judged(gold, student, worker=AnswerWorker(20), case=case)
-    assert time.monotonic() - began_s < 0.5  # of a time limit of 20 s
+    agreement = judged(gold, student, worker=AnswerWorker(3600), case=case)
     assert [s.correct for s in student.samples] == [True, None, None]
     assert agreement.undecided == {NoResult.TIMEOUT: 2}
 

