@@ -17,7 +17,6 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]
-from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from bundle.errors import UserError
 from estimators.answers import ANSWER_FORMATS
@@ -42,6 +41,7 @@ from serve.metrics_http import MetricsServer
 from serve.open_inference import SERVICE_NAME as OPEN_INFERENCE_NAME
 from serve.open_inference import OpenInferenceService
 from serve.policy import TrafficPolicy
+from serve.reflection import REFLECTION_NAMES, reflect
 from serve.replay import Replays
 from serve.routing import Engines
 from serve.service import SERVICE_NAME, InferenceService
@@ -78,7 +78,10 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 
 # What a token must allow for each service. None is open to all and not counted, OPEN needs no token
 # but is counted. Nothing else can be called.
-_COMMON_SCOPES = {f"/{reflection.SERVICE_NAME}/": "reflection", f"/{HEALTH_NAME}/": None}
+_COMMON_SCOPES = {
+    **{f"/{name}/": "reflection" for name in REFLECTION_NAMES},
+    f"/{HEALTH_NAME}/": None,
+}
 _DATA_SCOPES: Mapping[str, str | None] = {
     f"/{SERVICE_NAME}/": "inference",
     f"/{OPEN_INFERENCE_NAME}/": "inference",
@@ -274,12 +277,8 @@ class Server:
         for server in (self._data_server, self._control_server):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if config.reflection:
-            self._reflect(self._data_server, SERVICE_NAME, OPEN_INFERENCE_NAME)
-            self._reflect(self._control_server, control_service.SERVICE_NAME)
-
-    def _reflect(self, server: grpc.aio.Server, *names: str) -> None:
-        """Let clients list a listener's services and their messages."""
-        reflection.enable_server_reflection((*names, HEALTH_NAME, reflection.SERVICE_NAME), server)
+            reflect(self._data_server, SERVICE_NAME, OPEN_INFERENCE_NAME, HEALTH_NAME)
+            reflect(self._control_server, control_service.SERVICE_NAME, HEALTH_NAME)
 
     def _listen(self, server: grpc.aio.Server, host: str, port: int) -> str:
         """Open a port or a socket, encrypted if there is a certificate; return its address."""
