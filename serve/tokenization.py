@@ -6,25 +6,27 @@ Works on `tokenizer.json` alone (the `tokenizers` library); transformers is neve
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from bundle.errors import UserError, one_line
 from bundle.hashing import hash_json
+from serve.chat_template import ChatTemplate, process_date
 from serve.errors import InvalidFieldError
 from serve.real_tokens import RealTokens
 from serve.sequence import StopCheck
+from serve.special_names import SpecialNames
+from serve.tokenizer_files import DEFAULT_TEMPLATE, read_tokenizer
 
 _REPLACEMENT = "\ufffd"
-# Stands for the content of a turn while a template is rendered; private-use characters.
-_PLACEHOLDER = re.compile("\ue0f0([0-9]+)\ue0f1")
+_TOOLS_TEMPLATE = "tool_use"
+
+_Render = Callable[[Sequence[tuple[str, str]]], str]
 
 
 class Tokenizer:
@@ -33,33 +35,36 @@ class Tokenizer:
     def __init__(
         self,
         tokenizer: tokenizers.Tokenizer,
-        chat_template: str | None = None,
-        special_tokens: Mapping[str, str] | None = None,
+        chat_templates: str | Mapping[str, str] | None = None,
+        special_tokens: Mapping[str, Any] | None = None,
+        today: date | None = None,
     ) -> None:
-        """`special_tokens` are what the chat template may name, such as `bos_token`."""
+        """`special_tokens` are what a chat template may name, such as `bos_token`.
+
+        `chat_templates` are one, or several by name. `today` is the date that a template may tell;
+        without it the one on which this process first loaded a tokenizer.
+        """
         self._tokenizer = tokenizer
-        self._template = _compile(chat_template) if chat_template is not None else None
+        if isinstance(chat_templates, str):
+            chat_templates = {DEFAULT_TEMPLATE: chat_templates}
+        today = today or process_date()
+        self._templates = {
+            name: ChatTemplate(source, today) for name, source in (chat_templates or {}).items()
+        }
         self._special_tokens = dict(special_tokens or {})
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Read `tokenizer.json` and, where they exist, `tokenizer_config.json` and the template.
+    def load(cls, folder: Path, today: date | None = None) -> Tokenizer:
+        """Open the tokenizer of a folder and its chat templates; see `serve.tokenizer_files`.
 
-        The chat template is `chat_template.jinja`, else the one inside `tokenizer_config.json`.
+        Raises:
+            UserError: a file is missing or damaged, or a template does not compile.
         """
-        config_path, template_path = (
-            folder / "tokenizer_config.json",
-            folder / "chat_template.jinja",
-        )
-        config = json.loads(config_path.read_text("utf-8")) if config_path.exists() else {}
-        template = config.get("chat_template")
-        if template_path.exists():
-            template = template_path.read_text("utf-8")
-        return cls(
-            tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")),
-            template,
-            {key: value for key, value in config.items() if _is_special(key, value)},
-        )
+        files = read_tokenizer(folder)
+        try:
+            return cls(files.tokenizer, files.templates, files.special_tokens, today)
+        except UserError as error:
+            raise UserError(one_line(f"{folder}: {error}")) from None
 
     @cached_property
     def hash(self) -> str:
@@ -87,56 +92,102 @@ class Tokenizer:
         """
         return tuple(self._tokenizer.encode(text, add_special_tokens=not is_continuation).ids)
 
-    def encode_chat(self, messages: Iterable[tuple[str, str]]) -> tuple[int, ...]:
+    def encode_chat(
+        self,
+        messages: Iterable[tuple[str, str]],
+        *,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
         """Tokenize (role, content) turns through the chat template, the assistant's turn opened.
+
+        With `continue_final_message` the ids end with the content of the last turn instead, for
+        the model to go on with it. `variables` are what else the template may name, such as
+        `enable_thinking`; with `tools` a template of the name "tool_use" is taken if there is one.
+        The names of special tokens in a message are text: they do not end its turn.
 
         Raises:
             InvalidFieldError: there is no chat template, or it refuses these turns.
         """
-        if self._template is None:
-            raise InvalidFieldError.of(
-                "messages", "this model has no chat template; send prompt or prompt_token_ids"
-            )
         turns = list(messages)
-        if not any(name in content for _, content in turns for name in self._special_names):
-            return self.encode(self._render(turns), is_continuation=True)
-        # What a user writes must not end the user's turn: it is tokenized apart, as text.
-        contents = [content for _, content in turns]
-        text = self._render([(role, _placeholder(i)) for i, (role, _) in enumerate(turns)])
-        ids: list[int] = []
-        # The template's own text and the numbers of turns alternate.
-        for place, part in enumerate(_PLACEHOLDER.split(text)):
-            if place % 2:
-                ids += self._as_text.encode(contents[int(part)], add_special_tokens=False).ids
-            else:
-                ids += self.encode(part, is_continuation=True)
-        return tuple(ids)
+        render = self._renderer(variables or {}, continue_final_message)
+        text = render(turns)
+        if not any(self._has_special_name(content) for _, content in turns):
+            return self.encode(text, is_continuation=True)
+        hidden = self._hide_names(turns, text, render)
+        return tuple(self._restoring.encode(hidden, add_special_tokens=False).ids)
 
-    def _render(self, turns: Sequence[tuple[str, str]]) -> str:
-        """Return the text of a conversation; InvalidFieldError when the template refuses it."""
-        assert self._template is not None
-        messages = [{"role": role, "content": content} for role, content in turns]
-        try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=True, **self._special_tokens
-            )
-        except TemplateError as error:
+    def render_chat(
+        self, messages: Iterable[tuple[str, str]], variables: Mapping[str, Any] | None = None
+    ) -> str:
+        """Return the text that `encode_chat` tokenizes; it raises the same errors."""
+        return self._renderer(variables or {}, False)(list(messages))
+
+    def _renderer(self, variables: Mapping[str, Any], continue_final_message: bool) -> _Render:
+        name = DEFAULT_TEMPLATE
+        if variables.get("tools") is not None and _TOOLS_TEMPLATE in self._templates:
+            name = _TOOLS_TEMPLATE
+        if name not in self._templates:
+            others = f" but {', '.join(sorted(self._templates))}" if self._templates else ""
             raise InvalidFieldError.of(
-                "messages", f"the chat template refuses them: {error}"
-            ) from None
+                "messages",
+                f"this model has no chat template{others}; send prompt or prompt_token_ids",
+            )
+        return partial(
+            self._templates[name].render,
+            variables={**self._special_tokens, **variables},
+            continue_final_message=continue_final_message,
+        )
+
+    def _hide_names(self, turns: Sequence[tuple[str, str]], text: str, render: _Render) -> str:
+        """Return the rendered text in which names of special tokens from a turn are hidden."""
+        for contents, settle in self._special_names.renderings([content for _, content in turns]):
+            try:
+                rendered = render([(role, c) for (role, _), c in zip(turns, contents, strict=True)])
+            except InvalidFieldError:
+                continue
+            for hidden in settle(rendered):
+                if self._special_names.restore(hidden) == text:
+                    return hidden
+        raise InvalidFieldError.of(
+            "messages",
+            "the chat template changes what it writes where a message names a special token, such "
+            "as <|im_end|>, so that it cannot be told from the template's own; leave the name out",
+        )
+
+    def _has_special_name(self, text: str) -> bool:
+        normalizer = self._tokenizer.normalizer
+        if normalizer is not None and self._are_names_normalized:
+            text = f"{text}\n{normalizer.normalize_str(text)}"
+        return self._special_names.occur_in(text)
 
     @cached_property
-    def _special_names(self) -> tuple[str, ...]:
-        """The names that stand for special tokens in a text."""
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        return tuple(token.content for token in added if token.special)
+    def _special_added(self) -> list[tokenizers.AddedToken]:
+        if self._tokenizer.encode_special_tokens:
+            return []  # the names are text everywhere
+        return [t for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
 
     @cached_property
-    def _as_text(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, to which the names of special tokens are text like any other."""
-        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
-        copy.encode_special_tokens = True
-        return copy
+    def _are_names_normalized(self) -> bool:
+        return any(token.normalized for token in self._special_added)
+
+    @cached_property
+    def _special_names(self) -> SpecialNames:
+        return SpecialNames(token.content for token in self._special_added)
+
+    @cached_property
+    def _restoring(self) -> tokenizers.Tokenizer:
+        """The same tokenizer for a text with hidden names, which become text like any other.
+
+        Special tokens are found before a text is normalized, and the names are restored by that.
+        """
+        state = json.loads(self._tokenizer.to_str())
+        for token in state["added_tokens"]:
+            token["normalized"] &= not token["special"]
+        before = self._special_names.restoring_normalizer()
+        own = [state["normalizer"]] if state["normalizer"] else []
+        state["normalizer"] = {"type": "Sequence", "normalizers": [*before, *own]}
+        return tokenizers.Tokenizer.from_str(json.dumps(state))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens; special tokens have none."""
@@ -145,30 +196,6 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """Return one token alone as text, special tokens by name; for display."""
         return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
-
-
-def _is_special(key: str, value: Any) -> bool:
-    return key.endswith("_token") and isinstance(value, str)
-
-
-def _placeholder(number: int) -> str:
-    return f"\ue0f0{number}\ue0f1"
-
-
-def _compile(chat_template: str) -> Template:
-    """Compile a template as transformers does: sandboxed, with what published templates call."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
-    environment.globals["raise_exception"] = _refuse
-    return environment.from_string(chat_template)
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
 
 
 class CompletionText:

@@ -443,9 +443,15 @@ def write(name: str, text: str) -> Callable[[Path], object]:
         (name_weights_elsewhere, "names weights elsewhere: '../outside.safetensors'"),
         (drop_weights, "lacks weights, model.layers.1.mlp.up_proj.weight first"),
         (pickle_weights, "cannot load .*no file named model.safetensors"),
-        (write("tokenizer.json", "{"), "cannot load .*Exception: EOF while parsing"),
-        (write("tokenizer_config.json", "[]"), "cannot load .*AttributeError: 'list' object"),
-        (write("chat_template.jinja", "{% if"), "cannot load .*TemplateSyntaxError: unexp"),
+        (write("tokenizer.json", "{"), "tokenizer.json is damaged: EOF while parsing"),
+        (
+            write("tokenizer_config.json", "[]"),
+            "tokenizer_config.json must be a JSON object, not list",
+        ),
+        (
+            write("chat_template.jinja", "{% if"),
+            "teacher: the chat template does not compile in line 1: unexp",
+        ),
         (write("model.safetensors", "\xff" * 99), "cannot load .*SafetensorError: "),
         (write("generation_config.json", "[" * 10**5), "cannot load .*(nested|recursion)"),
     ],

@@ -1,0 +1,105 @@
+"""Names of special tokens inside a message: told apart from those that a chat template writes.
+
+What a user writes must not end the user's turn. A template is rendered with the real messages, and
+a second time with every such name disguised; where both texts agree, the second one says which
+names came from a message. `restoring_normalizer` undoes the disguise inside the tokenizer, behind
+the search for special tokens, so that the names are tokenized as text, in their surroundings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
+from typing import Any
+
+# A noncharacter, which no text should hold (Unicode 16, section 23.7), begins every code; a
+# private-use character says what it stands for.
+_ESCAPE = "\ufdd0"
+_FIRST_CODE, _MAX_CODES = 0xE000, 6000
+_OPEN, _CLOSE = f"{_ESCAPE}\uf8fe", f"{_ESCAPE}\uf8ff"
+# What a template may strip beside a name at which it splits.
+_STRIPPED = ("", r"\n*", r"\s*")
+
+_Settle = Callable[[str], Iterator[str]]
+
+
+class SpecialNames:
+    """The names of a tokenizer's special tokens, and how they are disguised in a text."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        """`names` that are empty are left out.
+
+        Raises:
+            ValueError: they begin with more than 6,000 different characters.
+        """
+        ordered = sorted(filter(None, names), key=len, reverse=True)
+        self._any = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+        firsts = [_ESCAPE, *sorted({name[0] for name in ordered} - {_ESCAPE})]
+        if len(firsts) > _MAX_CODES:
+            raise ValueError(f"special tokens begin with {len(firsts)} different characters")
+        self._codes = {c: _ESCAPE + chr(_FIRST_CODE + i) for i, c in enumerate(firsts)}
+        self._chars = {code: char for char, code in self._codes.items()}
+        begins = re.escape(_ESCAPE) + f"|(?={self._any.pattern})."
+        self._hidden = re.compile(begins, re.DOTALL)
+
+    def occur_in(self, text: str) -> bool:
+        return self._any.search(text) is not None
+
+    def hide(self, text: str) -> str:
+        """Replace the first character of every name; the text then holds none.
+
+        >>> names = SpecialNames(["<s>"])
+        >>> names.occur_in(names.hide("a<s>")), names.restore(names.hide("a<s>"))
+        (False, 'a<s>')
+        """
+        return self._hidden.sub(lambda match: self._codes[match[0]], text)
+
+    def restore(self, text: str) -> str:
+        """Undo `hide`."""
+        return re.sub(f"{_ESCAPE}.", lambda m: self._chars.get(m[0], m[0]), text, flags=re.DOTALL)
+
+    def renderings(self, messages: Sequence[str]) -> Iterator[tuple[list[str], _Settle]]:
+        """Yield the messages disguised in one way after another.
+
+        With each comes a function from what the template made of them to the texts that this may
+        mean, names hidden. First every name is hidden: enough unless the template looks for one.
+        Then names stay whole between two marks: a template may find them and split there.
+        """
+        yield [self.hide(message) for message in messages], lambda rendered: iter([rendered])
+        yield [self._mark(message) for message in messages], self._settle
+
+    def restoring_normalizer(self) -> list[dict[str, Any]]:
+        """Return the steps that undo `hide`, in the form of tokenizer.json."""
+        # The escape itself comes last: restored before, it could make a code with what follows.
+        return [
+            {"type": "Replace", "pattern": {"String": code}, "content": char}
+            for char, code in reversed(self._codes.items())
+        ]
+
+    def _mark(self, text: str) -> str:
+        pieces, end = [], 0
+        for start, stop in self._spans(text):
+            pieces += [text[end:start].replace(_ESCAPE, self._codes[_ESCAPE])]
+            pieces += [_OPEN, text[start:stop], _CLOSE]
+            end = stop
+        return "".join(pieces) + text[end:].replace(_ESCAPE, self._codes[_ESCAPE])
+
+    def _spans(self, text: str) -> list[tuple[int, int]]:
+        """Return where names lie; names that overlap make one span."""
+        spans: list[tuple[int, int]] = []
+        position = 0
+        while match := self._any.search(text, position):
+            start, stop = match.span()
+            if spans and start < spans[-1][1]:
+                start, stop = spans[-1][0], max(stop, spans.pop()[1])
+            spans.append((start, stop))
+            position = match.start() + 1
+        return spans
+
+    def _settle(self, rendered: str) -> Iterator[str]:
+        whole = re.compile(f"{_OPEN}((?:(?!{_ESCAPE}).)*){_CLOSE}", re.DOTALL)
+        hidden = whole.sub(lambda match: self.hide(match[1]), rendered)
+        # Marks that are left stood beside a name at which the template split or which it replaced.
+        for before, after in product(_STRIPPED, _STRIPPED):
+            yield re.sub(f"{before}{_OPEN}|{_CLOSE}{after}", "", hidden)
