@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from export.config import ConfigError, ExportConfig, ExportError
+from export.config import ConfigError, ExportError
 from export.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from export.distributed import World
     from export.pipeline import Pipeline
+    from export.run_record import Change, RunRecord
     from export.stages import StageSpec
-    from export.teacher import TeacherFolder
 
 HELP = """Turn a teacher into a verified bundle.
 
@@ -65,22 +65,21 @@ def status(
     run: Annotated[Path, typer.Argument(help="A run's output folder, or a recipe.", exists=True)],
 ) -> None:
     """Show how far each stage of a run is; it may be running."""
-    config, teacher = _find_run(run)
+    from export.run_record import changes_on_disk, find_run, read_run
     from export.status import read_status, render_status
-
-    _console().print(render_status(read_status(config, teacher)))
-
-
-def _find_run(path: Path) -> tuple[ExportConfig, TeacherFolder | None]:
-    if path.is_dir():
-        from export.run_record import read_run
-
-        record = read_run(path)
-        return record.config, record.teacher_folder
     from export.teacher import find_teacher
 
-    config = _load(path).config
-    return config, find_teacher(config.teacher, config.cache_dir)
+    record: RunRecord | None
+    if run.is_dir():
+        record = read_run(run)
+        stages = read_status(record.config, record.teacher_folder)
+    else:
+        config = _load(run).config
+        record = find_run(config.output_dir)
+        stages = read_status(config, find_teacher(config.teacher, config.cache_dir))
+    _console().print(render_status(stages))
+    for change in changes_on_disk(record) if record else ():
+        typer.echo(f"changed: {change}")
 
 
 # --- running
@@ -97,15 +96,15 @@ def run(recipe: RecipePath) -> None:
 @app.command()
 def resume(output_dir: Folder) -> None:
     """Go on with the run in a folder, provided that its inputs are what they were."""
-    from export.run_record import check_files, check_teacher, read_run
+    from export.run_record import check_unchanged, file_changes, read_run
 
     record = read_run(output_dir)
-    check_files(record)
+    check_unchanged(record, file_changes(record))
     with _running("resume", output_dir) as (world, reporter):
         from export.pipeline import open_pipeline
 
         pipeline = open_pipeline(record.config, reporter, world)
-        check_teacher(record, pipeline.teacher)
+        check_unchanged(record, _model_changes(record, pipeline))
         pipeline.package()
 
 
@@ -121,13 +120,28 @@ def _begin(recipe: Recipe, reporter: ConsoleReporter, world: World) -> Pipeline:
     """Open a recipe's pipeline, check what can be checked before any work, and write run.json."""
     from export.pipeline import open_pipeline
     from export.plan import check_feasible
-    from export.run_record import record_run
+    from export.run_record import file_changes, find_run, record_run
 
     pipeline = open_pipeline(recipe.config, reporter, world)
     check_feasible(recipe.config, pipeline.teacher)
     if world.is_main:
-        record_run(recipe.path, recipe.config, pipeline.teacher)
+        last = find_run(recipe.config.output_dir)
+        if last is not None:
+            for change in (*file_changes(last), *_model_changes(last, pipeline)):
+                reporter.say(f"changed: {change}; what follows from it runs again")
+        record_run(recipe.path, recipe.config, pipeline.teacher, pipeline.student)
     return pipeline
+
+
+def _model_changes(record: RunRecord, pipeline: Pipeline) -> list[Change]:
+    from export.run_record import ModelInputs, model_changes
+
+    config, student = pipeline.config, pipeline.student
+    return model_changes(
+        record,
+        ModelInputs.of(config.teacher, pipeline.teacher),
+        ModelInputs.of(config.student or "", student) if student else None,
+    )
 
 
 # A stage's command: which stages it ends with, and its help.

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bundle.hashing import hash_json, hash_weights
+from bundle.hashing import hash_json
 from export.accept import accept, read_accepted, write_accepted
 from export.config import FLOAT_VARIANT, ExportConfig, HalfVariant, WeightOnlyVariant
 from export.distill import Example
@@ -75,14 +75,16 @@ def run_export(config: ExportConfig, reporter: Reporter, world: World | None = N
 
 
 def open_pipeline(config: ExportConfig, reporter: Reporter, world: World | None = None) -> Pipeline:
-    """Find (or fetch) the teacher and describe the stages."""
+    """Find (or fetch) the teacher, and a pretrained student, and describe the stages."""
     world = world or World()
     if not world.is_main:
         world.wait()
     teacher = resolve_teacher(config.teacher, config.cache_dir, reporter.say)
+    pipeline = Pipeline(config, teacher, reporter, world)
+    _ = pipeline.student  # a wrong one is told before any work
     if world.is_main:
         world.wait()
-    return Pipeline(config, teacher, reporter, world)
+    return pipeline
 
 
 class Pipeline:
@@ -94,8 +96,10 @@ class Pipeline:
         teacher: TeacherFolder,
         reporter: Reporter,
         world: World | None = None,
+        student: TeacherFolder | None = None,
     ) -> None:
         self.config = config
+        self._student = student
         self.teacher = teacher
         self.reporter = reporter
         self.world = world or World()
@@ -137,6 +141,7 @@ class Pipeline:
     def sampled(self) -> StageSpec:
         settings = {
             "teacher": self.teacher.reference.weights_sha256,
+            "teacher_files": dict(self.teacher.files),
             "sample": self.config.sample.model_dump(),
             "tasks": hash_json([asdict(task) for task in self.tasks]),
         }
@@ -157,7 +162,9 @@ class Pipeline:
         if self.config.student is None:
             settings: dict[str, Any] = self.config.prune.model_dump()
             return StageSpec("prune", settings, (self.accepted,), self._build_prune, version=2)
-        settings = {"sha256": hash_weights(self._student_folder)}
+        student = self.student
+        assert student is not None
+        settings = {"sha256": student.reference.weights_sha256, "files": dict(student.files)}
         return StageSpec("student", settings, (self.accepted,), self._build_pretrained)
 
     @cached_property
@@ -319,7 +326,8 @@ class Pipeline:
         return shrink_mlp(student, rank_channels(student, texts), self.config.prune.kept_mlp_share)
 
     def _build_pretrained(self, folder: Path) -> dict[str, Any]:
-        return self._save_student(load_student(self._student_folder, self.teacher.path), folder)
+        assert self.student is not None
+        return self._save_student(load_student(self.student.path, self.teacher.path), folder)
 
     def _save_student(self, student: Any, folder: Path) -> dict[str, Any]:
         student.save_pretrained(folder)
@@ -331,10 +339,11 @@ class Pipeline:
         return {"layers": student.config.num_hidden_layers, "parameters": num_parameters}
 
     @cached_property
-    def _student_folder(self) -> Path:
-        assert self.config.student is not None
-        cache_dir = self.config.cache_dir
-        return resolve_teacher(self.config.student, cache_dir, self.reporter.say).path
+    def student(self) -> TeacherFolder | None:
+        """The pretrained student, fetched where it is not here yet; None where one is pruned."""
+        if self.config.student is None or self._student is not None:
+            return self._student
+        return resolve_teacher(self.config.student, self.config.cache_dir, self.reporter.say)
 
     def _build_distill(self, folder: Path) -> dict[str, Any]:
         config = self.config

@@ -60,19 +60,17 @@ def read_status(config: ExportConfig, teacher: TeacherFolder | None) -> list[Sta
     """
     found: dict[str, StageStatus] = {}
     if teacher is not None:
-        pipeline = Pipeline(config, teacher, QuietReporter())
-        specs = _known_specs(pipeline)
+        student = find_teacher(config.student, config.cache_dir) if config.student else None
+        pipeline = Pipeline(config, teacher, QuietReporter(), student=student)
+        specs = pipeline.specs if config.student is None or student else _known_specs(pipeline)
         found = {spec.name: _status_of(pipeline, spec) for spec in specs}
         found[PACKAGE] = _package_status(config.output_dir / "bundle", specs)
     return [found.get(name, StageStatus(name)) for name in stage_names(config)]
 
 
 def _known_specs(pipeline: Pipeline) -> list[StageSpec]:
-    """Return the stages whose keys are known: not those of a student that is yet to be fetched."""
-    config = pipeline.config
-    if config.student is None or find_teacher(config.student, config.cache_dir):
-        return pipeline.specs
-    cached = [pipeline.cached] if config.cache.kind != "none" else []
+    """Return the stages whose keys are known while a pretrained student is yet to be fetched."""
+    cached = [pipeline.cached] if pipeline.config.cache.kind != "none" else []
     return [pipeline.sampled, pipeline.accepted, *cached]
 
 

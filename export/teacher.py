@@ -22,7 +22,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from bundle.hashing import hash_file, hash_json, hash_weights
 from bundle.manifest import TeacherReference
 from bundle.verify import LEADS_OUT, check_indices
 from export.disk import writing_to
+from export.model_inputs import hash_model_inputs
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -58,10 +59,14 @@ class TeacherError(UserError):
 
 @dataclass(frozen=True)
 class TeacherFolder:
-    """A teacher on this disk that transformers opens with `from_pretrained(path)`."""
+    """A model on this disk that transformers opens with `from_pretrained(path)`.
+
+    `files` are the hashes of those besides the weights that shape ids or logits, by name.
+    """
 
     path: Path
     reference: TeacherReference
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def resolve_teacher(
@@ -171,7 +176,7 @@ def open_folder(folder: Path, source: str) -> TeacherFolder:
         num_parameters=num_parameters,
         dtype=dtype,
     )
-    return TeacherFolder(folder, reference)
+    return TeacherFolder(folder, reference, hash_model_inputs(folder))
 
 
 def check_folder(folder: Path) -> None:

@@ -255,6 +255,64 @@ def test_resume_refuses_another_input_and_names_both_hashes(
     assert len(packaged) == 1
 
 
+def set_rope_theta(teacher: Path) -> None:
+    raw = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(raw | {"rope_theta": 5e5}))
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("chat_template.jinja", lambda teacher: (teacher / "chat_template.jinja").write_text("x")),
+        ("config.json", set_rope_theta),
+    ],
+)
+def test_file_of_the_teacher_edited_between_two_runs_is_told_by_every_command(
+    begun: tuple[Path, list[Path]], capsys: pytest.CaptureFixture[str], name: str, edit: Any
+) -> None:
+    recipe, packaged = begun
+    teacher, output_dir = recipe.parent / "teacher", recipe.parent / "run"
+    assert run("sample", recipe) == 0
+    edit(teacher)
+    told = f"{name} of the teacher {teacher} had sha256 "
+    capsys.readouterr()
+    assert run("resume", output_dir) == 4
+    assert told in capsys.readouterr().err
+    assert run("status", output_dir) == 0
+    assert f"changed: {told}" in capsys.readouterr().out
+    assert run("status", recipe) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"sample +to run", shown) and f"changed: {told}" in shown
+    assert run("sample", recipe) == 0
+    assert f"changed: {told}" in capsys.readouterr().out
+    assert stages_of(recipe) == ["sample", "sample"], "that of the old file was not taken"
+    assert run("resume", output_dir) == 0
+    assert len(packaged) == 2
+
+
+def test_status_says_nothing_of_inputs_that_are_as_they_were(
+    begun: tuple[Path, list[Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, _ = begun
+    (recipe.parent / "teacher" / "README.md").write_text("A teacher.")
+    for path in (recipe, recipe.parent / "run"):
+        assert run("status", path) == 0
+        assert "changed" not in capsys.readouterr().out
+
+
+def test_status_names_weights_that_changed_and_a_teacher_that_is_gone(
+    begun: tuple[Path, list[Path]], capsys: pytest.CaptureFixture[str], make_model: Any
+) -> None:
+    recipe, _ = begun
+    teacher = recipe.parent / "teacher"
+    make_model(seed=1).save_pretrained(teacher)
+    assert run("status", recipe.parent / "run") == 0
+    assert f"changed: the teacher {teacher} had sha256" in capsys.readouterr().out
+    shutil.rmtree(teacher)
+    assert run("status", recipe.parent / "run") == 0
+    assert "now it is gone" in capsys.readouterr().out
+
+
 def test_resume_refuses_a_recipe_that_is_gone(
     begun: tuple[Path, list[Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bundle.manifest import TeacherReference
 from export.config import ExportConfig
-from export.model_files import TOKENIZER_FILES, read_json
+from export.model_files import TOKENIZER_FILES, read_json, write_json
 from export.phases import HELD_OUT_NAME
 from export.pipeline import Pipeline, open_pipeline
 from export.teacher import TeacherFolder
@@ -175,6 +175,12 @@ def test_other_teacher_changes_everything(original: dict[str, str]) -> None:
     assert not set(now.values()) & set(original.values())
 
 
+def test_file_of_the_teacher_that_shapes_ids_changes_everything(original: dict[str, str]) -> None:
+    files = {"chat_template.jinja": "1" * 64}
+    now = keys(describe(RECIPE, TeacherFolder(TEACHER.path, TEACHER.reference, files)))
+    assert not set(now.values()) & set(original.values())
+
+
 def test_cache_that_no_phase_reads_does_not_concern_the_student() -> None:
     recipe = change(RECIPE, "distill.phases", [{}])
     first, other = keys(describe(recipe)), keys(describe(change(recipe, "cache.seed", 1)))
@@ -302,6 +308,17 @@ def test_pretrained_student_is_known_by_its_weights_wherever_it_lies(
     other = save_student(tmp_path / "other", tiny_teacher, 16)
     found = [open_run({}, student=str(path)).pruned.key for path in (first, moved, other)]
     assert found[0] == found[1] != found[2]
+
+
+def test_pretrained_student_is_another_one_with_another_configuration(
+    open_run: Callable[..., Pipeline], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    folder = save_student(tmp_path / "small", tiny_teacher, 32)
+    before = open_run({}, student=str(folder)).pruned.key
+    raw = read_json(folder / "config.json")
+    write_json(folder / "config.json", raw | {"rope_theta": 5e5})
+    (folder / "README.md").touch()
+    assert open_run({}, student=str(folder)).pruned.key != before
 
 
 def test_student_far_smaller_than_its_teacher_is_warned_about(
