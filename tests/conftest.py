@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Two lanes of tests share the cores: a thread of OpenMP that waits must not take one from the other
+# lane. Read once, when torch loads the library; the servers that tests start inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from pathlib import Path
 from typing import Any
 
