@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig
 from transformers import AutoModelForCausalLM as AutoModel
 
-from bundle.hashing import hash_file
 from export.config import ExportError
 from export.teacher import check_folder
+from serve.tokenizer_equality import tokenizer_difference
 from serve.torch_backend import check_supported
 
 MAX_COMPRESSION = 10.0
@@ -21,10 +21,10 @@ MAX_COMPRESSION = 10.0
 def load_student(student_folder: Path, teacher_folder: Path) -> Any:
     """Return the checkpoint in `student_folder` in float32, ready to be trained.
 
-    Its tokenizer.json must be the teacher's, byte for byte; the vocabularies of the two models may
-    be padded beyond it to different sizes. ExportError when the tokenizers differ, a vocabulary is
-    too small, the architecture is not supported or weights are missing; TeacherError when the
-    folder is not plain safetensors (`export.teacher.check_folder`).
+    Its tokenizer must be the teacher's, however files spell it (`serve.tokenizer_equality`); the
+    vocabularies of the two models may be padded beyond it to different sizes. ExportError when the
+    tokenizers differ, a vocabulary is too small, the architecture is not supported or weights are
+    missing; TeacherError when the folder is not plain safetensors (`export.teacher.check_folder`).
     """
     check_folder(student_folder)
     _check_same_tokenizer(student_folder, teacher_folder)
@@ -69,11 +69,10 @@ def compression_warning(num_teacher_parameters: int, num_student_parameters: int
 
 
 def _check_same_tokenizer(student_folder: Path, teacher_folder: Path) -> None:
-    student, teacher = (hash_file(f / "tokenizer.json") for f in (student_folder, teacher_folder))
-    if student != teacher:
+    if difference := tokenizer_difference(student_folder, teacher_folder):
         raise ExportError(
-            f"student {student_folder} has another tokenizer than the teacher: its tokenizer.json "
-            f"has sha256 {student}, the teacher's {teacher}; token ids would mean different text"
+            f"student {student_folder} has another tokenizer than the teacher {teacher_folder}: "
+            f"another {difference}; token ids would mean different text"
         )
 
 
