@@ -44,6 +44,7 @@ from serve.policy import TrafficPolicy
 from serve.reflection import REFLECTION_NAMES, reflect
 from serve.replay import Replays
 from serve.routing import Engines
+from serve.series import begin_series
 from serve.service import SERVICE_NAME, InferenceService
 from serve.shadow import Shadows
 from serve.specs import OTHER_TASK, Limits, Range
@@ -176,6 +177,7 @@ class Server:
         self._metrics.build_info.labels(_version()).set(1)
         for model in self._engines.loaded:
             self._metrics.watch(model)
+        begin_series(self._metrics, self._engines, config.tasks)
         if config.vllm_metrics:
             register_vllm_aliases(self._metrics)
         self._engines.start()

@@ -144,7 +144,7 @@ THROUGHPUT = (
         "Calls by status",
         "Calls per second by gRPC status; OK among them.",
         "reqps",
-        ((f"tandem:requests:rate5m{{{SELECTED}}}", "{{code}}"),),
+        ((f"tandem:requests:rate5m{{{SELECTED}}} > 0", "{{code}}"),),
         is_stacked=True,
     ),
     Panel(
@@ -361,7 +361,7 @@ SHADOWING = (
         "Calls of a teacher elsewhere",
         "By gRPC status; empty where the teacher runs in the same server.",
         "reqps",
-        ((_rate("tandem_remote_calls_total", "rpc, code"), "{{rpc}} {{code}}"),),
+        ((f"{_rate('tandem_remote_calls_total', 'rpc, code')} > 0", "{{rpc}} {{code}}"),),
     ),
     Panel(
         "Models served",

@@ -169,6 +169,16 @@ def test_calls_of_the_teacher_are_counted(elsewhere: Elsewhere) -> None:
     assert student.pair.value("remote_calls_total", rpc="Score", code="OK") == 1
 
 
+def test_series_of_a_teacher_elsewhere_are_there_from_the_start(elsewhere: Elsewhere) -> None:
+    """What its calls may end with; of divergences all but those that need its logits."""
+    registry = elsewhere.student(NOWHERE).pair.metrics.registry
+    labels = [(s.name, s.labels) for family in registry.collect() for s in family.samples]
+    codes = {of["code"] for name, of in labels if name == "tandem_remote_calls_total"}
+    assert codes == {code.name for code in grpc.StatusCode}
+    assert {of["estimator"] for _, of in labels if "estimator" in of} == {"k1", "k2", "k3"}
+    assert "tandem_compared_tokens_total" not in {name for name, _ in labels}
+
+
 @pytest.mark.parametrize("rpc", ["compare", "score"])
 def test_exact_divergence_is_refused(elsewhere: Elsewhere, rpc: str) -> None:
     student = elsewhere.student(NOWHERE)

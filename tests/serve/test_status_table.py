@@ -244,6 +244,7 @@ def test_condition_has_its_status_and_the_server_goes_on(
     if row.tokenizers_differ:
         pair["tokenizers_by_role"] = {Role.TEACHER: make_tokenizer(extra="one more")}
     with serving(make_pair(**pair), **row.settings) as live:
+        series = series_of_calls(live)
         error = failure(row, live)
         assert error.code() is row.code, error.details()
         check(row, error)
@@ -255,16 +256,27 @@ def test_condition_has_its_status_and_the_server_goes_on(
         assert live.client.generate(good).result().samples[0].token_ids
         wait_until_idle(live)
         assert live.control.status().num_requests == 0
+        # No series begins with an event, which increase() would not see.
+        assert series_of_calls(live) == series
 
 
 def count_calls(live: Any, code: grpc.StatusCode) -> float:
     """Return how many calls ended with a code by the server's own count."""
+    samples = calls_of(live)
+    return sum(sample.value for sample in samples if sample.labels["code"] == code.name)
+
+
+def series_of_calls(live: Any) -> set[tuple[str, ...]]:
+    return {tuple(sample.labels.values()) for sample in calls_of(live)}
+
+
+def calls_of(live: Any) -> list[Any]:
     (family,) = (
         family
         for family in live.pair.metrics.registry.collect()
         if family.name == "tandem_requests"
     )
-    return sum(sample.value for sample in family.samples if sample.labels["code"] == code.name)
+    return list(family.samples)
 
 
 def wait_until_idle(live: Any) -> None:
