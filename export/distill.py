@@ -22,6 +22,7 @@ from torch import nn
 
 from export.distributed import World
 from export.losses import DistillationLoss, LossSums, Targets, forward_kl
+from serve.real_tokens import EVERY_ROW, RealTokens
 
 if TYPE_CHECKING:
     from export.config import PhaseConfig
@@ -52,9 +53,9 @@ class Objective:
     attention_weight: float = 0.0
 
     @classmethod
-    def of(cls, phase: PhaseConfig, num_real_tokens: int | None = None) -> Objective:
+    def of(cls, phase: PhaseConfig, real_tokens: RealTokens = EVERY_ROW) -> Objective:
         loss = DistillationLoss(
-            phase.alpha, phase.temperature, phase.divergence, phase.jsd_beta, num_real_tokens
+            phase.alpha, phase.temperature, phase.divergence, phase.jsd_beta, real_tokens
         )
         return cls(loss, phase.hidden_weight, phase.attention_weight)
 
@@ -280,11 +281,11 @@ def measure_kl(
     forward: Forward,
     examples: Sequence[Example],
     *,
-    num_real_tokens: int | None = None,
+    real_tokens: RealTokens = EVERY_ROW,
     dtype: torch.dtype = torch.bfloat16,
 ) -> float:
     """Return KL(teacher ‖ student) over the completion tokens, in nats per token, in training's
-    arithmetic. Columns from `num_real_tokens` on are padding of the vocabulary and left out."""
+    arithmetic and over `real_tokens`."""
     device = next(forward.student.parameters()).device
     total, num_tokens = 0.0, 0
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -293,8 +294,8 @@ def measure_kl(
             outputs = forward(batch, input_ids, positions)
             for part, target in zip(outputs.hidden.split(HEAD_SLICE), outputs.targets, strict=True):
                 assert isinstance(target, torch.Tensor), "measured against live teachers"
-                student = forward.student.lm_head(part)[:, :num_real_tokens]
-                total += float(forward_kl(student, target[:, :num_real_tokens]).sum())
+                student = real_tokens.cut(forward.student.lm_head(part))
+                total += float(forward_kl(student, real_tokens.cut(target)).sum())
             num_tokens += len(labels)
     return total / num_tokens
 

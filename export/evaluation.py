@@ -161,6 +161,7 @@ class _Evaluation:
             "device": "cpu",
             "max_num_seqs": config.max_num_seqs,
             "max_model_len": max(lengths),
+            "real_tokens": self._tokenizer.real_tokens,
         }
 
 

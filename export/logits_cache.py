@@ -24,6 +24,7 @@ from bundle.hashing import hash_json
 from export.config import CacheConfig, ExportError
 from export.distill import Example, collate
 from export.losses import RandomTargets, SparseTargets, Targets
+from serve.real_tokens import EVERY_ROW, RealTokens
 
 INDEX_NAME = "index.json"
 MAX_SHARD_BYTES = 256 * 2**20
@@ -112,17 +113,17 @@ def write_logits_cache(
     config: CacheConfig,
     *,
     teacher_sha256: str,
-    num_vocab_tokens: int | None = None,
+    real_tokens: RealTokens = EVERY_ROW,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LogitsCache:
     """Write what is still missing of the cache and open it; `progress` counts examples.
 
-    `num_vocab_tokens` is the tokenizer's size where the model's vocabulary is padded. ExportError
-    when top_k leaves no tail, and when `folder` holds the cache of something else.
+    Kept are the logits of `real_tokens`. ExportError when top_k leaves no tail, and when `folder`
+    holds the cache of something else.
     """
     assert config.kind != "none", "nothing to write"
-    num_vocab_tokens = num_vocab_tokens or teacher.config.vocab_size
+    num_vocab_tokens = real_tokens.within(teacher.config.vocab_size).num_tokens
     check_top_k(config, num_vocab_tokens)
     num_rows = [len(example.completion_token_ids) for example in examples]
     max_shard_rows = max(max_shard_bytes // estimate_bytes(1, num_vocab_tokens, config), 1)
@@ -140,7 +141,8 @@ def write_logits_cache(
     for shard, (start, stop) in enumerate(zip(index.shard_starts, stops, strict=True)):
         path = folder / shard_name(shard)
         if not path.exists():
-            _write_shard(path, teacher, list(enumerate(examples))[start:stop], index)
+            shard_examples = list(enumerate(examples))[start:stop]
+            _write_shard(path, teacher, shard_examples, index, real_tokens)
         progress(stop, len(examples))
     return LogitsCache.open(folder, examples, teacher_sha256)
 
@@ -281,7 +283,11 @@ def _plan_shards(num_rows: Sequence[int], max_shard_rows: int) -> tuple[int, ...
 
 @torch.inference_mode()
 def _write_shard(
-    path: Path, teacher: Any, examples: Sequence[tuple[int, Example]], index: CacheIndex
+    path: Path,
+    teacher: Any,
+    examples: Sequence[tuple[int, Example]],
+    index: CacheIndex,
+    real_tokens: RealTokens,
 ) -> None:
     """Write one shard: of (number, example) pairs, encoded example by example."""
     by_number: dict[int, Rows] = {}
@@ -290,7 +296,7 @@ def _write_shard(
         for (number, _), states in zip(batch, hidden, strict=True):
             generator = torch.Generator().manual_seed(index.cache.seed * 1_000_003 + number)
             by_number[number] = _concatenate(
-                encode(teacher.lm_head(part)[:, : index.num_vocab_tokens], index.cache, generator)
+                encode(real_tokens.cut(teacher.lm_head(part)), index.cache, generator)
                 for part in states.split(_NUM_SLICE_ROWS)
             )
     partial = path.with_suffix(".partial")

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from export.config import ExportError
+from serve.real_tokens import EVERY_ROW, RealTokens
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
@@ -98,15 +99,15 @@ class DistillationLoss:
 
     `temperature` T softens both sides; T² keeps the gradient's size when T changes. `divergence` D
     is KL(teacher ‖ student), KL(student ‖ teacher) or the generalised JSD, in which `jsd_beta` is
-    the weight of the teacher. With `num_real_tokens`, columns beyond are padding of the vocabulary:
-    they are left out on both sides and the rest is renormalised.
+    the weight of the teacher. What is not in `real_tokens` is left out on both sides, and the rest
+    renormalised.
     """
 
     alpha: float = 0.5
     temperature: float = 2.0
     divergence: Divergence = "forward_kl"
     jsd_beta: float = 0.5
-    num_real_tokens: int | None = None
+    real_tokens: RealTokens = EVERY_ROW
 
     def __call__(
         self, student_logits: torch.Tensor, teacher: Targets, labels: torch.Tensor
@@ -140,9 +141,9 @@ class DistillationLoss:
 
         `__call__` does this for a few rows at a time.
         """
-        student = student_logits[:, : self.num_real_tokens].float()
+        student = self.real_tokens.cut(student_logits).float()
         if isinstance(teacher, torch.Tensor):
-            soft = self._soft_dense(student, teacher[:, : self.num_real_tokens]).sum()
+            soft = self._soft_dense(student, self.real_tokens.cut(teacher)).sum()
         else:
             soft = self._soft_sparse(student, teacher).sum()
         hard = F.cross_entropy(student, labels, reduction="sum")
@@ -153,7 +154,7 @@ class DistillationLoss:
         if student.shape != teacher.shape:
             raise ExportError(
                 f"the student's logits have {student.shape[1]} columns, the teacher's "
-                f"{teacher.shape[1]}: if both share a tokenizer, set num_real_tokens to its size"
+                f"{teacher.shape[1]}: if both share a tokenizer, set real_tokens to its tokens"
             )
         return self._of_logprobs(
             _logprobs(student, self.temperature), _logprobs(teacher, self.temperature)

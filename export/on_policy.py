@@ -18,6 +18,7 @@ from export.accept import repeated_share
 from export.distill import Example
 from serve.backend import Backend
 from serve.engine import Engine
+from serve.real_tokens import EVERY_ROW, RealTokens
 from serve.sequence import Event, FinishedEvent, GenerationRequest, SamplingParams
 from serve.torch_backend import TorchBackend
 
@@ -37,13 +38,16 @@ class AnswerSettings:
 
 
 def answer(
-    student: Any, prompts: Sequence[tuple[int, ...]], settings: AnswerSettings
+    student: Any,
+    prompts: Sequence[tuple[int, ...]],
+    settings: AnswerSettings,
+    real_tokens: RealTokens = EVERY_ROW,
 ) -> list[Example]:
     """Return the student's completions of `prompts` (token ids), in their order.
 
     The student is copied, in bfloat16, and not changed. Prompt i is sampled with seed + i.
     """
-    return answer_with(_backend(student, prompts, settings), prompts, settings)
+    return answer_with(_backend(student, prompts, settings, real_tokens), prompts, settings)
 
 
 def answer_with(
@@ -81,7 +85,10 @@ def repetition(examples: Sequence[Example]) -> float:
 
 
 def _backend(
-    student: Any, prompts: Sequence[tuple[int, ...]], settings: AnswerSettings
+    student: Any,
+    prompts: Sequence[tuple[int, ...]],
+    settings: AnswerSettings,
+    real_tokens: RealTokens,
 ) -> TorchBackend:
     model = copy.deepcopy(student).to(torch.bfloat16).eval()
     return TorchBackend.take(
@@ -89,4 +96,5 @@ def _backend(
         device=str(next(student.parameters()).device),
         max_num_seqs=min(settings.max_num_seqs, len(prompts)),
         max_model_len=max(map(len, prompts)) + settings.max_tokens,
+        real_tokens=real_tokens,
     )

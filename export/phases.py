@@ -21,6 +21,7 @@ from export.matching import LayerMap, Matching
 from export.on_policy import AnswerSettings, answer, repetition
 from export.quantization_aware import GridParameters, untie_head
 from export.trainer import PlainParameters, TrainingPhase
+from serve.real_tokens import EVERY_ROW, RealTokens
 
 # Prompts answered greedily to see whether the student still speaks.
 NUM_PROBE_PROMPTS = 8
@@ -82,7 +83,7 @@ class Distillation:
         sample: SampleConfig,
         kept_layers: Sequence[int] | None,
         cache: LogitsCache | None,
-        num_real_tokens: int | None,
+        real_tokens: RealTokens,
         world: World,
     ) -> None:
         self.student = student
@@ -93,7 +94,7 @@ class Distillation:
         self._sample = sample
         self._kept_layers = kept_layers
         self._cache = cache
-        self._num_real_tokens = num_real_tokens
+        self._real_tokens = real_tokens
         self._world = world
         self.held_out = HeldOutLog.open(folder)
         num_shared = 0
@@ -114,8 +115,7 @@ class Distillation:
             self.held_out.add(number, self._measure)
 
     def _measure(self) -> float:
-        held_out, num_real_tokens = self._text.held_out, self._num_real_tokens
-        return measure_kl(self._plain, held_out, num_real_tokens=num_real_tokens)
+        return measure_kl(self._plain, self._text.held_out, real_tokens=self._real_tokens)
 
     def probe(self) -> float:
         """Return the share of repeated 4-grams in the student's greedy answers."""
@@ -126,7 +126,7 @@ class Distillation:
             eos_token_ids=self._text.eos_token_ids,
         )
         prompts = self._text.prompts[:NUM_PROBE_PROMPTS]
-        return repetition(answer(self.student, prompts, settings))
+        return repetition(answer(self.student, prompts, settings, self._real_tokens))
 
     def _build(self, index: int, phase: PhaseConfig) -> TrainingPhase:
         # Whatever the phase before had: a resumed run starts here.
@@ -139,7 +139,7 @@ class Distillation:
             parameters=PlainParameters(student=self.student, matching=matching),
             num_rounds=self._num_rounds(phase),
             text=self._text_of(index, phase),
-            num_real_tokens=self._num_real_tokens,
+            real_tokens=self._real_tokens,
             on_start=lambda: self.measure(index),
         )
 
@@ -186,9 +186,9 @@ class Distillation:
                 seed=phase.seed * 1_000_003 + round_index * phase.num_prompts_per_round,
             )
             prompts = round_prompts(self._text.prompts, phase, round_index)
-            answers = [asdict(example) for example in answer(self.student, prompts, settings)]
+            answers = answer(self.student, prompts, settings, self._real_tokens)
             partial = path.with_suffix(".tmp")
-            partial.write_text(json.dumps(answers))
+            partial.write_text(json.dumps([asdict(example) for example in answers]))
             partial.replace(path)
         self._world.wait()
         return [
@@ -219,7 +219,7 @@ class GridTraining:
         initial: Mapping[str, GridWeight],
         phase: PhaseConfig,
         text: Text,
-        num_real_tokens: int | None = None,
+        real_tokens: RealTokens = EVERY_ROW,
     ) -> None:
         untie_head(student)
         self.student = student
@@ -227,7 +227,7 @@ class GridTraining:
         self._forward = Pair(student, float_student)
         self._phase = phase
         self._text = text
-        self._num_real_tokens = num_real_tokens
+        self._real_tokens = real_tokens
 
     def phase(self) -> TrainingPhase:
         """Return the one phase there is, for `Trainer.run`."""
@@ -237,13 +237,12 @@ class GridTraining:
             parameters=self.parameters,
             num_rounds=self._phase.num_epochs,
             text=lambda _: self._text.train,
-            num_real_tokens=self._num_real_tokens,
+            real_tokens=self._real_tokens,
         )
 
     def measure(self) -> float:
         """Return KL(float student ‖ student on its grid) on held-out text, in nats per token."""
-        held_out, num_real_tokens = self._text.held_out, self._num_real_tokens
-        return measure_kl(self._forward, held_out, num_real_tokens=num_real_tokens)
+        return measure_kl(self._forward, self._text.held_out, real_tokens=self._real_tokens)
 
 
 def linear_grids(model: Any, grid_of: Callable[[str], BlockGrid]) -> dict[str, BlockGrid]:

@@ -41,12 +41,13 @@ from export.quantization_aware import load_grid_weights, save_grid_weights
 from export.report import PARITY_NAME, graph_size_bytes
 from export.sample import ROWS_NAME, read_completions, sample_teacher
 from export.stages import Stage, StageRunner, StageSpec, fresh
-from export.student import compression_warning, count_real_tokens, load_student
+from export.student import compression_warning, load_student
 from export.task_sources import load_tasks
 from export.tasks import Task
 from export.teacher import TeacherFolder, resolve_teacher
 from export.trainer import StepRecord, Trainer, Watch
 from serve.loading import read_eos_token_ids
+from serve.real_tokens import RealTokens
 from serve.tokenization import Tokenizer
 
 TRAINING_NAME = "training.jsonl"
@@ -241,6 +242,11 @@ class Pipeline:
         rows = read_accepted(self.path(self.accepted)).completions
         return [row.example for row in rows if row.split == split]
 
+    @cached_property
+    def real_tokens(self) -> RealTokens:
+        """Those of teacher and student, which share a tokenizer."""
+        return Tokenizer.load(self.teacher.path).real_tokens
+
     @property
     def text(self) -> Text:
         eos_token_ids = read_eos_token_ids(self.teacher.path)
@@ -293,7 +299,7 @@ class Pipeline:
             self.examples("train"),
             self.config.cache,
             teacher_sha256=self.teacher.reference.weights_sha256,
-            num_vocab_tokens=count_real_tokens(self.teacher.path),
+            real_tokens=self.real_tokens,
             progress=self.reporter.track("examples cached"),
         )
         return {"size_bytes": cache.size_bytes}
@@ -309,6 +315,7 @@ class Pipeline:
             config.num_removed_layers,
             first_candidate=config.first_candidate,
             num_candidates=config.num_candidates,
+            real_tokens=self.real_tokens,
             progress=self.reporter.track("layers tried"),
         )
         write_json(folder / REMOVALS_NAME, [asdict(removal) for removal in removals])
@@ -357,7 +364,7 @@ class Pipeline:
             sample=config.sample,
             kept_layers=self.kept_layers(teacher.config.num_hidden_layers),
             cache=self._open_cache(),
-            num_real_tokens=count_real_tokens(self.teacher.path),
+            real_tokens=self.real_tokens,
             world=self.world,
         )
         trainer = self._trainer(folder, distillation.probe)
@@ -438,8 +445,7 @@ class Pipeline:
         initial = load_grid_weights(initial_path) if config.method == "gptq" else {}
         training = GridTraining(
             student, load_model(source, torch.bfloat16, training_device()),
-            grids, initial, config.train, text,
-            count_real_tokens(self.teacher.path),
+            grids, initial, config.train, text, self.real_tokens,
         )  # fmt: skip
         trainer = self._trainer(folder)
         log = trainer.run([training.phase])

@@ -31,7 +31,7 @@ from export.estimates import (
 from export.logits_cache import check_top_k
 from export.prune import check_removable, drop_layers, kept_mlp_width
 from export.status import StageStatus, format_bytes, format_seconds, read_status
-from export.student import count_real_tokens
+from export.student import check_rows
 from export.task_sources import load_tasks
 from export.teacher import TeacherFolder, find_teacher
 from serve.tokenization import Tokenizer
@@ -70,7 +70,8 @@ def make_plan(config: ExportConfig, machine: Machine) -> Plan:
 def check_feasible(config: ExportConfig, teacher: TeacherFolder) -> None:
     """Raise ExportError for what is bound to fail later: seconds now, instead of hours then.
 
-    An unsupported architecture, more layers to remove than there are, a top-k cache without tail.
+    An unsupported architecture, more layers to remove than there are, a top-k cache without tail,
+    fewer rows than tokens.
     """
     model_config = AutoConfig.from_pretrained(teacher.path, trust_remote_code=False)
     try:
@@ -79,7 +80,12 @@ def check_feasible(config: ExportConfig, teacher: TeacherFolder) -> None:
         raise ExportError(f"teacher {config.teacher}: {error}") from None
     if config.student is None:
         check_removable(model_config.num_hidden_layers, config.prune)
-    check_top_k(config.cache, count_real_tokens(teacher.path))
+    tokenizer = Tokenizer.load(teacher.path)
+    check_top_k(config.cache, tokenizer.num_tokens)
+    student = find_teacher(config.student, config.cache_dir) if config.student else None
+    for folder in (teacher, student):
+        if folder is not None:
+            check_rows(folder.path, tokenizer)
 
 
 # --- sizes

@@ -18,6 +18,7 @@ from torch import nn
 from export.config import ExportError, PruneConfig
 from export.distill import Example, collate
 from export.losses import forward_kl
+from serve.real_tokens import EVERY_ROW, RealTokens
 
 MLP_WIDTH_MULTIPLE = 32
 """So that blocks of 16 and 32 (`export.config.WeightOnlyVariant`) divide down_proj evenly."""
@@ -39,27 +40,29 @@ def rank_layers(
     *,
     first_candidate: int,
     num_candidates: int,
+    real_tokens: RealTokens = EVERY_ROW,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Removal]:
     """Choose `num_removed` layers to drop, greedily.
 
-    The KL is averaged over the completion positions of `texts`. The first round tries every layer
-    from `first_candidate` on but the last; later ones the `num_candidates` cheapest of the round
-    before. ExportError, before any work, when a round would have nothing left to try.
+    The KL is over `real_tokens`, averaged over the completion positions of `texts`. The first round
+    tries every layer from `first_candidate` on but the last; later ones the `num_candidates`
+    cheapest of the round before. ExportError, before any work, when a round would have nothing left
+    to try.
     """
     all_layers = teacher.model.layers
     layers = list(range(len(all_layers)))
     candidates = _first_candidates(len(layers), first_candidate)
     total = sum(_round_sizes(len(candidates), num_removed, num_candidates))
     input_ids, positions, _ = (t.to(teacher.device) for t in collate(texts))
-    target = _completion_logits(teacher, input_ids, positions)
+    target = real_tokens.cut(_completion_logits(teacher, input_ids, positions))
     removals: list[Removal] = []
     done = 0
     for _ in range(num_removed):
         costs = {}
         for layer in candidates:
             teacher.model.layers = nn.ModuleList(all_layers[i] for i in layers if i != layer)
-            pruned = _completion_logits(teacher, input_ids, positions)
+            pruned = real_tokens.cut(_completion_logits(teacher, input_ids, positions))
             costs[layer] = float(forward_kl(pruned, target).mean())
             done += 1
             progress(done, total)

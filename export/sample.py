@@ -124,6 +124,7 @@ def _generate(
             dtype=getattr(torch, config.dtype),
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
+            real_tokens=tokenizer.real_tokens,
         ),
         eos_token_ids=read_eos_token_ids(teacher_dir),
         max_waiting=sum(num_samples_of(task, config) for task in tasks),

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM as AutoModel
 
 from export.config import ExportError
 from export.teacher import check_folder
+from serve.tokenization import Tokenizer
 from serve.tokenizer_equality import tokenizer_difference
 from serve.torch_backend import check_supported
 
@@ -28,9 +29,9 @@ def load_student(student_folder: Path, teacher_folder: Path) -> Any:
     """
     check_folder(student_folder)
     _check_same_tokenizer(student_folder, teacher_folder)
-    num_tokens = count_real_tokens(teacher_folder)
+    tokenizer = Tokenizer.load(teacher_folder)
     for folder in (student_folder, teacher_folder):
-        _check_vocabulary(folder, num_tokens)
+        check_rows(folder, tokenizer)
     _check_architecture(student_folder)
     model, loading = AutoModel.from_pretrained(
         student_folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
@@ -43,12 +44,19 @@ def load_student(student_folder: Path, teacher_folder: Path) -> Any:
     return model
 
 
-def count_real_tokens(folder: Path) -> int:
-    """Return the size of a folder's tokenizer: logits from this column on are padding."""
-    from tokenizers import Tokenizer
+def check_rows(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise ExportError unless the model in `folder` has a row for every token.
 
-    vocabulary: dict[str, int] = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
-    return max(vocabulary.values()) + 1
+    More rows are padding. With fewer a bundle would have tokens that its student does not know.
+    """
+    num_rows = AutoConfig.from_pretrained(folder, trust_remote_code=False).vocab_size
+    if num_rows < tokenizer.num_tokens:
+        raise ExportError(
+            f"{folder / 'config.json'} has vocab_size {num_rows}, but the tokenizer has "
+            f"{tokenizer.num_tokens} tokens, {tokenizer.token_text(num_rows)!r} with the id "
+            f"{num_rows} among them: resize the model's embeddings to the tokenizer, or take the "
+            "tokens without a row out of tokenizer.json"
+        )
 
 
 def compression_warning(num_teacher_parameters: int, num_student_parameters: int) -> str | None:
@@ -73,14 +81,6 @@ def _check_same_tokenizer(student_folder: Path, teacher_folder: Path) -> None:
         raise ExportError(
             f"student {student_folder} has another tokenizer than the teacher {teacher_folder}: "
             f"another {difference}; token ids would mean different text"
-        )
-
-
-def _check_vocabulary(folder: Path, num_tokens: int) -> None:
-    vocab_size = AutoConfig.from_pretrained(folder, trust_remote_code=False).vocab_size
-    if vocab_size < num_tokens:
-        raise ExportError(
-            f"{folder} has vocab_size {vocab_size}, but its tokenizer has {num_tokens} tokens"
         )
 
 

@@ -22,6 +22,7 @@ from export.config import PhaseConfig
 from export.distill import Example, Forward, Objective, StepSums, accumulate, plan_steps, schedule
 from export.distributed import World
 from export.on_policy import COLLAPSE_SHARE
+from serve.real_tokens import EVERY_ROW, RealTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ class TrainingPhase:
     parameters: Parameters
     num_rounds: int
     text: Callable[[int], Sequence[Example]]
-    num_real_tokens: int | None = None
+    real_tokens: RealTokens = EVERY_ROW
     on_start: Callable[[], None] = lambda: None
 
 
@@ -224,7 +225,7 @@ class Trainer:
         factor = schedule(progress, phase.config.warmup_share)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        objective = Objective.of(phase.config, phase.num_real_tokens)
+        objective = Objective.of(phase.config, phase.real_tokens)
         sums = accumulate(
             phase.forward, steps[place.step], objective, world=self._world, dtype=self._dtype
         )

@@ -34,7 +34,7 @@ from serve.onnx_session import (
     open_stream,
     run_options,
 )
-from serve.real_tokens import RealTokens
+from serve.real_tokens import EVERY_ROW, RealTokens
 from serve.serving_graph import LAST_POSITIONS, LOGIT_ROWS, TOTAL_LENGTH
 
 _TORCH_TYPES = {
@@ -71,7 +71,7 @@ class OnnxBackend:
         max_model_len: int,
         stream: Any = None,
         cuda_graphs: bool = False,
-        real_tokens: RealTokens | None = None,
+        real_tokens: RealTokens = EVERY_ROW,
     ) -> None:
         self._session = session
         self._device = device
@@ -85,7 +85,7 @@ class OnnxBackend:
             device,
         )
         self._num_rows: int = config["vocab_size"]
-        self._real_tokens = (real_tokens or RealTokens(self._num_rows)).within(self._num_rows)
+        self._real_tokens = real_tokens.within(self._num_rows)
         self.info = ModelInfo(
             backend="onnx",
             device=str(device),
@@ -124,7 +124,7 @@ class OnnxBackend:
         shares_cores: bool = True,
         stream: int | None = None,
         cuda_graphs: bool | None = None,
-        real_tokens: RealTokens | None = None,
+        real_tokens: RealTokens = EVERY_ROW,
     ) -> OnnxBackend:
         """Load `variant_dir/model.onnx` beside its `config.json`.
 

@@ -7,6 +7,7 @@ say means nothing. A tokenizer may also lack ids below its highest one.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -53,3 +54,7 @@ class RealTokens:
             return of_tokens
         missing = torch.tensor(self.missing_ids, device=logits.device)
         return of_tokens.index_fill(-1, missing, max(ABSENT_LOGIT, torch.finfo(logits.dtype).min))
+
+
+EVERY_ROW = RealTokens(sys.maxsize)
+"""Whatever rows a head has: of a model without a tokenizer."""

@@ -30,7 +30,7 @@ from serve.decoder import (
     rotary_table,
 )
 from serve.kv_cache import KVCache
-from serve.real_tokens import ABSENT_LOGIT, RealTokens
+from serve.real_tokens import ABSENT_LOGIT, EVERY_ROW, RealTokens
 from serve.slot_attention import (
     QUERY_ALIGNMENT,
     ManyTokenAttention,
@@ -64,12 +64,12 @@ class TorchBackend:
         max_num_seqs: int,
         max_model_len: int,
         enable_cuda_graphs: bool = True,
-        real_tokens: RealTokens | None = None,
+        real_tokens: RealTokens = EVERY_ROW,
     ) -> None:
         config = model.config
         shape = head_shape(config)
         num_rows = len(model.lm_head.weight)
-        real_tokens = (real_tokens or RealTokens(num_rows)).within(num_rows)
+        real_tokens = real_tokens.within(num_rows)
         # One column more than the context: padding tokens write there when a row is full.
         num_columns = key_length(max_model_len + 1)
         self.info = ModelInfo(
@@ -106,7 +106,7 @@ class TorchBackend:
         max_num_seqs: int,
         max_model_len: int,
         enable_cuda_graphs: bool = True,
-        real_tokens: RealTokens | None = None,
+        real_tokens: RealTokens = EVERY_ROW,
     ) -> TorchBackend:
         """Load a transformers folder, its safetensors alone.
 
@@ -149,7 +149,7 @@ class TorchBackend:
         max_num_seqs: int,
         max_model_len: int,
         enable_cuda_graphs: bool = True,
-        real_tokens: RealTokens | None = None,
+        real_tokens: RealTokens = EVERY_ROW,
     ) -> TorchBackend:
         """Take over a transformers model, whose weights are gone afterwards; see `load`.
 

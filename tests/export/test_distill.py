@@ -28,6 +28,7 @@ from export.logits_cache import write_logits_cache
 from export.losses import DistillationLoss, exact_forward_kl
 from export.matching import LayerMap, Matching
 from export.prune import drop_layers
+from serve.real_tokens import RealTokens
 
 MakeModel = Callable[..., Any]
 MakeExamples = Callable[..., list[Example]]
@@ -302,8 +303,8 @@ def test_objective_is_that_of_the_phase() -> None:
         alpha=0.7, temperature=3.0, divergence="jsd", jsd_beta=0.2, hidden_weight=0.1,
         attention_weight=0.4,
     )  # fmt: skip
-    assert Objective.of(phase, 90) == Objective(
-        DistillationLoss(0.7, 3.0, "jsd", 0.2, 90), 0.1, 0.4
+    assert Objective.of(phase, RealTokens(90)) == Objective(
+        DistillationLoss(0.7, 3.0, "jsd", 0.2, RealTokens(90)), 0.1, 0.4
     )
 
 
@@ -332,28 +333,29 @@ def test_columns_beyond_the_real_tokens_have_no_part(
     batches = [make_examples(UNEVEN)]
     below_90 = [[Example(e.prompt_token_ids, tuple(t % 90 for t in e.completion_token_ids))
                  for e in batches[0]]]  # fmt: skip
-    objective = Objective(DistillationLoss(num_real_tokens=90))
+    objective = Objective(DistillationLoss(real_tokens=RealTokens(90)))
     before = gradients(pair, below_90, objective)
-    kl = measure_kl(pair, below_90[0], num_real_tokens=90, dtype=EXACT)
+    kl = measure_kl(pair, below_90[0], real_tokens=RealTokens(90), dtype=EXACT)
     with torch.no_grad():
         pair.teacher.lm_head.weight = torch.nn.Parameter(pair.teacher.lm_head.weight.clone())
         pair.teacher.lm_head.weight[90:] += 1
     assert_equal(gradients(pair, below_90, objective), before)
-    assert measure_kl(pair, below_90[0], num_real_tokens=90, dtype=EXACT) == kl
+    assert measure_kl(pair, below_90[0], real_tokens=RealTokens(90), dtype=EXACT) == kl
     assert measure_kl(pair, below_90[0], dtype=EXACT) != kl
 
 
-def test_teacher_with_a_larger_padded_vocabulary_needs_num_real_tokens(
+def test_teacher_with_a_larger_padded_vocabulary_needs_real_tokens(
     make_model: MakeModel, make_examples: MakeExamples
 ) -> None:
     teacher, student = (make_model(num_layers=1) for _ in range(2))
     teacher.resize_token_embeddings(128)
     pair, batch = Pair(student, teacher), make_examples(UNEVEN)
-    with pytest.raises(ExportError, match=r"97 columns, the teacher's 128.*num_real_tokens"):
+    with pytest.raises(ExportError, match=r"97 columns, the teacher's 128.*real_tokens"):
         gradients(pair, [batch])
-    padded = Objective(DistillationLoss(alpha=1.0, num_real_tokens=97))
+    padded = Objective(DistillationLoss(alpha=1.0, real_tokens=RealTokens(97)))
     assert float(gradients(pair, [batch], padded)["loss"]) == pytest.approx(0, abs=1e-6)
-    assert measure_kl(pair, batch, num_real_tokens=97, dtype=EXACT) == pytest.approx(0, abs=1e-6)
+    kl = measure_kl(pair, batch, real_tokens=RealTokens(97), dtype=EXACT)
+    assert kl == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("num_shared_layers", [0, 1])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from export.logits_cache import (
     write_logits_cache,
 )
 from export.losses import DistillationLoss, RandomTargets, SparseTargets, Targets, forward_kl
+from serve.real_tokens import RealTokens
 
 VOCAB_SIZE = 97
 DENSE = CacheConfig(kind="dense")
@@ -173,17 +175,22 @@ def test_batch_is_its_examples_one_after_the_other(
 
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda config: config.kind)
-def test_padding_of_the_vocabulary_is_not_kept(
+def test_rows_without_tokens_are_not_kept_however_loud_they_are(
     teacher: Any, examples: list[Example], tmp_path: Path, config: CacheConfig
 ) -> None:
-    targets = write(tmp_path, teacher, examples, config, num_vocab_tokens=50).targets(examples)
+    real_tokens = RealTokens(50, missing_ids=(7, 30))
+    loud = copy.deepcopy(teacher)
+    with torch.no_grad():
+        loud.lm_head.weight[[7, 30, *range(50, VOCAB_SIZE)]] *= 20
+    cache = write(tmp_path, loud, examples, config, real_tokens=real_tokens)
+    targets = cache.targets(examples)
     if isinstance(targets, torch.Tensor):
         assert targets.shape[1] == 50
     else:
-        assert targets.token_ids.max() < 50
+        assert targets.token_ids.max() < 50 and not {7, 30} & set(targets.token_ids.unique())
     with torch.inference_mode():
-        live = completion_logits(teacher, examples)
-    loss = DistillationLoss(1.0, 1.0, num_real_tokens=50)
+        live = completion_logits(loud, examples)
+    loss = DistillationLoss(1.0, 1.0, real_tokens=real_tokens)
     kl = loss(live, targets, torch.zeros(len(live), dtype=torch.long)).soft / len(live)
     assert abs(float(kl)) < (1.0 if config is RANDOM else 1e-4)
 
@@ -275,7 +282,7 @@ def test_other_examples_or_teacher_are_refused_with_both_hashes(
     ("config", "changes", "expected"),
     [
         (TOP_K.model_copy(update={"top_k": 9}), {}, r"top_k=8.* than .*top_k=9"),
-        (TOP_K, {"num_vocab_tokens": 50}, r"over 97 tokens, than .* over 50 tokens"),
+        (TOP_K, {"real_tokens": RealTokens(50)}, r"over 97 tokens, than .* over 50 tokens"),
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused_with_both(

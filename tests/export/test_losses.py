@@ -20,6 +20,7 @@ from export.losses import (
     jsd_of_logprobs,
     reverse_kl_of_logprobs,
 )
+from serve.real_tokens import RealTokens
 
 TEACHER, STUDENT = torch.tensor([[2.0, 1.0, 0.0]]), torch.ones(1, 3)
 P, Q = [0.7, 0.2, 0.1], [0.2, 0.3, 0.5]
@@ -269,14 +270,41 @@ def test_no_tokens_lose_nothing() -> None:
 def test_padding_of_the_vocabulary_is_left_out_and_the_rest_renormalised(divergence: Any) -> None:
     student, teacher, labels = logits(5, 30), logits(5, 40, seed=1), torch.arange(5)
     expected = DistillationLoss(divergence=divergence)(student[:, :25], teacher[:, :25], labels)
-    loss = DistillationLoss(divergence=divergence, num_real_tokens=25)
+    loss = DistillationLoss(divergence=divergence, real_tokens=RealTokens(25))
     actual = loss(student, teacher, labels)
     assert (float(actual.soft), float(actual.hard)) == (float(expected.soft), float(expected.hard))
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(
+    ("student_rows", "teacher_rows", "num_tokens", "missing"),
+    [
+        (320, 384, 300, ()),
+        (320, 384, 300, (7, 250)),
+        (151_936, 152_064, 151_665, ()),  # Qwen2.5 1.5B and 7B
+        (151_936, 152_064, 151_665, (151_660,)),
+    ],
+)
+def test_loud_rows_without_tokens_change_neither_loss_nor_gradient(
+    student_rows: int, teacher_rows: int, num_tokens: int, missing: Any, divergence: Any
+) -> None:
+    student, teacher, labels = logits(3, student_rows), logits(3, teacher_rows), torch.arange(3)
+    loss = DistillationLoss(divergence=divergence, real_tokens=RealTokens(num_tokens, missing))
+    quiet = loss(student.requires_grad_(), teacher, labels)
+    quiet.total.backward()
+    loud = student.detach().clone()
+    for rows in (loud, teacher):
+        rows[:, [*missing, *range(num_tokens, rows.shape[1])]] = 1e4
+    sums = loss(loud.requires_grad_(), teacher, labels)
+    sums.total.backward()
+    assert (sums.total, sums.soft, sums.hard) == (quiet.total, quiet.soft, quiet.hard)
+    assert loud.grad is not None and student.grad is not None
+    assert loud.grad.equal(student.grad) and loud.grad[:, [*missing, num_tokens]].eq(0).all()
+
+
 def test_padding_columns_get_no_gradient() -> None:
     student, teacher = logits(5, 30).requires_grad_(), logits(5, 40, seed=1)
-    loss = DistillationLoss(num_real_tokens=25)
+    loss = DistillationLoss(real_tokens=RealTokens(25))
     loss(student, teacher, torch.arange(5)).total.backward()
     assert student.grad is not None
     assert student.grad[:, :25].abs().min() > 0
@@ -284,7 +312,7 @@ def test_padding_columns_get_no_gradient() -> None:
 
 
 def test_vocabularies_of_two_sizes_are_refused_with_both_numbers() -> None:
-    with pytest.raises(ExportError, match=r"30 columns, the teacher's 40: .*num_real_tokens"):
+    with pytest.raises(ExportError, match=r"30 columns, the teacher's 40: .*real_tokens"):
         DistillationLoss()(logits(5, 30), logits(5, 40), torch.arange(5))
 
 

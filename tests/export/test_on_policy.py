@@ -9,6 +9,7 @@ import torch
 
 from export.distill import Example
 from export.on_policy import COLLAPSE_SHARE, AnswerSettings, answer, repetition
+from serve.real_tokens import RealTokens
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13), (20, 21)]
 NO_EOS: frozenset[int] = frozenset()
@@ -39,6 +40,18 @@ def test_answer_ends_with_the_eos_token(student: Any) -> None:
     (ended,) = answer(student, PROMPTS[:1], AnswerSettings(0.0, 8, 1, frozenset({eos})))
     stop = free.completion_token_ids.index(eos)
     assert ended.completion_token_ids == free.completion_token_ids[: stop + 1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_student_draws_real_tokens_alone(student: Any, temperature: float) -> None:
+    loud = copy.deepcopy(student)
+    with torch.no_grad():
+        loud.lm_head.weight[60:] *= 20
+    settings = AnswerSettings(temperature, 6, 3, NO_EOS)
+    drawn = [t for e in answer(loud, PROMPTS, settings) for t in e.completion_token_ids]
+    assert max(drawn) >= 60, "nothing would be shown"
+    answers = answer(loud, PROMPTS, settings, RealTokens(60))
+    assert max(t for e in answers for t in e.completion_token_ids) < 60
 
 
 def test_samples_follow_from_the_seed_whatever_is_answered_beside(student: Any) -> None:

@@ -25,6 +25,7 @@ from export.phases import (
 )
 from export.prune import drop_layers, shrink_mlp
 from export.trainer import Trainer
+from serve.real_tokens import EVERY_ROW, RealTokens
 
 MakeModel = Callable[..., Any]
 MakeExamples = Callable[..., list[Example]]
@@ -48,7 +49,7 @@ def make_distillation(
             "sample": SampleConfig(max_tokens=4),
             "kept_layers": [0, 2],
             "cache": None,
-            "num_real_tokens": None,
+            "real_tokens": EVERY_ROW,
             "world": World(),
         }
         student = changed.pop("student", drop_layers(teacher, [0, 2]))
@@ -182,7 +183,8 @@ def test_training_on_the_grid_lowers_the_kl_to_the_float_student(
     student = make_model(num_layers=2)
     grids = linear_grids(student, lambda name: BlockGrid(4, 16))
     phase = PhaseConfig(num_epochs=8, learning_rate=3e-3, alpha=1.0, tokens_per_step=16)
-    training = GridTraining(student, make_model(num_layers=2), grids, {}, phase, text, 97)
+    real_tokens = RealTokens(97)
+    training = GridTraining(student, make_model(num_layers=2), grids, {}, phase, text, real_tokens)
     before = training.measure()
     Trainer(tmp_path).run([training.phase])
     assert 0 < training.measure() < before

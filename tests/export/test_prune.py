@@ -19,6 +19,7 @@ from export.prune import (
     rank_layers,
     shrink_mlp,
 )
+from serve.real_tokens import RealTokens
 
 MakeModel = Callable[..., Any]
 INPUT_IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -83,6 +84,15 @@ def test_kl_is_of_the_completion_positions_with_all_removed_layers_gone(
     for removal in rank_layers(teacher, texts, 2, first_candidate=1, num_candidates=6):
         kept.remove(removal.layer)
         assert removal.kl == pytest.approx(cost(teacher, texts, kept), rel=1e-4)
+
+
+def test_rows_without_tokens_have_no_say(teacher: Any, texts: list[Example]) -> None:
+    settings = {"first_candidate": 1, "num_candidates": 6, "real_tokens": RealTokens(60, (7,))}
+    quiet = rank_layers(teacher, texts, 2, **settings)
+    teacher.lm_head.weight = torch.nn.Parameter(teacher.lm_head.weight.clone())
+    teacher.lm_head.weight.data[[7, *range(60, 97)]] *= 20
+    assert rank_layers(teacher, texts, 2, **settings) == quiet
+    assert rank_layers(teacher, texts, 2, first_candidate=1, num_candidates=6) != quiet
 
 
 def test_the_cheapest_layer_goes_in_every_round(teacher: Any, texts: list[Example]) -> None:

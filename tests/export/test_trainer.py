@@ -23,6 +23,7 @@ from export.grid import BlockGrid
 from export.phases import Distillation, GridTraining, Text, linear_grids
 from export.prune import drop_layers
 from export.trainer import Log, PlainParameters, Trainer, TrainingPhase, Watch
+from serve.real_tokens import EVERY_ROW
 
 MakeModel = Callable[..., Any]
 MakeExamples = Callable[..., list[Example]]
@@ -70,7 +71,7 @@ class Run:
             self.student, teacher, text, folder,
             config=DistillConfig(phases=tuple(RECIPES[kind])),
             sample=SampleConfig(max_tokens=5, temperature=1.0),
-            kept_layers=[0, 2], cache=None, num_real_tokens=None, world=World(),
+            kept_layers=[0, 2], cache=None, real_tokens=EVERY_ROW, world=World(),
         )  # fmt: skip
         self.phases = self.distillation.phases()
 

@@ -20,7 +20,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from estimators.divergence import exact_kl
 from serve.engine import Engine
 from serve.onnx_backend import OnnxBackend
-from serve.real_tokens import ABSENT_LOGIT, RealTokens
+from serve.real_tokens import ABSENT_LOGIT, EVERY_ROW, RealTokens
 from serve.scoring import ScoringRequest
 from serve.sequence import FinishedEvent, GenerationRequest, SamplingParams
 from serve.torch_backend import TorchBackend
@@ -77,7 +77,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def load(model_dir: Path) -> Callable[..., Any]:
-    def load(kind: str, real_tokens: RealTokens | None = REAL) -> Any:
+    def load(kind: str, real_tokens: RealTokens = REAL) -> Any:
         if kind == "torch-tied":
             return TorchBackend.take(loud_model(is_tied=True), real_tokens=real_tokens, **LIMITS)
         if kind == "torch":
@@ -108,14 +108,14 @@ def test_no_id_without_a_token_is_drawn(load: Any, kind: str, temperature: float
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_head_without_a_tokenizer_draws_its_padding(load: Any, kind: str) -> None:
-    drawn = [t for event in answer(load(kind, None), 1.0) for t in event.token_ids]
+    drawn = [t for event in answer(load(kind, EVERY_ROW), 1.0) for t in event.token_ids]
     assert len(set(drawn) - set(PRESENT)) > 5, "the rows would not be noticed"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_all_rows_cut(load: Any, kind: str) -> None:
     rows, every = [[5, 9, 200], [7], [1, 2]], [range(3), range(1), range(2)]
-    whole = load(kind, None).forward(0, rows, [0] * 3, every)
+    whole = load(kind, EVERY_ROW).forward(0, rows, [0] * 3, every)
     backend = load(kind)
     cut = backend.forward(0, rows, [0] * 3, every)
     assert cut.shape == (6, backend.info.vocab_size) == (6, NUM_TOKENS)
@@ -125,7 +125,7 @@ def test_logits_are_those_of_all_rows_cut(load: Any, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logprobs_are_normalised_over_real_tokens(load: Any, kind: str) -> None:
-    whole = load(kind, None).forward(0, [list(PROMPT)], [0])
+    whole = load(kind, EVERY_ROW).forward(0, [list(PROMPT)], [0])
     expected = F.log_softmax(whole[0, PRESENT].double(), -1)
     (event, *_) = answer(load(kind), 1.0)
     index = PRESENT.index(event.token_ids[0])
