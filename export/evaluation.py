@@ -24,7 +24,6 @@ from export.report import SUMMARY_NAME, TORCH, TRANSFORMERS
 from export.speed import PROMPT_TOKENS, race, tandem_contender, transformers_contender
 from export.task_evaluation import TaskEvaluation, choose_tasks, evaluate_tasks
 from serve.loading import read_eos_token_ids
-from serve.tokenization import Tokenizer
 
 if TYPE_CHECKING:
     from export.pipeline import Pipeline
@@ -64,7 +63,7 @@ class _Evaluation:
         self._config = pipeline.config.evaluate
         self._test = [row for row in read_accepted(pipeline.path(pipeline.accepted)).completions
                       if row.split == "test"]  # fmt: skip
-        self._tokenizer = Tokenizer.load(pipeline.teacher.path)
+        self._tokenizer = pipeline.tokenizer
         self._eos_token_ids = read_eos_token_ids(pipeline.teacher.path)
         self._chosen = choose_tasks(pipeline.tasks, self._config.max_task_prompts)
         self._backends = self._load_backends()

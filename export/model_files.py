@@ -11,7 +11,19 @@ from typing import Any
 
 import torch
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+from export.config import ExportError
+from serve.tokenizer_files import (
+    CONFIG_NAME,
+    DEFAULT_TEMPLATE,
+    TEMPLATE_NAME,
+    TOKENIZER_NAME,
+    read_templates,
+    tokenizer_class,
+)
+
+TOKENIZER_FILES = (TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME)
+OLDER_TOKENIZER_FILES = ("special_tokens_map.json", "added_tokens.json")
+"""Read where tokenizer_config.json lists no added tokens."""
 
 
 def training_device() -> torch.device:
@@ -34,15 +46,21 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device | None = Non
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a model's tokenizer and generation config to where its student was saved.
 
-    Older folders have the chat template in tokenizer_config.json; the student gets it as a file.
+    The student gets its chat template as a file, and the class of its tokenizer by name, where the
+    source has these elsewhere. ExportError when the source has no chat template.
     """
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
+    config = read_json(source / CONFIG_NAME) if (source / CONFIG_NAME).exists() else {}
+    older = () if "added_tokens_decoder" in config else OLDER_TOKENIZER_FILES
+    for name in (*TOKENIZER_FILES, *older, "generation_config.json"):
         if (source / name).exists():
             (target / name).write_bytes((source / name).read_bytes())
-    template = target / "chat_template.jinja"
-    if not template.exists():
-        config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
-        template.write_text(config["chat_template"], encoding="utf-8")
+    templates = read_templates(source)
+    if DEFAULT_TEMPLATE not in templates:
+        raise ExportError(f"{source} has no chat template, or none of the name default")
+    if not (target / TEMPLATE_NAME).exists():
+        (target / TEMPLATE_NAME).write_text(templates[DEFAULT_TEMPLATE], encoding="utf-8")
+    if config.get("tokenizer_class") is None:
+        write_json(target / CONFIG_NAME, config | {"tokenizer_class": tokenizer_class(source)})
 
 
 def write_variant_files(student_dir: Path, variant_dir: Path, max_model_len: int) -> None:
@@ -52,7 +70,8 @@ def write_variant_files(student_dir: Path, variant_dir: Path, max_model_len: int
     write_json(variant_dir / "config.json", config)
     write_json(variant_dir / "genai_config.json", genai_config(config))
     shutil.copy(student_dir / "generation_config.json", variant_dir)
-    for name in TOKENIZER_FILES:
+    older = [name for name in OLDER_TOKENIZER_FILES if (student_dir / name).exists()]
+    for name in (*TOKENIZER_FILES, *older):
         shutil.copy(student_dir / name, variant_dir)
 
 

@@ -39,6 +39,7 @@ from export.phases import Distillation, GridTraining, Text, linear_grids
 from export.prune import Removal, drop_layers, rank_channels, rank_layers, shrink_mlp
 from export.quantization_aware import load_grid_weights, save_grid_weights
 from export.report import PARITY_NAME, graph_size_bytes
+from export.run_record import find_template_date
 from export.sample import ROWS_NAME, read_completions, sample_teacher
 from export.stages import Stage, StageRunner, StageSpec, fresh
 from export.student import compression_warning, load_student
@@ -133,6 +134,11 @@ class Pipeline:
             for name, config in self.config.variants.items()
             if isinstance(config, WeightOnlyVariant) and config.train
         ]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The teacher's, with the date that prompts of this run tell."""
+        return Tokenizer.load(self.teacher.path, find_template_date(self.config.output_dir))
 
     @cached_property
     def tasks(self) -> list[Task]:
@@ -273,7 +279,7 @@ class Pipeline:
     def _build_sample(self, folder: Path) -> dict[str, Any]:
         rows = sample_teacher(
             self.teacher.path, self.tasks, self.config.sample, folder,
-            self.reporter.track("teacher answers"),
+            self.reporter.track("teacher answers"), tokenizer=self.tokenizer,
         )  # fmt: skip
         return {
             "completions": len(rows),
@@ -283,8 +289,7 @@ class Pipeline:
 
     def _build_accept(self, folder: Path) -> dict[str, Any]:
         rows = read_completions(self.path(self.sampled) / ROWS_NAME)
-        tokenizer = Tokenizer.load(self.teacher.path)
-        accepted = accept(self.tasks, rows, self.config.accept, tokenizer)
+        accepted = accept(self.tasks, rows, self.config.accept, self.tokenizer)
         write_accepted(folder, accepted)
         return {
             "accepted": accepted.summary.num_accepted,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from export.config import ExportConfig, ExportError, JsonlSource
 from export.disk import writing_to
 from export.model_inputs import hash_model_inputs
 from export.teacher import TeacherFolder
+from serve.chat_template import process_date
 
 RECORD_NAME = "run.json"
 _SHOWN_DIGITS = 12
@@ -66,6 +68,8 @@ class RunRecord(BaseModel):
     reference: TeacherReference
     teacher: ModelInputs
     student: ModelInputs | None
+    template_date: date
+    """What chat templates tell as today's date, however many days the run takes."""
     config: ExportConfig
 
     @property
@@ -88,6 +92,7 @@ def record_run(
         reference=teacher.reference,
         teacher=ModelInputs.of(config.teacher, teacher),
         student=ModelInputs.of(config.student or "", student) if student else None,
+        template_date=find_template_date(config.output_dir),
         config=config,
     )
     partial = config.output_dir / f"{RECORD_NAME}.tmp"
@@ -126,6 +131,12 @@ def find_run(output_dir: Path) -> RunRecord | None:
         return read_run(output_dir)
     except ExportError:
         return None
+
+
+def find_template_date(output_dir: Path) -> date:
+    """Return the date in prompts of the run in `output_dir`; of one that begins, today's."""
+    record = find_run(output_dir)
+    return record.template_date if record else process_date()
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,11 +59,13 @@ def sample_teacher(
     config: SampleConfig,
     target_dir: Path,
     progress: Callable[[int, int], None],
+    tokenizer: Tokenizer | None = None,
 ) -> list[Completion]:
     """Write `completions.jsonl` and return its rows, in order of the tasks and sample indices.
 
     A task whose answer can be checked gets `num_verifiable_samples` rows, another `num_samples`;
-    `progress` is told how many rows there are, and of how many.
+    `progress` is told how many rows there are, and of how many. `tokenizer` is the teacher's, with
+    the date that its chat template tells; without it the folder's, with today's.
 
     Raises:
         ExportError: the chat template refuses a prompt, it is too long for `max_model_len`, or
@@ -78,7 +80,7 @@ def sample_teacher(
         missing = [task for task in tasks if task.task_id in unfinished]
         write_completions(path, rows.values())
         with path.open("a", encoding="utf-8") as file:
-            for row in _generate(teacher_dir, missing, config):
+            for row in _generate(teacher_dir, missing, config, tokenizer):
                 if row.key in rows:  # redrawn with a sibling that is missing: the same tokens
                     continue
                 file.write(json.dumps(asdict(row)) + "\n")
@@ -114,9 +116,9 @@ def write_completions(path: Path, rows: Iterable[Completion]) -> None:
 
 
 def _generate(
-    teacher_dir: Path, tasks: Sequence[Task], config: SampleConfig
+    teacher_dir: Path, tasks: Sequence[Task], config: SampleConfig, tokenizer: Tokenizer | None
 ) -> Iterable[Completion]:
-    tokenizer = Tokenizer.load(teacher_dir)
+    tokenizer = tokenizer or Tokenizer.load(teacher_dir)
     engine = Engine(
         TorchBackend.load(
             teacher_dir,

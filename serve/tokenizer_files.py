@@ -74,6 +74,7 @@ _CLASSES = {
         {"unk_token": _END, "eos_token": _END, "pad_token": _END}, resets_flags=True
     ),
 }
+_GENERAL_CLASS = "PreTrainedTokenizerFast"
 _CLASS_OF_MODEL = {
     "llama": "LlamaTokenizer",
     "mistral": "LlamaTokenizer",
@@ -113,7 +114,7 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     """
     tokenizer = _parse(folder / TOKENIZER_NAME)
     config = _read_config(folder)
-    kind = _class_of(folder, config)
+    kind = _CLASSES.get(tokenizer_class(folder, config).removesuffix("Fast"), _Class({}))
     added = _added_tokens(folder, config, tokenizer)
     special = _special_tokens(folder, config, kind, tokenizer, added)
     tokenizer.no_truncation()
@@ -132,11 +133,10 @@ def read_templates(folder: Path, config: Mapping[str, Any] | None = None) -> dic
     if config is None:
         config = _read_object(folder / CONFIG_NAME)
     templates = {
-        path.stem: path.read_text("utf-8")
-        for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
+        path.stem: _read_text(path) for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
     }
     if (folder / TEMPLATE_NAME).exists():
-        templates[DEFAULT_TEMPLATE] = (folder / TEMPLATE_NAME).read_text("utf-8")
+        templates[DEFAULT_TEMPLATE] = _read_text(folder / TEMPLATE_NAME)
     if templates:
         return templates
     given = config.get("chat_template")
@@ -161,14 +161,29 @@ def _templates_by_name(path: Path, given: Any) -> dict[str, str]:
     return dict(given)
 
 
+def tokenizer_class(folder: Path, config: Mapping[str, Any] | None = None) -> str:
+    """Return transformers' class of a folder's tokenizer; `config` as in `read_templates`."""
+    name = (_read_object(folder / CONFIG_NAME) if config is None else config).get("tokenizer_class")
+    if name is None:
+        model = _read_object(folder / "config.json")
+        name = model.get("tokenizer_class") or _CLASS_OF_MODEL.get(str(model.get("model_type")))
+    return _GENERAL_CLASS if name is None else str(name)
+
+
 # -- reading --------------------------------------------------------------------------------------
 
 
-def _parse(path: Path) -> tokenizers.Tokenizer:
+def _read_text(path: Path) -> str:
     try:
-        return tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(one_line(f"{path} cannot be read: {error}")) from None
+
+
+def _parse(path: Path) -> tokenizers.Tokenizer:
+    text = _read_text(path)
+    try:
+        return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library has no other kind of error
         raise UserError(one_line(f"{path} is damaged: {error}")) from None
 
@@ -177,9 +192,10 @@ def _read_object(path: Path) -> dict[str, Any]:
     """Return a JSON object, empty where there is no such file."""
     if not path.exists():
         return {}
+    text = _read_text(path)
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(one_line(f"{path} is no JSON: {error}")) from None
     if not isinstance(value, dict):
         raise UserError(one_line(f"{path} must be a JSON object, not {type(value).__name__}"))
@@ -210,14 +226,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _class_of(folder: Path, config: Mapping[str, Any]) -> _Class:
-    name = config.get("tokenizer_class")
-    if name is None:
-        model = _read_object(folder / "config.json")
-        name = model.get("tokenizer_class") or _CLASS_OF_MODEL.get(str(model.get("model_type")))
-    return _CLASSES.get(str(name).removesuffix("Fast"), _Class({}))
 
 
 def _added_tokens(

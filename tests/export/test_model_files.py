@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from export.config import ExportError
 from export.model_files import (
     copy_tokenizer,
     genai_config,
@@ -62,6 +63,43 @@ def test_chat_template_is_found_in_either_place(
     write_json(source / "tokenizer_config.json", config | {"chat_template": template})
     copy_tokenizer(source, target)
     assert (target / "chat_template.jinja").read_text() == template
+
+
+def test_default_of_named_templates_is_the_students(
+    tiny_teacher: Path, folders: tuple[Path, Path]
+) -> None:
+    source, target = folders
+    (source / "tokenizer.json").write_bytes((tiny_teacher / "tokenizer.json").read_bytes())
+    named = [{"name": n, "template": n.upper()} for n in ("tool_use", "default")]
+    write_json(source / "tokenizer_config.json", {"chat_template": named})
+    copy_tokenizer(source, target)
+    assert (target / "chat_template.jinja").read_text() == "DEFAULT"
+
+
+@pytest.mark.parametrize("templates", [None, [{"name": "rag", "template": ""}]])
+def test_teacher_without_a_default_template_is_refused(
+    tiny_teacher: Path, folders: tuple[Path, Path], templates: Any
+) -> None:
+    source, target = folders
+    (source / "tokenizer.json").write_bytes((tiny_teacher / "tokenizer.json").read_bytes())
+    write_json(source / "tokenizer_config.json", {"chat_template": templates})
+    with pytest.raises(ExportError, match="has no chat template, or none of the name default"):
+        copy_tokenizer(source, target)
+
+
+@pytest.mark.parametrize("config", [None, {"bos_token": "<|im_start|>"}])
+def test_student_of_another_family_keeps_the_class_of_the_teachers_tokenizer(
+    tiny_teacher: Path, folders: tuple[Path, Path], config: Any
+) -> None:
+    """Where tokenizer_config.json names no class or is missing, config.json's family says it."""
+    source, target = folders
+    for name in ("tokenizer.json", "config.json", "chat_template.jinja"):
+        (source / name).write_bytes((tiny_teacher / name).read_bytes())
+    if config is not None:
+        write_json(source / "tokenizer_config.json", config)
+    copy_tokenizer(source, target)
+    copied = read_json(target / "tokenizer_config.json")
+    assert copied == (config or {}) | {"tokenizer_class": "LlamaTokenizer"}
 
 
 @pytest.mark.parametrize("is_there", [True, False])

@@ -67,7 +67,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let every answer be the token 7, and list the tasks that were asked."""
     asked: list[str] = []
 
-    def generate(folder: Path, tasks: list[Task], config: SampleConfig) -> Iterable[Completion]:
+    def generate(
+        folder: Path, tasks: list[Task], config: SampleConfig, tokenizer: object
+    ) -> Iterable[Completion]:
         for task in tasks:
             asked.append(task.task_id)
             for index in range(num_samples_of(task, config)):

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import shutil
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+import export.run_record
+from export.config import ExportConfig
+from export.pipeline import Pipeline, open_pipeline
+from export.run_record import record_run
+from export.status import QuietReporter
+
+
+def open_on(day: date, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    """Open a run as `tandem export run` does on `day`."""
+    monkeypatch.setattr(export.run_record, "process_date", lambda: day)
+    config = ExportConfig(teacher=str(recipe.parent / "teacher"), output_dir=recipe.parent / "run")
+    pipeline = open_pipeline(config, QuietReporter())
+    record_run(recipe, config, pipeline.teacher)
+    return pipeline
+
+
+def test_prompts_of_a_run_tell_its_first_day(
+    tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    (teacher / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.touch()
+    for day in (date(2026, 2, 28), date(2026, 3, 1)):
+        pipeline = open_on(day, recipe, monkeypatch)
+        assert pipeline.tokenizer.render_chat([("user", "Hi")]) == "28 Feb 2026"
