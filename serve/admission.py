@@ -24,9 +24,12 @@ def tokenize(prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
     """
     if prompt.token_ids:
         return prompt.token_ids
-    token_ids = (
-        tokenizer.encode_chat(prompt.messages) if prompt.messages else tokenizer.encode(prompt.text)
-    )
+    if prompt.messages:
+        token_ids = tokenizer.encode_chat(
+            prompt.messages, continue_final_message=prompt.continue_final_message
+        )
+    else:
+        token_ids = tokenizer.encode(prompt.text)
     if not token_ids:
         raise InvalidFieldError.of(prompt.field, "has no tokens; must have at least one")
     return token_ids

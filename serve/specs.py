@@ -81,10 +81,11 @@ class AnswerMatch(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt in the one form it was given in."""
+    """A prompt in the one form it was given in; only of `messages` the final one is continued."""
 
     text: str = ""
     messages: tuple[tuple[str, str], ...] = ()
+    continue_final_message: bool = False
     token_ids: tuple[int, ...] = ()
 
     @property

@@ -188,7 +188,12 @@ def _prompt(request: Any, limits: Limits, checks: Checks) -> Prompt:
             checks.size("prompt", num_bytes, Range(1, limits.max_prompt_bytes), "bytes")
             return Prompt(text=request.prompt)
         case "messages":
-            return Prompt(messages=_messages(request.messages.messages, limits, checks))
+            messages = _messages(request.messages.messages, limits, checks)
+            is_continued = request.messages.continue_final_message
+            if is_continued and messages and messages[-1][0] != "assistant":
+                allowed = "false unless the last message is the assistant's"
+                checks.refuse("messages.continue_final_message", "true", allowed)
+            return Prompt(messages=messages, continue_final_message=is_continued)
         case "prompt_token_ids":
             ids = request.prompt_token_ids.ids
             return Prompt(token_ids=_token_ids("prompt_token_ids.ids", ids, limits, checks))

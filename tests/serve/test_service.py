@@ -204,6 +204,28 @@ def test_prompt_comes_back_to_those_who_ask(live: Any) -> None:
     assert len(roles) == 4 and not any(role.prompt_token_ids for role in roles)
 
 
+TURN = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("content", ["The answer is", "", "<|im_end|> is a name "])
+def test_final_message_is_continued(live: Any, content: str) -> None:
+    """In the place of an opened turn; a special token's name in it stays text."""
+    messages = chat(("user", "Hi"), ("assistant", content))
+    messages.continue_final_message = True
+    output = pb.OutputOptions(return_prompt_token_ids=True)
+    fields = {"messages": messages, "output": output, "sampling": pb.SamplingParams(max_tokens=2)}
+    answer = live.client.compare(pb.CompareRequest(**fields))
+    generated = live.client.generate(pb.GenerateRequest(**fields)).result()
+    completions = [pb.Completion(text="a")]
+    scored = live.client.score(
+        pb.ScoreRequest(messages=messages, completions=completions, return_prompt_token_ids=True)
+    )
+    encode = live.pair.engines.student.tokenizer.encode
+    expected = [*encode(TURN), *(token_id for char in content for token_id in encode(char))]
+    for usage in (answer.usage, generated.usage, scored.usage):
+        assert list(usage.roles[0].prompt_token_ids) == expected
+
+
 def test_default_max_tokens_ends_with_the_context(live: Any) -> None:
     """A given one that exceeds it is refused: see the table of statuses."""
     sampling = pb.SamplingParams(num_samples=2, ignore_eos=True)

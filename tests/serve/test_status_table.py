@@ -192,6 +192,10 @@ ROWS = [
         ("prompt_token_ids.ids[1]",)),
     Row("chat role", generate(messages=pb.ChatMessages(messages=[{"role": "god"}]), prompt=None),
         INVALID, ("messages.messages[0].role",)),
+    Row("user's turn continued", generate(prompt=None, messages=pb.ChatMessages(
+            messages=[{"role": "user"}], continue_final_message=True)),
+        INVALID, ("messages.continue_final_message",),
+        "must be false unless the last message is the assistant's"),
     Row("empty completion", score(completions=[pb.Completion()]), INVALID, ("completions[0]",)),
     Row("scoring temperature", score(temperature=0), INVALID, ("temperature",)),
     Row("prompt over the server's limit", generate(prompt="x" * 101), INVALID, ("prompt",),

@@ -19,6 +19,12 @@ from serve.wire import MalformedMessageError
 LIMITS = Limits(max_model_len=100, vocab_size=50, tasks=frozenset({"math"}))
 
 
+def test_messages_to_be_continued_are_there() -> None:
+    """The one error is that they are missing."""
+    request = pb.GenerateRequest(messages=pb.ChatMessages(continue_final_message=True))
+    assert refused(request) == ["messages.messages"]
+
+
 def refused(request: pb.GenerateRequest | pb.ScoreRequest) -> list[str]:
     validate = validate_score if isinstance(request, pb.ScoreRequest) else validate_generate
     with pytest.raises(InvalidFieldError) as caught:
@@ -102,6 +108,10 @@ def test_sampling_out_of_bounds_names_the_field(sampling: dict[str, object], fie
         ({"messages": {}}, "messages.messages"),
         ({"messages": {"messages": [{"role": "user"}] * 257}}, "messages.messages"),
         ({"messages": {"messages": [{"role": "robot"}]}}, "messages.messages[0].role"),
+        (
+            {"messages": {"messages": [{"role": "user"}], "continue_final_message": True}},
+            "messages.continue_final_message",
+        ),
         ({"prompt_token_ids": {}}, "prompt_token_ids.ids"),
         ({"prompt_token_ids": {"ids": [1, 50]}}, "prompt_token_ids.ids[1]"),
         ({"prompt": "x", "route": 9}, "route"),
