@@ -2,8 +2,10 @@
 
     python examples/grpo_rollouts.py --target 127.0.0.1:50051 < tasks.jsonl > rollouts.jsonl
 
-A task is {"prompt": ..., "answer": ...}. `logprobs` are of the distribution that was sampled: at
-the request's temperature, nothing truncated. The teacher is the reference; all in nats per token.
+A task is {"prompt": ..., "answer": ...}. `prompt_token_ids` is the prompt as the student saw it, so
+that a trainer need not apply its chat template again. `logprobs` are of the distribution that was
+sampled: at the request's temperature, nothing truncated. The teacher is the reference; all in nats
+per token.
 Advantage: (reward - mean) / std of the group, 0 where rewards are equal (arXiv:2402.03300, 4.1.2).
 """
 
@@ -26,7 +28,7 @@ def ask(prompt: str, answer: str, group_size: int) -> pb.GenerateRequest:
         sampling=pb.SamplingParams(num_samples=group_size, max_tokens=64, temperature=1.0),
         divergence=pb.DivergenceOptions(enabled=True, per_token=True),
         evaluation=pb.EvaluationOptions(answer_format="last_number", reference_answer=answer),
-        output=pb.OutputOptions(stream=False),
+        output=pb.OutputOptions(stream=False, return_prompt_token_ids=True),
     )
 
 
@@ -56,11 +58,14 @@ def main() -> None:
     with Client(arguments.target, timeout_s=300) as client:
         for task in map(json.loads, sys.stdin):
             request = ask(task["prompt"], task["answer"], arguments.group_size)
-            found = rollouts(client.generate(request).result().samples)
+            group = client.generate(request).result()
+            found = rollouts(group.samples)
             if not found:
                 print(f"left out, a sample failed: {task['prompt']}", file=sys.stderr)
+            prompt_token_ids = list(group.usage.roles[0].prompt_token_ids)
+            prompt = {"prompt": task["prompt"], "prompt_token_ids": prompt_token_ids}
             for rollout in found:
-                print(json.dumps({"prompt": task["prompt"], **rollout}, allow_nan=False))
+                print(json.dumps({**prompt, **rollout}, allow_nan=False))
 
 
 if __name__ == "__main__":

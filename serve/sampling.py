@@ -183,7 +183,9 @@ def _sample(softmax: Softmax, on_basis: Softmax, rows: RowParameters) -> Sampled
     drawn = _draw(softmax, rows)
     token_ids = rows.force(drawn.token_ids)
     logprobs = on_basis.logprobs(token_ids[:, None])[:, 0]
-    columns = [token_ids.double(), logprobs, (token_ids == drawn.token_ids).double()]
+    columns = [token_ids.double(), logprobs]
+    if rows.forced:
+        columns.append((token_ids == drawn.token_ids).double())
     if rows.num_greedy < len(rows.sequences):
         columns.append(_processed_logprobs(drawn, softmax, on_basis, logprobs, rows))
     if rows.max_top_logprobs:
@@ -211,7 +213,8 @@ def token_logprobs(
 def _batch(columns: list[list[float]], rows: RowParameters) -> SampledBatch:
     """Take the columns that `sample` stacked apart, each `(B,)`."""
     num_rows = len(rows.sequences)
-    logprobs, is_drawn, rest = columns[1], columns[2], columns[3:]
+    logprobs, rest = columns[1], columns[2:]
+    is_drawn = rest.pop(0) if rows.forced else []
     processed_logprobs = [0.0] * num_rows
     if rows.num_greedy < num_rows:
         processed_logprobs = rest.pop(0)

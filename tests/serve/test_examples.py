@@ -94,14 +94,15 @@ def test_score_shows_exact_kl_beside_k3(live: Any) -> None:
     status, output, errors = run("score.py", live.server.address, tasks=TEXTS)
     assert (status, errors) == (0, "")
     header, *rows = output.splitlines()
-    assert header.split() == ["policy", "tokens", "exact", "k3", "completion"]
+    assert header.split() == ["policy", "tokens", "exact", "k3", "ln", "p", "greedy", "completion"]
     found = [row.split() for row in rows]
-    assert [(row[0], row[1], row[4]) for row in found] == [
+    assert [(row[0], row[1], row[6]) for row in found] == [
         (role, str(len(text["completion"])), repr(text["completion"]))
         for text in TEXTS
         for role in ("ROLE_STUDENT", "ROLE_TEACHER")
     ]
     assert all(float(row[2]) > 0 and float(row[3]) >= 0 for row in found)
+    assert all(float(row[4]) < 0 and row[5] in ("yes", "no") for row in found)
 
 
 def test_rollouts_are_groups_with_rewards_advantages_and_k3(
@@ -123,6 +124,7 @@ def test_rollouts_are_groups_with_rewards_advantages_and_k3(
         k3 = [math.expm1(reference - policy) - (reference - policy) for policy, reference in pairs]
         assert rollout["k3"] == pytest.approx(k3, abs=1e-9)
         assert len(rollout["completion_token_ids"]) == len(k3)
+        assert rollout["prompt_token_ids"][-1] == new_line
         assert rollout["logprobs"][0] == pytest.approx(-math.log(2), abs=1e-6)
     mixed, hopeless = rollouts[:32], rollouts[32:]
     assert [r["reward"] for r in mixed] == [r["completion_token_ids"][0] == five for r in mixed]
