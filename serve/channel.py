@@ -54,7 +54,8 @@ class Tls:
     """PEM files of an encrypted connection; ValueError for a certificate without its key.
 
     `ca` signs the server (none: what gRPC trusts by default); `cert` and `key` are the client's
-    own. `server_name` is the name in the server's certificate where it is not the target's.
+    own. `server_name` is the name in the server's certificate where it is not the target's, which
+    for a Unix socket is localhost.
     """
 
     ca: Path | None = None
@@ -128,8 +129,11 @@ class Endpoint:
         if is_local(self.target):
             # Through a proxy, a loopback address would be the proxy's own.
             options.append(("grpc.enable_http_proxy", 0))
-        if self.tls is not None and self.tls.server_name is not None:
-            options.append(("grpc.ssl_target_name_override", self.tls.server_name))
+        if self.tls is not None:
+            # gRPC would look for the path of a socket in the certificate.
+            name = self.tls.server_name or ("localhost" if is_unix(self.target) else None)
+            if name is not None:
+                options.append(("grpc.ssl_target_name_override", name))
         return options
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from bundle.errors import UserError
 from loadtest.config import RunConfig
@@ -20,7 +21,7 @@ from loadtest.oip_target import OipTarget
 from loadtest.targets import TandemTarget
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.channel import Endpoint
-from serve.client import Client, ControlClient
+from serve.client import Client, ControlClient, Tls
 from serve.config import ServeConfig
 from serve.hosts import MAX_UNIX_BYTES, parse_host
 from serve.listeners import check_listeners
@@ -241,4 +242,23 @@ def test_teacher_elsewhere_may_be_there(
         remote = RemoteAddress.parse(scheme + address)
         assert str(remote) == scheme + address
         with Client(remote.target, timeout_s=30, max_attempts=1) as client:
+            assert client.get_models().models
+
+
+def test_certificate_on_a_socket_is_that_of_localhost(
+    serving: Any, make_pair: Any, folder: Path
+) -> None:
+    """Another one's name is to be given."""
+    ca = trustme.CA()
+    paths = {name: folder / f"{name}.pem" for name in ("ca", "localhost", "other")}
+    ca.cert_pem.write_to_path(paths["ca"])
+    for name in ("localhost", "other"):
+        ca.issue_cert(name).private_key_and_cert_chain_pem.write_to_path(paths[name])
+    for name, server_name in (("localhost", None), ("other", "other")):
+        secured = {"tls_cert": paths[name], "tls_key": paths[name]}
+        tls = Tls(ca=paths["ca"], server_name=server_name)
+        with (
+            serving(make_pair(), host=f"unix:{folder}/a.sock", **secured) as live,
+            Client(live.server.address, tls=tls, timeout_s=30, max_attempts=1) as client,
+        ):
             assert client.get_models().models
