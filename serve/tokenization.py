@@ -6,6 +6,7 @@ Works on `tokenizer.json` alone (the `tokenizers` library); transformers is neve
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from functools import cached_property, partial
@@ -25,6 +26,8 @@ from serve.tokenizer_files import DEFAULT_TEMPLATE, read_tokenizer
 
 _REPLACEMENT = "\ufffd"
 _TOOLS_TEMPLATE = "tool_use"
+# DeepSeek's distilled models begin turns with added tokens that are not marked as special.
+_TURN_TOKEN = re.compile(r"<[|\uff5c].*[|\uff5c]>")
 
 _Render = Callable[[Sequence[tuple[str, str]]], str]
 
@@ -163,9 +166,10 @@ class Tokenizer:
 
     @cached_property
     def _special_added(self) -> list[tokenizers.AddedToken]:
-        if self._tokenizer.encode_special_tokens:
-            return []  # the names are text everywhere
-        return [t for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
+        """The tokens whose names are text in a message: special ones and those named like them."""
+        are_special = not self._tokenizer.encode_special_tokens
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return [t for t in added if (t.special and are_special) or _TURN_TOKEN.fullmatch(t.content)]
 
     @cached_property
     def _are_names_normalized(self) -> bool:
@@ -182,8 +186,9 @@ class Tokenizer:
         Special tokens are found before a text is normalized, and the names are restored by that.
         """
         state = json.loads(self._tokenizer.to_str())
+        names = {token.content for token in self._special_added}
         for token in state["added_tokens"]:
-            token["normalized"] &= not token["special"]
+            token["normalized"] &= token["content"] not in names
         before = self._special_names.restoring_normalizer()
         own = [state["normalizer"]] if state["normalizer"] else []
         state["normalizer"] = {"type": "Sequence", "normalizers": [*before, *own]}
