@@ -1,7 +1,8 @@
 """The errors whose text is all that a user needs: the command line prints it without a traceback.
 
 UserError
-└── BundleError      a bundle on disk is not what its manifest says
+├── BundleError      a bundle on disk is not what its manifest says
+└── ModelFolderError a folder of a model cannot be used, or could lead out of itself
 
 `export` and the commands derive their own expected errors from `UserError`.
 """
@@ -17,6 +18,10 @@ class UserError(Exception):
 
 class BundleError(UserError):
     """A bundle is damaged, incomplete, unsafe or of another schema; the text names the file."""
+
+
+class ModelFolderError(UserError):
+    """A model's folder is damaged, unsafe or of a kind that is not supported; the text names it."""
 
 
 def one_line(text: str) -> str:

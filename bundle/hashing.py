@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bundle.model_weights import find_weights
+
 
 def hash_file(path: Path) -> str:
     """Return the hex SHA-256 of a file, read in pieces (weights may exceed the memory)."""
@@ -35,11 +37,12 @@ def hash_folder(folder: Path) -> str:
 
 
 def hash_weights(folder: Path) -> str | None:
-    """Return the hex SHA-256 of a model folder's safetensors, None when it has none.
+    """Return the hex SHA-256 of the weights that are loaded from a folder, None when it has none.
 
-    Of one file its own hash, of several the hash over their names and hashes.
+    Of one file its own hash, of several the hash over their names and hashes. ModelFolderError as
+    from `bundle.model_weights.find_weights`.
     """
-    hashes = {path.name: hash_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    hashes = {path.name: hash_file(path) for path in find_weights(folder)}
     if len(hashes) > 1:
         return hash_json(hashes)
     return next(iter(hashes.values()), None)
