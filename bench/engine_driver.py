@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import tempfile
 import time
 from collections import defaultdict
@@ -16,6 +15,7 @@ import torch
 
 from bench.engine_graph import lengthen
 from bench.prompts import PromptSource
+from bundle.model_config import read_model_config
 from serve.backend import Backend
 from serve.engine import Engine
 from serve.observer import EngineObserver
@@ -291,8 +291,8 @@ class BundleModels:
     def student(self, max_num_seqs: int, max_model_len: int) -> Backend:
         key = ("student", max_num_seqs, max_model_len)
         if key not in self._loaded:
-            config = json.loads((self._variant / "config.json").read_text())
-            if max_model_len <= config["max_position_embeddings"]:
+            config = read_model_config(self._variant)
+            if max_model_len <= config.max_position_embeddings:
                 self._loaded[key] = self._load_student(self._variant, max_num_seqs, max_model_len)
             else:
                 with tempfile.TemporaryDirectory() as scratch:

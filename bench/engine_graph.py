@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from bundle.errors import UserError
+from bundle.json_files import read_object
+from bundle.model_config import read_model_config
 
 # Inputs of com.microsoft::GroupQueryAttention.
 COS_CACHE, SIN_CACHE = 7, 8
@@ -23,7 +25,8 @@ def lengthen(variant_dir: Path, target_dir: Path, max_model_len: int) -> None:
     Raises UserError unless the tables are the plain ones of RoFormer (arXiv 2104.09864, eq. 15):
     angles position · theta^(−2i / head_dim), without scaling.
     """
-    config = json.loads((variant_dir / "config.json").read_text())
+    config = read_object(variant_dir / "config.json")
+    theta = read_model_config(variant_dir).rope.theta
     model = onnx.load(variant_dir / "model.onnx")
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     blocks = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
@@ -31,7 +34,7 @@ def lengthen(variant_dir: Path, target_dir: Path, max_model_len: int) -> None:
     for pair in names:
         for name, function in zip(pair, (np.cos, np.sin), strict=True):
             table = numpy_helper.to_array(initializers[name])
-            angles = _angles(max_model_len, 2 * table.shape[1], config["rope_theta"])
+            angles = _angles(max_model_len, 2 * table.shape[1], theta)
             longer = function(angles).astype(table.dtype)
             if not np.allclose(longer[: len(table)], table, atol=1e-3):
                 raise UserError(f"{variant_dir}: its rotary tables are scaled; it stays as it is")

@@ -39,14 +39,14 @@ import onnxruntime as ort
 import torch
 import transformers
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
+from bundle.model_config import read_model_config
+from bundle.model_folder import open_model_folder
 from estimators.divergence import exact_kl
 from export.half_precision import to_half
 from export.onnx_graph import export_onnx, save_onnx
@@ -55,6 +55,7 @@ from serve.engine import Engine
 from serve.observer import EngineObserver
 from serve.onnx_backend import OnnxBackend
 from serve.onnx_session import make_session
+from serve.pretrained import load_pretrained
 from serve.sequence import Event, GenerationRequest, SamplingParams, TokenEvent
 from serve.torch_backend import TorchBackend
 
@@ -167,14 +168,12 @@ class Bench:
             raise CheckSkippedError("needs CUDA")
 
     def transformers(self) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(
-            self.student, dtype=getattr(torch, self.sizes.dtype), attn_implementation="sdpa"
-        )
+        model = load_pretrained(self.student, getattr(torch, self.sizes.dtype))
         model.generation_config.eos_token_id = None
-        return model.eval().to(self.device)
+        return model.to(self.device)
 
     def tokens(self, num_rows: int, length: int) -> list[list[int]]:
-        vocab_size = AutoConfig.from_pretrained(self.student).vocab_size
+        vocab_size = read_model_config(self.student).vocab_size
         ids = np.random.default_rng(0).integers(3, vocab_size, (num_rows, length))
         return [[int(token_id) for token_id in row] for row in ids]
 
@@ -262,7 +261,7 @@ def profile_nodes(bench: Bench, dtype: str) -> Counter[tuple[str, str]]:
         )
         backend = OnnxBackend(
             session,
-            json.loads((folder / "config.json").read_text()),
+            read_model_config(folder).settings,
             device=bench.device,
             precision=dtype,
             num_parameters=0,
@@ -556,23 +555,19 @@ def _step_bytes(bench: Bench, batch: int) -> int:
 
     A tied embedding is the head; an untied one is looked up, not read.
     """
-    config = AutoConfig.from_pretrained(bench.student)
-    head: int = config.vocab_size * config.hidden_size
+    config = read_model_config(bench.student)
+    head = config.vocab_size * config.hidden_size
     embeddings = head if config.tie_word_embeddings else 2 * head
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     past = 32 + bench.sizes.num_new_tokens // 2
-    num_cached: int = (
-        2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * past * batch
+    num_cached = (
+        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * past * batch
     )
     itemsize: int = getattr(torch, bench.sizes.dtype).itemsize
     return itemsize * (_num_parameters(bench.student) - embeddings + num_cached) + 4 * head
 
 
 def _num_parameters(folder: Path) -> int:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    num_parameters: int = model.num_parameters()
-    return num_parameters
+    return open_model_folder(folder, has_tokenizer=False).num_parameters
 
 
 # -- two models at once ---------------------------------------------------------------------------
@@ -729,7 +724,7 @@ def export_graphs(student: Path, target: Path) -> Path:
     for dtype in MAX_MEAN_KL:
         (target / dtype).mkdir(parents=True)
         (target / dtype / "config.json").write_text((student / "config.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).eval()
+    model = load_pretrained(student, torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # exporters warn about themselves
         path = export_onnx(

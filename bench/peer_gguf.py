@@ -5,14 +5,15 @@ Without a tokenizer: the benchmark hands over token ids.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+
+from bundle.model_config import ModelConfig
+from bundle.model_folder import open_model_folder
 
 Array = NDArray[np.float32]
 
@@ -35,9 +36,9 @@ def write_gguf(student: Path, target: Path) -> None:
 
     Raises ValueError for any other architecture.
     """
-    config = json.loads((student / "config.json").read_text())
-    if config["model_type"] != "llama" or not config["tie_word_embeddings"]:
-        raise ValueError(f"{student} is no Llama with tied embeddings: {config['model_type']}")
+    config = open_model_folder(student, has_tokenizer=False).config
+    if config.model_type != "llama" or not config.tie_word_embeddings:
+        raise ValueError(f"{student} is no Llama with tied embeddings: {config.model_type}")
     writer = gguf.GGUFWriter(target, "llama")
     _write_config(writer, config)
     for name, tensor in load_file(student / "model.safetensors").items():
@@ -61,30 +62,29 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_LAYER_TENSORS[part]}.weight"
 
 
-def _write_config(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_vocab_size(config["vocab_size"])
+def _write_config(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.settings["rms_norm_eps"])
+    writer.add_rope_freq_base(config.rope.theta)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
     writer.add_tokenizer_model("no_vocab")
 
 
-def _rotary_order(name: str, tensor: Array, config: dict[str, Any]) -> Array:
+def _rotary_order(name: str, tensor: Array, config: ModelConfig) -> Array:
     """Interleave the halves of each head's Q and K rows: ggml rotates neighbours, not halves.
 
     Source: `permute` of llama.cpp's convert_hf_to_gguf.py.
     """
     num_heads = {
-        "q_proj": config["num_attention_heads"],
-        "k_proj": config["num_key_value_heads"],
+        "q_proj": config.num_attention_heads,
+        "k_proj": config.num_key_value_heads,
     }.get(name.split(".")[-2])
     if num_heads is None:
         return tensor

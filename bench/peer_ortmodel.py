@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.peer_transformers import TransformersRunner
+from bundle.model_folder import open_model_folder
 
 PACKAGES = ("optimum-onnx", "onnxruntime", "transformers", "torch")
 
@@ -16,9 +18,14 @@ def load(options: dict[str, Any]) -> TransformersRunner:
     from onnxruntime import SessionOptions
     from optimum.onnxruntime import ORTModelForCausalLM
 
+    from serve.pretrained import make_config
+
     torch.set_num_threads(options["num_threads"])
     session_options = SessionOptions()
     session_options.intra_op_num_threads = options["num_threads"]
     session_options.log_severity_level = 3  # `logit_rows` can be fed, but need not be
-    model = ORTModelForCausalLM.from_pretrained(options["path"], session_options=session_options)
+    folder = open_model_folder(Path(options["path"]), has_weights=False)
+    model = ORTModelForCausalLM.from_pretrained(
+        folder.path, config=make_config(folder), session_options=session_options
+    )
     return TransformersRunner(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,9 +38,8 @@ class TransformersRunner:
 
 def load(options: dict[str, Any]) -> TransformersRunner:
     """Options: `path`, `dtype`, `num_threads`."""
-    from transformers import AutoModelForCausalLM
+    from serve.pretrained import load_pretrained
 
     torch.set_num_threads(options["num_threads"])
     dtype = getattr(torch, options["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(options["path"], dtype=dtype)
-    return TransformersRunner(model.eval())
+    return TransformersRunner(load_pretrained(Path(options["path"]), dtype))

@@ -23,7 +23,7 @@ _CONFIG_NAME = "config.json"
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """Any of `eos`, in the file's order, ends a completion; None: the model has none."""
+    """Any of `eos`, in the file's order, ends a completion; empty or None: the model has none."""
 
     eos: tuple[int, ...]
     bos: int | None
@@ -33,9 +33,8 @@ class TokenIds:
 def read_token_ids(folder: Path, vocab_size: int | None = None) -> TokenIds:
     """Return the ids of a model's folder.
 
-    ModelFolderError when no file names an EOS token, as no completion would ever end, and for a
-    value that is no token id below `vocab_size`. A pad id that is none (-1, or behind the
-    vocabulary) is no pad: nothing is padded here.
+    ModelFolderError for a value that is no token id below `vocab_size`. A pad id that is none (-1,
+    or behind the vocabulary) is no pad: nothing is padded here.
     """
     configs = {
         name: read_object(folder / name)
@@ -55,6 +54,26 @@ def read_token_ids(folder: Path, vocab_size: int | None = None) -> TokenIds:
         raise _refusal(folder / pad[0], "pad_token_id", pad[1], "no token id", vocab_size)
     has_pad = pad is not None and _is_id(pad[1], vocab_size)
     return TokenIds(ids, bos[1] if bos else None, pad[1] if pad and has_pad else None)
+
+
+def read_eos_token_ids(folder: Path) -> frozenset[int]:
+    """Return the ids that end a completion; ModelFolderError without one: none would ever end."""
+    eos = read_token_ids(folder).eos
+    if not eos:
+        raise ModelFolderError(
+            f"{folder}: neither generation_config.json nor config.json has eos_token_id, and the "
+            "tokenizer names no eos_token: no completion would ever end"
+        )
+    return frozenset(eos)
+
+
+def one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
+    """Return ids as configurations spell them.
+
+    >>> one_or_list((2,)), one_or_list((2, 5)), one_or_list(())
+    (2, [2, 5], None)
+    """
+    return ids[0] if len(ids) == 1 else list(ids) or None
 
 
 def token_text(value: Any) -> str | None:
@@ -95,7 +114,7 @@ def _refusal(
 
 
 def _eos_of_tokenizer(folder: Path) -> tuple[int, ...]:
-    """Return the id of the `eos_token` that a tokenizer's files name."""
+    """Return the id of the `eos_token` that a tokenizer's files name; empty where they do not."""
     for name in (TOKENIZER_CONFIG_NAME, SPECIAL_TOKENS_NAME):
         path = folder / name
         text = token_text(read_object(path).get("eos_token")) if path.exists() else None
@@ -107,10 +126,7 @@ def _eos_of_tokenizer(folder: Path) -> tuple[int, ...]:
                 one_line(f"{path}: eos_token {text!r} is no token of tokenizer.json")
             )
         return (token_id,)
-    raise ModelFolderError(
-        f"{folder}: neither generation_config.json nor config.json has eos_token_id, and the "
-        "tokenizer names no eos_token"
-    )
+    return ()
 
 
 def _id_of(folder: Path, text: str) -> int | None:

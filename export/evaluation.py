@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bundle.token_ids import read_eos_token_ids
 from export.accept import read_accepted
 from export.distill import Example
 from export.evaluate import STUDENT, TEACHER, HeldOut, evaluate
@@ -23,7 +24,6 @@ from export.on_policy import AnswerSettings
 from export.report import SUMMARY_NAME, TORCH, TRANSFORMERS
 from export.speed import PROMPT_TOKENS, race, tandem_contender, transformers_contender
 from export.task_evaluation import TaskEvaluation, choose_tasks, evaluate_tasks
-from serve.loading import read_eos_token_ids
 
 if TYPE_CHECKING:
     from export.pipeline import Pipeline

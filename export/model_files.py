@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bundle.token_ids import TokenIds, one_or_list, read_token_ids
 from export.config import ExportError
 from serve.tokenizer_files import (
     CONFIG_NAME,
@@ -34,13 +35,10 @@ def training_device() -> torch.device:
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device | None = None) -> Any:
-    """Return the model of a transformers folder, its safetensors alone; on the CPU by default."""
-    from transformers import AutoModelForCausalLM
+    """Return the model of a folder; on the CPU by default. See `serve.pretrained`."""
+    from serve.pretrained import load_pretrained
 
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, trust_remote_code=False, use_safetensors=True
-    )
-    return model.eval().to(device or "cpu")
+    return load_pretrained(path, dtype).to(device or "cpu")
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -68,16 +66,18 @@ def write_variant_files(student_dir: Path, variant_dir: Path, max_model_len: int
     config = json.loads((student_dir / "config.json").read_text(encoding="utf-8"))
     config["max_position_embeddings"] = max_model_len
     write_json(variant_dir / "config.json", config)
-    write_json(variant_dir / "genai_config.json", genai_config(config))
+    write_json(variant_dir / "genai_config.json", genai_config(config, read_token_ids(student_dir)))
     shutil.copy(student_dir / "generation_config.json", variant_dir)
     older = [name for name in OLDER_TOKENIZER_FILES if (student_dir / name).exists()]
     for name in (*TOKENIZER_FILES, *older):
         shutil.copy(student_dir / name, variant_dir)
 
 
-def genai_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return onnxruntime-genai's description of a graph, from a transformers configuration."""
-    pad_token_id = config.get("pad_token_id")
+def genai_config(config: Mapping[str, Any], ids: TokenIds) -> dict[str, Any]:
+    """Return onnxruntime-genai's description of a graph, from a transformers configuration.
+
+    It takes one EOS id or a list of them, and one pad id alone.
+    """
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return {
         "model": {
@@ -85,9 +85,9 @@ def genai_config(config: Mapping[str, Any]) -> dict[str, Any]:
             "type": config.get("model_type", "llama"),
             "vocab_size": config["vocab_size"],
             "context_length": config["max_position_embeddings"],
-            "bos_token_id": config.get("bos_token_id"),
-            "eos_token_id": config["eos_token_id"],
-            "pad_token_id": config["eos_token_id"] if pad_token_id is None else pad_token_id,
+            "bos_token_id": ids.bos,
+            "eos_token_id": one_or_list(ids.eos),
+            "pad_token_id": ids.eos[0] if ids.pad is None else ids.pad,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": "model.onnx",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bundle.manifest import StudentInfo
+from bundle.model_folder import open_model_folder
 from export.disk import writing_to
 from export.html_report import write_report
 from export.model_files import read_json
@@ -15,7 +16,6 @@ from export.report import describe_evaluation, describe_variant, read_summary
 from export.report_data import collect_report
 from export.select import GateError, choose_default
 from export.stages import fresh
-from export.teacher import count_parameters
 from export.verify import verify_bundle_deep
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _describe_student(pipeline: Pipeline) -> StudentInfo:
     num_layers: int = read_json(folder / "config.json")["num_hidden_layers"]
     kept = pipeline.kept_layers(num_layers + len(pipeline.removed_layers))
     return StudentInfo(
-        num_parameters=count_parameters(sorted(folder.glob("*.safetensors")))[0],
+        num_parameters=open_model_folder(folder).num_parameters,
         num_layers=num_layers,
         kept_layers=None if kept is None else tuple(kept),
         dtype="float32",

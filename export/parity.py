@@ -46,11 +46,10 @@ def measure_in_fresh_process(student_dir: Path, variant_dir: Path) -> ParityRepo
 
 def measure(student_dir: Path, variant_dir: Path) -> ParityReport:
     """Compare plain transformers in float32 with the graph, shape by shape."""
-    from transformers import AutoModelForCausalLM
-
     from serve.onnx_backend import OnnxBackend
+    from serve.pretrained import load_pretrained
 
-    student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32).eval()
+    student = load_pretrained(student_dir, torch.float32)
     backend = OnnxBackend.load(
         variant_dir, device="cpu", max_num_seqs=max(BATCH_SIZES), max_model_len=128
     )

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from bundle.hashing import hash_json
+from bundle.token_ids import read_eos_token_ids
 from export.accept import accept, read_accepted, write_accepted
 from export.config import FLOAT_VARIANT, ExportConfig, HalfVariant, WeightOnlyVariant
 from export.distill import Example
@@ -47,7 +48,6 @@ from export.task_sources import load_tasks
 from export.tasks import Task
 from export.teacher import TeacherFolder, resolve_teacher
 from export.trainer import StepRecord, Trainer, Watch
-from serve.loading import read_eos_token_ids
 from serve.real_tokens import RealTokens
 from serve.tokenization import Tokenizer
 

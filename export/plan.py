@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
-import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from export.config import ExportConfig, ExportError
+from bundle.model_weights import expected_shapes
+from bundle.token_ids import read_eos_token_ids
+from export.config import ExportConfig
 from export.estimates import (
     SAMPLING_EFFICIENCY,
     TRAINING_EFFICIENCY,
@@ -29,13 +29,12 @@ from export.estimates import (
     size_from_name,
 )
 from export.logits_cache import check_top_k
-from export.prune import check_removable, drop_layers, kept_mlp_width
+from export.prune import check_removable, kept_mlp_width
 from export.status import StageStatus, format_bytes, format_seconds, read_status
 from export.student import check_rows
 from export.task_sources import load_tasks
 from export.teacher import TeacherFolder, find_teacher
 from serve.tokenization import Tokenizer
-from serve.torch_backend import check_supported
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +69,12 @@ def make_plan(config: ExportConfig, machine: Machine) -> Plan:
 def check_feasible(config: ExportConfig, teacher: TeacherFolder) -> None:
     """Raise ExportError for what is bound to fail later: seconds now, instead of hours then.
 
-    An unsupported architecture, more layers to remove than there are, a top-k cache without tail,
-    fewer rows than tokens.
+    More layers to remove than there are, a top-k cache without tail, fewer rows than tokens. That
+    the architecture is supported `TeacherFolder.model` has checked.
     """
-    model_config = AutoConfig.from_pretrained(teacher.path, trust_remote_code=False)
-    try:
-        check_supported(model_config)
-    except ValueError as error:
-        raise ExportError(f"teacher {config.teacher}: {error}") from None
+    read_eos_token_ids(teacher.path)
     if config.student is None:
-        check_removable(model_config.num_hidden_layers, config.prune)
+        check_removable(teacher.model.config.num_hidden_layers, config.prune)
     tokenizer = Tokenizer.load(teacher.path)
     check_top_k(config.cache, tokenizer.num_tokens)
     student = find_teacher(config.student, config.cache_dir) if config.student else None
@@ -93,7 +88,7 @@ def check_feasible(config: ExportConfig, teacher: TeacherFolder) -> None:
 
 def measure_teacher(teacher: TeacherFolder) -> ModelSize:
     """Return the size of a model that is here."""
-    config = AutoConfig.from_pretrained(teacher.path, trust_remote_code=False)
+    config = teacher.model.config
     return ModelSize(
         num_parameters=teacher.reference.num_parameters,
         source="counted",
@@ -106,13 +101,11 @@ def measure_teacher(teacher: TeacherFolder) -> ModelSize:
 
 def count_pruned(config: ExportConfig, teacher: TeacherFolder) -> ModelSize:
     """Return the size that pruning will leave, from shapes alone."""
-    model_config = AutoConfig.from_pretrained(teacher.path, trust_remote_code=False)
-    width = kept_mlp_width(model_config.intermediate_size, config.prune.kept_mlp_share)
-    model_config.intermediate_size = width
-    num_layers = model_config.num_hidden_layers - config.prune.num_removed_layers
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
-    num_parameters = drop_layers(model, range(num_layers)).num_parameters()
+    model = teacher.model.config
+    width = kept_mlp_width(model.intermediate_size, config.prune.kept_mlp_share)
+    num_layers = model.num_hidden_layers - config.prune.num_removed_layers
+    pruned = replace(model, intermediate_size=width, num_hidden_layers=num_layers)
+    num_parameters = sum(map(math.prod, expected_shapes(pruned).values()))
     return replace(measure_teacher(teacher), num_parameters=num_parameters, num_layers=num_layers)
 
 

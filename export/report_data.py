@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bundle.manifest import Variant
+from bundle.model_folder import open_model_folder
 from export.accept import SUMMARY_NAME as ACCEPT_NAME
 from export.config import FLOAT_VARIANT
 from export.evaluate import STUDENT, TEACHER
@@ -33,7 +34,6 @@ from export.phases import HELD_OUT_NAME
 from export.plots import Hop, LossTerm, PhaseCurves, RemovedLayer
 from export.report import TORCH, TRANSFORMERS
 from export.select import pareto_front
-from export.teacher import count_parameters
 
 if TYPE_CHECKING:
     from export.pipeline import Pipeline
@@ -50,22 +50,23 @@ def collect_report(
     default: str | None,
 ) -> ReportData:
     """Return the report of a pipeline whose stages are all finished."""
-    distilled = read_json(pipeline.path(pipeline.distilled) / "config.json")
-    teacher = read_json(pipeline.teacher.path / "config.json")
+    distilled = open_model_folder(pipeline.path(pipeline.distilled))
+    num_layers = distilled.config.num_hidden_layers
     reference = pipeline.teacher.reference
-    student_size = count_parameters(
-        sorted(pipeline.path(pipeline.distilled).glob("*.safetensors"))
-    )[0]
     front = pareto_front(variants)
     return ReportData(
-        title=f"{reference.source} distilled into {distilled['num_hidden_layers']} layers",
+        title=f"{reference.source} distilled into {num_layers} layers",
         variants=tuple(
             _variant_row(name, variant, summary, name == default, name in front)
             for name, variant in variants.items()
         ),
         conditions=_conditions(pipeline, summary),
-        teacher=ModelSize(reference.source, reference.num_parameters, teacher["num_hidden_layers"]),
-        student=ModelSize("student", student_size, distilled["num_hidden_layers"]),
+        teacher=ModelSize(
+            reference.source,
+            reference.num_parameters,
+            pipeline.teacher.model.config.num_hidden_layers,
+        ),
+        student=ModelSize("student", distilled.num_parameters, num_layers),
         references=tuple(
             ModelRow(
                 name,

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from bundle.hashing import hash_json
+from bundle.token_ids import read_eos_token_ids
 from export.config import ExportError, SampleConfig
 from export.distill import Example
 from export.tasks import Task
 from serve.engine import Engine
 from serve.errors import InvalidFieldError
-from serve.loading import read_eos_token_ids
 from serve.sequence import Event, FinishedEvent, FinishReason, GenerationRequest, SamplingParams
 from serve.tokenization import Tokenizer
 from serve.torch_backend import TorchBackend

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
-from transformers import AutoModelForCausalLM as AutoModel
 
+from bundle.model_config import read_model_config
+from bundle.model_folder import open_model_folder
 from export.config import ExportError
-from export.teacher import check_folder
+from serve.pretrained import load_pretrained
 from serve.tokenization import Tokenizer
 from serve.tokenizer_equality import tokenizer_difference
-from serve.torch_backend import check_supported
 
 MAX_COMPRESSION = 10.0
 """Teacher parameters per student parameter up to which distillation is known to work well."""
@@ -24,24 +23,15 @@ def load_student(student_folder: Path, teacher_folder: Path) -> Any:
 
     Its tokenizer must be the teacher's, however files spell it (`serve.tokenizer_equality`); the
     vocabularies of the two models may be padded beyond it to different sizes. ExportError when the
-    tokenizers differ, a vocabulary is too small, the architecture is not supported or weights are
-    missing; TeacherError when the folder is not plain safetensors (`export.teacher.check_folder`).
+    tokenizers differ or a vocabulary is too small; ModelFolderError when a folder is not safe to
+    load or not supported.
     """
-    check_folder(student_folder)
+    student = open_model_folder(student_folder)
     _check_same_tokenizer(student_folder, teacher_folder)
     tokenizer = Tokenizer.load(teacher_folder)
     for folder in (student_folder, teacher_folder):
         check_rows(folder, tokenizer)
-    _check_architecture(student_folder)
-    model, loading = AutoModel.from_pretrained(
-        student_folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-    )
-    if loading["missing_keys"]:
-        raise ExportError(
-            f"student {student_folder} lacks weights of its architecture, "
-            f"{sorted(loading['missing_keys'])[0]} first: they would be random"
-        )
-    return model
+    return load_pretrained(student, torch.float32)
 
 
 def check_rows(folder: Path, tokenizer: Tokenizer) -> None:
@@ -49,7 +39,7 @@ def check_rows(folder: Path, tokenizer: Tokenizer) -> None:
 
     More rows are padding. With fewer a bundle would have tokens that its student does not know.
     """
-    num_rows = AutoConfig.from_pretrained(folder, trust_remote_code=False).vocab_size
+    num_rows = read_model_config(folder).vocab_size
     if num_rows < tokenizer.num_tokens:
         raise ExportError(
             f"{folder / 'config.json'} has vocab_size {num_rows}, but the tokenizer has "
@@ -82,10 +72,3 @@ def _check_same_tokenizer(student_folder: Path, teacher_folder: Path) -> None:
             f"student {student_folder} has another tokenizer than the teacher {teacher_folder}: "
             f"another {difference}; token ids would mean different text"
         )
-
-
-def _check_architecture(folder: Path) -> None:
-    try:
-        check_supported(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except ValueError as error:
-        raise ExportError(f"student {folder}: {error}") from None

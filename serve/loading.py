@@ -5,7 +5,6 @@ Torch and onnxruntime are imported when a model needs them, not before.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Set
@@ -17,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from bundle.errors import BundleError, UserError, one_line
 from bundle.hashing import hash_file, hash_weights
 from bundle.manifest import MANIFEST_NAME, Manifest, TeacherReference
-from bundle.verify import check_indices, verify_bundle
+from bundle.model_folder import open_model_folder
+from bundle.token_ids import read_eos_token_ids
+from bundle.verify import verify_bundle
 from serve.arbiter import StepArbiter
 from serve.config import Device, ServeConfig
 from serve.engine import Engine
@@ -177,6 +178,7 @@ class _Loader:
         bundle = self._bundle
         stream = self._open_stream(Role.STUDENT)
         with _loading(bundle):
+            open_model_folder(bundle / "student")
             tokenizer = Tokenizer.load(bundle / "student")
             engine, noise = self._build_engine(
                 Role.STUDENT,
@@ -199,6 +201,7 @@ class _Loader:
     def load_teacher(self, folder: Path, student: ServedModel | None) -> ServedModel:
         stream = self._open_stream(Role.TEACHER)
         with _loading(folder):
+            open_model_folder(folder, has_weights=self.config.teacher_backend == "torch")
             tokenizer = Tokenizer.load(folder)
             engine, noise = self._build_engine(
                 Role.TEACHER, self._teacher_backend(folder, stream, tokenizer), folder, stream
@@ -308,7 +311,6 @@ class _Loader:
 
         from serve.torch_backend import TorchBackend
 
-        check_indices(folder)
         torch.set_num_threads(self.num_threads)
         return TorchBackend.load(
             folder,
@@ -370,23 +372,3 @@ def _loading(folder: Path) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(one_line(f"cannot load {folder}: {reason}")) from error
-
-
-def read_eos_token_ids(folder: Path) -> frozenset[int]:
-    """Return `eos_token_id` (an id or a list of them) of generation_config.json, else config.json.
-
-    Raises:
-        ValueError: neither file names one, or it is no token id: no completion would ever end.
-    """
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        ids = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.exists() else None
-        if ids is None:
-            continue
-        listed = ids if isinstance(ids, list) else [ids]
-        if not listed or not all(type(token_id) is int and token_id >= 0 for token_id in listed):
-            raise ValueError(
-                f"{path}: eos_token_id {ids!r} is neither a token id nor a list of them"
-            )
-        return frozenset(listed)
-    raise ValueError(f"{folder}: neither generation_config.json nor config.json has eos_token_id")

@@ -9,9 +9,8 @@ and reaches the device in one copy.
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,6 +22,7 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
+from bundle.model_config import read_model_config
 from serve.backend import NUM_SPARE_ROWS, ModelInfo, logit_rows
 from serve.cuda_graphs import batch_bucket
 from serve.kv_cache import KVCache
@@ -62,7 +62,7 @@ class OnnxBackend:
     def __init__(
         self,
         session: ort.InferenceSession,
-        config: dict[str, Any],
+        config: Mapping[str, Any],
         *,
         device: torch.device,
         precision: str,
@@ -137,7 +137,7 @@ class OnnxBackend:
         when `max_model_len` exceeds what the graph's rotary tables cover, when the graph is not
         one that `export.onnx_graph` wrote, or is one that CUDA has no kernels for.
         """
-        config = json.loads((variant_dir / "config.json").read_text())
+        config = read_model_config(variant_dir).settings
         limit = config["max_position_embeddings"]
         if max_model_len > limit:
             raise ValueError(f"max_model_len {max_model_len} exceeds the {limit} of {variant_dir}")

@@ -11,14 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    GenerationConfig,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
 from bundle.model_folder import ModelFolder, open_model_folder
+from bundle.token_ids import one_or_list
 
 # torch's own; a folder may name another, which would be fetched and called.
 _ATTENTION = "sdpa"
@@ -31,15 +27,10 @@ def make_config(folder: ModelFolder) -> Any:
         **folder.config.settings,
         dtype=folder.config.dtype,
         bos_token_id=ids.bos,
-        eos_token_id=ids.eos[0] if len(ids.eos) == 1 else list(ids.eos),
+        eos_token_id=one_or_list(ids.eos),
         pad_token_id=ids.pad,
         attn_implementation=_ATTENTION,
     )
-
-
-def make_empty_model(config: Any) -> Any:
-    """Return a model of a configuration on torch's current device, with random weights."""
-    return AutoModelForCausalLM.from_config(config)
 
 
 def load_pretrained(folder: ModelFolder | Path, dtype: torch.dtype) -> Any:

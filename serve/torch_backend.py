@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
-from transformers import AutoModelForCausalLM as AutoModel
 
+from bundle.config_keys import SUPPORTED_MODEL_TYPES
+from bundle.model_folder import open_model_folder
+from bundle.rope import LAYER_TYPES, ROPE_TYPES
 from serve.backend import NUM_SPARE_ROWS, ModelInfo, logit_rows
 from serve.cuda_graphs import DecodeGraphs, cuda_capture
 from serve.decoder import (
@@ -30,6 +31,7 @@ from serve.decoder import (
     rotary_table,
 )
 from serve.kv_cache import KVCache
+from serve.pretrained import load_pretrained
 from serve.real_tokens import ABSENT_LOGIT, EVERY_ROW, RealTokens
 from serve.slot_attention import (
     QUERY_ALIGNMENT,
@@ -40,11 +42,6 @@ from serve.slot_attention import (
     round_up,
 )
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-# The others (dynamic, longrope) turn by the longest sequence of the batch.
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # What `serve.decoder` would compute differently: key -> the values that it computes.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -108,31 +105,22 @@ class TorchBackend:
         enable_cuda_graphs: bool = True,
         real_tokens: RealTokens = EVERY_ROW,
     ) -> TorchBackend:
-        """Load a transformers folder, its safetensors alone.
+        """Load the model of a folder.
+
 
         Logits are those of `real_tokens`, of all rows of the head by default.
 
-        Raises ValueError when the architecture is not supported or weights of it are missing, and
-        OSError without safetensors.
+        Raises ModelFolderError as from `bundle.model_folder.open_model_folder`, and ValueError
+        when the model has fewer positions than `max_model_len`.
         """
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        check_supported(config)
-        if max_model_len > config.max_position_embeddings:
+        folder = open_model_folder(path, has_tokenizer=False)
+        positions = folder.config.max_position_embeddings
+        if max_model_len > positions:
             raise ValueError(
-                f"max_model_len {max_model_len} exceeds the {config.max_position_embeddings} "
-                f"positions of {path}"
+                f"max_model_len {max_model_len} exceeds the {positions} positions of {path}"
             )
-        model, loading = AutoModel.from_pretrained(
-            path,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        if missing := sorted(loading["missing_keys"]):
-            raise ValueError(f"{path} lacks weights, {missing[0]} first: they would be random")
         return cls.take(
-            model,
+            load_pretrained(folder, dtype),
             device=device,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
@@ -328,11 +316,11 @@ def check_supported(config: Any) -> None:
             f"model type {config.model_type!r} is not supported; "
             f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    other = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    other = set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES)
     if other:
         raise ValueError(
             f"model type {config.model_type!r}: layer_types has {min(other)!r}; "
-            f"supported are {', '.join(sorted(_LAYER_TYPES))}"
+            f"supported are {', '.join(LAYER_TYPES)}"
         )
     for key, allowed in _ALLOWED.items():
         value = getattr(config, key, None)
@@ -343,10 +331,10 @@ def check_supported(config: Any) -> None:
             )
     scaling = getattr(config, "rope_scaling", None) or {}
     rope_type = "mrope" if "mrope_section" in scaling else scaling.get("rope_type", "default")
-    if rope_type not in _ROPE_TYPES:
+    if rope_type not in ROPE_TYPES:
         raise ValueError(
             f"model type {config.model_type!r}: rope_scaling is of type {rope_type!r}; "
-            f"supported are {', '.join(_ROPE_TYPES)}"
+            f"supported are {', '.join(ROPE_TYPES)}"
         )
 
 

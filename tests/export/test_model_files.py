@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from bundle.token_ids import TokenIds
 from export.config import ExportError
 from export.model_files import (
     copy_tokenizer,
@@ -25,10 +26,8 @@ LLAMA = {
     "num_hidden_layers": 26,
     "max_position_embeddings": 2048,
     "head_dim": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
 }
+IDS = TokenIds((2,), 1, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -135,7 +134,7 @@ def test_tokenizer_files_of_the_student_are_those_of_the_teacher(
 
 
 def test_genai_config_describes_the_graph() -> None:
-    model = genai_config(LLAMA)["model"]
+    model = genai_config(LLAMA, IDS)["model"]
     assert {key: model[key] for key in ("vocab_size", "context_length")} == {
         "vocab_size": 49152,
         "context_length": 2048,
@@ -148,8 +147,8 @@ def test_genai_config_describes_the_graph() -> None:
 
 
 def test_genai_config_names_the_architecture() -> None:
-    assert genai_config(LLAMA)["model"]["type"] == "llama"
-    assert genai_config(LLAMA | {"model_type": "qwen3"})["model"]["type"] == "qwen3"
+    assert genai_config(LLAMA, IDS)["model"]["type"] == "llama"
+    assert genai_config(LLAMA | {"model_type": "qwen3"}, IDS)["model"]["type"] == "qwen3"
 
 
 def test_genai_config_names_the_inputs_of_the_graph(exported_llama: Any) -> None:
@@ -169,18 +168,24 @@ def test_head_size_is_derived_where_the_config_has_none(
     head_dim: int | None, expected: int
 ) -> None:
     config = LLAMA | {"head_dim": head_dim}
-    assert genai_config(config)["model"]["decoder"]["head_size"] == expected
+    assert genai_config(config, IDS)["model"]["decoder"]["head_size"] == expected
 
 
-@pytest.mark.parametrize(("pad_token_id", "expected"), [(None, 2), (0, 0), (7, 7)])
-def test_pad_token_falls_back_to_eos(pad_token_id: int | None, expected: int) -> None:
-    config = LLAMA | {"pad_token_id": pad_token_id}
-    assert genai_config(config)["model"]["pad_token_id"] == expected
-
-
-def test_pad_token_may_be_absent() -> None:
-    config = {key: value for key, value in LLAMA.items() if key != "pad_token_id"}
-    assert genai_config(config)["model"]["pad_token_id"] == 2
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (
+            TokenIds((128001, 128008, 128009), 128000, None),
+            (128000, [128001, 128008, 128009], 128001),
+        ),
+        (TokenIds((2,), None, 0), (None, 2, 0)),
+        (TokenIds((2, 5), 1, 7), (1, [2, 5], 7)),
+    ],
+)
+def test_genai_gets_every_eos_and_one_pad(ids: TokenIds, expected: tuple[Any, ...]) -> None:
+    """As Llama-3.2 has them: several EOS ids and no pad, for which genai takes no list."""
+    model = genai_config(LLAMA, ids)["model"]
+    assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == expected
 
 
 # --- what lies beside a graph

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from bundle.errors import ModelFolderError
 from bundle.manifest import StageRecord
 from export.config import ExportConfig, ExportError
 from export.estimates import (
@@ -173,7 +174,7 @@ def test_plan_refuses_an_architecture_that_is_not_supported(
         (teacher / path.name).write_bytes(path.read_bytes())
     raw = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps(raw | {"model_type": "gpt_neox"}))
-    with pytest.raises(ExportError, match=r"teacher .*: model type 'gpt_neox' is not supported"):
+    with pytest.raises(ModelFolderError, match=r"teacher/.*: model type 'gpt_neox' is not supp"):
         make_plan(make_config(tmp_path, teacher), MACHINE)
 
 

@@ -17,9 +17,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from bundle.errors import ModelFolderError
 from export.config import ExportError
 from export.student import compression_warning, load_student
-from export.teacher import TeacherError
 
 NUM_TOKENS = 512  # of the tiny teacher's tokenizer
 SIZES = {
@@ -98,7 +98,7 @@ def test_vocabulary_smaller_than_the_tokenizer_is_refused(
 def test_architecture_that_cannot_be_served_is_refused(tmp_path: Path, tiny_teacher: Path) -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=NUM_TOKENS, n_embd=32, n_layer=1, n_head=2))
     folder = save_student(tmp_path, tiny_teacher, model)
-    with pytest.raises(ExportError, match=r"'gpt2' is not supported; supported are llama"):
+    with pytest.raises(ModelFolderError, match=r"'gpt2' is not supported; supported are llama"):
         load_student(folder, tiny_teacher)
 
 
@@ -107,14 +107,14 @@ def test_checkpoint_without_all_weights_is_refused(tmp_path: Path, tiny_teacher:
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ExportError, match=r"lacks weights .*layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ModelFolderError, match=r"lacks weights, .*layers\.1\.mlp\.up_proj"):
         load_student(folder, tiny_teacher)
 
 
 def test_pickles_are_refused(tmp_path: Path, tiny_teacher: Path) -> None:
     folder = save_student(tmp_path, tiny_teacher, llama())
     (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(TeacherError, match=r"pickles"):
+    with pytest.raises(ModelFolderError, match=r"pickles"):
         load_student(folder, tiny_teacher)
 
 

@@ -30,7 +30,6 @@ from serve.loading import (
     choose_device,
     count_cpus,
     find_teacher,
-    read_eos_token_ids,
 )
 from serve.metrics import ServerMetrics
 from serve.replies import to_model
@@ -39,35 +38,6 @@ from serve.scoring import NoiseFloor
 from serve.server import initial_policy
 from serve.tokens import new_token
 from tests.manifests import manifest_of
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"config.json": 2}, {2}),
-        ({"generation_config.json": [2, 5], "config.json": 1}, {2, 5}),
-        ({"generation_config.json": None, "config.json": 1}, {1}),
-    ],
-)
-def test_eos_comes_from_the_generation_config_first(
-    tmp_path: Path, files: dict[str, Any], expected: set[int]
-) -> None:
-    for name, value in files.items():
-        (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
-    assert read_eos_token_ids(tmp_path) == expected
-
-
-def test_model_without_an_eos_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="eos_token_id"):
-        read_eos_token_ids(tmp_path)
-
-
-@pytest.mark.parametrize("value", ["2", [], [[2]], True, -1, {"2": 0}])
-def test_eos_that_is_no_token_is_refused(tmp_path: Path, value: Any) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
-    with pytest.raises(ValueError, match=r"config.json: eos_token_id .* is neither a token id"):
-        read_eos_token_ids(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -442,18 +412,15 @@ def write(name: str, text: str) -> Callable[[Path], object]:
     [
         (name_weights_elsewhere, "names weights elsewhere: '../outside.safetensors'"),
         (drop_weights, "lacks weights, model.layers.1.mlp.up_proj.weight first"),
-        (pickle_weights, "cannot load .*no file named model.safetensors"),
+        (pickle_weights, "holds pickles, which can run code"),
         (write("tokenizer.json", "{"), "tokenizer.json is damaged: EOF while parsing"),
-        (
-            write("tokenizer_config.json", "[]"),
-            "tokenizer_config.json must be a JSON object, not list",
-        ),
+        (write("tokenizer_config.json", "[]"), "tokenizer_config.json holds no JSON object"),
         (
             write("chat_template.jinja", "{% if"),
             "teacher: the chat template does not compile in line 1: unexp",
         ),
-        (write("model.safetensors", "\xff" * 99), "cannot load .*SafetensorError: "),
-        (write("generation_config.json", "[" * 10**5), "cannot load .*(nested|recursion)"),
+        (write("model.safetensors", "\xff" * 99), "cannot be read as safetensors: its header"),
+        (write("generation_config.json", "[" * 10**5), "_config.json is nested too deeply"),
     ],
 )
 def test_model_that_is_damaged_or_leaves_its_folder_is_refused_in_one_line(
