@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2C
 
 from export.architecture import check_exportable, expected_num_nodes, head_size
 from export.config import ExportError
-from export.model_files import genai_config
 from export.onnx_graph import DATA_FILE, export_onnx
 from export.parity import measure
 from export.prune import drop_layers
@@ -145,8 +144,8 @@ def test_attention_has_the_window_and_the_rotary_embedding_of_its_layer(graphs: 
 
 
 def test_genai_config_names_the_architecture(architecture: str, graphs: Any) -> None:
-    config = json.loads((graphs.variants["fp32"] / "config.json").read_text())
-    assert genai_config(config)["model"]["type"] == architecture.split("-")[0].replace("a3", "a")
+    genai = json.loads((graphs.variants["fp32"] / "genai_config.json").read_text())
+    assert genai["model"]["type"] == architecture.split("-")[0].replace("a3", "a")
 
 
 def test_vocabulary_may_be_larger_than_the_tokenizer(export_once: Callable[[str], Any]) -> None:
