@@ -40,6 +40,7 @@ from bench.plot import main as plot_main
 from bench.prompts import MIN_PROMPTS, PromptSource, read_answers
 from bundle.errors import UserError
 from bundle.manifest import FileEntry, Manifest
+from tests.model_folders import TINY, write_model_folder
 
 CONFIG = Config("0" * 64, (1, 8), 64, 64, (512,), seed=0)
 
@@ -453,8 +454,8 @@ def test_gguf_has_the_students_weights(tiny_teacher: Path, tmp_path: Path) -> No
 
 
 def test_gguf_refuses_another_architecture(tmp_path: Path) -> None:
-    config = {"model_type": "qwen2", "tie_word_embeddings": True}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    write_model_folder(tmp_path, {**TINY, **names, "tie_word_embeddings": True})
     with pytest.raises(ValueError, match="no Llama with tied embeddings: qwen2"):
         write_gguf(tmp_path, tmp_path / "x.gguf")
 

@@ -337,6 +337,8 @@ OTHERS: dict[str, Callable[[], Any]] = {
         use_sliding_window=True,
         sliding_window=6,
         layer_types=SLIDING,
+        bos_token_id=1,
+        eos_token_id=2,
         pad_token_id=0,
     ),
 }
