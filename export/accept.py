@@ -209,7 +209,7 @@ def _judge(
     reasons: list[Reason | None] = []
     good_texts: set[str] = set()
     for sample, text, is_right in zip(samples, texts, correct, strict=True):
-        reason = _fault(sample, text, is_right, task.prompt, config)
+        reason = _fault(sample, text, is_right, task.text, config)
         if reason is None:
             spelled = " ".join(text.casefold().split())
             reason = _surplus(spelled, good_texts, is_in_band, config.max_per_prompt)

@@ -60,14 +60,13 @@ class BuiltinSource(_Section):
 
 
 class JsonlSource(_Section):
-    """Prompts of the user's own: one JSON object per line.
-
-    Keys: `prompt`; optional `answer`, `answer_format`, `id`, `family` and `split`. Rows without a
-    split are divided by the hash of their prompt.
-    """
+    """Prompts of the user's own: one JSON object per line (`export.task_rows`)."""
 
     kind: Literal["jsonl"]
     path: Path
+    format: Literal["auto", "prompt", "messages", "instruction", "question"] = Field(
+        default="auto", description="what the rows are; auto: by their columns"
+    )
 
 
 class ReasoningGymSource(_Section):
@@ -92,6 +91,9 @@ class TasksConfig(_Section):
     seed: int = 0
     max_train: int = Field(default=1600, gt=0)
     max_test: int = Field(default=64, gt=0)
+    on_bad_row: Literal["refuse", "drop"] = Field(
+        default="refuse", description="a faulty row, or a prompt that is too long; drop: and count"
+    )
 
 
 class SampleConfig(_Section):

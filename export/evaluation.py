@@ -117,7 +117,7 @@ class _Evaluation:
         by_id = {task.task_id: task for task in self._pipeline.tasks}
         return [
             {
-                "prompt": by_id[row.task_id].prompt,
+                "prompt": by_id[row.task_id].text,
                 "teacher": self._tokenizer.decode(row.token_ids),
                 "student": self._tokenizer.decode(said.completion_token_ids),
                 "forward_kl": measured["forward_kl"][TEACHER][STUDENT],
@@ -149,7 +149,7 @@ class _Evaluation:
     @property
     def _size(self) -> dict[str, Any]:
         config = self._config
-        task_prompts = [self._tokenizer.encode_chat([("user", t.prompt)]) for t in self._chosen]
+        task_prompts = [self._tokenizer.encode_chat(t.messages) for t in self._chosen]
         longest_answer = self._pipeline.config.sample.max_tokens
         lengths = [
             PROMPT_TOKENS + config.num_timed_tokens + 1,

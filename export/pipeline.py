@@ -44,7 +44,7 @@ from export.run_record import find_template_date
 from export.sample import ROWS_NAME, read_completions, sample_teacher
 from export.stages import Stage, StageRunner, StageSpec, fresh
 from export.student import compression_warning, load_student
-from export.task_sources import load_tasks
+from export.task_sources import Loaded, read_tasks, scorer_version
 from export.tasks import Task
 from export.teacher import TeacherFolder, resolve_teacher
 from export.trainer import StepRecord, Trainer, Watch
@@ -141,8 +141,12 @@ class Pipeline:
         return Tokenizer.load(self.teacher.path, find_template_date(self.config.output_dir))
 
     @cached_property
-    def tasks(self) -> list[Task]:
-        return load_tasks(self.config.tasks)
+    def loaded(self) -> Loaded:
+        return read_tasks(self.config.tasks)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return self.loaded.tasks
 
     @cached_property
     def sampled(self) -> StageSpec:
@@ -157,6 +161,8 @@ class Pipeline:
     @cached_property
     def accepted(self) -> StageSpec:
         settings = self.config.accept.model_dump()
+        if version := scorer_version(self.config.tasks):
+            settings["reasoning_gym"] = version
         return StageSpec("accept", settings, (self.sampled,), self._build_accept)
 
     @cached_property

@@ -162,7 +162,7 @@ def _answers(
 
 def _encode(tokenizer: Tokenizer, task: Task, config: SampleConfig) -> tuple[int, ...]:
     try:
-        prompt = tokenizer.encode_chat([("user", task.prompt)])
+        prompt = tokenizer.encode_chat(task.messages)
     except InvalidFieldError as error:
         raise ExportError(f"the teacher cannot be asked task {task.task_id}: {error}") from None
     if len(prompt) + config.max_tokens > config.max_model_len:

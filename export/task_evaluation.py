@@ -188,7 +188,7 @@ def _request(task: Task, tokenizer: Tokenizer, config: EvaluateConfig) -> Genera
         max_tokens=config.task_max_tokens,
         seed=task_seed(config.seed, task.task_id),
     )
-    prompt_token_ids = tokenizer.encode_chat([("user", task.prompt)])
+    prompt_token_ids = tokenizer.encode_chat(task.messages)
     return GenerationRequest(task.task_id, prompt_token_ids, sampling)
 
 

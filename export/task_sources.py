@@ -11,15 +11,12 @@ import importlib
 import importlib.metadata
 import json
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
-
-from bundle.errors import one_line
-from bundle.hashing import hash_file, hash_json
-from estimators.answers import ANSWER_FORMATS, canonicalise, extract
+from estimators.answers import canonicalise, extract
 from export.config import (
     BuiltinSource,
     ExportError,
@@ -28,89 +25,175 @@ from export.config import (
     TasksConfig,
     TaskSource,
 )
+from export.task_rows import Rows, SourceTask, TaskRowsError, read_rows
 from export.tasks import (
     GymEntry,
     Split,
     Task,
     builtin_tasks,
+    exact_id,
     normalise_prompt,
     prompt_id,
+    repeat_key,
     split_of,
 )
 
 
-def load_tasks(config: TasksConfig) -> list[Task]:
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The tasks of a run. `places` says by id where one stands, if in a file ("rows.jsonl:7");
+    `notes` are lines for people: what was left out, and why."""
+
+    tasks: tuple[Task, ...]
+    places: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def read_tasks(config: TasksConfig) -> Loaded:
     """Return the tasks of all sources, `max_train` of train and then `max_test` of test at most.
 
     When there are more, every source keeps its share: its first ones. A prompt that two sources
     have is the earlier one's. The validation split stays unused.
 
     Raises:
-        ExportError: a source is broken, two tasks have one id, or a split is empty.
+        ExportError: sources are broken, with a line for each fault; or a split is empty.
     """
-    sources = _without_repeats([_load(source, config.seed) for source in config.sources])
-    selected = []
+    rows = [_load(source, config) for source in config.sources]
+    unique, notes = _read(rows, config.on_bad_row)
+    selected: list[SourceTask] = []
     for split, limit in (("train", config.max_train), ("test", config.max_test)):
-        tasks = _interleave([[t for t in tasks if t.split == split] for tasks in sources])
+        tasks = _interleave([[t for t in tasks if t.task.split == split] for tasks in unique])
         if not tasks:
             raise ExportError(
                 f"tasks.sources have no task of the {split} split; add tasks, or give rows of a "
                 f'jsonl source "split": "{split}"'
             )
         selected += tasks[:limit]
-    return selected
+    places = {each.task.task_id: each.place for each in selected if each.place}
+    return Loaded(tuple(each.task for each in selected), places, notes)
 
 
-def hash_sources(config: TasksConfig) -> str:
-    """Return the hex SHA-256 of what the sources depend on besides the recipe.
+def load_tasks(config: TasksConfig) -> list[Task]:
+    """Return the tasks of `read_tasks` alone."""
+    return list(read_tasks(config).tasks)
 
-    That is the content of the JSONL files, and reasoning-gym's version where it is asked for.
 
-    Raises:
-        ExportError: a file cannot be read, or reasoning-gym is not installed.
+def load_jsonl(path: Path) -> list[Task]:
+    """Return the tasks of one file, of all splits. ExportError has a line for each fault."""
+    ((tasks,), _) = _read([read_rows(path)], "refuse")
+    return [each.task for each in tasks]
+
+
+def _load(source: TaskSource, config: TasksConfig) -> Rows:
+    match source:
+        case JsonlSource():
+            try:
+                return read_rows(source.path, source.format)
+            except TaskRowsError as error:
+                return Rows((), error.faults)
+        case ReasoningGymSource():
+            return Rows(tuple(map(SourceTask, _generate_gym(source))))
+        case BuiltinSource():
+            return Rows(tuple(map(SourceTask, _select_builtin(source, config.seed))))
+
+
+def _read(
+    sources: Sequence[Rows], on_bad_row: Literal["refuse", "drop"]
+) -> tuple[list[list[SourceTask]], tuple[str, ...]]:
+    """Return each source's tasks without repeats, and the notes; TaskRowsError for all faults."""
+    seen = _Seen()
+    unique = [[kept for each in rows.tasks if (kept := seen.add(each))] for rows in sources]
+    faults = [fault for rows in sources for fault in rows.faults] + seen.faults
+    if faults and on_bad_row == "refuse":
+        raise TaskRowsError(faults)
+    notes = [note for rows in sources for note in rows.notes]
+    if seen.num_repeats:
+        notes.append(f"tasks.sources: {seen.num_repeats} repeated prompts are left out")
+    if faults:
+        notes.append(f"tasks.sources: {len(faults)} faulty rows are dropped:")
+        notes += str(TaskRowsError(faults)).splitlines()
+    return unique, tuple(notes)
+
+
+class _Seen:
+    """The tasks so far, and how the next one goes with them.
+
+    A prompt repeats another whose text is the same, or reads the same (`repeat_key`) and has the
+    same answer. Texts that are merely alike (`normalise_prompt`) share the first one's split unless
+    their rows give one, so that no split sees another's.
     """
-    return hash_json([_fingerprint(source) for source in config.sources])
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+        self.num_repeats = 0
+        self._by_key: dict[str, list[SourceTask]] = {}
+        self._by_id: dict[str, SourceTask] = {}
+        self._split_of_alike: dict[str, Split] = {}
+
+    def add(self, each: SourceTask) -> SourceTask | None:
+        """Return the task as it is kept, None for a repeat or a fault."""
+        same = self._by_key.setdefault(repeat_key(each.task.text), [])
+        first = next((other for other in same if _repeats(each.task, other.task)), None)
+        if first is not None:
+            self._judge_repeat(each, first)
+            return None
+        kept = self._with_own_id(self._with_split(each))
+        if kept is not None:
+            same.append(kept)
+            self._by_id[kept.task.task_id] = kept
+        return kept
+
+    def _judge_repeat(self, each: SourceTask, first: SourceTask) -> None:
+        """Count a repeat; rows of one file that contradict each other are a fault."""
+        other = self._by_id.get(each.task.task_id)
+        if each.has_id and other is not None and other is not first:
+            self.faults.append(_id_fault(each, other))
+            return
+        is_same_file = _file_of(each) == _file_of(first) != ""
+        is_other_split = each.has_split and each.task.split != first.task.split
+        if is_same_file and (each.task.answer != first.task.answer or is_other_split):
+            line = first.place.rpartition(":")[2]
+            what = "split" if is_other_split else "answer"
+            self.faults.append(
+                f"{each.place}: line {line} has the same prompt, with another {what}"
+            )
+        else:
+            self.num_repeats += 1
+
+    def _with_split(self, each: SourceTask) -> SourceTask:
+        alike = normalise_prompt(each.task.text)
+        split = self._split_of_alike.setdefault(alike, each.task.split)
+        if each.has_split or split == each.task.split:
+            return each
+        return replace(each, task=replace(each.task, split=split))
+
+    def _with_own_id(self, each: SourceTask) -> SourceTask | None:
+        other = self._by_id.get(each.task.task_id)
+        if other is None:
+            return each
+        if each.has_id:
+            self.faults.append(_id_fault(each, other))
+            return None
+        return replace(each, task=replace(each.task, task_id=exact_id(each.task.text)))
 
 
-def _fingerprint(source: TaskSource) -> str:
-    if isinstance(source, JsonlSource):
-        try:
-            return hash_file(source.path)
-        except OSError as error:
-            raise ExportError(f"{source.path} cannot be read: {error.strerror}") from None
-    if isinstance(source, ReasoningGymSource):
-        _import_gym()
-        return importlib.metadata.version("reasoning-gym")
-    return source.kind
+def _repeats(task: Task, first: Task) -> bool:
+    return task.answer == first.answer or task.text.split() == first.text.split()
 
 
-def _load(source: TaskSource, seed: int) -> list[Task]:
-    if isinstance(source, JsonlSource):
-        return load_jsonl(source.path)
-    if isinstance(source, ReasoningGymSource):
-        return list(_generate_gym(source))
-    return _select_builtin(source, seed)
+def _file_of(each: SourceTask) -> str:
+    return each.place.rpartition(":")[0]
 
 
-def _without_repeats(sources: Sequence[Iterable[Task]]) -> list[list[Task]]:
-    """Keep the first of equal prompts; refuse an id that two different prompts have."""
-    prompt_of_id: dict[str, str] = {}
-    seen: set[str] = set()
-    kept: list[list[Task]] = [[] for _ in sources]
-    for tasks, unique in zip(sources, kept, strict=True):
-        for task in tasks:
-            prompt = normalise_prompt(task.prompt)
-            if prompt_of_id.setdefault(task.task_id, prompt) != prompt:
-                raise ExportError(
-                    f"two tasks have the id {task.task_id!r}; an id is unique in all sources"
-                )
-            if prompt not in seen:
-                seen.add(prompt)
-                unique.append(task)
-    return kept
+def _id_fault(each: SourceTask, other: SourceTask) -> str:
+    task_id = reprlib.repr(each.task.task_id)
+    if _file_of(each) == _file_of(other):
+        line = other.place.rpartition(":")[2]
+        return f"{each.place}: id {task_id} is that of line {line} too"
+    return f"{each.place}: two tasks have the id {task_id}, here and in {other.place or 'a source'}"
 
 
-def _interleave(sources: Sequence[Sequence[Task]]) -> list[Task]:
+def _interleave(sources: Sequence[Sequence[SourceTask]]) -> list[SourceTask]:
     """Merge in order of relative position, so that every prefix has each source's share."""
     ranked = [
         ((index + 0.5) / len(tasks), task) for tasks in sources for index, task in enumerate(tasks)
@@ -130,100 +213,6 @@ def _select_builtin(source: BuiltinSource, seed: int) -> list[Task]:
                 f"{', '.join(known)}"
             )
     return [task for task in tasks if task.family in source.families]
-
-
-# --- JSONL
-
-_Filled = Annotated[str, StringConstraints(pattern=r"\S")]
-
-
-class _Row(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    prompt: _Filled
-    answer: _Filled | None = None
-    answer_format: str | None = None
-    id: _Filled | None = None
-    family: _Filled = "jsonl"
-    split: Split | None = None
-
-
-def load_jsonl(path: Path) -> list[Task]:
-    """Read a file of rows, blank lines left out. ExportError names the path and the line."""
-    line_of_id: dict[str, int] = {}
-    first_of: dict[str, tuple[int, Task]] = {}
-    for number, line in _lines(path):
-        place = f"{path}:{number}"
-        row = _parse_row(line, place)
-        task = _jsonl_task(row, place)
-        if row.id is not None and line_of_id.setdefault(row.id, number) != number:
-            raise ExportError(f"{place}: id {row.id!r} is that of line {line_of_id[row.id]} too")
-        line_of_first, first = first_of.setdefault(normalise_prompt(row.prompt), (number, task))
-        if (first.answer, first.split) != (task.answer, task.split):
-            raise ExportError(
-                f"{place}: line {line_of_first} has the same prompt with another answer or split"
-            )
-    if not first_of:
-        raise ExportError(f"{path}:1: the file is empty; give one JSON object per line")
-    return [task for _, task in first_of.values()]
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ExportError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        number = error.object[: error.start].count(b"\n") + 1
-        raise ExportError(f"{path}:{number}: not UTF-8: {error.reason}") from None
-    # Not splitlines: a JSON string may hold U+2028 and its like as they are.
-    return ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
-
-
-def _parse_row(line: str, place: str) -> _Row:
-    try:
-        return _Row.model_validate_json(line)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = one_line(".".join(map(str, first["loc"])) or "the line")
-        raise ExportError(
-            f"{place}: {key}: {first['msg']}, got {reprlib.repr(first['input'])}; "
-            f"keys: {', '.join(_Row.model_fields)}"
-        ) from None
-
-
-def _jsonl_task(row: _Row, place: str) -> Task:
-    default = "none" if row.answer is None else "final_line"
-    answer_format = default if row.answer_format is None else row.answer_format
-    if answer_format not in ANSWER_FORMATS:
-        raise ExportError(
-            f"{place}: answer_format {answer_format!r} is unknown; valid: "
-            f"{', '.join(ANSWER_FORMATS)}"
-        )
-    _check_answer(row.answer, answer_format, place)
-    return Task(
-        task_id=row.id or prompt_id(row.prompt),
-        prompt=row.prompt,
-        answer=canonicalise(row.answer),
-        answer_format=answer_format,
-        family=row.family,
-        split=row.split or split_of(normalise_prompt(row.prompt)),
-    )
-
-
-def _check_answer(answer: str | None, answer_format: str, place: str) -> None:
-    """Refuse an answer that no completion could be found to give."""
-    if answer is None:
-        if answer_format != "none":
-            raise ExportError(f"{place}: answer_format {answer_format!r} needs an answer")
-        return
-    text = f"\\boxed{{{answer}}}" if answer_format == "boxed" else answer
-    found = canonicalise(extract(text, answer_format))
-    if found is None or found != canonicalise(answer):
-        raise ExportError(
-            f"{place}: answer {reprlib.repr(answer)} can never be found by answer_format "
-            f"{answer_format!r}, which reads it as {reprlib.repr(found)}"
-        )
 
 
 # --- reasoning-gym
@@ -271,6 +260,14 @@ def _generate_gym(source: ReasoningGymSource) -> Iterator[Task]:
             split=split_of(normalise_prompt(raw["question"])),
             gym_entry=entry,
         )
+
+
+def scorer_version(config: TasksConfig) -> str | None:
+    """Return reasoning-gym's version where its scorers judge answers, None elsewhere."""
+    if not any(isinstance(source, ReasoningGymSource) for source in config.sources):
+        return None
+    _import_gym()
+    return importlib.metadata.version("reasoning-gym")
 
 
 def _gym_answer_format(answer: str) -> str:

@@ -26,10 +26,14 @@ from typing import Any, Literal
 import yaml
 
 Split = Literal["train", "validation", "test"]
+Turn = tuple[str, str]
 TEST_SHARE = 0.10
 VALIDATION_SHARE = 0.05
 MAX_DRAFTS_PER_TASK = 20  # a family that repeats itself ends with fewer tasks
 _WORDS_AND_SYMBOLS = re.compile(r"""\d+\.\d+|\w+|[^\w\s.,:;!?'"‘’“”]""")
+_WORDS_AND_MARKS = re.compile(r"\d+\.\d+|\w+|[^\w\s]")
+_NAME = re.compile(r"(?![AaIi])\w")
+_SAME_MARKS = str.maketrans("‘’“”", "''\"\"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +52,9 @@ class GymEntry:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One prompt to put to a model as a user message.
+    """One prompt to put to a model as a user message, behind the `turns` that came before it.
 
+    A turn is (role, content).
     `answer` is canonical under `estimators.answers.canonicalise`; `answer_format` names the
     extractor that finds the answer in a completion, "none" for a free-form prompt. With a
     `gym_entry` the dataset's own scorer judges: `export.accept.is_correct` asks the right one.
@@ -62,6 +67,17 @@ class Task:
     family: str
     split: Split
     gym_entry: GymEntry | None = None
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def messages(self) -> tuple[Turn, ...]:
+        """All turns of the conversation, the user's last."""
+        return (*self.turns, ("user", self.prompt))
+
+    @property
+    def text(self) -> str:
+        """The contents of all turns, a line each."""
+        return "\n".join(content for _, content in self.messages)
 
     @property
     def is_verifiable(self) -> bool:
@@ -107,9 +123,33 @@ def normalise_prompt(prompt: str) -> str:
     return " ".join(_WORDS_AND_SYMBOLS.findall(prompt.casefold()))
 
 
+def repeat_key(text: str) -> str:
+    """Return the text without what does not change its meaning: prompts of equal keys repeat.
+
+    Those are spacing, the case of words, and the marks at its end. A letter alone, but for the
+    words "a" and "I", keeps its case and every mark inside stays: they are names and signs of
+    mathematics. `normalise_prompt` is coarser: what is alike by it shares a split, and may be
+    another question.
+
+    >>> repeat_key("What is  f(2)?") == repeat_key("what is f( 2 )")
+    True
+    >>> len({repeat_key(text) for text in ("f(2)", "f'(2)", "F(2)", "5!", "5")})
+    5
+    """
+    words = _WORDS_AND_MARKS.findall(text.translate(_SAME_MARKS))
+    while words and words[-1] in (".", "?"):
+        words.pop()
+    return " ".join(word if _NAME.fullmatch(word) else word.casefold() for word in words)
+
+
 def prompt_id(prompt: str) -> str:
     """Return 16 hex digits that stand for the normalised prompt."""
     return hashlib.sha256(normalise_prompt(prompt).encode()).hexdigest()[:16]
+
+
+def exact_id(text: str) -> str:
+    """Return 16 hex digits for a prompt beside which lies another of the same `prompt_id`."""
+    return hashlib.sha256(f"text:{text}".encode()).hexdigest()[:16]
 
 
 def split_of(key: str) -> Split:

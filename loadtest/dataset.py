@@ -49,6 +49,11 @@ def _path_of(dataset: str) -> Path:
 
 
 def _to_prompt(task: Task) -> Prompt:
+    if task.turns:
+        raise UserError(
+            f"task {task.task_id} of the dataset is a chat of several turns; a load test sends "
+            "single prompts"
+        )
     return Prompt(task.task_id, task.prompt, task.answer, task.answer_format)
 
 

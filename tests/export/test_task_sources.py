@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from export.config import BuiltinSource, ExportError, JsonlSource, ReasoningGymSource, TasksConfig
-from export.task_sources import hash_sources, is_entry_solved, load_jsonl, load_tasks
-from export.tasks import Task, builtin_tasks, normalise_prompt, prompt_id, split_of
+from export.task_sources import is_entry_solved, load_tasks, scorer_version
+from export.tasks import Task, builtin_tasks, normalise_prompt, split_of
 
 Write = Callable[..., JsonlSource]
 
@@ -104,8 +104,8 @@ def test_no_prompt_straddles_splits_across_sources(write: Write) -> None:
     source = write(*[{"prompt": prompt} for prompt in spelled])
     for sources in [(BuiltinSource(), source), (source, BuiltinSource())]:
         tasks = load(*sources, max_train=5000, max_test=5000)
-        prompts = [normalise_prompt(task.prompt) for task in tasks]
-        assert len(set(prompts)) == len(prompts)
+        splits = {(normalise_prompt(task.prompt), task.split) for task in tasks}
+        assert len({prompt for prompt, _ in splits}) == len(splits)
         assert len({task.task_id for task in tasks}) == len(tasks)
 
 
@@ -114,119 +114,6 @@ def test_one_id_for_two_prompts_is_refused_across_sources(write: Write) -> None:
     second = write({"prompt": "Two", "id": "x"}, name="2")
     with pytest.raises(ExportError, match="two tasks have the id 'x'"):
         load(first, second)
-
-
-# --- JSONL
-
-
-def test_row_with_all_keys(write: Write) -> None:
-    row = {
-        "prompt": "2 + 1,000?", "answer": "1,002.0", "answer_format": "last_number",
-        "id": "sum", "family": "sums", "split": "train",
-    }  # fmt: skip
-    task, _ = load(write(row, held_out()))
-    assert task == Task("sum", "2 + 1,000?", "1002", "last_number", "sums", "train")
-
-
-def test_row_with_a_prompt_alone(write: Write) -> None:
-    tasks = load(write(*[{"prompt": f"Tell me about {i}."} for i in range(60)]))
-    for task in tasks:
-        assert (task.answer, task.answer_format, task.family) == (None, "none", "jsonl")
-        assert task.task_id == prompt_id(task.prompt)
-        assert task.split == split_of(normalise_prompt(task.prompt))
-    assert {task.split for task in tasks} == {"train", "test"}
-
-
-def test_answer_is_looked_for_in_the_final_line_by_default(write: Write) -> None:
-    task, _ = load(write({"prompt": "Capital?", "answer": "Paris", "split": "train"}, held_out()))
-    assert (task.answer, task.answer_format) == ("paris", "final_line")
-
-
-def test_blank_lines_byte_order_mark_and_line_separators_are_no_rows(tmp_path: Path) -> None:
-    train = '{"prompt": "Two\u2028lines", "split": "train"}'
-    text = f"\ufeff{train}\n\n  \r\n{json.dumps(held_out())}\r\n"
-    path = tmp_path / "tasks.jsonl"
-    path.write_bytes(text.encode())
-    tasks = load(JsonlSource(kind="jsonl", path=path))
-    assert [task.prompt for task in tasks] == ["Two\u2028lines", "Held out?"]
-
-
-def test_repeated_prompt_with_the_same_answer_counts_once(write: Write) -> None:
-    row = {"prompt": "Capital?", "answer": "Paris", "split": "train"}
-    assert len(load(write(row, row | {"prompt": "capital"}, held_out()))) == 2
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"prompt": "a"', "the line: Invalid JSON"),
-        ("[1]", "the line: .*object"),
-        ("{}", "prompt: Field required"),
-        ('{"prompt": " "}', "prompt: String should match"),
-        ('{"prompt": 3}', "prompt: Input should be a valid string, got 3"),
-        ('{"prompt": "a", "answer": 3}', "answer: Input should be a valid string, got 3"),
-        ('{"prompt": "a", "answer": " "}', "answer: String should match"),
-        ('{"prompt": "a", "id": ""}', "id: String should match"),
-        ('{"prompt": "a", "family": null}', "family: Input should be a valid string"),
-        ('{"prompt": "a", "split": "dev"}', "split: Input should be 'train', 'validation' or"),
-        ('{"prompt": "a", "anwser": "b"}', "anwser: .*got 'b'; keys: prompt, answer, answer_form"),
-        ('{"prompt": "a", "answer": "b", "answer_format": "json"}', "'json' is unknown; valid: no"),
-        ('{"prompt": "a", "answer_format": "boxed"}', "answer_format 'boxed' needs an answer"),
-        ('{"prompt": "a", "answer": "b", "answer_format": "none"}', "'b' can never be found"),
-        ('{"prompt": "a", "answer": "b", "answer_format": "last_number"}', "reads it as None"),
-        ('{"prompt": "a", "answer": "b\\nc"}', "'b\\\\nc' can never be found.*reads it as 'C'"),
-        ('{"prompt": "a", "answer": "...", "answer_format": "boxed"}', "can never be found"),
-        ('{"prompt": "other", "id": "first"}', "id 'first' is that of line 1 too"),
-        ('{"prompt": "Held out", "split": "train"}', "line 1 has the same prompt with another"),
-        ('{"prompt": "Held out?", "answer": "b", "split": "test"}', "line 1 has the same prompt"),
-    ],
-)
-def test_wrong_row_is_refused_with_path_and_line(write: Write, line: str, message: str) -> None:
-    source = write({**held_out(), "id": "first"}, "", line)
-    with pytest.raises(ExportError, match=rf"tasks\.jsonl:3: .*{message}"):
-        load(source)
-
-
-def test_every_answer_format_takes_an_answer_of_its_kind(write: Write) -> None:
-    answers = {"last_number": "3/4", "boxed": "x^2", "choice": "b", "final_line": "It is so."}
-    given = [
-        {"prompt": kind, "answer": answer, "answer_format": kind, "split": "train"}
-        for kind, answer in answers.items()
-    ]
-    tasks = load(write(*given, held_out()))[:-1]
-    assert [task.answer for task in tasks] == ["0.75", "x^2", "B", "it is so"]
-
-
-def test_empty_file_is_refused(write: Write) -> None:
-    with pytest.raises(ExportError, match=r"tasks\.jsonl:1: the file is empty"):
-        load(write("  "))
-
-
-def test_missing_file_is_refused(tmp_path: Path) -> None:
-    source = JsonlSource(kind="jsonl", path=tmp_path / "none.jsonl")
-    for read in (load_tasks, hash_sources):
-        with pytest.raises(ExportError, match=r"none\.jsonl cannot be read: No such file"):
-            read(TasksConfig(sources=(source,)))
-
-
-def test_file_that_is_not_utf8_is_refused_with_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "latin.jsonl"
-    path.write_bytes(b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n')
-    with pytest.raises(ExportError, match=r"latin\.jsonl:2: not UTF-8"):
-        load(JsonlSource(kind="jsonl", path=path))
-
-
-# --- what a stage depends on
-
-
-def test_hash_follows_the_content_of_the_files(write: Write) -> None:
-    hashes = set()
-    for words in (["a"], ["b"], ["a", "b"]):
-        sources = tuple(write(held_out(word), name=f"{word}.jsonl") for word in words)
-        hashes.add(hash_sources(TasksConfig(sources=sources)))
-    config = TasksConfig(sources=(write(held_out("a"), name="moved.jsonl"),))
-    assert len(hashes) == 3
-    assert hash_sources(config) in hashes
 
 
 # --- reasoning-gym
@@ -251,13 +138,10 @@ def gym_entry(task: Task) -> tuple[Any, dict[str, Any]]:
     return dataset, dataset[entry.index]
 
 
-@pytest.mark.parametrize("read", [load_tasks, hash_sources])
-def test_missing_package_is_an_error_that_names_the_extra(
-    monkeypatch: pytest.MonkeyPatch, read: Callable[[TasksConfig], Any]
-) -> None:
+def test_missing_package_is_an_error_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ExportError, match=r"pip install 'tandem\[reasoning-gym\]'"):
-        read(TasksConfig(sources=(gym("chain_sum", seed=987),)))
+        load_tasks(TasksConfig(sources=(gym("chain_sum", seed=987),)))
 
 
 def test_gym_tasks_come_with_answer_split_and_json_entry() -> None:
@@ -328,18 +212,8 @@ def test_dataset_that_cannot_be_created_is_refused(dataset: str, options: dict[s
         gym_tasks(dataset, options=options)
 
 
-def test_hash_takes_the_version_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_of_the_scorers_counts_where_they_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scorer_version(TasksConfig()) is None
     pytest.importorskip("reasoning_gym")
-    config = TasksConfig(sources=(gym("chain_sum"),))
-    before = hash_sources(config)
-    assert hash_sources(config) == before
     monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} 99")
-    assert hash_sources(config) != before
-
-
-def test_key_of_a_row_steers_no_terminal(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a", "x\\u001b[2J": 1}\n', encoding="utf-8")
-    with pytest.raises(ExportError, match="Extra inputs") as error:
-        load_jsonl(path)
-    assert str(error.value).isprintable()
+    assert scorer_version(TasksConfig(sources=(gym("chain_sum"),))) == "reasoning-gym 99"
