@@ -45,16 +45,23 @@ def measure_in_fresh_process(student_dir: Path, variant_dir: Path) -> ParityRepo
 
 
 def measure(student_dir: Path, variant_dir: Path) -> ParityReport:
-    """Compare plain transformers in float32 with the graph, shape by shape."""
+    """Compare plain transformers in float32 with the graph, shape by shape, over real tokens."""
     from serve.onnx_backend import OnnxBackend
     from serve.pretrained import load_pretrained
+    from serve.tokenization import Tokenizer
 
     student = load_pretrained(student_dir, torch.float32)
+    real_tokens = Tokenizer.load(student_dir).real_tokens
     backend = OnnxBackend.load(
-        variant_dir, device="cpu", max_num_seqs=max(BATCH_SIZES), max_model_len=128
+        variant_dir,
+        device="cpu",
+        max_num_seqs=max(BATCH_SIZES),
+        max_model_len=128,
+        real_tokens=real_tokens,
     )
     kls, differences = [], []
-    for expected, actual in _cases(student, backend):
+    for all_rows, actual in _cases(student, backend):
+        expected = real_tokens.cut(torch.from_numpy(all_rows)).numpy()
         kls.append(exact_kl(expected, actual))
         differences.append(float(np.abs(expected - actual).max()))
     return ParityReport(
@@ -65,7 +72,8 @@ def measure(student_dir: Path, variant_dir: Path) -> ParityReport:
 
 
 def _cases(student: Any, backend: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (torch, ONNX) logits `(N, V)`: each prefill shape, each decode behind each past."""
+    """Yield logits `(N, rows)` of torch and `(N, tokens)` of ONNX: each prefill shape, each decode
+    behind each past."""
     rng = np.random.default_rng(0)
     vocab_size = backend.info.vocab_size
     for batch in BATCH_SIZES:

@@ -40,12 +40,12 @@ def check_rows(folder: Path, tokenizer: Tokenizer) -> None:
     More rows are padding. With fewer a bundle would have tokens that its student does not know.
     """
     num_rows = read_model_config(folder).vocab_size
-    if num_rows < tokenizer.num_tokens:
+    last = tokenizer.num_tokens - 1
+    if last >= num_rows:
         raise ExportError(
-            f"{folder / 'config.json'} has vocab_size {num_rows}, but the tokenizer has "
-            f"{tokenizer.num_tokens} tokens, {tokenizer.token_text(num_rows)!r} with the id "
-            f"{num_rows} among them: resize the model's embeddings to the tokenizer, or take the "
-            "tokens without a row out of tokenizer.json"
+            f"{folder / 'config.json'} has vocab_size {num_rows}, but the tokenizer has ids up to "
+            f"{last}, which is {tokenizer.token_text(last)!r}: resize the model's embeddings to "
+            "the tokenizer, or take the tokens without a row out of tokenizer.json"
         )
 
 

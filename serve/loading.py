@@ -100,12 +100,12 @@ def _warn_of_another(folder: Path, reference: TeacherReference) -> None:
 
 
 def _warn_of_few_rows(folder: Path, tokenizer: Tokenizer, engine: Engine) -> None:
-    num_rows = engine.info.vocab_size
-    if num_rows < tokenizer.num_tokens:
+    num_rows, last = engine.info.vocab_size, tokenizer.num_tokens - 1
+    if last >= num_rows:
         logger.warning(
-            "%s has a tokenizer of %d tokens, and logits of %d: texts with a token from %r (id %d) "
-            "on are refused; resize the model's embeddings to the tokenizer",
-            *(folder, tokenizer.num_tokens, num_rows, tokenizer.token_text(num_rows), num_rows),
+            "%s has a model of %d rows, and a tokenizer with ids up to %d, which is %r: texts with "
+            "a token from %d on are refused; resize the model's embeddings to the tokenizer",
+            *(folder, num_rows, last, tokenizer.token_text(last), num_rows),
         )
 
 

@@ -3,12 +3,13 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from bundle.errors import ModelFolderError
 from bundle.manifest import StageRecord
@@ -163,6 +164,19 @@ def test_plan_refuses_what_would_fail_later(
     config = make_config(tmp_path, **{"teacher": str(tiny_teacher)} | sections)
     with pytest.raises((ExportError, TeacherError), match=message):
         make_plan(config, MACHINE)
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_plan_refuses_fewer_rows_than_tokens(
+    tmp_path: Path, tiny_teacher: Path, which: str
+) -> None:
+    models = {"teacher": str(tiny_teacher), "student": str(tiny_teacher)}
+    models[which] = str(shutil.copytree(tiny_teacher, tmp_path / which))
+    model = LlamaForCausalLM.from_pretrained(tiny_teacher)
+    model.resize_token_embeddings(500)
+    model.save_pretrained(tmp_path / which)
+    with pytest.raises(ExportError, match=rf"{which}/config.json has vocab_size 500, but the tok"):
+        make_plan(make_config(tmp_path, **models), MACHINE)
 
 
 def test_plan_refuses_an_architecture_that_is_not_supported(
