@@ -102,6 +102,10 @@ def _texts() -> Iterator[Case]:
         prompt_token_ids=None,
         messages=messages,
     )
+    messages = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="x")])
+    messages.continue_final_message = True
+    field = "messages.continue_final_message"
+    yield _generate("user continued", field, prompt_token_ids=None, messages=messages)
     options = pb.EvaluationOptions(answer_format=injected)
     yield _generate("format with special tokens", "evaluation.answer_format", evaluation=options)
     options = pb.EvaluationOptions(answer_format="y" * (MESSAGE_BYTES - 200))
@@ -126,10 +130,12 @@ def _never_fits(max_model_len: int) -> Iterator[Case]:
     whole = pb.TokenIds(ids=[5] * max_model_len)
     longer = pb.TokenIds(ids=[5] * (max_model_len + 1))
     million = pb.TokenIds(ids=[5] * 1_000_000)
-    one = pb.SamplingParams(max_tokens=1)
-    field = "sampling.max_tokens"
-    yield _generate("prompt and a token", field, RANGE, prompt_token_ids=whole, sampling=one)
-    for name, ids in (("prompt", longer), ("prompt of a million", million)):
+    almost = pb.TokenIds(ids=[5] * (max_model_len - 1))
+    two, two_at_least = pb.SamplingParams(max_tokens=2), pb.SamplingParams(min_tokens=2)
+    for field, sampling in (("max_tokens", two), ("min_tokens", two_at_least)):
+        fields = {"prompt_token_ids": almost, "sampling": sampling}
+        yield _generate(f"prompt and 2 {field}", f"sampling.{field}", RANGE, **fields)
+    for name, ids in (("whole", whole), ("prompt", longer), ("prompt of a million", million)):
         yield _generate(name, "prompt_token_ids.ids", RANGE, prompt_token_ids=ids)
     for name, ids in (("completion", longer), ("completion of a million", million)):
         score = _score(completions=[pb.Completion(token_ids=ids)])
