@@ -1,20 +1,19 @@
-"""Answers in free text: where they stand (`extract`), and which are the same (`canonicalise`).
+"""Answers in free text: where they stand (`extract`), and whether they are right (`is_correct`).
 
-The text is untrusted and may be long: every pattern here repeats only over characters that cannot
-begin what follows them, so the work is linear in the text, and no number is computed that does not
-fit in `_MAX_NUMBER_CHARS`.
+Which answers are the same is the business of `estimators.canonical`. The text is untrusted and may
+be long: every pattern here repeats only over characters that cannot begin what follows them, so the
+work is linear in the text.
 
 One way to a vote: `majority_vote(canonicalise(extract(text, "boxed")) for text in texts)`.
 """
 
 import re
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from types import MappingProxyType
 
-_MAX_NUMBER_CHARS = 100
-_MAX_MARKUP_CHARS = 1000
-_DECIMAL_PLACES = 20
+from estimators.canonical import canonicalise, is_same
+
+REASONING_BEGINS, REASONING_ENDS = "<think>", "</think>"
 
 # 1,234.5  .5  6e-3: thousands separators only where they separate thousands.
 _DECIMAL = (
@@ -25,13 +24,40 @@ _DECIMAL = (
 # Where an answer stands
 
 
-def extract(text: str, answer_format: str) -> str | None:
+def behind_reasoning(text: str, *, starts_inside: bool = False) -> str | None:
+    """Return what follows the last reasoning in a completion; None when that never ends.
+
+    Args:
+        starts_inside: whether the prompt opened the reasoning, so that `text` has its end only.
+
+    >>> behind_reasoning("<think>5? No.</think>It is 6."), behind_reasoning("<think>5? Or")
+    ('It is 6.', None)
+    >>> behind_reasoning("5? No.</think>It is 6."), behind_reasoning("5? Or", starts_inside=True)
+    ('It is 6.', None)
+    """
+    end = text.rfind(REASONING_ENDS)
+    if text.rfind(REASONING_BEGINS) > end or (starts_inside and end < 0):
+        return None
+    return text if end < 0 else text[end + len(REASONING_ENDS) :]
+
+
+def opens_reasoning(prompt: str) -> bool:
+    """Return whether a prompt's last words open the reasoning, as templates of R1 and Qwen3 do.
+
+    >>> opens_reasoning("<|Assistant|><think>\\n"), opens_reasoning("What is <think>? Answer:")
+    (True, False)
+    """
+    return prompt.rstrip().endswith(REASONING_BEGINS)
+
+
+def extract(text: str, answer_format: str, *, starts_in_reasoning: bool = False) -> str | None:
     """Return the answer in `text` as it is written there, or None when there is none.
 
-    The formats are the keys of `ANSWER_FORMATS`:
+    It is read behind the reasoning (`behind_reasoning`): a completion that was cut off in it has
+    none, whatever stands in there. The formats are the keys of `ANSWER_FORMATS`:
 
     * `none`: there is nothing to extract.
-    * `last_number`: the last number, a fraction such as 3/4 included, without currency or percent.
+    * `last_number`: the last number, 3/4 and 12 3/4 included, without currency or percent.
     * `boxed`: what the last `\\boxed{...}` holds; None when that box is never closed.
     * `choice`: a letter A to E: the last one stated ("Answer: B", "the answer is (b)"), else the
       last one alone on a line, else the last one in brackets, else the one that starts a line
@@ -54,7 +80,8 @@ def extract(text: str, answer_format: str) -> str | None:
         raise ValueError(
             f"unknown answer_format {answer_format!r}; valid: {', '.join(ANSWER_FORMATS)}"
         )
-    return ANSWER_FORMATS[answer_format](text)
+    answer_text = behind_reasoning(text, starts_inside=starts_in_reasoning)
+    return None if answer_text is None else ANSWER_FORMATS[answer_format](answer_text)
 
 
 def _no_answer(text: str) -> None:
@@ -63,12 +90,14 @@ def _no_answer(text: str) -> None:
 
 # A minus belongs to the number unless it subtracts; digits inside a word (x2, H2O) are no number.
 _NUMBER = re.compile(
-    rf"(?:(?<![\w)\]}}])[-+−])?\$?(?<![A-Za-z0-9_]){_DECIMAL}(?: ?/ ?{_DECIMAL})?", re.ASCII
+    rf"(?:(?<![\w)\]}}])[-+−])?\$?(?<![A-Za-z0-9_])"
+    rf"(?:[0-9]{{1,9}} [0-9]{{1,9}}/[0-9]{{1,9}}|{_DECIMAL}(?: ?/ ?{_DECIMAL})?)",
+    re.ASCII,
 )
 
 
 def _last_number(text: str) -> str | None:
-    numbers = _NUMBER.findall(text)
+    numbers = _NUMBER.findall(text.replace("{,}", ",").replace(",\\!", ","))
     return numbers[-1].replace("$", "") if numbers else None
 
 
@@ -132,40 +161,7 @@ ANSWER_FORMATS: Mapping[str, Callable[[str], str | None]] = MappingProxyType(
 )
 
 
-# Which answers are the same
-
-
-def canonicalise(answer: str | None) -> str | None:
-    """Return the one spelling under which equal answers are counted, or None for an empty one.
-
-    * A number is compared as an exact fraction and spelled as a decimal where that ends within 20
-      places, else as p/q. Thousands separators, a dollar and a percent sign are dropped, so "50%"
-      is "50" and not "0.5" (Hendrycks et al., MATH, 2021, drop it too). A number of more than 100
-      characters or with an exponent beyond ±99 stays text.
-    * Text is lower-cased and its white space made single; a single letter is upper-cased and loses
-      its brackets.
-    * Both lose LaTeX and markdown around them and a full stop after them, unless they are longer
-      than 1,000 characters. Units are kept: "5 km" is not "5".
-
-    Applying it twice changes nothing more.
-
-    >>> [canonicalise(answer) for answer in ("1,000", "1000.0", "$\\\\frac{1}{2}$", "2/6", "(b)")]
-    ['1000', '1000', '0.5', '1/3', 'B']
-    >>> canonicalise("**Paris**."), canonicalise(" ")
-    ('paris', None)
-    """
-    if answer is None:
-        return None
-    text = " ".join(answer.split()).casefold()
-    if len(text) > _MAX_MARKUP_CHARS:
-        return text
-    text = _without_markup(text)
-    number = _parse_number(text)
-    if number is not None:
-        return _spell(number)
-    if letter := _SINGLE_LETTER.fullmatch(text):
-        return letter[1].upper()
-    return _TIGHT_COMMA.sub(", ", text) or None
+# Whether they are right
 
 
 def is_correct(answer: str | None, reference: str) -> bool:
@@ -186,52 +182,5 @@ def is_correct(answer: str | None, reference: str) -> bool:
         raise ValueError(
             f"reference {reference!r} is empty; give the right answer, or ask for no correctness"
         )
-    return canonicalise(answer) == canonical_reference
-
-
-_SINGLE_LETTER = re.compile(r"\(?([a-z])\)?")
-_TIGHT_COMMA = re.compile(r",(?=\S)")
-_LATEX_SPACING = re.compile(r"\\(?:left|right)(?![a-z])|\\[!,;:()\[\]]")
-_LATEX_WRAPPER = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boxed|fbox)\{([^{}]*)\}")
-
-
-def _without_markup(text: str) -> str:
-    """Strip until nothing changes: each step may uncover what another one removes."""
-    before = None
-    while text != before:
-        before = text
-        text = _LATEX_WRAPPER.sub(r"\1", _LATEX_SPACING.sub("", text))
-        text = " ".join(text.replace("{,}", ",").replace("−", "-").split())
-        text = text.lstrip(' #*_`"$').rstrip(' *_`"$.,;:')
-    return text
-
-
-_VALUE = rf"(?:\\?\$)?({_DECIMAL})"
-_FRACTION = re.compile(
-    rf"([-+]?) ?(?:{_VALUE}(?: ?/ ?({_DECIMAL}))?"
-    rf"|\\[dt]?frac\{{(-?{_DECIMAL})\}}\{{({_DECIMAL})\}}) ?(?:\\?%)?"
-)
-_WIDE_EXPONENT = re.compile(r"e[-+]?[0-9]{3}")
-
-
-def _parse_number(text: str) -> Fraction | None:
-    if len(text) > _MAX_NUMBER_CHARS or _WIDE_EXPONENT.search(text):
-        return None
-    parts = _FRACTION.fullmatch(text)
-    if parts is None:
-        return None
-    sign, *values = parts.groups()
-    numerator, *denominators = (Fraction(v.replace(",", "")) for v in values if v is not None)
-    denominator = denominators[0] if denominators else Fraction(1)
-    if denominator == 0:
-        return None
-    return numerator / denominator * (-1 if sign == "-" else 1)
-
-
-def _spell(number: Fraction) -> str:
-    one = 10**_DECIMAL_PLACES
-    if one % number.denominator:
-        return str(number)
-    whole, places = divmod(abs(number.numerator) * (one // number.denominator), one)
-    sign = "-" if number < 0 else ""
-    return f"{sign}{whole}.{places:0{_DECIMAL_PLACES}}".rstrip("0").rstrip(".")
+    canonical = canonicalise(answer)
+    return canonical is not None and is_same(canonical, canonical_reference)

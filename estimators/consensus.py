@@ -1,12 +1,14 @@
 """What several samples agree on, and how far two models agree beyond chance.
 
-Answers come in as canonical strings (`answers.canonicalise`); `None` and blank strings abstain.
+Answers come in as canonical strings (`canonical.canonicalise`); `None` and blank strings abstain.
 Nothing here depends on the order of the samples.
 """
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+
+from estimators.canonical import group, is_same
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class AgreementSplit:
 def majority_vote(answers: Iterable[str | None]) -> Vote:
     """Return the most frequent answer; a tie for it is reported as a tie, never "first seen".
 
-    The winner needs more votes than any other answer, not more than half of them.
+    The winner needs more votes than any other answer, not more than half of them. Answers that are
+    the same count together (`canonical.group`), under the spelling that says most: 5 and 5 cm.
 
     Args:
         answers: canonical answers, one per sample; None and blank ones abstain and never win.
@@ -54,7 +57,9 @@ def majority_vote(answers: Iterable[str | None]) -> Vote:
     ('4', '5')
     """
     samples = list(answers)
-    votes = Counter(answer for answer in samples if answer is not None and answer.strip())
+    valid = [answer for answer in samples if answer is not None and answer.strip()]
+    stands_for = group(valid)
+    votes = Counter(stands_for[answer] for answer in valid)
     num_valid = votes.total()
     if not num_valid:
         return Vote(None, None, num_valid=0, num_samples=len(samples), tie=False)
@@ -81,7 +86,7 @@ def agreement(student: Vote, teacher: Vote) -> bool | None:
     """
     if student.answer is None or teacher.answer is None:
         return None
-    return student.answer == teacher.answer
+    return is_same(student.answer, teacher.answer)
 
 
 def vote_correctness(vote: Vote, is_correct: Callable[[str], bool]) -> float | None:

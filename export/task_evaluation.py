@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bundle.hashing import hash_json
-from estimators.answers import canonicalise, extract
+from estimators.answers import extract
 from estimators.bootstrap import Estimate, bootstrap_mean
+from estimators.canonical import canonicalise
 from estimators.consensus import majority_vote, vote_correctness
 from estimators.pass_at_k import pass_at_k
 from export.accept import is_correct

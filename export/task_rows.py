@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from bundle.errors import one_line
-from estimators.answers import ANSWER_FORMATS, canonicalise, extract
+from estimators.answers import ANSWER_FORMATS, extract
+from estimators.canonical import canonicalise, is_same
 from export.config import ExportError
 from export.tasks import Split, Task, Turn, normalise_prompt, prompt_id, split_of
 
@@ -342,7 +343,7 @@ class _Row:
             return
         text = f"\\boxed{{{answer}}}" if answer_format == "boxed" else answer
         found = canonicalise(extract(text, answer_format))
-        if found is None or found != canonicalise(answer):
+        if found is None or not is_same(found, canonicalise(answer) or ""):
             self._fault(
                 f"answer: {reprlib.repr(answer)} can never be found by answer_format "
                 f"{answer_format!r}, which reads it as {reprlib.repr(found)}"

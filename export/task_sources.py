@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from estimators.answers import canonicalise, extract
+from estimators.answers import extract
+from estimators.canonical import canonicalise
 from export.config import (
     BuiltinSource,
     ExportError,

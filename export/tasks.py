@@ -55,7 +55,7 @@ class Task:
     """One prompt to put to a model as a user message, behind the `turns` that came before it.
 
     A turn is (role, content).
-    `answer` is canonical under `estimators.answers.canonicalise`; `answer_format` names the
+    `answer` is canonical under `estimators.canonical.canonicalise`; `answer_format` names the
     extractor that finds the answer in a completion, "none" for a free-form prompt. With a
     `gym_entry` the dataset's own scorer judges: `export.accept.is_correct` asks the right one.
     """

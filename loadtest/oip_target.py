@@ -17,7 +17,8 @@ import grpc
 import numpy as np
 
 from bundle.errors import UserError
-from estimators.answers import ANSWER_FORMATS, canonicalise, extract, is_correct
+from estimators.answers import ANSWER_FORMATS, extract, is_correct
+from estimators.canonical import canonicalise
 from loadtest.config import RunConfig
 from loadtest.records import PlannedRequest, Prompt, RequestRecord, SampleRecord
 from loadtest.targets import (

@@ -20,7 +20,7 @@ class Phase(enum.Enum):
 class Prompt:
     """One prompt of a dataset, sent as a user message.
 
-    `reference_answer` is canonical under `estimators.answers.canonicalise`; `answer_format` names
+    `reference_answer` is canonical under `estimators.canonical.canonicalise`; `answer_format` names
     the extractor ("none": there is nothing to judge). `max_tokens` None: the run's own.
     `ignore_eos`: every sample is `max_tokens` long, whatever the model says.
     """

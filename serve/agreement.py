@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from estimators import consensus
-from estimators.answers import canonicalise, extract
+from estimators.answers import extract
+from estimators.canonical import canonicalise
 from estimators.consensus import Vote
 from estimators.pass_at_k import pass_at_k
 from serve.answer_classes import classify, matches

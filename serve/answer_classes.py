@@ -1,6 +1,6 @@
 """Which answers of a request are the same when they are matched symbolically.
 
-Answers are canonical forms (`estimators.answers.canonicalise`): equal ones are the same and two
+Answers are canonical forms (`estimators.canonical.canonicalise`): equal ones are the same and two
 numbers are so only then. Others are compared where both read as mathematics.
 """
 

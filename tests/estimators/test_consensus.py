@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from estimators.answers import canonicalise
+from estimators.canonical import canonicalise
 from estimators.consensus import (
     AgreementSplit,
     Vote,

@@ -5,7 +5,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from estimators.answers import ANSWER_FORMATS, canonicalise, extract, is_correct
+from estimators.answers import ANSWER_FORMATS, extract, is_correct
+from estimators.canonical import canonicalise
 from export.tasks import GymEntry, Task, builtin_tasks, normalise_prompt, prompt_id, split_of
 
 TASKS = builtin_tasks()

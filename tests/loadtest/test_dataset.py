@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from bundle.errors import UserError
-from estimators.answers import ANSWER_FORMATS, canonicalise
+from estimators.answers import ANSWER_FORMATS
+from estimators.canonical import canonicalise
 from export.tasks import builtin_tasks
 from loadtest.config import RunConfig
 from loadtest.dataset import load_prompts

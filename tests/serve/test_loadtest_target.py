@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from bundle.errors import UserError
-from estimators.answers import canonicalise, extract
+from estimators.answers import extract
+from estimators.canonical import canonicalise
 from loadtest.config import RunConfig
 from loadtest.oip_target import OipTarget
 from loadtest.records import Phase, PlannedRequest, Prompt, RequestRecord
