@@ -68,11 +68,7 @@ def is_same(one: str, other: str) -> bool:
     if one == other:
         return True
     a, b = _parts(one), _parts(other)
-    return (
-        a.value == b.value
-        and (a.name == b.name or not a.name or not b.name)
-        and (a.unit == b.unit or not a.unit or not b.unit)
-    )
+    return a.value == b.value and not _differ(a.name, b.name) and not _differ(a.unit, b.unit)
 
 
 def group(answers: Iterable[str]) -> dict[str, str]:
@@ -105,18 +101,17 @@ def group(answers: Iterable[str]) -> dict[str, str]:
 def comparable_values(one: str, other: str) -> tuple[str, str] | None:
     """Return the values of two canonical forms that a computer algebra system may find equal.
 
-    None where the forms are the same or contradict each other, where both are numbers, which such
-    systems round, and where one is words: math-verify reads those as products of letters.
+    None where the forms are the same or contradict each other, and where math-verify says yes to
+    what differs: it reads words as products of letters, rounds numbers, takes y=2x+3 for 2x+3, a
+    tuple for a set, a derivative for its function and 1010_2 for 1010.
 
     >>> comparable_values("(x+1)^2", "x^2+2x+1"), comparable_values("0.333", "1/3")
     (('(x+1)^2', 'x^2+2x+1'), None)
     """
     a, b = _parts(one), _parts(other)
-    is_conflict = (a.name and b.name and a.name != b.name) or (
-        a.unit and b.unit and a.unit != b.unit
-    )
+    is_conflict = _differ(a.name, b.name) or _differ(a.unit, b.unit)
     are_numbers = _NUMBER.fullmatch(a.value) and _NUMBER.fullmatch(b.value)
-    if a.value == b.value or is_conflict or are_numbers:
+    if a.value == b.value or is_conflict or are_numbers or not _have_one_shape(a.value, b.value):
         return None
     return (a.value, b.value) if _is_mathematics(a.value) and _is_mathematics(b.value) else None
 
@@ -134,6 +129,7 @@ class _Parts(NamedTuple):
 
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:/[0-9]+)?")
 _SIGN = re.compile(r"[^A-Za-z\s.,;:!?'\"]")
+_EQUATION, _PRIME, _BASE = re.compile("[=:]"), re.compile("'"), re.compile("[0-9]_")
 _MAX_COMPARED_CHARS = 500
 _UNIT = re.compile(r"(?:\\text\{[^{}]*\}|\\%|\^\\circ)\Z")
 
@@ -144,6 +140,30 @@ def _parts(canonical: str) -> _Parts:
     if unit is None or unit.start() == 0:
         return _Parts(name, value, "")
     return _Parts(name, value[: unit.start()], unit[0])
+
+
+def _differ(one: str, other: str) -> bool:
+    return bool(one and other and one != other)
+
+
+def _have_one_shape(one: str, other: str) -> bool:
+    """Say whether both are lists, equations, ratios, derivatives or numbers of a base, or neither.
+
+    An inequality may be an interval.
+    """
+    is_interval = "," in one + other and bool(_INEQUALITY.search(one) or _INEQUALITY.search(other))
+    if is_interval and "=" not in one + other:
+        return True
+    return all(
+        len(sign.findall(one)) == len(sign.findall(other)) for sign in (_EQUATION, _PRIME, _BASE)
+    ) and _brackets(one) == _brackets(other)
+
+
+def _brackets(value: str) -> str:
+    """Return the outer brackets of a list, "" for one value."""
+    if value.startswith(("\\{", "\\begin")):
+        return value[:3]
+    return value[0] if value[0] in "([" and value[-1] in ")]" and "," in value else ""
 
 
 def _is_mathematics(text: str) -> bool:
@@ -158,7 +178,7 @@ def _is_mathematics(text: str) -> bool:
 _SINGLE_LETTER = re.compile(r"[(\[{]?\s?([A-Za-z])\s?[)\]}]?")
 _CONJUNCTION = re.compile(r"\\(?:text|mbox|textrm|mathrm)\s?\{\s?(and|or|,)\s?\}")
 _WHOLE_SET = re.compile(r"\\\{(?:[^\\|:]|\\(?![{}]|mid|vert|colon))+\\\}")
-_INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|lt|gt)")
+_INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|lt|gt|leq|geq)(?![A-Za-z])")
 _NUMBER_WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
     "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",

@@ -137,7 +137,8 @@ class _Reader:
 
     def _read_number(self, token: str) -> Term:
         number = _number(token)
-        if number is None:
+        is_time = token.startswith("0") and bool(self._terms) and self._terms[-1].text == ":"
+        if number is None or is_time:
             return Term(token)
         if token.isdigit() and not self._is_behind_digits():
             number += self._read_proper_fraction() or 0

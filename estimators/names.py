@@ -20,12 +20,15 @@ _NAME = re.compile(
     re.VERBOSE,
 )
 _RELATION = re.compile(r"[=<>]|\\(?:le|ge|ne|leq|geq|neq|approx|equiv|lt|gt|in)(?![A-Za-z])")
+_REVERSED = re.compile(r"([^=<>A-Za-z]*[0-9][^=<>A-Za-z]*)=\s?([A-Za-z])\s?")
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textrm)\s?\{[^{}]*\}")
 _SET = re.compile(r"[(\[]|\\\{|\\mathbb|\\emptyset")
 
 
 def split_name(text: str) -> tuple[str, str]:
     """Return the name and the value of x = 5; an equation between unknowns has no name."""
+    if reverse := _REVERSED.fullmatch(text):
+        text = f"{reverse[2]}={reverse[1]}"
     match = _NAME.match(text)
     if match is None or _RELATION.search(text, match.end()):
         return "", text

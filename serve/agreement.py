@@ -1,7 +1,7 @@
 """What a request's answers say: which ones are right, votes, consensus and pass@k.
 
-Answers are the same when their canonical forms are equal, or where the request wants it, when they
-are mathematically equivalent (`serve.answer_classes`).
+Answers are the same when their canonical forms are (`estimators.canonical`), or where the request
+wants it, when they are mathematically equivalent (`serve.answer_classes`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from estimators import consensus
-from estimators.answers import extract
-from estimators.canonical import canonicalise
+from estimators.answers import behind_reasoning, extract
+from estimators.canonical import canonicalise, is_same
 from estimators.consensus import Vote
 from estimators.pass_at_k import pass_at_k
 from serve.answer_classes import classify, matches
@@ -104,16 +104,26 @@ class Judge:
             check_available()
 
     async def read_answers(
-        self, samples: Sequence[SampleResult], evaluation: EvaluationSpec, case: Case
+        self,
+        samples: Sequence[SampleResult],
+        evaluation: EvaluationSpec,
+        case: Case,
+        *,
+        starts_in_reasoning: bool = False,
     ) -> None:
         """Set the samples' `answer` and `correct`, or one or both not, and say so in the case.
 
-        Those that did not end well have neither; `correct` needs a reference answer. One case is
-        for all that is read and judged of a request.
+        They are read behind the reasoning, which the prompt may have opened. Samples that did not
+        end well have neither; `correct` needs a reference answer. One case is for all that is read
+        and judged of a request.
         """
         complete = [sample for sample in samples if sample.is_complete]
         async with self._worker.turn(case) as turn:
-            await self._extract(complete, evaluation.answer_format, case, turn)
+            texts = [
+                behind_reasoning(sample.text, starts_inside=starts_in_reasoning) or ""
+                for sample in complete
+            ]
+            await self._extract(complete, texts, evaluation.answer_format, case, turn)
             gold = canonicalise(evaluation.reference_answer)
             if gold is not None:
                 extracted = [s for s in complete if (s.role, s.index) not in case.undecided]
@@ -144,19 +154,27 @@ class Judge:
         majority = votes[Role.TEACHER].answer if Role.TEACHER in votes else None
         if majority is None:
             return Agreement(votes, {}, None, undecided)
-        outcomes = {role: [a == majority for a in of] for role, of in answers.items()}
+        outcomes = {
+            role: [a is not None and is_same(a, majority) for a in of]
+            for role, of in answers.items()
+        }
         rates = _pass_at_k(outcomes, evaluation.pass_at_k)
         return Agreement(votes, rates, ReferenceKind.TEACHER_CONSENSUS, undecided)
 
     async def _extract(
-        self, samples: Iterable[SampleResult], answer_format: str, case: Case, turn: Turn
+        self,
+        samples: Iterable[SampleResult],
+        texts: Iterable[str],
+        answer_format: str,
+        case: Case,
+        turn: Turn,
     ) -> None:
         pattern = self._formats.get(answer_format)
-        for sample in samples:
+        for sample, text in zip(samples, texts, strict=True):
             if pattern is None:
-                found: str | NoResult | None = extract(sample.text, answer_format)
+                found: str | NoResult | None = extract(text, answer_format)
             else:
-                found = await turn.extract(pattern.pattern, sample.text)
+                found = await turn.extract(pattern.pattern, text)
             if isinstance(found, NoResult):
                 case.add_undecided(sample, found)
             else:
@@ -190,11 +208,12 @@ async def _grade(
     gold: str, samples: Sequence[SampleResult], match: AnswerMatch, case: Case, turn: Turn
 ) -> None:
     """Set `correct` where that is known. An absent answer is wrong."""
-    outcomes: dict[str, bool | NoResult] = {gold: True}
+    answers = [sample.answer for sample in samples if sample.answer is not None]
+    outcomes: dict[str, bool | NoResult] = {answer: is_same(gold, answer) for answer in answers}
     if match is AnswerMatch.SYMBOLIC:
-        outcomes |= await matches(gold, [s.answer for s in samples if s.answer is not None], turn)
+        outcomes = await matches(gold, answers, turn)
     for sample in samples:
-        outcome = False if sample.answer is None else outcomes.get(sample.answer, False)
+        outcome = False if sample.answer is None else outcomes[sample.answer]
         if isinstance(outcome, NoResult):
             case.add_undecided(sample, outcome)
         else:

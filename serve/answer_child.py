@@ -27,7 +27,8 @@ def are_equivalent(gold: str, answer: str) -> bool:
     """Say whether math-verify finds two expressions equivalent; not when it cannot read them.
 
     Its own limits are off, as they rest on a signal and a Python handler: a regular expression or a
-    power of large integers never lets the handler run. Units are kept.
+    power of large integers never lets the handler run. Units are kept. As `verify` depends on which
+    of the two is the gold one, it is asked both ways, and one yes is enough.
 
     Raises:
         MemoryError: nothing can be relied on any more.
@@ -41,11 +42,27 @@ def are_equivalent(gold: str, answer: str) -> bool:
 
     try:
         readings = [_read(text) for text in (gold, answer)]
-        return bool(math_verify.verify(*readings, timeout_seconds=None, raise_on_error=True))
+        return _are_close(*readings) and any(
+            math_verify.verify(*pair, timeout_seconds=None, raise_on_error=True)
+            for pair in (readings, readings[::-1])
+        )
     except MemoryError:
         raise
     except Exception:  # its parsers on untrusted text: there is no list of what they raise
         return False
+
+
+def _are_close(gold: list[Any], answer: list[Any]) -> bool:
+    """Say whether two numbers are equal in 12 digits: `verify` compares 6 decimals of 1/2^99 too.
+
+    True where one of them is no number.
+    """
+    if not (gold and answer) or not all(
+        getattr(v, "is_number", False) for v in (gold[0], answer[0])
+    ):
+        return True
+    one, other = (value.evalf(30) for value in (gold[0], answer[0]))
+    return bool(abs(one - other) <= 1e-12 * max(abs(one), abs(other)))
 
 
 def _read(text: str) -> list[Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from estimators.answers import ANSWER_FORMATS
+from estimators.answers import ANSWER_FORMATS, opens_reasoning
+from serve.tokenization import Tokenizer
 
+_PROMPT_END_TOKENS = 16
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
@@ -26,6 +28,11 @@ def compile_formats(patterns: Mapping[str, str]) -> Mapping[str, re.Pattern[str]
     ValueError: answer format 'boxed' is built in; choose another name
     """
     return MappingProxyType({name: _compile(name, text) for name, text in patterns.items()})
+
+
+def starts_in_reasoning(prompt_token_ids: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Return whether the prompt opened the reasoning, of which a completion has but the end."""
+    return opens_reasoning(tokenizer.decode(prompt_token_ids[-_PROMPT_END_TOKENS:]))
 
 
 def _compile(name: str, text: str) -> re.Pattern[str]:

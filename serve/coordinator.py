@@ -21,6 +21,7 @@ from serve.admission import (
     tokenize_completions,
 )
 from serve.agreement import Agreement, Case, Judge
+from serve.answer_formats import starts_in_reasoning
 from serve.arms import ArmJob, ArmResult, OnChunk, run_arm, run_arm_or_spare, run_second_arm
 from serve.comparison import CompletionScore, score_with_models
 from serve.errors import AbortedError, DrainingError, UnknownRequestError
@@ -315,7 +316,10 @@ class Coordinator:
             self._metrics.on_divergence(
                 sample, spec.evaluation.task, is_truncated=spec.sampling.is_truncated
             )
-        await self._judge.read_answers(result.samples, spec.evaluation, case)
+        is_thinking = starts_in_reasoning(job.prompt_token_ids, job.model.tokenizer)
+        await self._judge.read_answers(
+            result.samples, spec.evaluation, case, starts_in_reasoning=is_thinking
+        )
         on_arm(result)
         return result
 
