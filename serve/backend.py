@@ -27,6 +27,7 @@ NUM_SPARE_ROWS = 1 + NUM_PREFILL_ROWS + NUM_SCORING_ROWS
 class ModelInfo:
     """What a served model is; answered by GetModels and shown by `tandem ask`.
 
+    `vocab_size` is the width of its logits, those of tokens alone (`serve.real_tokens`).
     `batch_invariant`: a sequence's logits do not depend on what else is in the batch, checked at
     the start on this machine's kernels.
     """

@@ -118,7 +118,7 @@ async def compare_exactly(
 def _summarize_exactly(
     policy_logits: NDArray[np.float32], reference_logits: NDArray[np.float32], temperature: float
 ) -> ExactDivergence:
-    """Average over positions; rows that pad the larger vocabulary to a round size are left out."""
+    """Average over positions and the tokens that both models have rows for."""
     num_tokens = len(policy_logits)
     vocab_size = min(policy_logits.shape[1], reference_logits.shape[1])
     sums = np.zeros(3)
