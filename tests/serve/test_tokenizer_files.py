@@ -206,9 +206,9 @@ def test_template_files_come_before_the_configuration(tmp_path: Path) -> None:
     [
         ("tokenizer.json", "{", "tokenizer.json is damaged: EOF"),
         ("tokenizer.json", "\udcff", "tokenizer.json cannot be read: 'utf-8'"),
-        ("tokenizer_config.json", "[1]", "tokenizer_config.json must be a JSON object, not list"),
-        ("tokenizer_config.json", "{", "tokenizer_config.json is no JSON"),
-        ("config.json", "[" * 10**5, "config.json is no JSON"),
+        ("tokenizer_config.json", "[1]", "tokenizer_config.json holds no JSON object"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
+        ("config.json", "[" * 10**5, "config.json is nested too deeply"),
         ("tokenizer_config.json", {"bos_token": 5}, "bos_token must be a text, or an object .*: 5"),
         ("tokenizer_config.json", {"eos_token": {"lstrip": True}}, "eos_token must be a text, or"),
         ("tokenizer_config.json", {"eos_token": added("a", lstrip=1)}, "eos_token must be a text"),  # type: ignore[arg-type]
@@ -221,6 +221,16 @@ def test_template_files_come_before_the_configuration(tmp_path: Path) -> None:
             "tokenizer_config.json",
             {"tokenizer_class": "LlamaTokenizer", "bos_token": None},
             "add_bos_token without a bos_token",
+        ),
+        (
+            "tokenizer_config.json",
+            {"chat_template": [{"name": [], "template": ""}]},
+            "chat_template must be a text, or a list",
+        ),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "LlamaTokenizer", "bos_token": "a:b"},
+            r"\['a:b', '\$A'\] cannot be put around a text",
         ),
         ("chat_template.jinja", "a\n{% if %}", "does not compile in line 2: Expected an expr"),
         ("chat_template.jinja", "{{ 1 | no_filter }}", "does not compile in line 1: No filter"),
@@ -238,5 +248,19 @@ def test_fault_of_a_file_is_told_in_one_line(
 
 
 def test_folder_without_a_tokenizer_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read: .*No such file"):
+    with pytest.raises(UserError, match=r"tokenizer\.json does not exist"):
         tokenization.Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "chat_template.jinja", "additional_chat_templates/x.jinja"]
+)
+def test_link_out_of_the_folder_is_not_read(tmp_path: Path, name: str) -> None:
+    folder, secret = tmp_path / "model", tmp_path / "secret"
+    (folder / "additional_chat_templates").mkdir(parents=True)
+    save(folder, {}, {})
+    (folder / name).unlink(missing_ok=True)
+    secret.touch()
+    (folder / name).symlink_to(secret)
+    with pytest.raises(UserError, match="is a link that leads out of the model's folder"):
+        tokenization.Tokenizer.load(folder)
