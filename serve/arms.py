@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from serve.comparison import SampleDivergence, compare, compare_exactly, score
+from serve.completion_text import CompletionText, StopChecker
 from serve.errors import DeadlineError, EngineFailedError, EngineStoppedError, TandemError
 from serve.mailbox import Mailbox
 from serve.routing import Role, ServedModel
@@ -28,7 +29,6 @@ from serve.sequence import (
     TokenEvent,
 )
 from serve.specs import GenerationSpec
-from serve.tokenization import CompletionText, StopChecker
 
 logger = logging.getLogger(__name__)
 
