@@ -54,9 +54,12 @@ class LogitRules:
         Keskar et al. 2019 ("CTRL", section 4.1): positive logits are divided by the penalty,
         negative ones multiplied. A token that came twice is written twice, the same.
         """
-        new = [(p.row, t, p.penalty) for p in self._penalized for t in p.take_new()]
+        new = [(p.row, t, p.penalty) for p in self._penalized for t in p.new_token_ids()]
         columns = torch.tensor(new, dtype=torch.float64).reshape(-1, 3)
+        # Only what is in the index is taken: an allocation that fails is tried again.
         self._seen = torch.cat([self._seen, columns.to(self._seen.device)])
+        for penalized in self._penalized:
+            penalized.take()
         rows, ids = self._seen[:, :2].long().T
         penalties = self._seen[:, 2].float()
         values = logits[rows, ids]
@@ -71,13 +74,15 @@ class _Penalized:
     is_prompt_taken: bool = False
     num_taken: int = 0
 
-    def take_new(self) -> list[int]:
+    def new_token_ids(self) -> list[int]:
         """Return the tokens of prompt and completion that were not taken before."""
         prompt = self.sequence.group.request.prompt_token_ids
         new = [] if self.is_prompt_taken else [*prompt]
-        new += self.sequence.token_ids[self.num_taken :]
+        return new + self.sequence.token_ids[self.num_taken :]
+
+    def take(self) -> None:
+        """Remember that all tokens so far are taken."""
         self.is_prompt_taken, self.num_taken = True, len(self.sequence.token_ids)
-        return new
 
 
 @dataclass(frozen=True, slots=True)

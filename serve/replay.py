@@ -8,15 +8,19 @@ follows any more is cancelled.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from google.protobuf.message import Message
 
 from serve.errors import DeadlineError, InvalidFieldError
+
+logger = logging.getLogger(__name__)
 
 Emit = Callable[[Any], None]
 Run = Callable[[Emit], Awaitable[bool]]
@@ -37,9 +41,20 @@ class RunKey:
     request_id: str
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class _Follower:
+    """Who reads a recording: the next response that it wants, and whether there is a new one."""
+
+    position: int = 0
+    is_new: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(slots=True, eq=False)
 class _Recording:
-    """The responses of one run, and who waits for the next one."""
+    """The responses of one run, and who waits for the next one.
+
+    Of one that is not kept a response is forgotten once all followers have read it.
+    """
 
     digest: bytes
     is_kept: bool
@@ -48,7 +63,8 @@ class _Recording:
     task: asyncio.Task[None] | None = None
     is_over: bool = False
     error: BaseException | None = None
-    followers: list[asyncio.Event] = field(default_factory=list)
+    followers: list[_Follower] = field(default_factory=list)
+    num_forgotten: int = 0
     size_bytes: int = 0
     expires_s: float = 0.0
 
@@ -57,14 +73,22 @@ class _Recording:
         self.responses.append(response)
         self.wake()
 
-    def take(self, position: int) -> Any:
-        """Return a response; where nobody else can come for it, it is forgotten."""
-        response = self.responses[position]
+    def take(self, follower: _Follower) -> Any:
+        """Return the follower's next response."""
+        response = self.responses[follower.position]
+        follower.position += 1
         if not self.is_kept:
-            self.responses[position] = None
+            self.forget()
         if isinstance(response, bytes):
             return self.response_type.FromString(response)
         return response
+
+    def forget(self) -> None:
+        """Let go of the responses that every follower has read."""
+        num_read = min((follower.position for follower in self.followers), default=0)
+        for position in range(self.num_forgotten, num_read):
+            self.responses[position] = None
+        self.num_forgotten = max(self.num_forgotten, num_read)
 
     def pack(self) -> None:
         """Serialize the responses, since messages in memory take several times their size."""
@@ -74,14 +98,15 @@ class _Recording:
 
     def wake(self) -> None:
         for follower in self.followers:
-            follower.set()
+            follower.is_new.set()
 
 
 class Replays:
     """Runs requests, and replays those that succeeded; lives on one asyncio loop.
 
     At most `max_runs` finished runs with `max_bytes` of responses are kept, for `ttl_s` each; the
-    oldest go first.
+    oldest go first. Runs that go on may record as much again, all together; beyond it the largest
+    recording is given up: its followers get the whole answer, and who comes later a new run.
     """
 
     def __init__(
@@ -98,6 +123,7 @@ class Replays:
         self._by_key: dict[RunKey, _Recording] = {}
         self._finished: dict[RunKey, _Recording] = {}  # those of `_by_key`, oldest first
         self._num_bytes = 0
+        self._num_running_bytes = 0
 
     async def follow(
         self,
@@ -138,20 +164,18 @@ class Replays:
 
     async def _read(self, key: RunKey, recording: _Recording) -> AsyncGenerator[Any, None]:
         """Yield a run's responses until it is over."""
-        is_new = asyncio.Event()
-        recording.followers.append(is_new)
-        position = 0
+        follower = _Follower()
+        recording.followers.append(follower)
         try:
             while True:
-                is_new.clear()
-                while position < len(recording.responses):
-                    yield recording.take(position)
-                    position += 1
+                follower.is_new.clear()
+                while follower.position < len(recording.responses):
+                    yield recording.take(follower)
                 if recording.is_over:
                     break
-                await is_new.wait()
+                await follower.is_new.wait()
         finally:
-            recording.followers.remove(is_new)
+            recording.followers.remove(follower)
             await self._leave(key, recording)
 
     def _find(self, key: RunKey, digest: bytes) -> _Recording | None:
@@ -175,24 +199,49 @@ class Replays:
     async def _run(self, key: RunKey, recording: _Recording, run: Run) -> None:
         is_final = False
         try:
-            is_final = await run(recording.emit)
+            is_final = await run(partial(self._record, recording))
         except BaseException as error:  # a cancellation, too; followers raise it again
             recording.error = error
         recording.is_over = True
+        if recording.is_kept:
+            self._num_running_bytes -= recording.size_bytes
         if recording.is_kept and is_final:
             self._keep(key, recording)
         else:
             self._forget(key, recording)
         recording.wake()
 
-    def _keep(self, key: RunKey, recording: _Recording) -> None:
-        """Keep a run, unless it alone is larger than all that may be kept."""
-        recording.size_bytes = sum(
-            r.ByteSize() for r in recording.responses if isinstance(r, Message)
-        )
-        if recording.size_bytes > self._max_bytes:
-            self._forget(key, recording)
+    def _record(self, recording: _Recording, response: Message) -> None:
+        recording.emit(response)
+        if not recording.is_kept:
             return
+        size_bytes = response.ByteSize()
+        recording.size_bytes += size_bytes
+        self._num_running_bytes += size_bytes
+        while self._num_running_bytes > self._max_bytes:
+            self._give_up_largest()
+
+    def _give_up_largest(self) -> None:
+        """Record no more of the largest run that goes on; it goes on for its followers alone."""
+        running = [(k, r) for k, r in self._by_key.items() if r.is_kept and not r.is_over]
+        key, recording = max(running, key=lambda item: item[1].size_bytes)
+        logger.warning(
+            "request %r is not kept for a repetition: its answer and others that are under way "
+            "exceed %d bytes (max_replay_mib)",
+            key.request_id,
+            self._max_bytes,
+        )
+        self._stop_recording(key, recording)
+        recording.forget()
+
+    def _stop_recording(self, key: RunKey, recording: _Recording) -> None:
+        """Have a run that goes on be for its followers alone."""
+        if recording.is_kept:
+            self._num_running_bytes -= recording.size_bytes
+        recording.is_kept = False
+        self._forget(key, recording)
+
+    def _keep(self, key: RunKey, recording: _Recording) -> None:
         recording.pack()
         recording.expires_s = self._clock() + self._ttl_s
         self._finished[key] = recording
@@ -220,7 +269,7 @@ class Replays:
         """End a run without followers: nobody may join it from now on."""
         if recording.followers or recording.is_over:
             return
-        self._forget(key, recording)
+        self._stop_recording(key, recording)
         assert recording.task is not None
         recording.task.cancel()
         await asyncio.wait([recording.task])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -49,9 +49,13 @@ class Run:
             raise
 
 
-async def texts_of(replays: Replays, run: Run, **settings: Any) -> list[str]:
+def follow(replays: Replays, run: Run, **settings: Any) -> AsyncGenerator[Any, None]:
     call = {"key": KEY, "digest": b"1", "is_kept": True, "deadline_s": 100.0} | settings
-    async with aclosing(replays.follow(run=run, **call)) as responses:
+    return replays.follow(run=run, **call)
+
+
+async def texts_of(replays: Replays, run: Run, **settings: Any) -> list[str]:
+    async with aclosing(follow(replays, run, **settings)) as responses:
         return [response.text async for response in responses]
 
 
@@ -129,6 +133,54 @@ async def test_answer_above_the_bound_is_not_kept_and_displaces_no_other() -> No
         await texts_of(replays, small)
         await texts_of(replays, large, key=other)
     assert (small.num_begun, large.num_begun) == (1, 2)
+
+
+@async_test
+async def test_answer_that_outgrows_the_bound_is_forgotten_as_it_is_read() -> None:
+    replays, run = make(max_bytes=20), Run(*["x" * 10] * 9, is_held=True)
+    async with aclosing(follow(replays, run)) as one, aclosing(follow(replays, run)) as other:
+        assert [(await anext(r)).text for r in (one, other)] == ["x" * 10] * 2
+        (recording,) = replays._by_key.values()
+        run.may_go_on.set()
+        await asyncio.sleep(0.01)
+        assert await texts_of(replays, Run("later")) == ["later"]
+        assert len([response async for response in one]) == 8
+        assert [r is None for r in recording.responses] == [True] + [False] * 8
+        assert len([response async for response in other]) == 8
+        assert recording.responses == [None] * 9
+    assert run.num_begun == 1
+
+
+@async_test
+async def test_runs_that_go_on_share_the_bound_and_the_largest_is_given_up() -> None:
+    replays = make(max_bytes=50)
+    runs = {n: Run("x" * n, is_held=True) for n in (10, 30, 20)}
+    ends = [
+        asyncio.create_task(texts_of(replays, run, key=RunKey("", str(n))))
+        for n, run in runs.items()
+    ]
+    await asyncio.sleep(0.01)
+    for run in runs.values():
+        run.may_go_on.set()
+    assert await asyncio.gather(*ends) == [["x" * n] for n in runs]
+    for n in sorted(runs):
+        await texts_of(replays, runs[n], key=RunKey("", str(n)))
+    assert {n: run.num_begun for n, run in runs.items()} == {10: 1, 30: 2, 20: 1}
+
+
+@async_test
+async def test_runs_that_end_badly_leave_their_part_of_the_bound_to_others() -> None:
+    replays = make(max_bytes=20)
+    with pytest.raises(ZeroDivisionError):
+        await texts_of(replays, Run("x" * 15, error=ZeroDivisionError()))
+    left = asyncio.create_task(texts_of(replays, Run("x" * 15, is_held=True)))
+    await asyncio.sleep(0.01)
+    left.cancel()
+    await asyncio.gather(left, return_exceptions=True)
+    run = Run("x" * 15)
+    await texts_of(replays, run)
+    await texts_of(replays, run)
+    assert run.num_begun == 1
 
 
 @pytest.mark.parametrize(("deadline_s", "num_begun"), [(100.0, 2), (0.0, 1)])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve.sampling import SampledBatch, Sampler, sample, token_logprobs
 from serve.sequence import (
@@ -359,3 +360,47 @@ def test_no_stop_token_before_min_tokens() -> None:
     settings = {"min_tokens": 2, "stop_token_ids": frozenset({4})}
     assert drawn_tokens(logits, token_ids=(1,), **settings) == {0, 1, 3, 5}
     assert drawn_tokens(logits, token_ids=(1, 1), **settings) == {0, 1, 2, 3, 4, 5}
+
+
+# A pass that fails and is tried again
+
+
+class FailAt(TorchDispatchMode):
+    """Has no memory for tensor operation number `count`, from 0 on."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.left = count
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left == -1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return func(*args, **(kwargs or {}))
+
+
+def test_pass_that_fails_at_any_operation_draws_the_same_when_it_is_tried_again() -> None:
+    def sequences() -> list[Sequence]:
+        rules = {"repetition_penalty": 1.8, "min_tokens": 3}
+        return [make_sequence(prompt=(5, 6), seed=seed, **rules) for seed in range(3)]
+
+    def batches(num_until_failure: int) -> tuple[list[SampledBatch], bool]:
+        sampler, rows = Sampler(EOS), sequences()
+        drawn, is_failed = [], False
+        for step in range(3):
+            logits = random_logits(3, 40, seed=step)
+            try:
+                with FailAt(num_until_failure if step == 1 else -1):
+                    batch = sampler.sample(logits, rows)
+            except torch.OutOfMemoryError:
+                is_failed, batch = True, sampler.sample(logits, rows)
+            drawn.append(batch)
+            for row, sequence in enumerate(rows):
+                sequence.append(batch.token_ids[row], 0.0, 0.0)
+        return drawn, is_failed
+
+    expected, _ = batches(-1)
+    outcomes = [batches(count) for count in range(200)]
+    num_failed = sum(is_failed for _, is_failed in outcomes)
+    assert 10 < num_failed < 200, "every operation of a pass has failed once"
+    assert all(drawn == expected for drawn, _ in outcomes)
