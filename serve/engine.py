@@ -115,6 +115,7 @@ class Engine:
         scores_in_one_pass: bool = True,
         num_torch_threads: int | None = None,
         max_pass_tokens: int | None = None,
+        max_num_seqs_per_client: int | None = None,
         max_prefix_cache_bytes: int = MAX_PREFIX_CACHE_BYTES,
         stream: torch.cuda.Stream | None = None,
         max_step_s: float = MAX_STEP_S,
@@ -135,7 +136,9 @@ class Engine:
         self._is_prepared = threading.Event()
         max_pass_tokens = max_pass_tokens or MAX_PASS_TOKENS[torch.device(self.info.device).type]
         self._max_pass_tokens = max_pass_tokens
-        self._scheduler = Scheduler(backend.info.max_num_seqs, max_pass_tokens)
+        self._scheduler = Scheduler(
+            backend.info.max_num_seqs, max_pass_tokens, max_num_seqs_per_client
+        )
         self._runner = Runner(backend, self._scheduler, max_pass_tokens, max_prefix_cache_bytes)
         self._scoring: deque[ScoringJob] = deque()
         # Passes beside decode steps: one per step, of the kinds that have work in turns.
@@ -435,21 +438,25 @@ class Engine:
             return False
         started_s = self.clock()
         is_alone = self._priority == 0 and self._scheduler.num_active == 0
+        claim = self._scheduler.find_claim(self._runner.count_cached)
+        if claim is not None and not self._runner.set_aside(claim.victim):
+            claim = None
         admission = self._scheduler.admit(
             self._max_pass_tokens * (LONE_PASS_FACTOR if is_alone else 1),
             self._runner.count_cached,
+            claim.newcomer if claim else None,
         )
         for sequence in admission.admitted:
             sequence.started_s = started_s
         self._runner.begin(admission.long_prompts)
-        if not admission.started:
+        if not admission.in_rows:
             return False
         with self._model():
             too_large = self._runner.fill_rows(admission)
         self._give_up(too_large)
         if started := [s for s in admission.started if not s.is_finished]:
             self._start(started, started_s)
-        return True
+        return bool(started)
 
     def _prefill_chunk(self) -> bool:
         """Run the next chunk of a long prompt; behind its last one the sequence runs."""
@@ -541,7 +548,8 @@ class Engine:
         samples = [s for s in sequences if not s.group.is_scoring]
         self._observer.on_tokens(len(samples))
         for sequence in samples:
-            if not sequence.token_ids:
+            if not sequence.group.has_token:
+                sequence.group.has_token = True
                 arrival_s = sequence.group.arrival_s
                 self._observer.on_first_token(now_s - arrival_s, sequence.started_s - arrival_s)
         intervals = Counter(now_s - s.last_token_s for s in samples if s.token_ids)
@@ -562,7 +570,7 @@ class Engine:
         now_s = self.clock()
         endings, self._endings = self._endings, {}
         running = [s for s in self._scheduler.running if id(s.group) in endings]
-        unstarted = self._scheduler.remove_unstarted(endings.keys())
+        unstarted = self._scheduler.remove_waiting(endings.keys())
         # Before any row moves, which may fail: nobody would find those that did not start again.
         for sequence in (*running, *unstarted):
             reason, error = endings[id(sequence.group)]

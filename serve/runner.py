@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from serve.out_of_memory import is_out_of_memory
 from serve.prefill import Prefiller, PromptEntry
 from serve.prefix_cache import PrefixCache
 from serve.prompt import TokenizedPrompt
-from serve.scheduler import Admission, LongPrompt, Scheduler
+from serve.scheduler import Admission, LongPrompt, RowMove, Scheduler
 from serve.scoring import ScoringJob
 from serve.sequence import Sequence as Sample
 from serve.sequence import SequenceGroup
@@ -102,7 +102,7 @@ class Runner:
         whose prompt alone takes more memory than there is.
         """
         running = self._scheduler.running
-        first_row = len(running) - len(admission.started)
+        first_row = len(running) - len(admission.in_rows)
         num_prefills = len(admission.prefills)
         for row in range(first_row, len(running)):
             self._clean(row)
@@ -117,7 +117,12 @@ class Runner:
                     failed.append(sequence.group)
                 else:
                     _complete(sequence.group, entry)
-        first_fork = len(running) - len(admission.forks)
+        # Before the forks, which may copy from them.
+        for row, sequence in enumerate(admission.resumed, len(running) - len(admission.resumed)):
+            assert sequence.kv is not None, "it was not set aside"
+            self._backend.write_kv(row, 0, sequence.kv)
+            sequence.kv = None
+        first_fork = first_row + num_prefills + len(admission.restores)
         for row, (fork, holder) in enumerate(admission.forks, first_fork):
             self._backend.copy_kv(running.index(holder), row, len(fork.group.prompt.token_ids))
         return failed
@@ -190,9 +195,25 @@ class Runner:
             self._backend.scrub_kv(row)
             self._tainted_rows.remove(row)
 
+    def set_aside(self, sequence: Sample) -> bool:
+        """Free the row of a running sequence, which goes on later; False: no memory for that."""
+        row = self._scheduler.running.index(sequence)
+        try:
+            sequence.kv = self._backend.read_kv(row, 0, sequence.num_cached_tokens)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("out of memory, nobody is set aside: %s", error)
+            return False
+        self._close_gaps(self._scheduler.set_aside(sequence))
+        return True
+
     def retire(self, finished: list[Sample]) -> None:
         """Take sequences out of the batch and close the gaps they leave."""
-        for move in self._scheduler.retire(finished):
+        self._close_gaps(self._scheduler.retire(finished))
+
+    def _close_gaps(self, moves: Iterable[RowMove]) -> None:
+        for move in moves:
             self._clean(move.target)
             if move.source in self._tainted_rows:
                 self._tainted_rows.add(move.target)

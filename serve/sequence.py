@@ -80,6 +80,8 @@ class GenerationRequest:
     `deadline_s` is on the engine's clock; `make_stop_check` builds one check per sequence, for the
     strings in `stop`.
 
+    `client` is who takes turns with whom (see `serve.waiting`).
+
     Requests with the same `cache_salt` share the cached beginnings of their prompts; None: this
     one neither uses the prefix cache nor enters it.
 
@@ -96,6 +98,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     make_stop_check: Callable[[], StopCheck] | None = None
     cache_salt: str | None = ""
+    client: str = ""
     forced_completions: tuple[tuple[int, ...], ...] = ()
     keep_logits: bool = False
 
@@ -170,6 +173,7 @@ class SequenceGroup:
     prompt_logits: torch.Tensor | None = None
     num_cached_tokens: int = 0
     is_prompt_counted: bool = False
+    has_token: bool = False
 
     @property
     def is_scoring(self) -> bool:
@@ -178,7 +182,10 @@ class SequenceGroup:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One sample in the making. Its row in the KV cache is its place in `Scheduler.running`."""
+    """One sample in the making. Its row in the KV cache is its place in `Scheduler.running`.
+
+    While it is set aside for others it has no row, and `kv` is what was in it.
+    """
 
     group: SequenceGroup
     index: int
@@ -187,11 +194,16 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     processed_logprobs: list[float] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
+    kv: torch.Tensor | None = None
     started_s: float = 0.0
     prefilled_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     is_finished: bool = False
+
+    @property
+    def client(self) -> str:
+        return self.group.request.client
 
     @property
     def forced_token_ids(self) -> tuple[int, ...] | None:

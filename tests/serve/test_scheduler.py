@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,6 @@ from serve.backend import NUM_PREFILL_ROWS
 from serve.scheduler import (
     MAX_OVERTAKEN,
     Admission,
-    CountCached,
     LongPrompt,
     RowMove,
     Scheduler,
@@ -29,8 +29,8 @@ from serve.sequence import (
 class Budgeted(Scheduler):
     """Admits batches of one chunk's tokens at most."""
 
-    def admit(self, max_batch_tokens: int | None = None, *count_cached: CountCached) -> Admission:
-        return super().admit(max_batch_tokens or self.max_chunk_tokens, *count_cached)
+    def admit(self, max_batch_tokens: int | None = None, *args: Any) -> Admission:
+        return super().admit(max_batch_tokens or self.max_chunk_tokens, *args)
 
 
 def make(max_num_seqs: int, max_chunk_tokens: int) -> Budgeted:
@@ -176,7 +176,7 @@ def test_rows_stay_compact_when_several_finish_at_once() -> None:
 def test_ended_groups_leave_the_queue_and_the_others_keep_their_order() -> None:
     scheduler = make(1, 100)
     a, b, c, d = waiting(scheduler, 1, 1, 1, 1)
-    assert scheduler.remove_unstarted({id(b.group), id(d.group)}) == [b, d]
+    assert scheduler.remove_waiting({id(b.group), id(d.group)}) == [b, d]
     assert list(scheduler.waiting) == [a, c]
 
 
@@ -249,7 +249,7 @@ def test_a_long_prompt_that_ends_frees_its_row() -> None:
     scheduler = make(16, 8)
     sequences = waiting(scheduler, *[9] * (NUM_PREFILL_ROWS + 2))
     scheduler.admit()
-    assert scheduler.remove_unstarted({id(sequences[0].group)}) == sequences[:1]
+    assert scheduler.remove_waiting({id(sequences[0].group)}) == sequences[:1]
     [prompt] = scheduler.admit().long_prompts
     assert prompt.sequence is sequences[NUM_PREFILL_ROWS]
     assert scheduler.clear() == [*sequences[1:-1], sequences[-1]]
