@@ -43,11 +43,13 @@ class ArmJob:
     """What an arm does: `model` answers `prompt_token_ids`, `reference`, if any, scores.
 
     Engines know the request as `key`. `deadline_s` is on their clock (monotonic). Events come
-    through `mailbox`. Prompts share cached beginnings with those of the same `cache_salt` alone.
+    through `mailbox`. Prompts share cached beginnings with those of the same `cache_salt` alone;
+    engines serve `peer` in turns with others.
     """
 
     key: str
     cache_salt: str
+    peer: str
     model: ServedModel
     reference: ServedModel | None
     spec: GenerationSpec
@@ -65,6 +67,7 @@ class ArmJob:
             num_top_logprobs=spec.output.top_logprobs,
             deadline_s=self.deadline_s,
             cache_salt=self.cache_salt,
+            client=self.peer,
             stop=spec.stop,
             make_stop_check=StopChecker(self.model.tokenizer, spec.stop) if spec.stop else None,
         )
@@ -77,6 +80,7 @@ class ArmJob:
             temperature=self.spec.logprob_temperature,
             deadline_s=self.deadline_s,
             cache_salt=self.cache_salt,
+            client=self.peer,
         )
 
 

@@ -37,12 +37,14 @@ class Call:
     """One call: when it came, by when it must end (both monotonic), whose it is, and its labels.
 
     `tenant` is the authenticated client's name, "" for anonymous ones; tenants share nothing.
+    Engines serve a `peer`, such a client or a host, in turns with others.
     """
 
     rpc: str
     arrival_s: float
     deadline_s: float
     tenant: str = ""
+    peer: str = ""
     request_id: str = ""
     route: str = "none"
     task: str = OTHER_TASK
@@ -80,14 +82,16 @@ class CallGuard:
         metrics: ServerMetrics,
         max_timeout_s: float,
         tenant: Callable[[], str] = str,
+        peer: Callable[[], str] = str,
         *,
         max_stall_s: float = 30.0,
         log_requests: bool = False,
     ) -> None:
-        """`tenant` names the client of the call that is being handled."""
+        """`tenant` and `peer` say whose the call is that is being handled (see `Call`)."""
         self._metrics = metrics
         self._max_timeout_s = max_timeout_s
         self._tenant = tenant
+        self._peer = peer
         self._max_stall_s = max_stall_s
         self._log_requests = log_requests
 
@@ -97,7 +101,7 @@ class CallGuard:
         if remaining_s is not None:
             timeout_s = min(timeout_s, remaining_s)
         arrival_s = time.monotonic()
-        return Call(rpc, arrival_s, arrival_s + timeout_s, self._tenant())
+        return Call(rpc, arrival_s, arrival_s + timeout_s, self._tenant(), self._peer())
 
     @contextmanager
     def watch(self, call: Call) -> Iterator[None]:

@@ -76,6 +76,9 @@ class ServeConfig(BaseModel):
     max_concurrent_per_peer: int = Field(default=256, ge=1, description="calls of one client")
 
     max_num_seqs: int = Field(default=16, ge=1, le=1024, description="samples running per model")
+    max_num_seqs_per_client: int | None = Field(
+        default=None, ge=1, description="of them for one client; none: all, until others wait"
+    )
     max_model_len: int = Field(default=2048, ge=2, description="prompt and completion tokens")
     max_waiting: int = Field(default=1024, ge=0, description="samples queued per model")
     max_pass_tokens: int | None = Field(

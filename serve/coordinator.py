@@ -75,6 +75,7 @@ class _Terms:
 
     key: str
     tenant: str
+    peer: str
     deadline_s: float | None
 
 
@@ -163,6 +164,7 @@ class Coordinator:
         *,
         deadline_s: float | None = None,
         tenant: str = "",
+        peer: str = "",
     ) -> Answer:
         """Have one or both models answer; `on_chunk` and `on_arm` see the parts as they come.
 
@@ -170,7 +172,7 @@ class Coordinator:
             TandemError: the request cannot be served, or its first model failed.
         """
         with self._admitted(spec.request_id) as key:
-            terms = _Terms(key, tenant, deadline_s)
+            terms = _Terms(key, tenant, peer, deadline_s)
             first, *others = await self._jobs(spec, terms)
             case = Case(tenant, deadline_s)
             arms_to_run = [
@@ -187,7 +189,12 @@ class Coordinator:
         return Answer(arms, agreement)
 
     async def score(
-        self, spec: ScoreSpec, *, deadline_s: float | None = None, tenant: str = ""
+        self,
+        spec: ScoreSpec,
+        *,
+        deadline_s: float | None = None,
+        tenant: str = "",
+        peer: str = "",
     ) -> ScoreAnswer:
         """Have the asked models score completions.
 
@@ -195,7 +202,7 @@ class Coordinator:
             TandemError: the request cannot be served, or a model failed.
         """
         with self._admitted(spec.request_id) as key:
-            terms = _Terms(key, tenant, deadline_s)
+            terms = _Terms(key, tenant, peer, deadline_s)
             models = [self.engines.get(role) for role in spec.roles] or list(self.engines.loaded)
             wants_divergence = spec.divergence.enabled
             if wants_divergence is None:
@@ -270,6 +277,7 @@ class Coordinator:
             ArmJob(
                 key=f"{terms.key} {model.role.value}",
                 cache_salt=_cache_salt(terms.tenant, spec.cache_salt),
+                peer=terms.peer,
                 model=model,
                 reference=self.engines.get(model.role.other) if is_scored else None,
                 spec=spec,
@@ -337,6 +345,7 @@ class Coordinator:
             spec.temperature,
             deadline_s=terms.deadline_s,
             cache_salt=_cache_salt(terms.tenant, spec.cache_salt),
+            client=terms.peer,
         )
 
 

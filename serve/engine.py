@@ -38,6 +38,7 @@ from serve.scoring import (
     forced_request,
     scoring_error,
 )
+from serve.scoring_queue import ScoringQueue
 from serve.sequence import (
     EventSink,
     FinishReason,
@@ -140,7 +141,7 @@ class Engine:
             backend.info.max_num_seqs, max_pass_tokens, max_num_seqs_per_client
         )
         self._runner = Runner(backend, self._scheduler, max_pass_tokens, max_prefix_cache_bytes)
-        self._scoring: deque[ScoringJob] = deque()
+        self._scoring = ScoringQueue()
         # Passes beside decode steps: one per step, of the kinds that have work in turns.
         self._passes = deque([self._score, self._admit, self._prefill_chunk])
         # A request id may name several: a generation, and the scoring of other samples.
@@ -263,7 +264,7 @@ class Engine:
 
     def _add_job(self, job: ScoringJob) -> None:
         self._num_inside += 1
-        self._scoring.append(job)
+        self._scoring.add(job)
         self._watch_deadline(job.request.request_id, job.request.deadline_s)
 
     def _release(self) -> None:
@@ -287,7 +288,7 @@ class Engine:
         for group in self._groups.get(request_id, ()):
             if expired_by_s is None or _is_past(group.request.deadline_s, expired_by_s):
                 self._endings.setdefault(id(group), (reason, ""))
-        for job in [j for j in self._scoring if j.request.request_id == request_id]:
+        for job in self._scoring.of(request_id):
             if expired_by_s is None or _is_past(job.request.deadline_s, expired_by_s):
                 self._scoring.remove(job)
                 self._fail(job, scoring_error(reason, ""))
@@ -403,6 +404,8 @@ class Engine:
                 break
         self._balance()
         self._outbox.flush()
+        if not self._has_work():
+            self._sampler.forget()
 
     def _decode(self) -> None:
         started_s = self.clock()
@@ -412,7 +415,9 @@ class Engine:
             self._give_up(_expendable(running))
             self._scheduler.admit_no_more()  # or the next ones would end others in turn
             return
-        self._accept(running, logits)
+        if self._accept(running, logits):
+            self._num_failed_steps = 0
+            self._scheduler.note_decoded()
         self._finish_step("decode", len(logits), started_s)
 
     def _attempt(self, run: Callable[[], T]) -> T | None:
@@ -489,28 +494,33 @@ class Engine:
             self._observer.on_prompt(len(group.prompt.token_ids), group.num_cached_tokens)
 
     def _score(self) -> bool:
-        """Run the next chunk of the oldest scoring request."""
-        if not self._scoring:
+        """Run the next chunk of the scoring request whose turn it is."""
+        job = self._scoring.first
+        if job is None:
             return False
         started_s = self.clock()
-        job = self._scoring[0]
         is_done = self._attempt(lambda: self._runner.score(job))
         if is_done is None:
-            self._scoring.popleft()
+            self._scoring.remove(job)
             self._fail(job, EngineFailedError(OUT_OF_MEMORY))
-        elif is_done:
-            self._scoring.popleft()
+            return True
+        if is_done:
+            self._scoring.remove(job)
             self._release()
             job.future.set_result(job.scored)
+        self._num_failed_steps = 0
         self._finish_step("score", 1, started_s)
         return True
 
-    def _accept(self, sequences: Sequence[Sample], logits: torch.Tensor) -> None:
-        """Sample a token for each sequence, emit it, and retire the sequences that end."""
+    def _accept(self, sequences: Sequence[Sample], logits: torch.Tensor) -> bool:
+        """Sample a token for each sequence, emit it, and retire the sequences that end.
+
+        False when there was no memory for that.
+        """
         batch = self._sample(sequences, logits)
         if batch is None:
             self._give_up(_expendable(sequences))
-            return
+            return False
         now_s = self.clock()
         drawn = [s for s, is_finite in zip(sequences, batch.is_finite, strict=True) if is_finite]
         self._observe_tokens(drawn, now_s)
@@ -531,6 +541,7 @@ class Engine:
                 finished.append(sequence)
                 self._emit_finished(sequence, reason, now_s, error)
         self._runner.retire(finished)
+        return True
 
     def _sample(self, sequences: Sequence[Sample], logits: torch.Tensor) -> SampledBatch | None:
         """Return a token for each sequence; None when out of memory."""
@@ -584,8 +595,8 @@ class Engine:
             # A step may fail between a sequence's terminal event and its leaving the batch.
             if not sequence.is_finished:
                 self._emit_finished(sequence, reason, now_s, error)
-        while self._scoring:
-            self._fail(self._scoring.popleft(), scoring_error(reason, error))
+        for job in self._scoring.clear():
+            self._fail(job, scoring_error(reason, error))
         self._balance()
         self._outbox.flush()
 
@@ -662,8 +673,6 @@ class Engine:
                 raise _AbandonedError
 
     def _finish_step(self, phase: str, batch_size: int, started_s: float) -> None:
-        if phase != "prefill":  # which may be a copy out of the prefix cache
-            self._num_failed_steps = 0
         step_s = self.clock() - started_s
         self._observer.on_step(phase, batch_size, step_s, step_s - self._model_s)
 

@@ -1,7 +1,8 @@
 """Who may call what, and how much at a time: the first thing that a call meets on a listener.
 
 Calls are refused before their message is read. Whoever comes through is counted until the call
-ends, whatever ends it, and its name is `current_client` for everything that the handler starts.
+ends, whatever ends it, and its name is `current_client` for everything that the handler starts;
+`current_peer` is what the limit applies to, so what takes turns at the engines, too.
 Handlers of streams count each request with `request_slot`.
 """
 
@@ -37,6 +38,7 @@ OnEnded = Callable[[str, grpc.StatusCode], None]
 
 # The authenticated client whose call is being handled; "" for an anonymous one.
 current_client: ContextVar[str] = ContextVar("current_client", default="")
+current_peer: ContextVar[str] = ContextVar("current_peer", default="")
 
 # Entered by handlers of streams while a request runs; PeerLimitError above the client's limit.
 request_slot: ContextVar[Callable[[], AbstractContextManager[None]]] = ContextVar(
@@ -70,9 +72,9 @@ class _Peer:
         return f"client {self.name!r} at {self.host}" if self.name else self.host
 
     @property
-    def key(self) -> tuple[str, str]:
-        """What the limit applies to: a client wherever it calls from, else a host."""
-        return (self.name, "") if self.name else ("", self.host)
+    def key(self) -> str:
+        """What limits and turns apply to: a client wherever it calls from, else a host."""
+        return f"client {self.name}" if self.name else f"host {self.host}"
 
 
 class Gate(grpc.aio.ServerInterceptor):
@@ -104,7 +106,7 @@ class Gate(grpc.aio.ServerInterceptor):
         self._on_rejected = on_rejected
         self._on_ended = on_ended
         self._clock = clock
-        self._num_running: Counter[tuple[str, str]] = Counter()
+        self._num_running: Counter[str] = Counter()
         self._calls: set[asyncio.Task[Any]] = set()
         self._may_run = asyncio.Event()
         self._may_run.set()
@@ -187,6 +189,7 @@ class Gate(grpc.aio.ServerInterceptor):
             try:
                 # Never set back: every call has a context of its own, which ends with it.
                 current_client.set(peer.name)
+                current_peer.set(peer.key)
                 request_slot.set(self._request_slots(peer))
                 is_stream = handler.request_streaming
                 request = requests if is_stream else await self._read_one(context, rpc)

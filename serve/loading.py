@@ -252,6 +252,7 @@ class _Loader:
             # The student's matrix products are onnxruntime's; torch only samples for it.
             num_torch_threads=1 if info.backend == "onnx" else self.num_threads,
             max_pass_tokens=self.config.max_pass_tokens,
+            max_num_seqs_per_client=self.config.max_num_seqs_per_client,
             max_prefix_cache_bytes=self.config.prefix_cache_mib << 20,
             stream=stream,
             max_step_s=self.config.max_step_s,

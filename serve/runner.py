@@ -43,7 +43,7 @@ class Runner:
         self._max_pass_tokens = max_pass_tokens
         self._prefix_cache = PrefixCache(backend, max_prefix_cache_bytes)
         self._prefiller = Prefiller(backend, self._prefix_cache, max_pass_tokens)
-        # Long prompts that are entering, or were the last to, by row.
+        # Long prompts that are entering, or were on their way when they ended, by row.
         self._entries: dict[int, PromptEntry] = {}
         # Rows with keys or values that are not finite: whoever enters next must not see them.
         self._tainted_rows: set[int] = set()
@@ -165,6 +165,9 @@ class Runner:
         self.try_twice(lambda max_tokens: self._prefiller.advance(entry, max_tokens))
         if entry.logits is None:
             return False
+        del self._entries[prompt.row]
+        if not entry.is_finite:
+            self._tainted_rows.add(prompt.row)
         row = self._scheduler.start(prompt)
         self._clean(row)
         self._backend.copy_kv(prompt.row, row, entry.num_entered)

@@ -154,6 +154,10 @@ class Sampler:
             on_basis = self._softmax("on basis", logits, rows.logprob_temperatures)
         return _sample(softmax, on_basis, rows)
 
+    def forget(self) -> None:
+        """Let go of the last sequences, and of the logits that they hold."""
+        self._rows = None
+
     def _parameters(self, sequences: tuple[Sequence, ...], device: torch.device) -> RowParameters:
         if self._rows is None or self._rows.sequences != sequences:
             self._rows = RowParameters.of(sequences, self._eos_token_ids, device)

@@ -42,6 +42,7 @@ class ScoringRequest:
     with_logits: bool = False
     deadline_s: float | None = None
     cache_salt: str | None = ""
+    client: str = ""
 
     def __post_init__(self) -> None:
         assert self.prompt_token_ids and all(self.completions), "nothing to score"
@@ -199,6 +200,7 @@ def forced_request(request: ScoringRequest) -> GenerationRequest:
         logprob_temperature=request.temperature,
         deadline_s=request.deadline_s,
         cache_salt=request.cache_salt,
+        client=request.client,
         forced_completions=request.completions,
         keep_logits=request.with_logits,
     )

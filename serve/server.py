@@ -31,7 +31,7 @@ from serve.control import ControlService, Lifecycle, check_policy
 from serve.coordinator import Coordinator
 from serve.equivalence import AnswerWorker
 from serve.errors import TandemError
-from serve.gate import OPEN, Gate, current_client
+from serve.gate import OPEN, Gate, current_client, current_peer
 from serve.health import NAME as HEALTH_NAME
 from serve.health import Health
 from serve.hosts import is_unix, join_port
@@ -145,6 +145,7 @@ class Server:
             metrics,
             config.max_timeout_s,
             current_client.get,
+            current_peer.get,
             max_stall_s=config.max_stall_s,
             log_requests=config.log_requests,
         )

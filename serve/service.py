@@ -91,7 +91,12 @@ class InferenceService:
                 emit(pb.GenerateResponse(complete=complete))
 
         answer = await self._coordinator.answer(
-            spec, on_chunk, on_arm, deadline_s=call.deadline_s, tenant=call.tenant
+            spec,
+            on_chunk,
+            on_arm,
+            deadline_s=call.deadline_s,
+            tenant=call.tenant,
+            peer=call.peer,
         )
         if answer.agreement is not None:
             emit(pb.GenerateResponse(agreement=replies.to_agreement(answer.agreement)))
@@ -109,7 +114,12 @@ class InferenceService:
 
         async def run(emit: Emit) -> bool:
             answer = await self._coordinator.answer(
-                spec, _ignore, _ignore, deadline_s=call.deadline_s, tenant=call.tenant
+                spec,
+                _ignore,
+                _ignore,
+                deadline_s=call.deadline_s,
+                tenant=call.tenant,
+                peer=call.peer,
             )
             emit(
                 pb.CompareResponse(
@@ -133,7 +143,7 @@ class InferenceService:
 
         async def run(emit: Emit) -> bool:
             answer = await self._coordinator.score(
-                spec, deadline_s=call.deadline_s, tenant=call.tenant
+                spec, deadline_s=call.deadline_s, tenant=call.tenant, peer=call.peer
             )
             emit(
                 pb.ScoreResponse(

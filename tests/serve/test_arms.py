@@ -68,7 +68,7 @@ def make_job(tokenizer: Tokenizer) -> MakeJob:
         student: Any = ServedModel(Role.STUDENT, engine, tokenizer)  # type: ignore[arg-type]
         teacher: Any = reference and ServedModel(Role.TEACHER, reference, tokenizer)  # type: ignore[arg-type]
         spec = validate_generate(request, Limits(max_model_len=200, vocab_size=259))
-        return ArmJob("key", "", student, teacher, spec, (1, 2, 3), None, Mailbox())
+        return ArmJob("key", "", "", student, teacher, spec, (1, 2, 3), None, Mailbox())
 
     return make
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from serve.engine import OUT_OF_MEMORY, Engine
-from serve.errors import EngineFailedError
+from serve.engine import MAX_FAILED_STEPS, OUT_OF_MEMORY, Engine
+from serve.errors import EngineFailedError, EngineStoppedError
 from serve.out_of_memory import is_out_of_memory
 from serve.prompt import TokenizedPrompt
+from serve.scheduler import MIN_CALM_STEPS
 from serve.scoring import ScoringRequest
 from serve.sequence import Event, FinishedEvent, FinishReason, GenerationRequest, SamplingParams
 
@@ -206,6 +207,56 @@ def test_decode_step_without_memory_ends_the_youngest_and_lets_nobody_in_its_pla
     assert reasons == [length, length, error, length]
     for place in (0, 1, 3):
         assert sorted(event.token_ids for event in ended[place]) == sorted(expected[place])
+
+
+def test_memory_that_is_short_once_throttles_no_load_that_goes_on(
+    make_engine: Callable[..., Engine],
+) -> None:
+    """Steady load never leaves an engine idle."""
+    failures = iter((False, False))  # one decode step, and its second try
+    engine = make_engine(
+        lambda lengths, tokens: max(lengths) > 1 or next(failures, True), max_num_seqs=4
+    )
+    lost = submit(engine, PROMPTS[0])
+    submit(engine, PROMPTS[1])
+    num_running = []
+    for number in range(6 * MIN_CALM_STEPS):
+        if engine.load().num_waiting < 2:
+            submit(engine, (number % 30 + 4, 5))
+        engine.step()
+        num_running.append(engine.load().num_running)
+    assert [event.error for event in lost] == [OUT_OF_MEMORY] * 2
+    assert num_running[1] == 2 and 0 not in num_running
+    assert num_running[-1] == 4
+
+
+@pytest.mark.parametrize("is_sampling", [False, True])
+def test_work_that_ran_out_of_memory_is_no_success_between_failures(
+    make_engine: Callable[..., Engine], is_sampling: bool
+) -> None:
+    engine = make_engine()
+    for number in range(MAX_FAILED_STEPS):
+        run_without_memory(engine, number, is_sampling)
+        engine._runner._backend.error = RuntimeError("the device is lost")  # type: ignore[attr-defined]
+        submit(engine, (5, 6, number + 10))
+        engine._try_step()
+        engine._runner._backend.error = None  # type: ignore[attr-defined]
+    with pytest.raises(EngineStoppedError):
+        submit(engine, (5, 6))
+
+
+def run_without_memory(engine: Engine, number: int, is_sampling: bool) -> None:
+    """Score something, or decode a token, for which there is no memory."""
+    draw = engine._sampler.sample
+    if is_sampling:
+        submit(engine, (5, 6, number + 4), num_samples=1)
+        engine.step()
+        engine._sampler.sample = lambda *given: allocate_too_much()  # type: ignore
+    else:
+        engine.score(ScoringRequest("s", (5, HEAVY), ((1, 2),)))
+        engine._runner._backend.fits = lambda lengths, tokens: HEAVY not in tokens  # type: ignore[attr-defined]
+    run(engine)
+    engine._sampler.sample = draw  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("in_one_pass", [True, False])

@@ -11,7 +11,9 @@ import pytest
 
 from serve.backend import NUM_PREFILL_ROWS
 from serve.scheduler import (
+    MAX_CALM_STEPS,
     MAX_OVERTAKEN,
+    MIN_CALM_STEPS,
     Admission,
     LongPrompt,
     RowMove,
@@ -78,6 +80,56 @@ def test_no_more_are_admitted_until_all_have_ended() -> None:
     scheduler.retire(list(scheduler.running))
     scheduler.admit_no_more()
     assert len(scheduler.admit()) == 4
+
+
+def decode_until(scheduler: Budgeted, num_running: int) -> int:
+    """Count decode steps under load, with memory enough, until so many run."""
+    for number in range(100_000):
+        if len(scheduler.running) == num_running:
+            return number
+        scheduler.note_decoded()
+        scheduler.admit()
+    raise AssertionError(f"{len(scheduler.running)} run for ever")
+
+
+def test_memory_that_was_short_once_is_tried_again_under_load() -> None:
+    scheduler = make(4, 100)
+    waiting(scheduler, *[1] * 20)
+    scheduler.admit()
+    scheduler.retire(scheduler.running[2:])
+    scheduler.admit_no_more()
+    assert scheduler.admit().admitted == []
+    assert decode_until(scheduler, 4) == 2 * MIN_CALM_STEPS
+
+
+def test_memory_that_stays_short_is_tried_ever_more_rarely() -> None:
+    scheduler = make(4, 100)
+    waiting(scheduler, *[1] * 40)
+    scheduler.admit()
+    waits = []
+    for _ in range(9):
+        scheduler.retire(scheduler.running[3:])
+        scheduler.admit_no_more()
+        waits.append(decode_until(scheduler, 4))
+    assert waits[:3] == [MIN_CALM_STEPS, 2 * MIN_CALM_STEPS, 4 * MIN_CALM_STEPS]
+    assert waits[-2:] == [MAX_CALM_STEPS] * 2
+    for _ in range(MAX_CALM_STEPS):  # a long calm with all rows, and what was is forgotten
+        scheduler.note_decoded()
+    scheduler.retire(scheduler.running[3:])
+    scheduler.admit_no_more()
+    assert decode_until(scheduler, 4) == MIN_CALM_STEPS
+
+
+def test_steps_of_fewer_than_may_run_say_nothing_of_memory() -> None:
+    scheduler = make(4, 100)
+    waiting(scheduler, 1, 1)
+    scheduler.admit()
+    scheduler.admit_no_more()
+    scheduler.retire(scheduler.running[1:])
+    for _ in range(MIN_CALM_STEPS):
+        scheduler.note_decoded()
+    waiting(scheduler, 1, 1)
+    assert len(scheduler.admit()) == 1
 
 
 @pytest.mark.parametrize(
