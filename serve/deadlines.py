@@ -8,6 +8,11 @@ from collections.abc import Callable, Iterator, Set
 _MIN_PRUNED = 256
 
 
+def is_past(deadline_s: float | None, now_s: float) -> bool:
+    """Say whether a deadline, if there is one, has come."""
+    return deadline_s is not None and now_s >= deadline_s
+
+
 class Deadlines:
     """Holds (deadline, request id) pairs; an id may have several, and outlive its request.
 

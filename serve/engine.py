@@ -21,7 +21,7 @@ import torch
 
 from serve.arbiter import StepArbiter
 from serve.backend import Backend
-from serve.deadlines import Deadlines
+from serve.deadlines import Deadlines, is_past
 from serve.errors import EngineFailedError
 from serve.intake import Intake
 from serve.observer import EngineObserver
@@ -286,10 +286,10 @@ class Engine:
         Keyed by request, not by group: a deadline may outlive what it was made for.
         """
         for group in self._groups.get(request_id, ()):
-            if expired_by_s is None or _is_past(group.request.deadline_s, expired_by_s):
+            if expired_by_s is None or is_past(group.request.deadline_s, expired_by_s):
                 self._endings.setdefault(id(group), (reason, ""))
         for job in self._scoring.of(request_id):
-            if expired_by_s is None or _is_past(job.request.deadline_s, expired_by_s):
+            if expired_by_s is None or is_past(job.request.deadline_s, expired_by_s):
                 self._scoring.remove(job)
                 self._fail(job, scoring_error(reason, ""))
 
@@ -443,13 +443,11 @@ class Engine:
             return False
         started_s = self.clock()
         is_alone = self._priority == 0 and self._scheduler.num_active == 0
-        claim = self._scheduler.find_claim(self._runner.count_cached)
-        if claim is not None and not self._runner.set_aside(claim.victim):
-            claim = None
+        newcomer = self._runner.make_way()
         admission = self._scheduler.admit(
             self._max_pass_tokens * (LONE_PASS_FACTOR if is_alone else 1),
             self._runner.count_cached,
-            claim.newcomer if claim else None,
+            newcomer,
         )
         for sequence in admission.admitted:
             sequence.started_s = started_s
@@ -484,7 +482,7 @@ class Engine:
         for sequence in sequences:
             sequence.prefilled_s = prefilled_s
             self._count_prompt(sequence.group)
-        self._accept(sequences, torch.stack([_first_logits(s.group) for s in sequences]))
+        self._accept(sequences, torch.stack([s.group.take_logits() for s in sequences]))
         self._finish_step("prefill", len(sequences), started_s)
 
     def _count_prompt(self, group: SequenceGroup) -> None:
@@ -677,21 +675,7 @@ class Engine:
         self._observer.on_step(phase, batch_size, step_s, step_s - self._model_s)
 
 
-def _is_past(deadline_s: float | None, now_s: float) -> bool:
-    return deadline_s is not None and now_s >= deadline_s
-
-
 def _expendable(sequences: Sequence[Sample]) -> list[SequenceGroup]:
     """Return the youngest request, or all that cannot try again: the logits they need are gone."""
     unstarted = [s.group for s in sequences if not s.token_ids]
     return unstarted or [max(sequences, key=lambda s: s.started_s).group]
-
-
-def _first_logits(group: SequenceGroup) -> torch.Tensor:
-    """Return the logits behind the prompt, `(V,)`, and let go of them with the last sample."""
-    logits = group.prompt_logits
-    assert logits is not None, "a group's first sample is prefilled before the others fork"
-    group.num_unstarted -= 1
-    if group.num_unstarted == 0:
-        group.prompt_logits = None
-    return logits

@@ -198,18 +198,24 @@ class Runner:
             self._backend.scrub_kv(row)
             self._tainted_rows.remove(row)
 
-    def set_aside(self, sequence: Sample) -> bool:
-        """Free the row of a running sequence, which goes on later; False: no memory for that."""
-        row = self._scheduler.running.index(sequence)
+    def make_way(self) -> Sample | None:
+        """Set a running sequence aside for one that must not wait, and return that one.
+
+        None where there is none, or no memory for the keys and values of the other.
+        """
+        claim = self._scheduler.find_claim(self.count_cached)
+        if claim is None:
+            return None
+        victim, row = claim.victim, self._scheduler.running.index(claim.victim)
         try:
-            sequence.kv = self._backend.read_kv(row, 0, sequence.num_cached_tokens)
+            victim.kv = self._backend.read_kv(row, 0, victim.num_cached_tokens)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             logger.warning("out of memory, nobody is set aside: %s", error)
-            return False
-        self._close_gaps(self._scheduler.set_aside(sequence))
-        return True
+            return None
+        self._close_gaps(self._scheduler.set_aside(victim))
+        return claim.newcomer
 
     def retire(self, finished: list[Sample]) -> None:
         """Take sequences out of the batch and close the gaps they leave."""

@@ -8,9 +8,9 @@ one gets one of `NUM_PREFILL_ROWS` further rows, enters it chunk by chunk, in tu
 ones, and moves to a row of its own when it is complete. So neither many short prompts nor a long
 one can hold up the others.
 
-Who waits takes turns (`serve.waiting`). Where all rows are taken, who has none need not wait until a
-sequence ends: one of those who have most is set aside, its keys and values kept, and goes on later
-with the same tokens.
+Who waits takes turns (`serve.waiting`). Where all rows are taken, who has none need not wait until
+a sequence ends: one of those who have most is set aside, its keys and values kept, and goes on
+later with the same tokens.
 """
 
 from __future__ import annotations

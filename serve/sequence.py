@@ -161,7 +161,8 @@ class SequenceGroup:
 
     `prompt_logits`, `(V,)`, are kept from the prefill until every sample has drawn its first token.
     `num_cached_tokens` of the prompt came from the prefix cache when its first sample started. A
-    prompt is prefilled again when its early samples end before its queued ones start.
+    prompt is prefilled again when its early samples end before its queued ones start. `has_token`
+    says that a sample has drawn one: from then on the request has its time to the first token.
     """
 
     request: GenerationRequest
@@ -178,6 +179,15 @@ class SequenceGroup:
     @property
     def is_scoring(self) -> bool:
         return bool(self.request.forced_completions)
+
+    def take_logits(self) -> torch.Tensor:
+        """Return `prompt_logits` for one sample, and let go of them with the last."""
+        logits = self.prompt_logits
+        assert logits is not None, "a group's first sample is prefilled before the others fork"
+        self.num_unstarted -= 1
+        if self.num_unstarted == 0:
+            self.prompt_logits = None
+        return logits
 
 
 @dataclass(slots=True, eq=False)

@@ -24,7 +24,7 @@ class _Request:
 
 
 class WaitingLines:
-    """A line of requests per client. Holds sequences, and knows nothing of rows but their number."""
+    """A line of requests per client. Holds sequences, and of rows knows how many there are."""
 
     def __init__(self, max_turn: int) -> None:
         self._max_turn = max_turn
@@ -47,7 +47,7 @@ class WaitingLines:
             self._num_waiting += 1
 
     def put_back(self, sequence: Sequence) -> None:
-        """Let a sequence that was taken wait again, as the next of its client, for that turn alone."""
+        """Let a sequence that was taken wait again: its client's next, and alone in its turn."""
         request = self._request(sequence)
         request.sequences.appendleft(sequence)
         request.num_taken = self._max_turn - 1

@@ -268,6 +268,28 @@ def generate(backend: Any, **settings: Any) -> list[tuple[int, ...]]:
     return [endings[key] for key in sorted(endings)]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_that_make_way_for_others_go_on_with_the_same_tokens(load: Any, kind: str) -> None:
+    completions, num_aside = [], 0
+    for num_others in (0, 6):
+        engine = Engine(load(kind), eos_token_ids=frozenset({0}))
+        endings: list[Any] = []
+        params = SamplingParams(num_samples=9, max_tokens=16, seed=5, ignore_eos=True)
+        engine.submit(GenerationRequest("r", tuple(text(7)), params, client="a"), endings.extend)
+        while sum(isinstance(event, FinishedEvent) for event in endings) < 9:
+            engine.step()
+            num_aside += sum(s.kv is not None for s in engine._scheduler.waiting)
+            if num_others:
+                num_others -= 1
+                short = SamplingParams(max_tokens=3, seed=num_others, ignore_eos=True)
+                other = GenerationRequest("o", tuple(text(5)), short, client=f"b{num_others}")
+                engine.submit(other, lambda events: None)
+        finished = [event for event in endings if isinstance(event, FinishedEvent)]
+        completions.append({event.index: (event.token_ids, event.logprobs) for event in finished})
+    assert num_aside > 3
+    assert completions[0] == completions[1]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_torch_and_onnx_generate_the_same_tokens(load: Any, temperature: float) -> None:
     assert generate(load("torch"), temperature=temperature) == generate(

@@ -1,7 +1,8 @@
-"""One client's many samples beside another client: turns, rows, and what they change: time alone."""
+"""One client's many samples beside another client: turns, rows, and that only times change."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from protos.tandem.v1 import inference_pb2 as pb
 from serve.backend import NUM_PREFILL_ROWS
 from serve.engine import Engine
+from serve.routing import Role
 from serve.sequence import (
     Event,
     FinishedEvent,
@@ -60,7 +63,11 @@ def make_engine(make_backend: Any) -> MakeEngine:
 
 
 def submit(
-    engine: Engine, client: str, prompt: Sequence[int] = PROMPT, request_id: str = "r", **fields: Any
+    engine: Engine,
+    client: str,
+    prompt: Sequence[int] = PROMPT,
+    request_id: str = "r",
+    **fields: Any,
 ) -> Reader:
     reader = Reader()
     params = SamplingParams(**{"max_tokens": 128, "ignore_eos": True, "seed": 3, **fields})
@@ -152,6 +159,54 @@ def test_client_that_is_limited_leaves_rows_free_and_its_requests_share(
     run(engine)
 
 
+@pytest.mark.parametrize("route", [pb.ROUTE_STUDENT, pb.ROUTE_TEACHER, pb.ROUTE_BOTH])
+def test_caller_gets_first_tokens_while_another_call_of_its_host_has_all_rows(
+    serving: Any, make_pair: Any, route: pb.Route.ValueType
+) -> None:
+    pair = make_pair(max_model_len=4000, max_waiting=200)
+    roles = [Role.STUDENT, Role.TEACHER]
+    roles = {pb.ROUTE_STUDENT: roles[:1], pb.ROUTE_TEACHER: roles[1:]}.get(route, roles)
+    backends = [pair.backends[role] for role in roles]
+    with serving(pair) as live:
+        many = ask(live, route, num_samples=64, max_tokens=500)
+        next(many)
+        for backend in backends:
+            backend.hold_after = 3
+            assert backend.is_held.wait(10)
+        few = ask(live, route, num_samples=1, max_tokens=500)
+        wait_until(lambda: all(pair.value("sequences_waiting", role=r.value) == 57 for r in roles))
+        for role in roles:
+            running = pair.engines.get(role).engine._scheduler.running
+            assert {sequence.client for sequence in running} == {"host ipv4:127.0.0.1"}
+        for backend in backends:
+            backend.is_held.clear()
+            backend.hold_after = 5  # passes, of those that are to come
+            backend.may_run.set()
+        seen = set()
+        while len(seen) < len(roles):
+            seen.add(next(few).tokens.role)
+        for role in roles:
+            assert pair.value("samples_total", role=role.value, finish_reason="length") == 0
+        many.cancel()
+        few.cancel()
+        for backend in backends:
+            backend.hold_after = 0
+            backend.may_run.set()
+
+
+def ask(live: Any, route: pb.Route.ValueType, **sampling: int) -> Any:
+    params = pb.SamplingParams(ignore_eos=True, **sampling)
+    request = pb.GenerateRequest(prompt="x", route=route, sampling=params)
+    return live.stub.Generate(request, timeout=30)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < until_s
+        time.sleep(0.005)
+
+
 # What it costs those who make way
 
 
@@ -201,8 +256,8 @@ def test_client_that_makes_way_keeps_a_row_and_nobody_moves_to_and_fro(
 ) -> None:
     engine = make_engine(max_num_seqs=2)
     set_aside: list[Any] = []
-    keep = engine._runner.set_aside
-    engine._runner.set_aside = lambda s: set_aside.append(s) or keep(s)  # type: ignore
+    keep = engine._scheduler.set_aside
+    engine._scheduler.set_aside = lambda s: set_aside.append(s) or keep(s)  # type: ignore
     first = submit(engine, "a", num_samples=2, max_tokens=30)
     engine.step()
     readers = [first, *(submit(engine, client, num_samples=2, max_tokens=30) for client in "bc")]

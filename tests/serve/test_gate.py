@@ -18,7 +18,14 @@ import trustme
 from google.rpc import error_details_pb2, status_pb2
 
 from serve import gate as gate_module
-from serve.gate import OPEN, Gate, PeerLimitError, current_client, request_slot
+from serve.gate import (
+    OPEN,
+    Gate,
+    PeerLimitError,
+    current_client,
+    current_peer,
+    request_slot,
+)
 from serve.tls import server_credentials
 from serve.tokens import TokenFile
 
@@ -110,7 +117,9 @@ class Echo:
 
 
 async def _client_of_task() -> str:
-    return current_client.get()
+    name = current_client.get()
+    assert not name or current_peer.get() == f"client {name}"
+    return name
 
 
 class Gated:

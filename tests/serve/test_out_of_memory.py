@@ -213,19 +213,23 @@ def test_memory_that_is_short_once_throttles_no_load_that_goes_on(
     make_engine: Callable[..., Engine],
 ) -> None:
     """Steady load never leaves an engine idle."""
-    failures = iter((False, False))  # one decode step, and its second try
+    failures: list[int] = []
     engine = make_engine(
-        lambda lengths, tokens: max(lengths) > 1 or next(failures, True), max_num_seqs=4
+        lambda lengths, tokens: max(lengths) > 1 or not (failures and failures.pop()),
+        max_num_seqs=4,
     )
-    lost = submit(engine, PROMPTS[0])
-    submit(engine, PROMPTS[1])
+    for start in range(3):  # that never end together
+        youngest = submit(engine, (start + 4, 5), num_samples=1)
+        for _ in range(2):
+            engine.step()
+    failures += [1, 1]  # a decode step, and its second try
     num_running = []
     for number in range(6 * MIN_CALM_STEPS):
         if engine.load().num_waiting < 2:
-            submit(engine, (number % 30 + 4, 5))
+            submit(engine, (number % 30 + 4, 5), num_samples=1)
         engine.step()
         num_running.append(engine.load().num_running)
-    assert [event.error for event in lost] == [OUT_OF_MEMORY] * 2
+    assert [event.error for event in youngest] == [OUT_OF_MEMORY]
     assert num_running[1] == 2 and 0 not in num_running
     assert num_running[-1] == 4
 

@@ -132,6 +132,26 @@ def code_of_reflection(channel: grpc.Channel, version: str) -> grpc.StatusCode:
     return code
 
 
+def test_engines_know_whose_a_request_is(
+    secured: tuple[Any, Tls], tokens: dict[str, tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, tls = secured
+    clients: list[str] = []
+    for model in live.pair.engines.loaded:
+        for name in ("submit", "score"):
+            do = getattr(model.engine, name)
+
+            def note(request: Any, *sink: Any, do: Any = do) -> Any:
+                clients.append(request.client)
+                return do(request, *sink)
+
+            monkeypatch.setattr(model.engine, name, note)
+    with Client(live.server.address, token=tokens["ada"][0], tls=tls, timeout_s=30) as client:
+        client.compare(pb.CompareRequest(prompt="x"))
+        client.score(pb.ScoreRequest(prompt="x", completions=[pb.Completion(text="y")]))
+    assert len(clients) >= 6 and set(clients) == {"client ada"}
+
+
 def test_tenants_share_neither_cached_prompts_nor_request_ids(
     secured: tuple[Any, Tls], tokens: dict[str, tuple[str, str]]
 ) -> None:
