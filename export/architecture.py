@@ -29,10 +29,14 @@ def check_exportable(config: Any) -> None:
     for key, allowed in _ALLOWED.items():
         value = getattr(config, key, allowed[0])
         if value not in allowed:
-            raise _refusal(config, key, value, " or ".join(map(repr, allowed)))
-    head_dim = head_size(config)
+            raise _refusal(config.model_type, key, value, " or ".join(map(repr, allowed)))
+    check_head_dim(config.model_type, head_size(config))
+
+
+def check_head_dim(model_type: str, head_dim: int) -> None:
+    """Raise ExportError for a size of heads that the graph's attention does not compute."""
     if head_dim % _HEAD_DIM_MULTIPLE:
-        raise _refusal(config, "head_dim", head_dim, f"multiples of {_HEAD_DIM_MULTIPLE}")
+        raise _refusal(model_type, "head_dim", head_dim, f"multiples of {_HEAD_DIM_MULTIPLE}")
 
 
 def head_size(config: Any) -> int:
@@ -58,7 +62,7 @@ def _num_biases(layer: Any) -> int:
     return sum(linear.bias is not None for linear in linears)
 
 
-def _refusal(config: Any, key: str, value: Any, allowed: str) -> ExportError:
+def _refusal(model_type: str, key: str, value: Any, allowed: str) -> ExportError:
     return ExportError(
-        f"model type {config.model_type!r}: {key} is {value!r}, the ONNX graph allows {allowed}"
+        f"model type {model_type!r}: {key} is {value!r}, the ONNX graph allows {allowed}"
     )

@@ -53,11 +53,11 @@ class InterruptedRunError(ExportError):
 @app.command()
 def plan(recipe: RecipePath) -> None:
     """Print the whole recipe, and what its stages will take; nothing is fetched or written."""
-    config = _load(recipe).config
+    loaded = _load(recipe)
     from export.estimates import Machine
     from export.plan import make_plan, print_plan
 
-    print_plan(make_plan(config, Machine.measure()), _console())
+    print_plan(make_plan(loaded.config, Machine.measure(), loaded.place), _console())
 
 
 @app.command()
@@ -118,18 +118,24 @@ def _load(path: Path) -> Recipe:
 
 def _begin(recipe: Recipe, reporter: ConsoleReporter, world: World) -> Pipeline:
     """Open a recipe's pipeline, check what can be checked before any work, and write run.json."""
+    from export.estimates import Machine
     from export.pipeline import open_pipeline
-    from export.plan import check_feasible
+    from export.plan import make_plan
     from export.run_record import file_changes, find_run, record_run
 
-    pipeline = open_pipeline(recipe.config, reporter, world)
-    check_feasible(recipe.config, pipeline.teacher)
+    config, machine = recipe.config, Machine(matmul_flops_per_s=1.0)  # no times are asked for
+    plan = make_plan(config, machine, recipe.place)
+    pipeline = open_pipeline(config, reporter, world, plan.models)
+    if None in plan.models:  # fetched by now, and never looked at before
+        plan = make_plan(config, machine, recipe.place)
+    for note in plan.notes:
+        reporter.say(note)
     if world.is_main:
-        last = find_run(recipe.config.output_dir)
+        last = find_run(config.output_dir)
         if last is not None:
             for change in (*file_changes(last), *_model_changes(last, pipeline)):
                 reporter.say(f"changed: {change}; what follows from it runs again")
-        record_run(recipe.path, recipe.config, pipeline.teacher, pipeline.student)
+        record_run(recipe.path, config, pipeline.teacher, pipeline.student)
     return pipeline
 
 

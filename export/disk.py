@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 
 from export.config import ExportError
 
-_CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+_NOT_ALLOWED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
+_CANNOT_WRITE = _FULL | _NOT_ALLOWED
 
 
 class DiskError(ExportError):
@@ -52,9 +54,10 @@ def _number_in(text: str, form: str) -> int | None:
 
 
 def _disk_error(path: object, number: int, folder: Path) -> DiskError:
+    remedy = "make room" if number in _FULL else "make it a folder that you may write to"
     return DiskError(
         f"{path} cannot be written: {os.strerror(number)} ({_free(folder)}); what is finished is "
-        "kept: make room and start the same command again"
+        f"kept: {remedy} and start the same command again"
     )
 
 

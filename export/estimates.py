@@ -95,11 +95,11 @@ def approximate_num_tokens(text: str) -> int:
 
 
 def count_workload(
-    config: ExportConfig, tasks: Sequence[Task], num_tokens: Callable[[str], int]
+    config: ExportConfig, tasks: Sequence[Task], num_tokens: Callable[[Task], int]
 ) -> Workload:
     """Return upper bounds; `num_tokens` counts those of a prompt."""
     max_tokens = config.sample.max_tokens
-    lengths = [num_tokens(task.prompt) for task in tasks]
+    lengths = [num_tokens(task) for task in tasks]
 
     def tokens(counts: Iterable[int]) -> Tokens:
         pairs = list(zip(counts, lengths, strict=True))

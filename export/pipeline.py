@@ -22,6 +22,7 @@ import torch
 from bundle.hashing import hash_json
 from bundle.token_ids import read_eos_token_ids
 from export.accept import accept, read_accepted, write_accepted
+from export.checks import fitting_tasks
 from export.config import FLOAT_VARIANT, ExportConfig, HalfVariant, WeightOnlyVariant
 from export.distill import Example
 from export.distributed import World
@@ -44,7 +45,7 @@ from export.run_record import find_template_date
 from export.sample import ROWS_NAME, read_completions, sample_teacher
 from export.stages import Stage, StageRunner, StageSpec, fresh
 from export.student import compression_warning, load_student
-from export.task_sources import Loaded, read_tasks, scorer_version
+from export.task_sources import Loaded, scorer_version
 from export.tasks import Task
 from export.teacher import TeacherFolder, resolve_teacher
 from export.trainer import StepRecord, Trainer, Watch
@@ -76,13 +77,23 @@ def run_export(config: ExportConfig, reporter: Reporter, world: World | None = N
     return open_pipeline(config, reporter, world).package()
 
 
-def open_pipeline(config: ExportConfig, reporter: Reporter, world: World | None = None) -> Pipeline:
-    """Find (or fetch) the teacher, and a pretrained student, and describe the stages."""
+def open_pipeline(
+    config: ExportConfig,
+    reporter: Reporter,
+    world: World | None = None,
+    models: Sequence[TeacherFolder | None] = (),
+) -> Pipeline:
+    """Find (or fetch) the teacher, and a pretrained student, and describe the stages.
+
+    `models` are those of them that were found before.
+    """
     world = world or World()
     if not world.is_main:
         world.wait()
-    teacher = resolve_teacher(config.teacher, config.cache_dir, reporter.say)
-    pipeline = Pipeline(config, teacher, reporter, world)
+    teacher, student, *_ = (*models, None, None)
+    if teacher is None:
+        teacher = resolve_teacher(config.teacher, config.cache_dir, reporter.say)
+    pipeline = Pipeline(config, teacher, reporter, world, student)
     _ = pipeline.student  # a wrong one is told before any work
     if world.is_main:
         world.wait()
@@ -142,7 +153,8 @@ class Pipeline:
 
     @cached_property
     def loaded(self) -> Loaded:
-        return read_tasks(self.config.tasks)
+        """The tasks, and what was left out of their sources."""
+        return fitting_tasks(self.config, self.teacher, lambda: self.tokenizer)
 
     @property
     def tasks(self) -> tuple[Task, ...]:

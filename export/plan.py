@@ -6,16 +6,15 @@ Works without the teacher: what only its files tell is then unknown, and nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cache
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
 from bundle.model_weights import expected_shapes
-from bundle.token_ids import read_eos_token_ids
+from export.checks import Place, check_room, check_run
 from export.config import ExportConfig
 from export.estimates import (
     SAMPLING_EFFICIENCY,
@@ -28,59 +27,61 @@ from export.estimates import (
     count_workload,
     size_from_name,
 )
-from export.logits_cache import check_top_k
-from export.prune import check_removable, kept_mlp_width
+from export.prune import kept_mlp_width
 from export.status import StageStatus, format_bytes, format_seconds, read_status
-from export.student import check_rows
-from export.task_sources import load_tasks
-from export.teacher import TeacherFolder, find_teacher
-from serve.tokenization import Tokenizer
+from export.tasks import Task
+from export.teacher import TeacherFolder, is_hub_id
+
+_KEEP_MODELS = ("prune", "student", "distill", "onnx", "grid", "package")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The stages of a recipe, each with its state and, unless it is finished, its estimate."""
+    """The stages of a recipe, each with its state and, unless it is finished, its estimate.
+
+    `notes` say what is left out of the data. `models` are the teacher, and the student where it is
+    a pretrained one; None is one that is yet to be fetched.
+    """
 
     config: ExportConfig
     teacher: ModelSize
     student: ModelSize
     machine: Machine
     stages: tuple[tuple[StageStatus, Estimate], ...]
+    notes: tuple[str, ...]
+    models: tuple[TeacherFolder | None, ...]
 
 
-def make_plan(config: ExportConfig, machine: Machine) -> Plan:
-    """Return the plan of a recipe.
-
-    ConfigError, ExportError and TeacherError as from `check_feasible`, from `load_tasks`, and for
-    a `teacher` or `student` that names nothing.
-    """
-    teacher = find_teacher(config.teacher, config.cache_dir)
-    if teacher is not None:
-        check_feasible(config, teacher)
+def make_plan(config: ExportConfig, machine: Machine, place: Place = str) -> Plan:
+    """Return the plan of a recipe; UserError as from `export.checks.check_run`."""
+    checked = check_run(config, place)
+    teacher = checked.teacher
     teacher_size = size_from_name(config.teacher) if teacher is None else measure_teacher(teacher)
-    student_size = _size_of_student(config, teacher, teacher_size)
-    workload = count_workload(config, load_tasks(config.tasks), _token_counter(teacher))
+    student_size = _size_of_student(config, teacher, checked.student, teacher_size)
+    count = checked.count or _approximate
+    workload = count_workload(config, checked.loaded.tasks, count)
     estimator = Estimator(config, workload, teacher_size, student_size, machine)
     stages = read_status(config, teacher)
     estimates = tuple((stage, estimator.estimate(stage.name)) for stage in stages)
-    return Plan(config, teacher_size, student_size, machine, estimates)
+    models = (teacher, *([checked.student] if config.student else []))
+    if None not in models:  # a recipe may be planned here for another machine
+        check_room(config.output_dir, _kept_bytes(estimates), place)
+    return Plan(
+        config, teacher_size, student_size, machine, estimates, checked.loaded.notes, models
+    )
 
 
-def check_feasible(config: ExportConfig, teacher: TeacherFolder) -> None:
-    """Raise ExportError for what is bound to fail later: seconds now, instead of hours then.
+def _approximate(task: Task) -> int:
+    return approximate_num_tokens(task.text)
 
-    More layers to remove than there are, a top-k cache without tail, fewer rows than tokens. That
-    the architecture is supported `TeacherFolder.model` has checked.
-    """
-    read_eos_token_ids(teacher.path)
-    if config.student is None:
-        check_removable(teacher.model.config.num_hidden_layers, config.prune)
-    tokenizer = Tokenizer.load(teacher.path)
-    check_top_k(config.cache, tokenizer.num_tokens)
-    student = find_teacher(config.student, config.cache_dir) if config.student else None
-    for folder in (teacher, student):
-        if folder is not None:
-            check_rows(folder.path, tokenizer)
+
+def _kept_bytes(stages: Iterable[tuple[StageStatus, Estimate]]) -> float:
+    """Return what the models of the stages to run take; NaN where their size is unknown."""
+    return sum(
+        estimate.size_bytes
+        for stage, estimate in stages
+        if stage.record is None and estimate.size_bytes and stage.name.startswith(_KEEP_MODELS)
+    )
 
 
 # --- sizes
@@ -110,23 +111,18 @@ def count_pruned(config: ExportConfig, teacher: TeacherFolder) -> ModelSize:
 
 
 def _size_of_student(
-    config: ExportConfig, teacher: TeacherFolder | None, teacher_size: ModelSize
+    config: ExportConfig,
+    teacher: TeacherFolder | None,
+    student: TeacherFolder | None,
+    teacher_size: ModelSize,
 ) -> ModelSize:
     if config.student is not None:
-        student = find_teacher(config.student, config.cache_dir)
         return size_from_name(config.student) if student is None else measure_teacher(student)
     if teacher is not None:
         return count_pruned(config, teacher)
     if math.isnan(teacher_size.num_parameters):
         return ModelSize()
     return replace(teacher_size, source="at most: the teacher's")
-
-
-def _token_counter(teacher: TeacherFolder | None) -> Callable[[str], int]:
-    if teacher is None:
-        return approximate_num_tokens
-    tokenizer = Tokenizer.load(teacher.path)
-    return cache(lambda text: len(tokenizer.encode_chat([("user", text)])))
 
 
 # --- for people
@@ -137,7 +133,12 @@ def print_plan(plan: Plan, console: Console) -> None:
     raw = plan.config.model_dump(mode="json")
     console.print(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), markup=False)
     console.print(f"teacher: {_format_size(plan.teacher)}", markup=False, highlight=False)
+    if plan.models[0] is None and is_hub_id(plan.config.teacher):
+        line = f"  no folder is named {plan.config.teacher}: fetched from Hugging Face by `run`"
+        console.print(line, markup=False, highlight=False)
     console.print(f"student: {_format_size(plan.student)}\n", markup=False, highlight=False)
+    for note in plan.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     console.print(_table(plan))
     console.print(f"\n{_explanation(plan)}", markup=False, highlight=False)
 

@@ -27,7 +27,7 @@ def load_student(student_folder: Path, teacher_folder: Path) -> Any:
     load or not supported.
     """
     student = open_model_folder(student_folder)
-    _check_same_tokenizer(student_folder, teacher_folder)
+    check_same_tokenizer(student_folder, teacher_folder)
     tokenizer = Tokenizer.load(teacher_folder)
     for folder in (student_folder, teacher_folder):
         check_rows(folder, tokenizer)
@@ -66,7 +66,8 @@ def compression_warning(num_teacher_parameters: int, num_student_parameters: int
     )
 
 
-def _check_same_tokenizer(student_folder: Path, teacher_folder: Path) -> None:
+def check_same_tokenizer(student_folder: Path, teacher_folder: Path) -> None:
+    """Raise ExportError unless the student's tokenizer does what the teacher's does."""
     if difference := tokenizer_difference(student_folder, teacher_folder):
         raise ExportError(
             f"student {student_folder} has another tokenizer than the teacher {teacher_folder}: "

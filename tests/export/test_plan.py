@@ -373,7 +373,7 @@ def test_workload_counts_every_sample_and_accepts_up_to_the_limit(tmp_path: Path
     tasks = load_tasks(config.tasks)
     counts = [5 if task.is_verifiable else 3 for task in tasks]
     assert len(set(counts)) == 2
-    work = count_workload(config, tasks, lambda text: 10)
+    work = count_workload(config, tasks, lambda task: 10)
     assert work.num_sampled == sum(counts)
     assert work.sampled == Tokens(10 * sum(counts), 7 * sum(counts))
     num_accepted = sum(min(4, n) for n in counts[:8])  # train comes first
