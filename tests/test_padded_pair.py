@@ -46,7 +46,13 @@ SETTINGS: dict[str, Any] = {
             {**PHASE, "alpha": 1.0, "data": "student", "divergence": "jsd"},
         ]
     },
-    "variants": {"int8": {"bits": 8, "block_size": 32}},
+    # Those of export/recipes/r1-distill-qwen-1.5b.yaml.
+    "variants": {
+        "bf16": {"method": "bfloat16"},
+        "fp16": {"method": "float16"},
+        "int8": {"bits": 8, "block_size": 128},
+        "int4": {"bits": 4, "block_size": 32, "method": "gptq"},
+    },
     "evaluate": {
         "max_task_prompts": 2,
         "num_samples": 2,
@@ -76,8 +82,8 @@ def save_model(folder: Path, num_rows: int, *, is_tied: bool, seed: int) -> Path
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=num_rows,
-        hidden_size=64,
-        intermediate_size=96,
+        hidden_size=128,
+        intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -140,7 +146,7 @@ def test_text_and_measurements_of_the_export_are_of_real_tokens(pipeline: Any) -
     # The loud rows would be worth tens of nats; over the tokens both models are nearly random.
     assert max(losses) < 8
     kl = {name: of["forward_kl"] for name, of in summary["quality"]["teacher"].items()}
-    assert all(0 < kl[name] < 8 for name in ("student", "fp32", "int8"))
+    assert all(0 < kl[name] < 8 for name in ("student", "fp32", "fp16", "int8", "int4"))
 
 
 def test_answers_on_the_wire_and_their_exact_divergence_are_of_real_tokens(pipeline: Any) -> None:

@@ -18,6 +18,8 @@ from export.distill import Example
 from export.evaluate import Agreement, HeldOut, evaluate
 from serve.backend import ModelInfo
 from serve.onnx_backend import OnnxBackend
+from serve.real_tokens import RealTokens
+from serve.torch_backend import TorchBackend
 
 VOCAB_SIZE = 20
 
@@ -282,8 +284,6 @@ def test_failed_model_ends_the_evaluation(examples: list[Example]) -> None:
 def test_float_graph_agrees_with_torch(
     exported: Any, make_examples: Callable[..., list[Example]]
 ) -> None:
-    from serve.torch_backend import TorchBackend
-
     size = {"device": "cpu", "max_num_seqs": 4, "max_model_len": 64}
     student = TorchBackend.load(exported.student_dir, dtype=torch.float32, **size)
     backends = {"student": student, "fp32": OnnxBackend.load(exported.variants["fp32"], **size)}
@@ -293,6 +293,26 @@ def test_float_graph_agrees_with_torch(
     assert abs(agreement.forward_kl) < 1e-6
     assert agreement.argmax_agreement == 1.0
     assert held_out.perplexity["fp32"] == pytest.approx(held_out.perplexity["student"], rel=1e-4)
+
+
+def test_heads_of_two_sizes_are_measured_over_the_tokens_that_they_share(
+    make_model: Callable[..., Any], make_examples: Callable[..., list[Example]]
+) -> None:
+    examples = make_examples([(5, 20), (30, 3)])
+
+    def measure(teacher_rows: int, student_rows: int, num_tokens: int) -> HeldOut:
+        backends = {}
+        for seed, (name, rows) in enumerate({"t": teacher_rows, "s": student_rows}.items()):
+            model = make_model("llama-untied", num_layers=1, seed=seed)
+            model.resize_token_embeddings(rows)
+            with torch.no_grad():
+                model.lm_head.weight[97:] = 20 * model.lm_head.weight[: rows - 97]
+            size = {"device": "cpu", "max_num_seqs": 4, "max_model_len": 64}
+            backends[name] = TorchBackend.take(model, real_tokens=RealTokens(num_tokens), **size)
+        return evaluate(backends, ("t",), examples, silent)
+
+    assert measure(128, 112, 97).summary() == measure(97, 97, 97).summary()
+    assert measure(112, 112, 112).summary() != measure(97, 97, 97).summary(), "nobody is loud"
 
 
 # --- what is written
