@@ -1,6 +1,7 @@
 """`tandem doctor`: what is wrong with this installation, and what to do about it.
 
 `gather` looks at the machine, `diagnose` judges what it saw; only the first touches anything.
+`examine` judges a bundle or a model's folder that is named, and loads nothing of it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
+
+from bundle.errors import UserError, one_line
 
 ROOT = Path(__file__).parent
 REINSTALL = "pip install -c constraints.txt -e '.[cpu]'"
@@ -322,17 +325,61 @@ def _cpuinfo(key: str, path: Path = Path("/proc/cpuinfo")) -> str:
     return found[1] if found else ""
 
 
+# --- folders ------------------------------------------------------------------------------------
+
+
+def examine(folder: Path) -> Finding:
+    """Return whether a bundle, or a model's folder, can be used."""
+    try:
+        described = _describe(folder)
+    except UserError as error:
+        remedy = "mend what is named, or give another folder; nothing of this one was loaded"
+        return Finding("problem", one_line(str(folder)), str(error), remedy)
+    return Finding("ok", one_line(str(folder)), described)
+
+
+def _describe(folder: Path) -> str:
+    """Say what a folder holds; UserError for one that cannot be used."""
+    # Imported here, so that an installation without them can be told so.
+    from bundle.manifest import MANIFEST_NAME
+    from bundle.model_folder import open_model_folder
+    from bundle.token_ids import read_eos_token_ids
+    from bundle.verify import check_models, verify_bundle
+    from serve.tokenization import Tokenizer
+
+    what = ""
+    if (folder / MANIFEST_NAME).exists():
+        manifest = verify_bundle(folder)
+        model = check_models(folder, manifest)
+        what = f"a bundle of {', '.join(manifest.variants)}; its student: "
+    else:
+        model = open_model_folder(folder)
+    Tokenizer.load(model.path)
+    read_eos_token_ids(model.path)
+    size = f"{model.num_parameters / 1e6:,.1f} M parameters in {model.dtype}"
+    unread = model.config.ignored_keys
+    return f"{what}{model.config.model_type}, {size}" + (
+        f"; config.json, not read: {', '.join(unread)}" if unread else ""
+    )
+
+
 # --- telling -------------------------------------------------------------------------------------
 
 
 def doctor(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Bundles, and folders of models, to be judged as well."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Say what is wrong with this installation, and what to do about it.
 
+    Folders that are named are read, not loaded: nothing in them is run, nothing is fetched.
+
     Exits with 1 when there is a problem.
     """
-    findings = diagnose(gather())
+    findings = [*diagnose(gather()), *map(examine, folders or ())]
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     else:

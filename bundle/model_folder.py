@@ -31,6 +31,7 @@ _LEADS_OUT = {
     "adapter_config.json": "is an adapter: merge it into its base model and give that folder",
     "custom_generate": "holds code",
 }
+_TEMPLATES_FOLDER = "additional_chat_templates"
 # What may be read, if it is there.
 _READ_SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".onnx", ".data"})
 
@@ -97,7 +98,7 @@ def open_model_folder(
 def check_files(folder: Path) -> None:
     """Refuse a folder with files that run code, lead out of it, or are none.
 
-    Subfolders are not looked into, as nothing reads them.
+    Of subfolders only the one that holds chat templates is read.
     """
     try:
         entries = sorted(folder.iterdir())
@@ -113,3 +114,8 @@ def check_files(folder: Path) -> None:
     for entry in entries:
         if entry.suffix in _READ_SUFFIXES:
             check_plain_file(entry)
+    templates = folder / _TEMPLATES_FOLDER
+    if templates.is_symlink():
+        raise ModelFolderError(f"{templates} is a link: copy the folder itself")
+    for template in sorted(templates.glob("*.jinja")):
+        check_plain_file(template)

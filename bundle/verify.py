@@ -6,25 +6,19 @@ folder, no file that could carry code. Opening the graphs is left to `export` an
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from bundle.errors import BundleError, one_line
+from bundle.errors import BundleError, ModelFolderError, one_line
 from bundle.hashing import hash_file, list_files
+from bundle.json_files import read_object
 from bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, load_manifest
+from bundle.model_config import check_stays
+from bundle.model_folder import CODE_SUFFIXES, PICKLED_SUFFIXES, ModelFolder, open_model_folder
+from bundle.model_weights import INDEX_NAME, read_index
 
-# Keys of a configuration with which transformers and PEFT leave the folder.
-LEADS_OUT = {
-    "auto_map": "runs code from the model's folder",
-    "transformers_weights": "names other weights than the folder's",
-    "base_model_name_or_path": "names another model",
-}
-# Pickles and Python sources run code when they are loaded.
-_INDEX_SUFFIX = ".safetensors.index.json"
-UNSAFE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py"})
+# Pickles and code run when they are loaded.
+UNSAFE_SUFFIXES = PICKLED_SUFFIXES | CODE_SUFFIXES
 
 
 def verify_bundle(bundle: Path) -> Manifest:
@@ -62,42 +56,24 @@ def check_safe(folder: Path, name: str) -> None:
         raise BundleError(f"{path} is not a plain file: copy the file itself into the bundle")
     if PurePosixPath(name).suffix.lower() in UNSAFE_SUFFIXES:
         raise BundleError(f"{path} could run code when loaded: keep weights as .safetensors")
-    if path.suffix == ".json" and "config" in path.name:
-        _check_config(path)
-    if path.name.endswith(_INDEX_SUFFIX):
-        _check_index(path)
-
-
-def check_indices(folder: Path) -> None:
-    """Refuse a model's folder whose index of weights names files elsewhere."""
-    for path in sorted(folder.glob(f"*{_INDEX_SUFFIX}")):
-        _check_index(path)
-
-
-def _check_config(path: Path) -> None:
-    config = _read_json(path)
-    for key in sorted(LEADS_OUT.keys() & config.keys()):
-        raise BundleError(f"{path} has {key!r}, which {LEADS_OUT[key]}")
-
-
-def _check_index(path: Path) -> None:
-    files = _read_json(path).get("weight_map")
-    if not isinstance(files, dict):
-        raise BundleError(f"{path} has no weight_map")
-    for name in files.values():
-        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
-            raise BundleError(f"{path} names weights elsewhere: {name!a}")
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    """Return a JSON object; an empty one for JSON of another kind."""
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise BundleError(f"{path} is not JSON: {error}") from None
-    except RecursionError:
-        raise BundleError(f"{path} is nested too deeply") from None
-    return value if isinstance(value, dict) else {}
+        if path.suffix == ".json" and "config" in path.name:
+            check_stays(read_object(path), path)
+        if path.name == INDEX_NAME:
+            read_index(path)
+    except ModelFolderError as error:
+        raise BundleError(str(error)) from None
+
+
+def check_models(bundle: Path, manifest: Manifest) -> ModelFolder:
+    """Judge the folders of the student and of every graph; return the student's.
+
+    ModelFolderError where one is not what a model library may read: what the manifest lists need
+    not be safe.
+    """
+    for name in manifest.variants:
+        open_model_folder(bundle / "onnx" / name, has_weights=False, has_tokenizer=False)
+    return open_model_folder(bundle / "student")
 
 
 def _verify_file(bundle: Path, name: str, entry: FileEntry) -> None:

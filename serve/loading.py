@@ -47,6 +47,7 @@ def build_engines(config: ServeConfig, metrics: ServerMetrics) -> Engines:
         UserError: a model cannot be served: architecture or context length.
     """
     manifest = None if config.bundle is None else verify_bundle(config.bundle)
+    _judge_folders(config)
     folder = find_teacher(config, None if manifest is None else manifest.teacher)
     runtimes = set() if config.no_student else {config.student_backend}
     device = choose_device(
@@ -63,6 +64,14 @@ def build_engines(config: ServeConfig, metrics: ServerMetrics) -> Engines:
     assert manifest is not None, "who has a student has a bundle"
     teacher = reach_teacher(config, config.teacher_address, manifest.teacher, student, metrics)
     return Engines(student, teacher)
+
+
+def _judge_folders(config: ServeConfig) -> None:
+    """Refuse the models that are named before any of them is hashed or loaded."""
+    if config.bundle is not None and not config.no_student:
+        open_model_folder(config.bundle / "student")
+    if isinstance(config.teacher, Path) and not config.no_teacher:
+        open_model_folder(config.teacher, has_weights=config.teacher_backend == "torch")
 
 
 def find_teacher(config: ServeConfig, reference: TeacherReference | None) -> Path | None:
@@ -178,7 +187,6 @@ class _Loader:
         bundle = self._bundle
         stream = self._open_stream(Role.STUDENT)
         with _loading(bundle):
-            open_model_folder(bundle / "student")
             tokenizer = Tokenizer.load(bundle / "student")
             engine, noise = self._build_engine(
                 Role.STUDENT,

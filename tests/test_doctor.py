@@ -12,6 +12,8 @@ import typer
 
 import doctor
 from doctor import Environment, Finding, diagnose, gather, render
+from scripts.monitoring.tiny_bundle import make_tiny_bundle
+from tests.model_folders import TINY, write_model_folder
 
 HEALTHY = Environment(
     python_version="3.11.7",
@@ -237,3 +239,33 @@ def test_newest_stubs_decide(tmp_path: Path) -> None:
         (tmp_path / f"{name}_pb2_grpc.py").write_text(f"GRPC_GENERATED_VERSION = '{version}'\n")
     assert doctor._stubs_grpcio_version(tmp_path) == "1.100.0"
     assert doctor._stubs_grpcio_version(tmp_path / "none") == ""
+
+
+# --- folders that are named
+
+
+def test_folders_are_judged_beside_the_installation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = write_model_folder(tmp_path / "good", {**TINY, "use_mrope": False})
+    bad = write_model_folder(
+        tmp_path / "bad", **{"modeling_x.py": "", "generation_config.json": "{}"}
+    )
+    with pytest.raises(typer.Exit):
+        doctor.doctor(folders=[good, bad])
+    text = capsys.readouterr().out
+    assert f" ok   {good}: llama, 0.0 M parameters in F32; config.json, not read: use_mrope" in text
+    assert f"FAIL  {bad}: {bad} holds code, which is not run: remove ['modeling_x.py']" in text
+
+
+def test_folder_without_an_eos_is_a_problem(tmp_path: Path) -> None:
+    config = {key: value for key, value in TINY.items() if key != "eos_token_id"}
+    finding = doctor.examine(write_model_folder(tmp_path, config))
+    assert (finding.level, "no completion would ever end" in finding.message) == ("problem", True)
+
+
+def test_bundle_is_judged_with_the_models_in_it(tmp_path: Path) -> None:
+    bundle = make_tiny_bundle(tmp_path)
+    assert doctor.examine(bundle).message.startswith("a bundle of fp32; its student: llama, 0.1 M")
+    (bundle / "student" / "config.json").unlink()
+    assert "student/config.json is missing" in doctor.examine(bundle).message

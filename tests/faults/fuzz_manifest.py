@@ -11,9 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bundle.errors import BundleError
+from bundle.errors import BundleError, ModelFolderError
 from bundle.manifest import MANIFEST_NAME, seal
-from bundle.verify import check_indices, check_safe, verify_bundle
+from bundle.model_config import read_model_config
+from bundle.model_weights import find_weights
+from bundle.verify import check_safe, verify_bundle
 from tests.faults.fuzzing import main, scratch_folder
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -34,8 +36,10 @@ def check(data: bytes) -> None:
         (folder / name).write_bytes(data)
         with suppress(BundleError):
             check_safe(folder, name)
-    with suppress(BundleError):
-        check_indices(folder)
+    with suppress(ModelFolderError):
+        find_weights(folder)
+    with suppress(ModelFolderError):
+        read_model_config(folder)
 
 
 def _check(data: bytes) -> None:
