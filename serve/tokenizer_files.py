@@ -155,8 +155,11 @@ def _parse(path: Path) -> tokenizers.Tokenizer:
     text = _read_text(path)
     try:
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library has no other kind of error
-        raise ModelFolderError(one_line(f"{path} is damaged: {error}")) from None
+    except BaseException as error:
+        # The library has no errors of its own kind, and panics at some files: that is no Exception.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ModelFolderError(one_line(f"{path} is damaged: {error}")) from None
+        raise
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

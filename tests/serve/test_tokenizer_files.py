@@ -247,6 +247,14 @@ def test_fault_of_a_file_is_told_in_one_line(
     assert str(caught.value).isprintable() and str(tmp_path) in str(caught.value)
 
 
+def test_panic_of_the_library_is_told(tmp_path: Path) -> None:
+    path = save(tmp_path, {}, {}) / "tokenizer.json"
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": normalizer}))
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged: Precompiled"):
+        tokenization.Tokenizer.load(tmp_path)
+
+
 def test_folder_without_a_tokenizer_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.json does not exist"):
         tokenization.Tokenizer.load(tmp_path)
