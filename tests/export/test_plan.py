@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from bundle.errors import ModelFolderError, UserError
+from bundle.errors import ModelFolderError
 from bundle.manifest import StageRecord
 from export.config import ExportConfig, ExportError
 from export.estimates import (
@@ -164,25 +164,6 @@ def test_plan_refuses_what_would_fail_later(
     config = make_config(tmp_path, **{"teacher": str(tiny_teacher)} | sections)
     with pytest.raises((ExportError, TeacherError), match=message):
         make_plan(config, MACHINE)
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (None, "cannot be asked: messages: this model has no chat template"),
-        ("{{ raise_exception('no users') }}", "cannot be asked: .* refuses them: no users"),
-        ("{% if %}", "the chat template does not compile in line 1"),
-    ],
-)
-def test_plan_refuses_a_teacher_that_cannot_be_asked(
-    tmp_path: Path, tiny_teacher: Path, template: str | None, message: str
-) -> None:
-    folder = shutil.copytree(tiny_teacher, tmp_path / "teacher")
-    (folder / "chat_template.jinja").unlink()
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template)
-    with pytest.raises(UserError, match=message):
-        make_plan(make_config(tmp_path, teacher=str(folder)), MACHINE)
 
 
 @pytest.mark.parametrize("which", ["teacher", "student"])
