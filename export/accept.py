@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from estimators import answers
 from export.config import AcceptConfig, ExportError
+from export.grading import Grade, SecondOpinion, ask_second_opinion, grade
 from export.sample import ROWS_NAME, Completion, read_completions, write_completions
-from export.task_sources import is_entry_solved
 from export.tasks import Task
+from serve.answer_formats import starts_in_reasoning
 from serve.sequence import FinishReason
 from serve.tokenization import Tokenizer
 
@@ -57,7 +57,7 @@ class AcceptSummary:
     `num_sampled` = `num_accepted` + the sum of `num_rejected`, whose keys are all `REASONS`.
     `num_prompts_accepted` prompts kept a completion. Bin i of `pass_rate_histogram` counts the
     verifiable prompts of which a share in [i/10, (i + 1)/10) of the completions is correct, the
-    last bin including 1.
+    last bin including 1. `second_opinion` says which of the answers math-verify decided.
     """
 
     num_sampled: int
@@ -67,6 +67,7 @@ class AcceptSummary:
     num_prompts_accepted: int
     num_held_out: int
     pass_rate_histogram: tuple[int, ...]
+    second_opinion: SecondOpinion
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,36 +90,26 @@ def accept(
         ExportError: nothing of the train split is left.
     """
     samples = _group(tasks, completions)
+    correct, second_opinion = _grade(tasks, samples, tokenizer)
     verdicts: list[_Verdicts] = []
     kept: list[Completion] = []
     num_held_out = 0
     for task in tasks:
         if task.split == _TRAIN:
-            verdicts.append(_judge(task, samples[task.task_id], config, tokenizer))
+            of_task = samples[task.task_id]
+            verdicts.append(_judge(task, of_task, correct[task.task_id], config, tokenizer))
             kept += verdicts[-1].accepted
         else:
             held_out = [sample for sample in samples[task.task_id] if sample.sample_index == 0]
             kept += held_out
             num_held_out += len(held_out)
-    summary = _summarize(verdicts, num_held_out)
+    summary = _summarize(verdicts, num_held_out, second_opinion)
     if verdicts and not summary.num_accepted:
         raise ExportError(
             f"none of the teacher's {summary.num_sampled} completions was accepted "
             f"({json.dumps(summary.num_rejected)}): loosen the section accept, or sample more"
         )
     return Accepted(tuple(kept), summary)
-
-
-def is_correct(task: Task, completion_text: str) -> bool | None:
-    """Return whether a completion answers its task right; None where that cannot be checked.
-
-    ExportError where reasoning-gym has to judge and cannot (`export.task_sources`).
-    """
-    if task.gym_entry is not None:
-        return is_entry_solved(task, completion_text)
-    if task.answer is None:
-        return None
-    return answers.is_correct(answers.extract(completion_text, task.answer_format), task.answer)
 
 
 def write_accepted(folder: Path, accepted: Accepted) -> None:
@@ -131,6 +122,7 @@ def write_accepted(folder: Path, accepted: Accepted) -> None:
 def read_accepted(folder: Path) -> Accepted:
     raw = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
     raw["pass_rate_histogram"] = tuple(raw["pass_rate_histogram"])
+    raw["second_opinion"] = SecondOpinion(**raw["second_opinion"])
     return Accepted(tuple(read_completions(folder / ROWS_NAME)), AcceptSummary(**raw))
 
 
@@ -193,15 +185,40 @@ def _group(tasks: Sequence[Task], completions: Sequence[Completion]) -> dict[str
     return samples
 
 
+def _grade(
+    tasks: Sequence[Task], samples: Mapping[str, Sequence[Completion]], tokenizer: Tokenizer
+) -> tuple[dict[str, list[bool | None]], SecondOpinion]:
+    """Return by train task which of its samples are correct, None where it cannot be checked."""
+    pairs = [(t, sample) for t in tasks if t.split == _TRAIN for sample in samples[t.task_id]]
+    grades, second_opinion = ask_second_opinion(
+        (task for task, _ in pairs),
+        (_grade_one(task, sample, tokenizer) for task, sample in pairs),
+    )
+    correct: dict[str, list[bool | None]] = {task.task_id: [] for task in tasks}
+    for (task, _), one in zip(pairs, grades, strict=True):
+        correct[task.task_id].append(one.is_correct)
+    return correct, second_opinion
+
+
+def _grade_one(task: Task, sample: Completion, tokenizer: Tokenizer) -> Grade:
+    if not task.is_verifiable:
+        return Grade(None)
+    is_thinking = starts_in_reasoning(sample.prompt_token_ids, tokenizer)
+    return grade(task, tokenizer.decode(sample.token_ids), starts_in_reasoning=is_thinking)
+
+
 def _judge(
-    task: Task, samples: Sequence[Completion], config: AcceptConfig, tokenizer: Tokenizer
+    task: Task,
+    samples: Sequence[Completion],
+    correct: Sequence[bool | None],
+    config: AcceptConfig,
+    tokenizer: Tokenizer,
 ) -> _Verdicts:
     """Judge each completion, then the prompt: its pass rate, then how many it may keep.
 
     The pass rate is the share of correct completions, whatever else is wrong with them.
     """
     texts = [tokenizer.decode(sample.token_ids) for sample in samples]
-    correct = [is_correct(task, text) for text in texts]
     num_correct, num_checked = correct.count(True), len(correct) - correct.count(None)
     is_in_band = not num_checked or (
         config.min_pass_rate <= num_correct / num_checked <= config.max_pass_rate
@@ -246,7 +263,9 @@ def _surplus(
     return "over_cap" if len(good_texts) >= max_per_prompt else None
 
 
-def _summarize(verdicts: Sequence[_Verdicts], num_held_out: int) -> AcceptSummary:
+def _summarize(
+    verdicts: Sequence[_Verdicts], num_held_out: int, second_opinion: SecondOpinion
+) -> AcceptSummary:
     counts = Counter(reason for verdict in verdicts for reason in verdict.reasons)
     histogram = [0] * NUM_PASS_RATE_BINS
     for verdict in verdicts:
@@ -261,4 +280,5 @@ def _summarize(verdicts: Sequence[_Verdicts], num_held_out: int) -> AcceptSummar
         num_prompts_accepted=sum(None in verdict.reasons for verdict in verdicts),
         num_held_out=num_held_out,
         pass_rate_histogram=tuple(histogram),
+        second_opinion=second_opinion,
     )

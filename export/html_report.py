@@ -110,12 +110,14 @@ class ModelRow:
 class AcceptCounts:
     """Rejection sampling of the teacher's completions; `rejected` holds (reason, completions).
 
-    `num_prompts_by_pass_rate` counts verifiable prompts in equal bins of the pass rate, 0 to 1.
+    `num_prompts_by_pass_rate` counts verifiable prompts in equal bins of the pass rate, 0 to 1;
+    `comparison` says how their answers were compared.
     """
 
     num_accepted: int
     rejected: tuple[tuple[str, int], ...]
     num_prompts_by_pass_rate: tuple[int, ...] = ()
+    comparison: str = ""
 
 
 @dataclass(frozen=True, slots=True)

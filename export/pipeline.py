@@ -26,6 +26,7 @@ from export.checks import fitting_tasks
 from export.config import FLOAT_VARIANT, ExportConfig, HalfVariant, WeightOnlyVariant
 from export.distill import Example
 from export.distributed import World
+from export.grading import math_verify_version
 from export.grid import BlockGrid
 from export.logits_cache import LogitsCache, write_logits_cache
 from export.model_files import (
@@ -236,9 +237,9 @@ class Pipeline:
 
     @cached_property
     def evaluated(self) -> StageSpec:
-        settings = self.config.evaluate.model_dump()
+        settings = self.config.evaluate.model_dump() | {"math_verify": math_verify_version()}
         after = (self.accepted, *self.graphs.values())
-        return StageSpec("evaluate", settings, after, self._build_evaluation, version=2)
+        return StageSpec("evaluate", settings, after, self._build_evaluation, version=3)
 
     # -- running ----------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from export.estimates import (
     count_workload,
     size_from_name,
 )
+from export.grading import describe_comparison, math_verify_version
 from export.prune import kept_mlp_width
 from export.status import StageStatus, format_bytes, format_seconds, read_status
 from export.tasks import Task
@@ -183,6 +184,7 @@ def _explanation(plan: Plan) -> str:
     total = _format_estimate(sum(seconds), format_seconds)
     rate = plan.machine.matmul_flops_per_s / 1e12
     return (
+        f"{describe_comparison(math_verify_version())}\n\n"
         f"To run: {total} where estimated. These are estimates, not promises. Tokens are upper "
         "bounds: completions as long as max_tokens, all accepted. Times: 2 FLOPs per parameter "
         "and token forward, 4 backward, at "

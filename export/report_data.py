@@ -16,6 +16,7 @@ from export.accept import SUMMARY_NAME as ACCEPT_NAME
 from export.config import FLOAT_VARIANT
 from export.evaluate import STUDENT, TEACHER
 from export.evaluation import TEXTS_NAME
+from export.grading import SecondOpinion
 from export.html_report import (
     AcceptCounts,
     Estimate,
@@ -225,6 +226,7 @@ def _accept_counts(path: Path) -> AcceptCounts:
         counts["num_accepted"],
         tuple(counts["num_rejected"].items()),
         tuple(counts["pass_rate_histogram"]),
+        SecondOpinion(**counts["second_opinion"]).describe(),
     )
 
 

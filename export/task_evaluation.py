@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bundle.hashing import hash_json
-from estimators.answers import extract
 from estimators.bootstrap import Estimate, bootstrap_mean
-from estimators.canonical import canonicalise
 from estimators.consensus import majority_vote, vote_correctness
 from estimators.pass_at_k import pass_at_k
-from export.accept import is_correct
 from export.config import EvaluateConfig, ExportError
+from export.grading import Grade, SecondOpinion, ask_second_opinion, grade
 from export.sample import task_seed
 from export.tasks import Task
+from serve.answer_formats import starts_in_reasoning
 from serve.backend import Backend
 from serve.engine import Engine
 from serve.sequence import Event, FinishedEvent, FinishReason, GenerationRequest, SamplingParams
@@ -75,6 +74,7 @@ class TaskEvaluation:
     config: EvaluateConfig
     results: Mapping[str, tuple[TaskResult, ...]]
     completions: tuple[TaskCompletion, ...]
+    second_opinion: SecondOpinion = field(default_factory=SecondOpinion)
 
     def scores(self, model: str, family: str | None = None) -> TaskScores:
         """Return a model's scores over all tasks, or over those of one family."""
@@ -92,8 +92,9 @@ class TaskEvaluation:
     def summary(self) -> dict[str, Any]:
         """Return the section `tasks` of `summary.json`.
 
-        `tasks_sha256` of the task ids; the settings; models: model → `overall` and `families`:
-        family, each with the fields of `TaskScores` (k as text), and `num_failed` completions.
+        `tasks_sha256` of the task ids; the settings; what math-verify decided; models: model →
+        `overall` and `families`: family, each with the fields of `TaskScores` (k as text), and
+        `num_failed` completions.
         """
         first = next(iter(self.results.values()))
         families = sorted({result.family for result in first})
@@ -103,6 +104,7 @@ class TaskEvaluation:
             "temperature": self.config.temperature,
             "max_tokens": self.config.task_max_tokens,
             "seed": self.config.seed,
+            "second_opinion": asdict(self.second_opinion),
             "models": {
                 model: {
                     "overall": _scores_to_json(self.scores(model)),
@@ -164,17 +166,20 @@ def evaluate_tasks(
     for model, backend in backends.items():
         _check_fits(model, backend, requests)
     total = len(backends) * len(tasks) * config.num_samples
-    results: dict[str, tuple[TaskResult, ...]] = {}
-    completions: list[TaskCompletion] = []
+    events: dict[tuple[str, str, int], FinishedEvent] = {}
     for model, backend in backends.items():
-        events: dict[tuple[str, int], FinishedEvent] = {}
         for task_id, event in _sample(_engine(model, backend, eos_token_ids, requests), requests):
-            events[task_id, event.index] = event
-            progress(len(completions) + len(events), total)
-        judged = [_judge_all(model, task, events, config.num_samples, tokenizer) for task in tasks]
-        results[model] = tuple(map(_result, tasks, judged))
-        completions += [completion for of_task in judged for completion in of_task]
-    return TaskEvaluation(config, results, tuple(completions))
+            events[model, task_id, event.index] = event
+            progress(len(events), total)
+    completions, second_opinion = _judge(tasks, requests, events, tokenizer)
+    by_task: dict[tuple[str, str], list[TaskCompletion]] = {}
+    for completion in completions:
+        by_task.setdefault((completion.model, completion.task_id), []).append(completion)
+    results = {
+        model: tuple(_result(task, by_task[model, task.task_id]) for task in tasks)
+        for model in backends
+    }
+    return TaskEvaluation(config, results, tuple(completions), second_opinion)
 
 
 def _check_verifiable(task: Task) -> None:
@@ -232,30 +237,44 @@ def _keep_finished(
     finished += [(task_id, event) for event in events if isinstance(event, FinishedEvent)]
 
 
-def _judge_all(
-    model: str,
-    task: Task,
-    events: Mapping[tuple[str, int], FinishedEvent],
-    num_samples: int,
+def _judge(
+    tasks: Sequence[Task],
+    requests: Sequence[GenerationRequest],
+    events: Mapping[tuple[str, str, int], FinishedEvent],
     tokenizer: Tokenizer,
-) -> list[TaskCompletion]:
-    samples = [events[task.task_id, index] for index in range(num_samples)]
-    return [_judge(model, task, event, tokenizer) for event in samples]
+) -> tuple[list[TaskCompletion], SecondOpinion]:
+    """Return all completions in order of models, tasks and samples, and what math-verify said."""
+    place = {task.task_id: (index, task) for index, task in enumerate(tasks)}
+    thinks = {r.request_id: starts_in_reasoning(r.prompt_token_ids, tokenizer) for r in requests}
+    models = {model: index for index, model in enumerate(dict.fromkeys(m for m, _, _ in events))}
+    keys = sorted(events, key=lambda key: (models[key[0]], place[key[1]][0], key[2]))
+    texts = [tokenizer.decode(events[key].token_ids) for key in keys]
+    grades, second_opinion = ask_second_opinion(
+        [place[task_id][1] for _, task_id, _ in keys],
+        [
+            grade(place[task_id][1], text, starts_in_reasoning=thinks[task_id])
+            for (_, task_id, _), text in zip(keys, texts, strict=True)
+        ],
+    )
+    completions = [
+        _completion(key[0], key[1], events[key], text, one)
+        for key, text, one in zip(keys, texts, grades, strict=True)
+    ]
+    return completions, second_opinion
 
 
-def _judge(model: str, task: Task, event: FinishedEvent, tokenizer: Tokenizer) -> TaskCompletion:
-    text = tokenizer.decode(event.token_ids)
-    # "none" with something to check against: a reasoning-gym scorer reads the whole text.
-    answer = text if task.answer_format == "none" else extract(text, task.answer_format)
+def _completion(
+    model: str, task_id: str, event: FinishedEvent, text: str, one: Grade
+) -> TaskCompletion:
     return TaskCompletion(
         model=model,
-        task_id=task.task_id,
+        task_id=task_id,
         sample_index=event.index,
         text=text,
         num_tokens=len(event.token_ids),
         finish_reason=event.finish_reason.value,
-        answer=canonicalise(answer),
-        is_correct=event.finish_reason in _USABLE and bool(is_correct(task, text)),
+        answer=one.answer,
+        is_correct=event.finish_reason in _USABLE and bool(one.is_correct),
     )
 
 

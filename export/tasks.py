@@ -57,7 +57,7 @@ class Task:
     A turn is (role, content).
     `answer` is canonical under `estimators.canonical.canonicalise`; `answer_format` names the
     extractor that finds the answer in a completion, "none" for a free-form prompt. With a
-    `gym_entry` the dataset's own scorer judges: `export.accept.is_correct` asks the right one.
+    `gym_entry` the dataset's own scorer judges: `export.grading.grade` asks the right one.
     """
 
     task_id: str

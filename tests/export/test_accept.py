@@ -13,14 +13,12 @@ from export.accept import (
     Accepted,
     accept,
     foreign_share,
-    is_correct,
     read_accepted,
     repeated_share,
     write_accepted,
 )
-from export.config import AcceptConfig, ExportError, ReasoningGymSource, TasksConfig
+from export.config import AcceptConfig, ExportError
 from export.sample import ROWS_NAME, Completion, read_completions
-from export.task_sources import load_tasks
 from export.tasks import Split, Task
 from serve.tokenization import Tokenizer
 
@@ -167,6 +165,44 @@ def test_first_reason_in_their_order_is_the_verdict(
     assert rejected == expected
 
 
+# --- answers
+
+
+def test_right_answers_in_another_spelling_are_kept(tokenizer: Tokenizer) -> None:
+    task = Task("mixed", "?", "12.6", "boxed", "math", "train")
+    spellings = (r"12 \frac{3}{5}", r"12\frac35", "12 3/5", "x = 63/5", r"12.6\text{ cm}")
+    texts = [rf"So $\boxed{{{spelling}}}$." for spelling in (*spellings, "123/5", "36/5")]
+    assert judge(tokenizer, task, *texts) == ([0, 1, 2, 3, 4], {"wrong_answer": 2})
+
+
+@pytest.mark.parametrize("opening", ["", "<think>\n"])
+def test_answers_are_read_behind_the_reasoning(tokenizer: Tokenizer, opening: str) -> None:
+    """The template of R1 opens it in the prompt, so that completions have its end only."""
+    task = Task("sum", "?", "4", "boxed", "add", "train")
+    begin = "" if opening else "<think>"
+    texts = (
+        rf"{begin}Is it \boxed{{4}}?",
+        rf"{begin}Is it \boxed{{5}}?</think>It is \boxed{{4}}.",
+        rf"{begin}Is it \boxed{{4}}?</think>I do not know.",
+    )
+    prompt = tokenizer.encode(f"Assistant: {opening}")
+    rows = [
+        dataclasses.replace(row, prompt_token_ids=prompt)
+        for row in answers(tokenizer, task, *texts)
+    ]
+    accepted = accept([task], rows, LOOSE, tokenizer)
+    assert [row.sample_index for row in accepted.completions] == [1]
+
+
+def test_math_verify_is_asked_where_canonical_forms_differ(tokenizer: Tokenizer) -> None:
+    task = Task("square", "?", "(x+1)^2", "boxed", "math", "train")
+    texts = [rf"\boxed{{{text}}}" for text in ("x^2+2x+1", "(1+x)^2", "x^2+1", "no", "(x+1)^2")]
+    accepted = accept([task], answers(tokenizer, task, *texts), LOOSE, tokenizer)
+    assert [row.sample_index for row in accepted.completions] == [0, 1, 4]
+    opinion = accepted.summary.second_opinion
+    assert (opinion.num_asked, opinion.num_right, opinion.num_undecided) == (3, 2, 0)
+
+
 # --- the whole
 
 
@@ -250,37 +286,6 @@ def test_accepted_survives_the_disk(tokenizer: Tokenizer, tmp_path: Path) -> Non
     assert tuple(read_completions(tmp_path / ROWS_NAME)) == accepted.completions
     summary = json.loads((tmp_path / "accept.json").read_text())
     assert summary == json.loads(json.dumps(dataclasses.asdict(accepted.summary)))
-
-
-# --- correctness
-
-
-@pytest.mark.parametrize(
-    ("answer", "answer_format", "text", "expected"),
-    [
-        ("4", "last_number", "2 + 2 = 4.0", True),
-        ("4", "last_number", "42", False),
-        ("4", "last_number", "four", False),
-        ("1/2", "boxed", r"so \boxed{\frac{1}{2}}", True),
-        ("1/2", "boxed", "so 1/2", False),
-        ("B", "choice", "The answer is (b).", True),
-        ("paris", "final_line", "The capital is\n\nParis.", True),
-        (None, "none", "Paris", None),
-    ],
-)
-def test_correctness_follows_the_answer_format(
-    answer: str | None, answer_format: str, text: str, expected: bool | None
-) -> None:
-    task = Task("id", "?", answer, answer_format, "family", "train")
-    assert is_correct(task, text) is expected
-
-
-def test_reasoning_gym_judges_its_own_tasks() -> None:
-    pytest.importorskip("reasoning_gym")
-    source = ReasoningGymSource(kind="reasoning_gym", dataset="chain_sum", size=40, seed=5)
-    task = load_tasks(TasksConfig(sources=(source,)))[0]
-    assert is_correct(task, f"It is +{task.answer}.00") is True
-    assert is_correct(task, f"It is {task.answer}1") is False
 
 
 # --- measures

@@ -24,6 +24,7 @@ from export.estimates import (
     count_workload,
     size_from_name,
 )
+from export.grading import describe_comparison, math_verify_version
 from export.pipeline import Pipeline
 from export.plan import count_pruned, make_plan, print_plan
 from export.prune import drop_layers, rank_channels, shrink_mlp
@@ -223,6 +224,7 @@ def test_teacher_of_unknown_size_leaves_times_unknown(tmp_path: Path) -> None:
     text = shown(plan)
     assert "size unknown" in text
     assert "To run: unknown" in text
+    assert describe_comparison(math_verify_version()) in text
 
 
 def test_student_that_is_not_here_leaves_its_stages_to_run(

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from bundle.manifest import Gate, StageRecord, TeacherReference, Variant
 from export.config import ExportConfig
 from export.evaluate import STUDENT, TEACHER
+from export.grading import SecondOpinion
 from export.html_report import (
     AcceptCounts,
     Estimate,
@@ -44,6 +45,7 @@ ACCEPTED = {
     "num_accepted": 7,
     "num_rejected": {"truncated": 2, "empty": 1},
     "pass_rate_histogram": [3, 0, 1],
+    "second_opinion": {"version": "0.9.0", "num_asked": 3, "num_right": 2, "num_undecided": 0},
 }
 TEXTS = [
     {"prompt": "a?", "teacher": "A", "student": "B", "forward_kl": 0.25},
@@ -321,7 +323,8 @@ def test_probe_holds_until_the_next_one(collect: Callable[..., ReportData]) -> N
 
 
 def test_accept_counts_are_those_of_the_stage(collect: Callable[..., ReportData]) -> None:
-    counts = AcceptCounts(7, (("truncated", 2), ("empty", 1)), (3, 0, 1))
+    opinion = SecondOpinion("0.9.0", num_asked=3, num_right=2).describe()
+    counts = AcceptCounts(7, (("truncated", 2), ("empty", 1)), (3, 0, 1), opinion)
     assert collect().accept_counts == counts
 
 

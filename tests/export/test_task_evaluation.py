@@ -12,6 +12,7 @@ import torch
 from estimators.answers import extract
 from estimators.bootstrap import bootstrap_mean
 from export.config import EvaluateConfig, ExportError
+from export.grading import Grade
 from export.sample import task_seed
 from export.task_evaluation import (
     TaskCompletion,
@@ -20,7 +21,7 @@ from export.task_evaluation import (
     choose_tasks,
     evaluate_tasks,
 )
-from export.tasks import Task, builtin_tasks
+from export.tasks import GymEntry, Task, builtin_tasks
 from serve.backend import ModelInfo
 from serve.tokenization import Tokenizer
 from serve.torch_backend import TorchBackend
@@ -158,7 +159,8 @@ def test_model_without_numbers_is_wrong_and_counted(
         return logits if args[1] == [0] * len(args[1]) else logits * float("nan")
 
     monkeypatch.setattr(TorchBackend, "forward", nan_behind_the_prompt)
-    monkeypatch.setattr("export.task_evaluation.is_correct", lambda task, text: True)
+    right = Grade(True, "4")
+    monkeypatch.setattr("export.task_evaluation.grade", lambda task, text, **options: right)
     found = run(tokenizer, {"a": load_tiny(tiny_teacher)})
     failed = [c for c in found.completions if c.finish_reason == "error"]
     assert failed
@@ -176,8 +178,9 @@ def test_progress_counts_completions_of_all_models(tokenizer: Tokenizer) -> None
 def test_whole_text_votes_where_the_scorer_reads_it_whole(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = [dataclasses.replace(TASKS[0], answer_format="none")]
-    monkeypatch.setattr("export.task_evaluation.is_correct", lambda task, text: text == "4")
+    entry = GymEntry("graph_color", 10, 0, "{}", 3)
+    free = [dataclasses.replace(TASKS[0], answer_format="none", gym_entry=entry)]
+    monkeypatch.setattr("export.grading.is_entry_solved", lambda task, text: text == "4")
     found = run(tokenizer, {"a": DigitBackend(tokenizer, "4")}, free)
     assert found.results["a"][0].majority == 1.0
 
