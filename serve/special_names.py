@@ -8,9 +8,10 @@ the search for special tokens, so that the names are tokenized as text, in their
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import product
+from itertools import groupby, product
 from typing import Any
 
 # A noncharacter, which no text should hold (Unicode 16, section 23.7), begins every code; a
@@ -18,10 +19,31 @@ from typing import Any
 _ESCAPE = "\ufdd0"
 _FIRST_CODE, _MAX_CODES = 0xE000, 6000
 _OPEN, _CLOSE = f"{_ESCAPE}\uf8fe", f"{_ESCAPE}\uf8ff"
-# What a template may strip beside a name at which it splits.
-_STRIPPED = ("", r"\n*", r"\s*")
+# What a template may strip before and behind a name at which it splits. A run of spaces is searched
+# once, from its beginning: from each of its places, a message of spaces would take hours.
+_BEFORE = ("", r"(?<!\n)\n*", r"(?<!\s)\s*")
+_BEHIND = ("", r"\n*", r"\s*")
 
 _Settle = Callable[[str], Iterator[str]]
+
+
+def _any_of(names: Sequence[str]) -> str:
+    """Return a pattern for any of the sorted names, the longest first.
+
+    It is a tree of their beginnings: a tokenizer has thousands of names that begin alike, and each
+    `<` of a message would be compared with all of them.
+
+    >>> _any_of(["<s>", "<s>a", "<t>", "[x]"])
+    '(?:<(?:s>(?:a)?|t>)|\\\\[x\\\\])'
+    """
+    ends_here, names = not names[0], [name for name in names if name]
+    branches = []
+    for _, group in groupby(names, key=lambda name: name[0]):
+        alike = list(group)
+        begin = os.path.commonprefix(alike)  # noqa: RUF071 -- of texts, not of paths
+        rests = [name[len(begin) :] for name in alike]
+        branches.append(re.escape(begin) + (_any_of(rests) if len(rests) > 1 else ""))
+    return f"(?:{'|'.join(branches)})" + "?" * ends_here
 
 
 class SpecialNames:
@@ -31,11 +53,12 @@ class SpecialNames:
         """`names` that are empty are left out.
 
         Raises:
-            ValueError: they begin with more than 6,000 different characters.
+            ValueError: they begin with more than 6,000 different characters, or too many of them
+                are the beginnings of others.
         """
-        ordered = sorted(filter(None, names), key=len, reverse=True)
-        self._any = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-        firsts = [_ESCAPE, *sorted({name[0] for name in ordered} - {_ESCAPE})]
+        known = sorted(set(filter(None, names)))
+        self._any = re.compile(_any_of(known) if known else r"(?!)")
+        firsts = [_ESCAPE, *sorted({name[0] for name in known} - {_ESCAPE})]
         if len(firsts) > _MAX_CODES:
             raise ValueError(f"special tokens begin with {len(firsts)} different characters")
         self._codes = {c: _ESCAPE + chr(_FIRST_CODE + i) for i, c in enumerate(firsts)}
@@ -101,5 +124,5 @@ class SpecialNames:
         whole = re.compile(f"{_OPEN}((?:(?!{_ESCAPE}).)*){_CLOSE}", re.DOTALL)
         hidden = whole.sub(lambda match: self.hide(match[1]), rendered)
         # Marks that are left stood beside a name at which the template split or which it replaced.
-        for before, after in product(_STRIPPED, _STRIPPED):
-            yield re.sub(f"{before}{_OPEN}|{_CLOSE}{after}", "", hidden)
+        for before, behind in product(_BEFORE, _BEHIND):
+            yield re.sub(f"{before}{_OPEN}|{_CLOSE}{behind}", "", hidden)

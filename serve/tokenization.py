@@ -63,9 +63,12 @@ class Tokenizer:
         """
         files = read_tokenizer(folder)
         try:
-            return cls(files.tokenizer, files.templates, files.special_tokens, today)
-        except UserError as error:
+            tokenizer = cls(files.tokenizer, files.templates, files.special_tokens, today)
+            # The names are looked at now, not by the first request.
+            tokenizer._special_names.occur_in("")
+        except (UserError, ValueError, RecursionError) as error:
             raise UserError(one_line(f"{folder}: {error}")) from None
+        return tokenizer
 
     @cached_property
     def hash(self) -> str:

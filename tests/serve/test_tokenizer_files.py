@@ -232,6 +232,16 @@ def test_template_files_come_before_the_configuration(tmp_path: Path) -> None:
             {"tokenizer_class": "LlamaTokenizer", "bos_token": "a:b"},
             r"\['a:b', '\$A'\] cannot be put around a text",
         ),
+        (
+            "tokenizer_config.json",
+            {"additional_special_tokens": ["a" * i for i in range(1, 2000)]},
+            "maximum recursion depth",
+        ),
+        (
+            "tokenizer_config.json",
+            {"additional_special_tokens": [chr(0x4E00 + i) for i in range(6000)]},
+            "special tokens begin with 60.. different characters",
+        ),
         ("chat_template.jinja", "a\n{% if %}", "does not compile in line 2: Expected an expr"),
         ("chat_template.jinja", "{{ 1 | no_filter }}", "does not compile in line 1: No filter"),
     ],
