@@ -193,4 +193,4 @@ def test_counters_equal_responses(load: Any) -> None:
     # A deadline may pass before the call is at the server, which then knows nothing of it.
     assert counted["DEADLINE_EXCEEDED"] <= codes["DEADLINE_EXCEEDED"] == 40
     assert (counted["OK"] - codes["OK"]) in (0, 40)
-    assert set(counted) <= {"OK", "CANCELLED", "DEADLINE_EXCEEDED"}
+    assert set(+counted) <= {"OK", "CANCELLED", "DEADLINE_EXCEEDED"}
