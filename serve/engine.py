@@ -184,13 +184,17 @@ class Engine:
             self.step()
             yield
 
-    def stop(self) -> None:
-        """End everything with SHUTDOWN and wait for the thread; a stopped engine stays stopped."""
+    def stop(self, timeout_s: float | None = None) -> None:
+        """End everything with SHUTDOWN and wait for the thread; a stopped engine stays stopped.
+
+        A step that takes longer than `timeout_s` (None: `max_step_s`) is given up.
+        """
         self._intake.close()
         if self._thread.ident is None:
             self._end(FinishReason.SHUTDOWN, "")
             return
-        self._thread.join(0 if self._is_abandoned else self._max_step_s)
+        timeout_s = self._max_step_s if timeout_s is None else timeout_s
+        self._thread.join(0 if self._is_abandoned else timeout_s)
         if self._thread.is_alive():
             self._abandon(FinishReason.SHUTDOWN, "")
 

@@ -132,7 +132,7 @@ class RemoteTeacher:
     def watch(self) -> None:
         """Nothing: it is watched by probes."""
 
-    def stop(self) -> None:
+    def stop(self, timeout_s: float | None = None) -> None:
         """End everything with SHUTDOWN; called beside the loop, which must be running."""
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
 

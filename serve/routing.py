@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -97,10 +98,16 @@ class Engines:
         for model in self.loaded:
             model.engine.watch()
 
-    def stop(self) -> None:
-        """End everything that runs with SHUTDOWN and wait for the engines' threads."""
-        for model in self.loaded:
-            model.engine.stop()
+    def stop(self, timeout_s: float | None = None) -> None:
+        """End everything that runs with SHUTDOWN and wait for the engines' threads.
+
+        All at once: one may hang in a step, and have the turn that another one waits for.
+        """
+        if not self.loaded:
+            return
+        with ThreadPoolExecutor(len(self.loaded)) as pool:
+            for stopping in [pool.submit(m.engine.stop, timeout_s) for m in self.loaded]:
+                stopping.result()
 
 
 def choose_models(route: Route, engines: Engines, auto: Role) -> tuple[ServedModel, ...]:

@@ -23,6 +23,7 @@ from scripts.k8s.objects import Object, Rendered, component_of, container_of, po
 from serve.channel import MAX_ATTEMPTS, service_config
 from serve.config import ServeConfig
 from serve.hosts import is_loopback
+from serve.server import MAX_CLOSE_S
 from serve.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,8 +35,6 @@ pytestmark = pytest.mark.skipif(
 SERVED = sorted(name for name in render.kustomizations() if "distill" not in name)
 PLACEHOLDER = re.compile(r"ghcr\.io/tandem/tandem:\d+\.\d+\.\d+-(cpu|gpu)")
 PINNED = re.compile(r"docker\.io/[a-z/]+:[\w.-]+@sha256:[0-9a-f]{64}")
-# What the server needs for the last words of its handlers, beyond drain_grace_s.
-LAST_WORDS_S = 6
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +113,7 @@ def test_drain_fits_into_the_termination_grace(rendered: Rendered, tmp_path: Pat
     for server in rendered.servers():
         config = config_of(rendered, server, tmp_path)
         pause_s = container_of(server)["lifecycle"]["preStop"]["sleep"]["seconds"]
-        drain_s = pause_s + config.drain_delay_s + config.drain_grace_s + LAST_WORDS_S
+        drain_s = pause_s + config.drain_delay_s + config.drain_grace_s + MAX_CLOSE_S
         assert pod_of(server)["terminationGracePeriodSeconds"] > drain_s
 
 
@@ -123,7 +122,7 @@ def test_liveness_outlasts_a_drain(rendered: Rendered, tmp_path: Path) -> None:
         config = config_of(rendered, server, tmp_path)
         probe = container_of(server)["livenessProbe"]
         patience_s = (probe["failureThreshold"] - 1) * probe["periodSeconds"]
-        assert patience_s > config.drain_delay_s + config.drain_grace_s + LAST_WORDS_S
+        assert patience_s > config.drain_delay_s + config.drain_grace_s + MAX_CLOSE_S
 
 
 def test_envoy_leaves_a_server_before_it_refuses_work(

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from tokenizers import decoders, models, pre_tokenizers
 
 from protos.tandem.v1 import inference_pb2_grpc
+from serve.arbiter import StepArbiter
 from serve.backend import NUM_SPARE_ROWS, ModelInfo
 from serve.client import Client, ControlClient
 from serve.config import ServeConfig
@@ -222,6 +223,7 @@ class Pair:
         max_model_len: int = 256,
         max_num_seqs: int = 8,
         max_waiting: int = 64,
+        arbiter: StepArbiter | None = None,
     ) -> None:
         self.metrics = ServerMetrics(CollectorRegistry())
         chosen = {Role.STUDENT: student, Role.TEACHER: teacher}
@@ -240,6 +242,8 @@ class Pair:
                 max_waiting=max_waiting,
                 observer=self.metrics.observer(role),
                 name=role.value,
+                arbiter=arbiter,
+                priority=seed if arbiter else 0,
             )
             tokenizer = (tokenizers_by_role or {}).get(role, TOKENIZER)
             served[role] = ServedModel(role, engine, tokenizer, "bundle-1", "ab" * 32)

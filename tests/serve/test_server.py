@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from bundle.errors import UserError
 from protos.tandem.v1 import control_pb2
 from protos.tandem.v1 import inference_pb2 as pb
+from serve.arbiter import StepArbiter
 from serve.config import ServeConfig
 from serve.routing import Role
 from serve.server import Server, initial_policy, limits_of
@@ -103,6 +104,29 @@ def test_hurry_ends_a_wait_for_running_work(serving: Any, make_pair: Any) -> Non
     assert sample.finish_reason == pb.FINISH_REASON_SHUTDOWN
 
 
+def test_model_that_hangs_with_the_turn_of_both_holds_up_the_end_once_and_not_for_long(
+    serving: Any, make_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for `max_step_s`, 120 s, of each model: a pod has 60 s."""
+    monkeypatch.setattr("serve.server._STOP_S", 0.3)
+    pair = make_pair(max_model_len=100_000, arbiter=StepArbiter())
+    teacher = pair.backends[Role.TEACHER]
+    with serving(pair, drain_grace_s=0) as live:
+        teacher.may_run.clear()
+        streams = [
+            live.client.generate(long_request(route=route))
+            for route in (pb.ROUTE_TEACHER, pb.ROUTE_STUDENT)
+        ]
+        assert teacher.is_asked.wait(10)
+        live.stop_soon().result(10)
+        assert not teacher.may_run.is_set()
+        with pytest.raises(grpc.RpcError) as caught:
+            list(streams[0])
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert not pair.engines.student.engine.load().num_running
+    assert pair.value("ledger_imbalance") == 0
+
+
 def test_stop_may_be_called_again(serving: Any, make_pair: Any) -> None:
     with serving(make_pair(), drain_delay_s=0.1) as live:
         first, second = live.stop_soon(), live.stop_soon()
@@ -147,10 +171,9 @@ def judged(live: Any, answer_format: str) -> Any:
     )
 
 
-def long_request() -> pb.GenerateRequest:
-    return pb.GenerateRequest(
-        prompt="x", sampling=pb.SamplingParams(max_tokens=90_000, ignore_eos=True)
-    )
+def long_request(**fields: Any) -> pb.GenerateRequest:
+    sampling = pb.SamplingParams(max_tokens=90_000, ignore_eos=True)
+    return pb.GenerateRequest(prompt="x", sampling=sampling, **fields)
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
