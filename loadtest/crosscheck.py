@@ -1,7 +1,7 @@
 """What the server counted beside what the client saw: two scrapes of /metrics and the records.
 
-The server's histogram of times to the first token has one value per sample, from the request's
-arrival there. So the client's is taken per sample, too, and from when it was sent, not from when it
+The server's histogram of times to the first token has one value per request, of the first of its
+samples, from its arrival there. So the client's is taken from when it was sent, not from when it
 was due.
 """
 
@@ -135,12 +135,11 @@ def _check_counts(
 def _check_ttft(
     arm: str, before: Scrape, after: Scrape, records: Sequence[RequestRecord]
 ) -> list[QuantileCheck]:
-    """Check the median and the 95th percentile, where there are samples with tokens."""
+    """Check the median and the 95th percentile, where there are requests with tokens."""
     times_s = sorted(
-        sample.token_times_s[0] - record.sent_s
+        record.ttft_s + record.start_s - record.sent_s
         for record in records
-        for sample in record.samples
-        if sample.token_times_s
+        if record.ttft_s is not None
     )
     edges, cumulative = _histogram(arm, before, after)
     if not times_s or not cumulative or not cumulative[-1]:

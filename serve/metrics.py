@@ -175,10 +175,12 @@ class ServerMetrics:
             "samples_total", "Samples by how they ended.", "role", "finish_reason"
         )
         self.request_queue = family.histogram(
-            "request_queue_seconds", "From a sample's arrival to its prefill.", "role"
+            "request_queue_seconds", "From a request's arrival to its first prefill.", "role"
         )
         self.time_to_first_token = family.histogram(
-            "time_to_first_token_seconds", "From a sample's arrival to its first token.", "role"
+            "time_to_first_token_seconds",
+            "From a request's arrival to the first token of any of its samples.",
+            "role",
         )
         self.inter_token_latency = family.histogram(
             "inter_token_latency_seconds", "Between two tokens of one sample.", "role"

@@ -12,7 +12,10 @@ class EngineObserver:
         """A pass of `phase` prefill, decode or score ended; `host_s` of it was not the model."""
 
     def on_first_token(self, ttft_s: float, queue_s: float) -> None:
-        """A sample got its first token `ttft_s` after it arrived, `queue_s` of them waiting."""
+        """A request got its first token `ttft_s` after it arrived, `queue_s` of them waiting.
+
+        Once, however many samples it has: those that wait for a row are late by choice.
+        """
 
     def on_token_interval(self, itl_s: float, count: int) -> None:
         """`count` samples each got a token `itl_s` after their last one."""

@@ -3,8 +3,9 @@
 Names of vLLM 0.32 (its page "Production Metrics"), plus two that it renamed and that are still in
 use: `gpu_cache_usage_perc` (now `kv_cache_usage_perc`) and `time_per_output_token_seconds` (now
 `inter_token_latency_seconds`). Nothing is counted twice: values are read at every scrape. What
-differs: a vLLM request is one of our samples, `model_name` is the role, the buckets are ours, and
-the latency of a request includes its scoring by the other model.
+differs: a vLLM request is one of our samples, but for the times until the first token and in the
+queue, which are those of whole requests; `model_name` is the role, the buckets are ours, and the
+latency of a request includes its scoring by the other model.
 
 `promtool check metrics` objects to the colons by design, which it reserves for recording rules: the
 aliases are outside the promise that it is content.

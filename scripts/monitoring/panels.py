@@ -90,7 +90,7 @@ OVERVIEW = (
 LATENCY = (
     Panel(
         "Time to first token",
-        "From a sample's arrival to its first token, median and 95th percentile.",
+        "From a request's arrival to the first token of any sample, median and 95th percentile.",
         "s",
         _quantiles("tandem:ttft_seconds:quantile5m"),
     ),
@@ -108,7 +108,7 @@ LATENCY = (
     ),
     Panel(
         "Wait in the queue",
-        "From a sample's arrival to its prefill, 95th percentile.",
+        "From a request's arrival to its first prefill, 95th percentile.",
         "s",
         (
             (

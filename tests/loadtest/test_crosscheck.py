@@ -32,7 +32,11 @@ def exposition(counts: dict[str, int], cumulative: tuple[int, ...]) -> str:
 def record(ttft_s: float | None, status: str = "OK") -> RequestRecord:
     plan = PlannedRequest(0, "student", 1.0, 0, 0, "p", 0, Phase.MEASURED, 0.0)
     times_s = [] if ttft_s is None else [1.0 + ttft_s, 9.0]
-    samples = [SampleRecord(0, token_times_s=times_s)]
+    # A second sample, which had to wait, and a third one without tokens, count for nothing.
+    samples = [
+        SampleRecord(index, token_times_s=times)
+        for index, times in enumerate(([t + 5 for t in times_s], times_s, []))
+    ]
     return RequestRecord(plan, sent_s=1.0, ended_s=9.0, status=status, samples=samples)
 
 

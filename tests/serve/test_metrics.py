@@ -392,6 +392,24 @@ def test_ledger_is_balanced_at_every_scrape_while_a_thread_works(stepped: Steppe
     assert stepped.imbalance == 0 and len(stepped.endings) == 300
 
 
+def test_time_to_first_token_is_one_per_request_however_many_samples_wait(
+    make_backend: Any,
+) -> None:
+    """Of 64 samples 48 wait for a row: as 48 late first tokens they would page somebody."""
+    stepped, seconds = Stepped(make_backend(max_num_seqs=16)), itertools.count()
+    stepped.engine.clock = lambda: 0.0
+    for _ in range(2):
+        stepped.submit("r", num_samples=64)
+    while not stepped.is_idle:
+        now_s = next(seconds) / 10
+        stepped.engine.clock = lambda now_s=now_s: now_s  # type: ignore[misc]
+        stepped.step()
+    assert now_s > 10, "the last samples had to wait"
+    for name in ("time_to_first_token", "request_queue"):
+        assert stepped.value(f"{name}_seconds_count", role="student") == 2
+        assert stepped.value(f"{name}_seconds_bucket", role="student", le="0.5") == 2
+
+
 def test_sequence_that_the_scheduler_loses_shows_in_the_ledger(
     stepped: Stepped, monkeypatch: pytest.MonkeyPatch
 ) -> None:
