@@ -13,7 +13,10 @@ from estimators.consensus import (
     vote_correctness,
 )
 
-ballots = st.lists(st.sampled_from(["4", "5", "6", "A", "", " ", None]), max_size=12)
+ballots = st.lists(
+    st.sampled_from(["4", "5", "x=5", "y=5", "5\\text{cm}", "5\\text{m}", "A", "", " ", None]),
+    max_size=12,
+)
 
 
 def test_the_most_frequent_answer_wins_without_needing_half():
@@ -39,6 +42,15 @@ def test_a_vote_of_abstentions_has_no_answer_no_share_and_no_tie(answers):
 def test_votes_are_counted_on_the_canonical_answer():
     vote = majority_vote(canonicalise(a) for a in ["1,000", "1000.0", "0.5", "1/2", "1000", "A"])
     assert (vote.answer, vote.share) == ("1000", 0.5)
+
+
+def test_answers_that_say_more_or_less_vote_together():
+    vote = majority_vote(["5", "5\\text{cm}", "x=5", "6", "6"])
+    assert (vote.answer, vote.share) == ("5\\text{cm}", 0.6)
+    assert agreement(vote, majority_vote(["5"])) is True
+    assert agreement(vote, majority_vote(["5\\text{m}"])) is False
+    apart = majority_vote(["5", "5\\text{cm}", "5\\text{m}", "5\\text{m}"])
+    assert (apart.answer, apart.share) == ("5\\text{m}", 0.5)
 
 
 @given(ballots, st.randoms())

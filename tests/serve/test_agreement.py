@@ -99,6 +99,47 @@ def test_exact_answers_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert agreement.pass_at_k[Role.STUDENT] == {1: pytest.approx(2 / 3), 2: 1.0}
 
 
+THOUGHT = "<think>\\boxed{5}, so = 5"
+
+
+@pytest.mark.parametrize("answer_format", ["boxed", "equals"])
+def test_answers_are_read_behind_the_reasoning(answer_format: str) -> None:
+    said = "\\boxed{4}, so = 4"
+    samples = samples_of(
+        Role.STUDENT, f"{THOUGHT}</think>{said}", f"= 5</think>{said}", f"{said}{THOUGHT}"
+    )
+    gold = EvaluationSpec(answer_format, reference_answer="4")
+    judged(gold, ArmResult(Role.STUDENT, 1, samples))
+    assert [(s.answer, s.correct) for s in samples] == [("4", True), ("4", True), (None, False)]
+
+
+@pytest.mark.parametrize("answer_format", ["boxed", "equals"])
+def test_reasoning_that_the_prompt_opened_and_nothing_ends_has_no_answer(
+    answer_format: str,
+) -> None:
+    async def run() -> list[str | None]:
+        worker = AnswerWorker(20)
+        samples = samples_of(Role.STUDENT, "\\boxed{4}, so = 4", "</think>\\boxed{4}, so = 4")
+        read = Judge(worker, EQUALS).read_answers
+        await read(samples, EvaluationSpec(answer_format), Case(), starts_in_reasoning=True)
+        await worker.stop()
+        return [sample.answer for sample in samples]
+
+    assert asyncio.run(run()) == [None, "4"]
+
+
+def test_who_leaves_out_a_unit_votes_and_is_judged_with_who_names_it() -> None:
+    gold = EvaluationSpec("boxed", reference_answer="5 cm", pass_at_k=(1,))
+    student = boxed(Role.STUDENT, "5", "5\\text{ cm}", "x = 5", "5 m", "6")
+    agreement = judged(gold, student, boxed(Role.TEACHER, "5"))
+    assert [s.correct for s in student.samples] == [True, True, True, False, False]
+    assert agreement.pass_at_k[Role.STUDENT] == {1: pytest.approx(3 / 5)}
+    voted = judged(BOXED, boxed(Role.STUDENT, "5", "5 cm", "6"), boxed(Role.TEACHER, "x=5"))
+    assert voted.votes[Role.STUDENT].share == pytest.approx(2 / 3)
+    assert voted.same_answer is True
+    assert voted.pass_at_k[Role.STUDENT] == {1: pytest.approx(2 / 3)}
+
+
 def test_exact_answers_are_read_without_a_turn_of_the_loop() -> None:
     judge = Judge(AnswerWorker(1), EQUALS)
     for step in (
