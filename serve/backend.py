@@ -65,6 +65,13 @@ class Backend(Protocol):
         """
         ...
 
+    def choose_kernels(self) -> None:
+        """Take the fastest way of computing that is batch-invariant here; `info` says if one is.
+
+        Called once, before `prepare`. Overwrites the rows of sequences.
+        """
+        ...
+
     def prepare(self) -> None:
         """Get ready to run on the calling thread; called once, before any engine has work."""
         ...

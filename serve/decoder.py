@@ -1,8 +1,13 @@
 """A Llama-like decoder as few tensor operations: at batch 1 each one costs as much as its work.
 
 Weights are what `serve.torch_backend` takes out of a transformers model; rounding is transformers'
-own. How tokens attend to a cache is left to `Attention`. On a CPU with bfloat16 instructions a row
-gets the same bits in every batch of at least `MIN_CPU_ROWS` rows (docs/log.md).
+own. How tokens attend to a cache is left to `Attention`.
+
+On the CPU a row gets the same bits in every batch. Between the products each number is a
+correctly rounded sum, product or quotient, so that it does not matter whether a vector instruction
+computes it or the loop over the rest; of the exponential torch has one for both. That a product
+does not depend on how many rows it has, from `MIN_CPU_ROWS` on, is found out at the start
+(`serve.batch_invariance`); where it does, `Decoder.row_group` makes all products alike.
 """
 
 from __future__ import annotations
@@ -57,7 +62,10 @@ class DecoderLayer:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """All weights of a model. `rotary` is `(positions, 2, head_dim)`: cosines, signed sines."""
+    """All weights of a model. `rotary` is `(positions, 2, head_dim)`: cosines, signed sines.
+
+    Products take `row_group` rows at a time, the last ones filled up; None: all rows at once.
+    """
 
     embedding: Tensor
     layers: tuple[DecoderLayer, ...]
@@ -65,6 +73,7 @@ class Decoder:
     head: Linear
     rotary: Tensor
     shape: HeadShape
+    row_group: int | None = None
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -82,9 +91,10 @@ def decode_hidden(
 ) -> Tensor:
     """Return the hidden states `(N, hidden)` in front of the last norm of `(N,)` tokens."""
     hidden = F.embedding(_at_least_two(token_ids), decoder.embedding)
+    multiply = partial(in_row_groups, decoder.row_group)
     cos, sin = decoder.rotary[positions][:, :, None].unbind(1)
     for index, layer in enumerate(decoder.layers):
-        heads = layer.qkv(layer.input_norm(hidden))
+        heads = multiply(layer.qkv, layer.input_norm(hidden))
         heads = heads.view(len(hidden), -1, decoder.shape.head_dim)
         rotated = heads[:, : decoder.shape.num_rotated]
         if layer.head_norm is not None:
@@ -92,17 +102,35 @@ def decode_hidden(
         if layer.has_rope:
             rotate(rotated, cos, sin)
         attended = attention(index, heads)
-        hidden = layer.output(attended.expand(len(hidden), -1)).add_(hidden)
-        gate_up = layer.gate_up(layer.mlp_norm(hidden))
+        hidden = multiply(layer.output, attended.expand(len(hidden), -1)).add_(hidden)
+        gate_up = multiply(layer.gate_up, layer.mlp_norm(hidden))
         gate, up = gate_up.chunk(2, dim=-1)
-        hidden = layer.down(F.silu(gate).mul_(up)).add_(hidden)
+        hidden = multiply(layer.down, silu(gate).mul_(up)).add_(hidden)
     return hidden[: len(token_ids)]
 
 
 def next_token_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     """Return `(N, V)` float32: bfloat16 would round log-probabilities to 1/8 nat."""
     normed = decoder.final_norm(_at_least_two(hidden))
-    return decoder.head(normed.float())[: len(hidden)]
+    return in_row_groups(decoder.row_group, decoder.head, normed.float())[: len(hidden)]
+
+
+def silu(x: Tensor) -> Tensor:
+    """Return x / (1 + exp(-x)), computed in float32 and rounded once.
+
+    On the CPU torch's own gives other bits where a vector is not full.
+    """
+    if x.is_cuda:
+        return F.silu(x)
+    return (x / x.neg().float().exp_().add_(1)).to(x.dtype)
+
+
+def in_row_groups(row_group: int | None, linear: Linear, rows: Tensor) -> Tensor:
+    """Return the product with `rows` `(N, in)`, `row_group` of them at a time or all at once."""
+    if row_group is None or rows.is_cuda:
+        return linear(rows)
+    padded = F.pad(rows, (0, 0, 0, -len(rows) % row_group))
+    return torch.cat([linear(group) for group in padded.split(row_group)])[: len(rows)]
 
 
 def make_norm(weight: Tensor, eps: float) -> Norm:
@@ -113,11 +141,10 @@ def make_norm(weight: Tensor, eps: float) -> Norm:
     weight = weight.detach()
     if weight.is_cuda:
         return lambda x: F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
-    smallest = torch.tensor(eps)
 
     def norm(x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.addcmul(smallest, length, length, value=1 / x.shape[-1]).rsqrt_()
+        scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         return (x * scale).to(x.dtype).mul_(weight)
 
     return norm
@@ -130,7 +157,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     is in `sin`: see `rotary_table`.
     """
     swapped = heads.roll(heads.shape[-1] // 2, -1)
-    heads.mul_(cos).addcmul_(swapped, sin)
+    heads.mul_(cos).add_(swapped.mul_(sin))
 
 
 def rotary_table(cos: Tensor, sin: Tensor) -> Tensor:
@@ -143,11 +170,15 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> Linear:
     """Return x -> x W^T + b for `(N, in)` inputs; on the CPU N is at least `MIN_CPU_ROWS`.
 
     There the weight is copied into oneDNN's blocked layout: 2 to 3 times as fast for few rows. The
-    operators are the ones that torch's inductor emits for a frozen linear layer.
+    operators are the ones that torch's inductor emits for a frozen linear layer. A CPU without
+    instructions for bfloat16 or float16 has the same numbers in float32, and rounds the sums.
     """
     weight = weight.detach()
     if weight.is_cuda or not torch.backends.mkldnn.is_available():
         return partial(F.linear, weight=weight, bias=bias)
+    is_widened = not has_products(weight.dtype)
+    if is_widened:
+        weight, bias = weight.float(), None if bias is None else bias.float()
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     multiply = torch.ops.mkldnn._linear_pointwise.default
 
@@ -155,7 +186,18 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> Linear:
         output: Tensor = multiply(x, packed, bias, "none", [], "")
         return output
 
-    return linear
+    if not is_widened:
+        return linear
+    return lambda x: linear(x.float()).to(x.dtype)
+
+
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of this type, by oneDNN."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype not in supported or bool(supported[dtype]())
 
 
 def _at_least_two(rows: Tensor) -> Tensor:

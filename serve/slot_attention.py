@@ -1,8 +1,7 @@
-"""Attention over slots: every row of a batch has its own length in the KV cache.
+"""Attention over slots on CUDA: every row of a batch has its own length in the KV cache.
 
-Query heads that share a KV head are never given copies of it. On the CPU the bits of a row depend
-neither on the batch nor on how many tokens are computed at once, while queries come in multiples
-of `QUERY_ALIGNMENT` and keys in the lengths that `key_length` allows.
+Query heads that share a KV head are never given copies of it. On the CPU it is
+`serve.block_attention` that attends.
 """
 
 from __future__ import annotations
@@ -16,12 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from serve.decoder import HeadShape
 from serve.kv_cache import KVCache
 
+# Of queries, and of the columns of the cache that a step attends to.
 QUERY_ALIGNMENT = 4
-# Torch's kernel takes keys in blocks of 512. The product with the values adds up a block in panels
-# of 192 keys, but halves what lies between 192 and 384: found by trying all lengths (docs/log.md).
-_KEY_ALIGNMENT = 16
-_KEY_BLOCK = 512
-_KEY_PANEL = 192
+KEY_ALIGNMENT = 16
 
 
 class SlotCache:
@@ -101,7 +97,7 @@ class ManyTokenAttention:
         self._shape, self._cache = shape, cache
         self._batch, self._num_tokens = positions.shape
         longest = max(past_lengths) + self._num_tokens
-        num_keys = key_length(min(longest, cache.all.shape[3]))
+        num_keys = round_up(min(longest, cache.all.shape[3]), KEY_ALIGNMENT)
         stop = first_row + self._batch
         self._where = (torch.arange(first_row, stop, device=positions.device)[:, None], positions)
         self._slices = [
@@ -133,12 +129,7 @@ class ManyTokenAttention:
         return attended.transpose(1, 2).reshape(batch * num_tokens, -1)
 
     def _write(self, layer: int, new: Tensor) -> None:
-        tokens = self._cache.tokens[layer]
-        if new.is_cuda:
-            tokens.index_put_(self._where, new)
-            return
-        for source, (row, start, stop) in zip(new, self._slices, strict=True):
-            tokens[row, start:stop] = source[: stop - start]
+        self._cache.tokens[layer].index_put_(self._where, new)
 
     def _shared(self, cached: Tensor) -> Tensor:
         """Return `(B * num_kv_heads, G, L, head_dim)`, without copying, for G queries per key."""
@@ -165,19 +156,6 @@ def visibility_mask(
     is_hidden = age < 0 if window is None else (age < 0) | (age >= window)
     mask = torch.zeros(is_hidden.shape, dtype=dtype, device=positions.device)
     return mask.masked_fill_(is_hidden, -torch.inf)
-
-
-def key_length(length: int) -> int:
-    """Return over how many columns of the cache to attend for `length` keys.
-
-    >>> [key_length(length) for length in (17, 192, 193, 512, 750)]
-    [32, 192, 384, 512, 896]
-    """
-    aligned = round_up(length, _KEY_ALIGNMENT)
-    rest = aligned % _KEY_BLOCK
-    if _KEY_PANEL < rest < 2 * _KEY_PANEL:
-        return aligned + 2 * _KEY_PANEL - rest
-    return aligned
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -1,13 +1,14 @@
 """A transformers model behind `serve.backend.Backend`.
 
-Transformers reads the model and knows its rotary angles; the steps are `serve.decoder`'s, over the
-slots of `serve.slot_attention`. Everything that depends on the version of transformers is in this
-file.
+Transformers reads the model and knows its rotary angles; the steps are `serve.decoder`'s, and how
+tokens attend is `serve.block_attention` on the CPU and `serve.slot_attention` on CUDA. Everything
+that depends on the version of transformers is in this file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from bundle.config_keys import SUPPORTED_MODEL_TYPES
 from bundle.model_folder import open_model_folder
 from bundle.rope import LAYER_TYPES, ROPE_TYPES
 from serve.backend import NUM_SPARE_ROWS, ModelInfo, logit_rows
+from serve.batch_invariance import is_batch_invariant
+from serve.block_attention import KEY_BLOCK, QUERY_GROUPS, BlockAttention
 from serve.cuda_graphs import DecodeGraphs, cuda_capture
 from serve.decoder import (
+    Attention,
     Decoder,
     DecoderLayer,
     HeadShape,
@@ -34,11 +38,11 @@ from serve.kv_cache import KVCache
 from serve.pretrained import load_pretrained
 from serve.real_tokens import ABSENT_LOGIT, EVERY_ROW, RealTokens
 from serve.slot_attention import (
+    KEY_ALIGNMENT,
     QUERY_ALIGNMENT,
     ManyTokenAttention,
     OneTokenAttention,
     SlotCache,
-    key_length,
     round_up,
 )
 
@@ -48,6 +52,11 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1.0),
     "quantization_config": (None,),
 }
+
+
+# Ways of computing on the CPU, fastest first: the size of a query group, and the rows of a product
+# (`decoder.Decoder.row_group`). In the last one every product has one shape.
+_WAYS = (*((group, None) for group in QUERY_GROUPS), (QUERY_GROUPS[-1], 16))
 
 
 class TorchBackend:
@@ -68,7 +77,7 @@ class TorchBackend:
         num_rows = len(model.lm_head.weight)
         real_tokens = real_tokens.within(num_rows)
         # One column more than the context: padding tokens write there when a row is full.
-        num_columns = key_length(max_model_len + 1)
+        num_columns = round_up(max_model_len + 1, KEY_BLOCK)
         self.info = ModelInfo(
             backend="torch",
             device=str(device),
@@ -85,6 +94,8 @@ class TorchBackend:
             device,
         )
         self._device = device
+        self._on_cuda = device.type == "cuda"
+        self._query_group = QUERY_GROUPS[0]
         self._slots = SlotCache(self.cache)
         self._decoder = take_decoder(model, num_columns, real_tokens)
         self._graphs: DecodeGraphs | None = None
@@ -162,32 +173,41 @@ class TorchBackend:
         logit_indices: Sequence[Sequence[int]] | None = None,
     ) -> Tensor:
         """See `Backend.forward`."""
-        if logit_indices is None and all(len(ids) == 1 for ids in new_token_ids):
+        is_step = logit_indices is None and all(len(ids) == 1 for ids in new_token_ids)
+        if is_step and self._on_cuda:
             return self._forward_one(first_row, [ids[0] for ids in new_token_ids], past_lengths)
-        token_ids = _right_padded(new_token_ids).to(self._device)
+        token_ids = _right_padded(new_token_ids, QUERY_ALIGNMENT if self._on_cuda else 1)
+        token_ids = token_ids.to(self._device)
         num_tokens = token_ids.shape[1]
         past = torch.tensor(past_lengths, device=self._device)[:, None]
         positions = past + torch.arange(num_tokens, device=self._device)
         positions = positions.clamp_max(self.cache.max_len - 1)
-        attention = ManyTokenAttention(
-            self._slots,
-            self._decoder.shape,
-            self._decoder.windows,
-            first_row,
-            positions,
-            past_lengths,
-            [len(ids) for ids in new_token_ids],
+        attention = self._attention(
+            first_row, positions, past_lengths, [len(ids) for ids in new_token_ids]
         )
         hidden = decode_hidden(self._decoder, token_ids.flatten(), positions.flatten(), attention)
         wanted = logit_rows(new_token_ids, logit_indices, num_tokens)
         return next_token_logits(self._decoder, hidden[torch.tensor(wanted, device=self._device)])
+
+    def _attention(
+        self,
+        first_row: int,
+        positions: Tensor,
+        past_lengths: Sequence[int],
+        num_new: Sequence[int],
+    ) -> Attention:
+        shape, windows = self._decoder.shape, self._decoder.windows
+        new = (first_row, positions, past_lengths, num_new)
+        if self._on_cuda:
+            return ManyTokenAttention(self._slots, shape, windows, *new)
+        return BlockAttention(self._slots, shape, windows, *new, self._query_group)
 
     def _forward_one(
         self, first_row: int, token_ids: Sequence[int], past_lengths: Sequence[int]
     ) -> Tensor:
         if self._graphs is not None and first_row == 0:
             return self._graphs.decode(token_ids, past_lengths)
-        num_keys = key_length(max(past_lengths) + 1)
+        num_keys = round_up(max(past_lengths) + 1, KEY_ALIGNMENT)
         tensors = torch.tensor([token_ids, past_lengths], device=self._device)
         return self._decode(first_row, tensors[0], tensors[1], num_keys)
 
@@ -201,6 +221,16 @@ class TorchBackend:
         )
         hidden = decode_hidden(decoder, token_ids, positions, attention)
         return next_token_logits(decoder, hidden)
+
+    def choose_kernels(self) -> None:
+        """See `Backend.choose_kernels`."""
+        if self._on_cuda:
+            return
+        for self._query_group, row_group in _WAYS:
+            self._decoder = replace(self._decoder, row_group=row_group)
+            if is_batch_invariant(self):
+                self.info = replace(self.info, batch_invariant=True)
+                return
 
     def prepare(self) -> None:
         """See `Backend.prepare`: there is nothing to do, CUDA graphs are captured when needed."""
@@ -353,6 +383,6 @@ def sliding_windows(config: Any) -> tuple[int | None, ...]:
     return tuple(config.sliding_window if sliding else None for sliding in is_sliding)
 
 
-def _right_padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    width = round_up(max(map(len, rows)), QUERY_ALIGNMENT)
+def _right_padded(rows: Sequence[Sequence[int]], multiple: int) -> Tensor:
+    width = round_up(max(map(len, rows)), multiple)
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])

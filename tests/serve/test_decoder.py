@@ -6,7 +6,15 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from serve.decoder import HeadShape, make_linear, make_norm, rotary_table, rotate
+from serve.decoder import (
+    HeadShape,
+    in_row_groups,
+    make_linear,
+    make_norm,
+    rotary_table,
+    rotate,
+    silu,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -42,8 +50,47 @@ def test_rotation_is_that_of_transformers(dtype: torch.dtype) -> None:
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     expected, _ = apply_rotary_pos_emb(heads, heads, cos, sin, unsqueeze_dim=1)
     rotate(heads, *rotary_table(cos, sin)[:, :, None].unbind(1))
-    tolerance = 1e-6 if dtype == torch.float32 else 2**-6
-    torch.testing.assert_close(heads, expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(heads, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_is_that_of_torch(dtype: torch.dtype) -> None:
+    x = torch.cat([random(1000) * 4, torch.tensor([0.0, -0.0, -200.0, 200.0])]).to(dtype)
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(silu(x), torch.nn.functional.silu(x), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 7, 17, 100])
+def test_silu_has_the_same_bits_at_every_place(dtype: torch.dtype, width: int) -> None:
+    x = (random(4000) * 4).to(dtype)
+    whole, first_whole = silu(x), x.clone()
+    for start in range(0, 3000, 293):
+        assert torch.equal(silu(x[start : start + width].clone()), whole[start : start + width])
+    assert torch.equal(x, first_whole)
+
+
+@pytest.mark.parametrize("num_rows", [2, 5, 16, 33])
+def test_products_in_row_groups_are_those_of_all_rows(num_rows: int) -> None:
+    x, linear = random(num_rows, 32), make_linear(random(24, 32, seed=1), None)
+    shapes: list[int] = []
+
+    def counted(rows: torch.Tensor) -> torch.Tensor:
+        shapes.append(len(rows))
+        return linear(rows)
+
+    torch.testing.assert_close(in_row_groups(16, counted, x), linear(x), rtol=1e-5, atol=1e-5)
+    assert set(shapes) == {16}
+
+
+def test_without_instructions_for_a_type_its_products_are_those_of_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, weight = random(5, 32, dtype=torch.bfloat16), random(24, 32, dtype=torch.bfloat16, seed=1)
+    monkeypatch.setattr("serve.decoder.has_products", lambda dtype: dtype == torch.float32)
+    assert torch.equal(
+        make_linear(weight, None)(x), make_linear(weight.float(), None)(x.float()).bfloat16()
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

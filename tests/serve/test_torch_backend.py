@@ -170,16 +170,16 @@ def test_kv_put_into_another_row_goes_on_from_there(bf16: TorchBackend) -> None:
     assert torch.equal(bf16.forward(3, [ids[-1:]], [59])[0], expected)
 
 
-def test_padded_static_steps_are_those_of_the_ordinary_path(bf16: TorchBackend) -> None:
-    graphs = DecodeGraphs(bf16._decode, lambda step: step, bf16.info, max_num_keys=608)
+def test_padded_static_steps_are_those_of_the_ordinary_path() -> None:
+    backend = take(random_model(LlamaConfig(**SIZES)))
+    graphs = DecodeGraphs(backend._decode, lambda step: step, backend.info, max_num_keys=608)
     prompts, pasts = [text(n, n) for n in (5, 300, 17)], [5, 300, 17]
-    bf16.forward(0, prompts, [0] * 3)
+    backend.forward(0, prompts, [0] * 3)
     with torch.inference_mode():
         static = graphs.decode([1, 2, 3], pasts).clone()
-    bf16.forward(0, prompts, [0] * 3)
-    ordinary = bf16.forward(0, [[1], [2], [3]], pasts)
-    torch.testing.assert_close(static, ordinary, rtol=0, atol=0.05)
-    assert static.argmax(-1).tolist() == ordinary.argmax(-1).tolist()
+    backend.forward(0, prompts, [0] * 3)
+    ordinary = backend.forward(0, [[1], [2], [3]], pasts)
+    torch.testing.assert_close(static, ordinary, rtol=0, atol=1e-3)
 
 
 def test_a_cast_model_keeps_exact_rotary_frequencies(tmp_path: Any) -> None:
