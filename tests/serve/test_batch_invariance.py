@@ -86,6 +86,7 @@ class Leaking(TorchBackend):
             "chunk": all(past_lengths) and len(new_token_ids[0]) > 1,
         }
         if kinds[self.leaks_into]:
+            logits = logits.clone()
             logits[-1, 3] = torch.nextafter(logits[-1, 3], torch.tensor(1e9))
         return logits
 
