@@ -119,15 +119,17 @@ def _generate(
     teacher_dir: Path, tasks: Sequence[Task], config: SampleConfig, tokenizer: Tokenizer | None
 ) -> Iterable[Completion]:
     tokenizer = tokenizer or Tokenizer.load(teacher_dir)
+    backend = TorchBackend.load(
+        teacher_dir,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=getattr(torch, config.dtype),
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        real_tokens=tokenizer.real_tokens,
+    )
+    backend.choose_kernels()  # a resumed run has other batches, and must have the same answers
     engine = Engine(
-        TorchBackend.load(
-            teacher_dir,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            dtype=getattr(torch, config.dtype),
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=config.max_model_len,
-            real_tokens=tokenizer.real_tokens,
-        ),
+        backend,
         eos_token_ids=read_eos_token_ids(teacher_dir),
         max_waiting=sum(num_samples_of(task, config) for task in tasks),
         name="sampling teacher",

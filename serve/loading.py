@@ -238,6 +238,7 @@ class _Loader:
         rounds_activations: bool = False,
     ) -> tuple[Engine, NoiseFloor]:
         """Return the engine and its noise floor, whose measuring warms the backend up."""
+        backend.choose_kernels()
         noise = measure_noise_floor(backend)
         # On CUDA one pass differs by rounding alone, and decoding instead would cost too much.
         is_quiet = noise.path_nats <= MAX_PATH_NOISE_NATS and not rounds_activations
@@ -248,6 +249,14 @@ class _Loader:
             *(role.value, info.backend, info.precision, info.device, noise.path_nats),
             "in one pass" if in_one_pass else "by forced decoding",
         )
+        if not info.batch_invariant:
+            logger.warning(
+                "%s: its tokens may depend on what else runs: %s",
+                role.value,
+                "not checked on CUDA"
+                if self.device != "cpu"
+                else "in every way tried, batches changed bits",
+            )
         engine = Engine(
             backend,
             eos_token_ids=read_eos_token_ids(folder),

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from bundle.model_config import read_model_config
 from serve.backend import NUM_SPARE_ROWS, ModelInfo, logit_rows
+from serve.batch_invariance import is_batch_invariant
 from serve.cuda_graphs import batch_bucket
 from serve.kv_cache import KVCache
 from serve.onnx_session import (
@@ -36,6 +37,9 @@ from serve.onnx_session import (
 )
 from serve.real_tokens import EVERY_ROW, RealTokens
 from serve.serving_graph import LAST_POSITIONS, LOGIT_ROWS, TOTAL_LENGTH
+
+# Of how many rows a product on the CPU may have to be a multiple, fastest first.
+_ROW_MULTIPLES = (2, 4, 8)
 
 _TORCH_TYPES = {
     "tensor(float)": torch.float32,
@@ -53,6 +57,7 @@ class OnnxBackend:
     The int8 kernels of the CPU take rows in pairs and round a lone last row differently. So that a
     sequence never depends on its neighbours, every product gets an even number of rows there: a
     decode step of an odd batch runs one scratch row more, a prefill one column more (docs/log.md).
+    `choose_kernels` finds out whether that is enough, or whether it takes a larger multiple.
 
     With `cuda_graphs` a decode step is padded to one of a few batch sizes, and its attention is
     planned for rows of `max_model_len`: always the same kernels at the same addresses, which
@@ -102,7 +107,8 @@ class OnnxBackend:
         self._logits = self._new_logits(0)
         self._total_length = np.ones((), dtype=np.int32)
         self._has_static_steps = cuda_graphs
-        self._padded_sizes = padded_sizes(max_num_seqs, device, cuda_graphs)
+        self._row_multiple = _ROW_MULTIPLES[0] if device.type == "cpu" else 1
+        self._padded_sizes = padded_sizes(max_num_seqs, self._row_multiple, cuda_graphs)
         self._graph_thread: int | None = None
         self._decode_steps: dict[int, _Step] = {}
         self._cache_binding = lru_cache(maxsize=4 * max_num_seqs)(self._bind_cache)
@@ -188,6 +194,19 @@ class OnnxBackend:
                 ]
             )
 
+    def choose_kernels(self) -> None:
+        """See `Backend.choose_kernels`."""
+        if self._device.type != "cpu":
+            return
+        for self._row_multiple in _ROW_MULTIPLES:
+            self._padded_sizes = padded_sizes(
+                self.info.max_num_seqs, self._row_multiple, self._has_static_steps
+            )
+            self._decode_steps.clear()
+            if is_batch_invariant(self):
+                self.info = replace(self.info, batch_invariant=True)
+                return
+
     def prepare(self) -> None:
         """Record one CUDA graph per batch size, for steps on the calling thread alone.
 
@@ -267,13 +286,12 @@ class OnnxBackend:
         num_rows, num_columns = len(new_token_ids), max(map(len, new_token_ids))
         if self._device.type == "cpu":
             # A scratch row would be another sequence's; a scratch column is behind this one's end.
-            num_columns = max(num_columns, 2)
-            num_columns += num_rows * num_columns % 2
+            num_columns = self._pad_columns(num_rows, max(num_columns, 2), max(past_lengths))
         wanted = logit_rows(new_token_ids, logit_indices, num_columns)
         num_wanted = len(wanted)
         wanted = wanted or [0]  # memory of no bytes cannot be bound
         if self._device.type == "cpu":
-            wanted += wanted[-1:] * (len(wanted) % 2)
+            wanted += wanted[-1:] * (-len(wanted) % self._row_multiple)
         inputs = _StepInputs(num_rows, num_columns, len(wanted), self._device)
         inputs.logit_rows[:] = wanted
         for row, (ids, past) in enumerate(zip(new_token_ids, past_lengths, strict=True)):
@@ -285,6 +303,15 @@ class OnnxBackend:
         binding = self._cache_binding(first_row, num_rows)
         step = self._bind_step(binding, inputs, self._logits[: len(wanted)], self._options)
         return self._run_step(step, max(past_lengths) + num_columns, self._options)[:num_wanted]
+
+    def _pad_columns(self, num_rows: int, num_columns: int, past: int) -> int:
+        """Return with how many columns a pass has a multiple of `row_multiple` rows."""
+        for padded in range(
+            num_columns, min(num_columns + self._row_multiple, self.cache.max_len + 1 - past)
+        ):
+            if num_rows * padded % self._row_multiple == 0:
+                return padded
+        return num_columns + num_rows * num_columns % 2
 
     def _run_step(self, step: _Step, total_length: int, options: ort.RunOptions) -> torch.Tensor:
         """Run what is bound; return logits `(N, V)` float32."""
@@ -379,15 +406,22 @@ class _Step:
     options: ort.RunOptions
 
 
-def padded_sizes(max_num_seqs: int, device: torch.device, is_static: bool) -> tuple[int, ...]:
+def padded_sizes(max_num_seqs: int, row_multiple: int, is_static: bool) -> tuple[int, ...]:
     """Return how many rows a decode step of 0, 1, ... `max_num_seqs` rows runs.
 
-    >>> padded_sizes(6, torch.device("cuda"), is_static=True)
+    One row behind those of sequences is free: where a multiple takes more, an even number must do.
+
+    >>> padded_sizes(6, 1, is_static=True)
     (0, 1, 2, 4, 4, 6, 6)
-    >>> padded_sizes(6, torch.device("cpu"), is_static=False)
+    >>> padded_sizes(6, 2, is_static=False)
     (0, 2, 2, 4, 4, 6, 6)
+    >>> padded_sizes(6, 4, is_static=False)
+    (0, 4, 4, 4, 4, 6, 6)
     """
     sizes = range(max_num_seqs + 1)
     if is_static:
         return (0, *(batch_bucket(n, max_num_seqs) for n in sizes[1:]))
-    return tuple(n + n % 2 for n in sizes) if device.type == "cpu" else tuple(sizes)
+    padded = (n + -n % row_multiple for n in sizes)
+    return tuple(
+        p if p <= max_num_seqs + 1 else n + n % 2 for n, p in zip(sizes, padded, strict=True)
+    )
