@@ -116,7 +116,7 @@ class BlockAttention:
             joined = outputs[:, 0]
         num_tokens = chunk.stop - chunk.start
         joined = joined[:, : num_tokens * shape.num_queries_per_key].unflatten(1, (num_tokens, -1))
-        by_row = joined.unflatten(0, (batch, -1)).transpose(1, 2)
+        by_row: Tensor = joined.unflatten(0, (batch, -1)).transpose(1, 2)
         return by_row.reshape(batch, num_tokens, shape.num_heads, shape.head_dim)
 
     def _chunk(self, start: int, stop: int, query_group: int) -> _Chunk:
@@ -141,8 +141,10 @@ class BlockAttention:
         """Return `(B * num_kv_heads or 1, num_blocks, queries or 1, KEY_BLOCK)`."""
         dtype = self._cache.all.dtype
         mask = visibility_mask(positions, num_blocks * KEY_BLOCK, window, dtype)
-        mask = mask.unflatten(2, (num_blocks, KEY_BLOCK)).transpose(1, 2)
-        return mask if len(mask) == 1 else mask.repeat_interleave(self._shape.num_kv_heads, 0)
+        by_block: Tensor = mask.unflatten(2, (num_blocks, KEY_BLOCK)).transpose(1, 2)
+        if len(by_block) == 1:
+            return by_block
+        return by_block.repeat_interleave(self._shape.num_kv_heads, 0)
 
     def _write(self, layer: int, new: Tensor) -> None:
         tokens = self._cache.tokens[layer]

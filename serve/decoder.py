@@ -143,7 +143,7 @@ def make_norm(weight: Tensor, eps: float) -> Norm:
         return lambda x: F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
 
     def norm(x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         return (x * scale).to(x.dtype).mul_(weight)
 
