@@ -12,7 +12,9 @@ with everything finished kept.
 
 from __future__ import annotations
 
+import codecs
 import importlib
+import io
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -99,11 +101,52 @@ def main(
 ) -> None:
     """Run the command line and leave the process with its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    write_what_can_be()
+    words = with_text_behind_dashes(words)
     try:
         build_app(words, commands)(words, prog_name="tandem")
     except (UserError, TandemError) as error:
         print(f"tandem: {error}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, UserError) else 1)
+
+
+def with_text_behind_dashes(words: Sequence[str]) -> list[str]:
+    """Have a last word that begins with a dash and holds a space be no option, but a prompt.
+
+    >>> with_text_behind_dashes(["ask", "--raw", "-3 + 5 ="])
+    ['ask', '--raw', '--', '-3 + 5 =']
+    >>> with_text_behind_dashes(["ask", "How many?", "--reference", "-3 apples"])
+    ['ask', 'How many?', '--reference', '-3 apples']
+    """
+    *before, last = words or [""]
+    is_text = last.startswith("-") and " " in last.partition("=")[0]
+    is_value = before[-1:] != ["--raw"] and any(word.startswith("--") for word in before[-1:])
+    return [*before, "--", last] if is_text and not is_value and "--" not in words else list(words)
+
+
+# What stands for characters that a terminal may not have.
+_PLAIN = {
+    "‖": "||", "×": "x", "·": "-", "–": "-", "−": "-", "…": "...", "≥": ">=", "≤": "<=",
+    "→": "->", "±": "+-", "✓": "(right)", "✗": "(wrong)", "\N{NO-BREAK SPACE}": " ",
+}  # fmt: skip
+
+
+def write_what_can_be() -> None:
+    """Have stdout and stderr write other characters where their encoding lacks some.
+
+    ASCII for ours, Python's escapes for those of a model: \\xe9 for é.
+    """
+    codecs.register_error("tandem.plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="tandem.plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    wanted = error.object[error.start : error.end]
+    escaped = (each.encode("ascii", "backslashreplace").decode("ascii") for each in wanted)
+    return "".join(map(_PLAIN.get, wanted, escaped)), error.end
 
 
 if __name__ == "__main__":

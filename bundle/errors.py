@@ -1,6 +1,7 @@
 """The errors whose text is all that a user needs: the command line prints it without a traceback.
 
 UserError
+├── UsageError       a command was called in a wrong way: exit code 2
 ├── BundleError      a bundle on disk is not what its manifest says
 └── ModelFolderError a folder of a model cannot be used, or could lead out of itself
 
@@ -14,6 +15,12 @@ class UserError(Exception):
     """What was given, what is allowed and what to do, in one line that may be shown as it is."""
 
     exit_code = 1
+
+
+class UsageError(UserError):
+    """A command was called in a wrong way; the text says which one is right."""
+
+    exit_code = 2
 
 
 class BundleError(UserError):

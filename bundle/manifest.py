@@ -227,11 +227,24 @@ def load_manifest(bundle: Path) -> Manifest:
         raise BundleError(f"{path}: {_first_violation(error)}") from None
 
 
+def _nearby(folder: Path) -> str:
+    """Return a hint at a bundle that may have been meant: around a file of it, or in the folder."""
+    if folder.name == MANIFEST_NAME and folder.is_file():
+        return f"; give its folder, {folder.parent}"
+    try:
+        found = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_NAME}"))
+    except OSError:
+        return ""
+    return f"; did you mean {found[0]}?" if found else ""
+
+
 def _read_bytes(path: Path) -> bytes:
     """Return what a plain file holds; a pipe or a device in its place is not waited for."""
     try:
         if not os.path.lexists(path):
-            raise BundleError(f"{path} does not exist: {path.parent} is not a bundle")
+            raise BundleError(
+                f"{path} does not exist: {path.parent} is not a bundle{_nearby(path.parent)}"
+            )
         if path.is_symlink() or not path.is_file():
             raise BundleError(f"{path} is not a plain file")
         with path.open("rb") as file:

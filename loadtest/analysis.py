@@ -40,9 +40,13 @@ def summarize(
     versions: dict[str, str],
     models: Sequence[dict[str, object]],
     cross_check: dict[str, object] | None = None,
+    problems: Sequence[str] = (),
     is_interrupted: bool = False,
+    notes: Sequence[str] = (),
 ) -> Summary:
     """Return what the measured requests come to; the warm-up's are left out.
+
+    `problems` say why a part of the load is missing, `notes` what went wrong with the server.
 
     Raises:
         ValueError: `config.slo` cannot be read.
@@ -64,11 +68,13 @@ def summarize(
         schedule_sha256=schedule_sha256,
         versions=versions,
         models=tuple(models),
-        validity=judge_validity(measured, costs, is_interrupted),
+        validity=judge_validity(measured, costs, problems),
         num_errors=sum(cell.outcomes.get("error", 0) for cell in cells),
         cells=tuple(cells),
         comparisons=tuple(each for each in comparisons if each is not None),
         cross_check=cross_check,
+        is_interrupted=is_interrupted,
+        notes=tuple(notes),
     )
 
 
@@ -151,10 +157,10 @@ def _token_rate_ratio(pairs: Sequence[Pair]) -> Estimate | None:
 
 
 def judge_validity(
-    measured: Sequence[RequestRecord], costs: Sequence[BlockCost], is_interrupted: bool = False
+    measured: Sequence[RequestRecord], costs: Sequence[BlockCost], known: Sequence[str] = ()
 ) -> Validity:
     """Return whether the client was on time and had time to spare; each arm and load by itself."""
-    problems = ["it was interrupted: a part of its load is missing"] if is_interrupted else []
+    problems = list(known)
     if not measured:
         problems.append("no request was measured")
     groups: dict[tuple[str, float], list[RequestRecord]] = {}

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 HELP = """Measure under load which model is faster, which is worse, and whether it is real.
 
 Exit codes: 0 done; 1 an expected error, in one line; 2 wrong usage; 3 a gate broke, or the run is
-INVALID: its client was not fast enough to be believed.
+INVALID: its client was not fast enough to be believed, or a part of its load is missing; 4 more
+requests failed than --max-failure-rate allows. With 3 and 4 the run's folder is whole.
 """
 
 app = typer.Typer(help=HELP, no_args_is_help=True)
@@ -36,6 +37,12 @@ class InvalidRunError(UserError):
     """A run was made, but its numbers are not those of the server."""
 
     exit_code = 3
+
+
+class TooManyFailuresError(UserError):
+    """A run was made, but more of its requests failed than are allowed."""
+
+    exit_code = 4
 
 
 class GateBrokenError(UserError):
@@ -51,6 +58,9 @@ def run(
         bool,
         typer.Option("--find-max", help="Search the highest rate that meets --slo, from --rates."),
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that --out holds.")
+    ] = False,
     as_json: AsJson = False,
     token_file: TokenFile = None,
     tls_ca: TlsCa = None,
@@ -64,32 +74,37 @@ def run(
 
     credentials = Credentials(read_token(token_file), tls_of(tls_ca, tls_cert, tls_key))
     if find_max:
-        _find_max(config, credentials, as_json)
+        _find_max(config, credentials, as_json, overwrite)
     else:
-        _run(config, credentials, as_json)
+        _run(config, credentials, as_json, overwrite)
 
 
-def _run(config: RunConfig, credentials: Credentials, as_json: bool) -> None:
+def _run(config: RunConfig, credentials: Credentials, as_json: bool, may_overwrite: bool) -> None:
     from loadtest import run
     from loadtest.summary import read_summary, to_json
+    from loadtest.summary_text import describe_excess
 
-    folder = run.run(config, credentials, Reporter())
+    folder = run.run(config, credentials, Reporter(), may_overwrite=may_overwrite)
     summary = read_summary(folder)
     if as_json:
         _print_json({"out": str(folder), "summary": json.loads(to_json(summary))})
     else:
         typer.echo((folder / "summary.md").read_text(encoding="utf-8"))
         typer.echo(str(folder / "report.html"))
+    if excess := describe_excess(summary):
+        raise TooManyFailuresError("; ".join([f"{folder}: {excess}", *summary.notes]))
     if not summary.validity.is_valid:
         raise InvalidRunError(f"{folder} is INVALID: {'; '.join(summary.validity.problems)}")
 
 
-def _find_max(config: RunConfig, credentials: Credentials, as_json: bool) -> None:
+def _find_max(
+    config: RunConfig, credentials: Credentials, as_json: bool, may_overwrite: bool
+) -> None:
     if not config.slo or config.arrival not in ("poisson", "constant"):
         raise SettingsError("--find-max needs --slo, and --arrival poisson or constant")
     from loadtest import run
 
-    found = run.find_max(config, credentials, Reporter())
+    found = run.find_max(config, credentials, Reporter(), may_overwrite=may_overwrite)
     if as_json:
         _print_json(json.loads((config.out / "find_max.json").read_text(encoding="utf-8")))
     else:
@@ -146,10 +161,17 @@ def _describe(config: RunConfig, schedule: Schedule) -> str:
 
 @app.command()
 def report(folder: Folder) -> None:
-    """Write a run's report.html anew from its other artifacts."""
+    """Write a run's report.html anew; a run that died is summed up from what it has left."""
+    from loadtest.folder import REPORT_FILE, is_partial
     from loadtest.report import write_report
+    from loadtest.sum_up import sum_up
 
-    typer.echo(str(write_report(folder)))
+    if is_partial(folder):
+        sum_up(folder)
+        typer.echo((folder / "summary.md").read_text(encoding="utf-8"))
+        typer.echo(str(folder / REPORT_FILE))
+    else:
+        typer.echo(str(write_report(folder)))
 
 
 @app.command()

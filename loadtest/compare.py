@@ -126,6 +126,8 @@ def _warnings(name: str, summary: Summary) -> Iterator[str]:
     failures = describe_failures(summary)
     if failures:
         yield f"{name}: {failures}"
+    for note in summary.notes:
+        yield f"{name}: {note}"
 
 
 def _changes(first: Summary, second: Summary) -> Iterator[Change]:

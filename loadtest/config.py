@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from serve.hosts import parse_target
 
 Arrival = Literal["poisson", "constant", "trace", "closed"]
 Protocol = Literal["tandem", "oip"]
@@ -28,7 +30,7 @@ class RunConfig(BaseModel):
         default=("student", "teacher"), min_length=1, max_length=4,
         description="the first is compared with each other one; models of the server",
     )  # fmt: skip
-    out: Path = Field(description="folder of the artifacts; made, never overwritten")
+    out: Path = Field(description="folder of the artifacts; made; see --overwrite")
 
     dataset: str = Field(
         default=BUILTIN, description="builtin, a JSONL file, or synthetic:PROMPT_WORDSxMAX_TOKENS"
@@ -55,15 +57,27 @@ class RunConfig(BaseModel):
     block_s: float = Field(default=5.0, gt=0, description="an arm's turn before the next one's")
     gap_s: float = Field(default=1.0, ge=0, description="without load between blocks")
     timeout_s: float = Field(default=60.0, gt=0, description="deadline of each request")
+    connect_timeout_s: float = Field(
+        default=10.0, gt=0, description="for the first connection, before anything is sent"
+    )
     slo: str = Field(
         default="", description="such as ttft_p95=0.2,itl_p95=0.02: seconds, for goodput"
     )
+    max_failure_rate: float = Field(
+        default=0.0, ge=0, le=1,
+        description="share of requests that may fail; beyond it the exit code is 4",
+    )  # fmt: skip
     divergence: Literal["k3", "exact", "none"] = Field(
         default="k3",
         description="scored by the other model behind the load; exact: the full KL, too",
     )
     processes: int = Field(default=1, ge=1, le=16, description="client processes")
     seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @field_validator("target")
+    @classmethod
+    def _check_target(cls, target: str) -> str:
+        return parse_target(target)
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

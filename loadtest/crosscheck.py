@@ -8,6 +8,7 @@ was due.
 from __future__ import annotations
 
 import bisect
+import http.client
 import math
 import urllib.request
 from collections import Counter
@@ -21,6 +22,8 @@ from loadtest.records import RequestRecord
 
 _TTFT = "tandem_time_to_first_token_seconds_bucket"
 _REQUESTS = "tandem_requests_total"
+# Counters: they fall where the server began anew, and nowhere else.
+_COUNTERS = ("_total", "_bucket", "_count")
 _TIMEOUT_S = 10.0
 
 Labels = frozenset[tuple[str, str]]
@@ -86,12 +89,37 @@ class CrossCheck:
 
 def scrape(url: str) -> Scrape:
     """Read a server's metrics; UserError when they cannot be had."""
+    hint = "write http://HOST:PORT/metrics"
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"--metrics-url {url}: {hint}")
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as reply:
-            text = reply.read().decode("utf-8")
-        return parse(text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--metrics-url {url}: {error}") from None
+            page = reply.read()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        told = str(getattr(error, "reason", error)) or type(error).__name__
+        raise UserError(f"--metrics-url {url}: {told}; {hint}") from None
+    try:
+        found = parse(page.decode("utf-8"))
+    except ValueError:
+        found = Scrape({})
+    if not any(name.startswith("tandem_") for name, _ in found.values):
+        raise UserError(f"--metrics-url {url}: no Tandem metrics are there; {hint}")
+    return found
+
+
+def why_restarted(before: Scrape, after: Scrape) -> str:
+    """Return which counter fell between two scrapes, as it does where the server began anew; or "".
+
+    >>> old, new = parse("x_total 7"), parse("x_total 2")
+    >>> why_restarted(old, new), why_restarted(new, old)
+    ('x_total fell from 7 to 2', '')
+    """
+    for (name, labels), value in before.values.items():
+        if name.endswith(_COUNTERS) and (now := after.values.get((name, labels), 0.0)) < value:
+            shown = ",".join(f'{key}="{each}"' for key, each in sorted(labels))
+            series = f"{name}{{{shown}}}" if shown else name
+            return f"{series} fell from {value:g} to {now:g}"
+    return ""
 
 
 def parse(text: str) -> Scrape:

@@ -1,7 +1,8 @@
 """Limits that a run has to keep, for pipelines: which of them broke, a line each.
 
 A limit is held against the value itself, not the end of its interval: at the edge, how many
-requests a run has would otherwise decide. An INVALID run breaks every gate.
+requests a run has would otherwise decide. A run that is INVALID, or of which more failed than its
+--max-failure-rate allows, breaks every gate; a limit on `failed_share` goes before that rate.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Literal
 from bundle.errors import UserError
 from loadtest.metrics import Place, is_higher_better, is_known, known_names, metrics_of
 from loadtest.summary import Estimate, Summary
+from loadtest.summary_text import describe_excess
 
 Kind = Literal["min", "max", "max-regress"]
 Metrics = Mapping[Place, Mapping[str, Estimate | None]]
@@ -89,9 +91,10 @@ def check(summary: Summary, baseline: Summary | None, limits: Sequence[Limit]) -
     """
     metrics = metrics_of(summary)
     known = metrics_of(baseline) if baseline else None
-    broken = _invalid("the run", summary)
+    may_fail = any(limit.metric == "failed_share" for limit in limits)
+    broken = _invalid("the run", summary, may_fail)
     if baseline and any(limit.kind == "max-regress" for limit in limits):
-        broken += _invalid("the baseline", baseline)
+        broken += _invalid("the baseline", baseline, may_fail)
     if broken:
         return broken
     for limit in limits:
@@ -101,10 +104,17 @@ def check(summary: Summary, baseline: Summary | None, limits: Sequence[Limit]) -
     return broken
 
 
-def _invalid(name: str, summary: Summary) -> list[Broken]:
-    if summary.validity.is_valid:
-        return []
-    return [Broken(None, None, f"{name} is INVALID: {'; '.join(summary.validity.problems)}")]
+def _invalid(name: str, summary: Summary, may_fail: bool) -> list[Broken]:
+    """Return why a run's numbers hold no limit: it is INVALID, or too much of it failed.
+
+    A limit on `failed_share` says itself how much may fail.
+    """
+    broken = []
+    if not summary.validity.is_valid:
+        broken += [f"{name} is INVALID: {'; '.join(summary.validity.problems)}"]
+    if not may_fail and (excess := describe_excess(summary)):
+        broken += [f"{name}: {excess}"]
+    return [Broken(None, None, reason) for reason in broken]
 
 
 def _places(limit: Limit, metrics: Metrics) -> list[Place]:

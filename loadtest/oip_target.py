@@ -93,6 +93,9 @@ class OipTarget:
         for sample in record.samples:
             _judge(sample, prompt)
 
+    async def wait_connected(self) -> None:
+        await self._channel.channel_ready()
+
     async def close(self) -> None:
         await self._channel.close()
 

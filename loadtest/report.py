@@ -6,7 +6,6 @@ plots come from `report_plots`. What was not measured is said, never drawn as 0.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from bundle.errors import UserError
 from loadtest import report_text
 from loadtest.config import RunConfig
 from loadtest.flags import flag_of
+from loadtest.folder import REPORT_FILE, read_run, write_text
 from loadtest.plots import arm_styles
 from loadtest.records import RequestRecord
 from loadtest.report_plots import KL_TO_TEACHER, draw_plots, is_closed, load_label, pareto_quality
@@ -28,10 +27,10 @@ from loadtest.summary import Cell, Comparison, Distribution, Summary, read_summa
 from loadtest.summary_text import describe_failures
 from loadtest.timeline import Gauge
 
-REPORT_FILE = "report.html"
 # Of run.json; what has a place of its own on the page, or would only be noise there.
 _SHOWN_ELSEWHERE = {
     "config", "timeline", "versions", "models", "schedule_sha256", "command", "divergence_problem",
+    "problems", "notes", "costs", "cross_check",
 }  # fmt: skip
 _SPEEDS = {
     "ttft_p50": "first token, median",
@@ -78,11 +77,11 @@ def write_report(folder: Path) -> Path:
     """
     page = render_report(
         read_summary(folder),
-        _read_run(folder / "run.json"),
+        read_run(folder),
         read_requests(folder / REQUESTS_FILE),
     )
     path = folder / REPORT_FILE
-    path.write_text(page, encoding="utf-8", newline="\n")
+    write_text(path, page)
     return path
 
 
@@ -211,18 +210,6 @@ def command_of(run: Mapping[str, Any]) -> str:
             parts = value if isinstance(value, list) else [value]
             words += [flag_of(name), ",".join(map(str, parts))]
     return shlex.join(words)
-
-
-def _read_run(path: Path) -> dict[str, Any]:
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not what a run writes: {error}") from None
-    if not isinstance(run, dict):
-        raise UserError(f"{path} is not what a run writes: it is no JSON object")
-    return run
 
 
 def _environment() -> Environment:

@@ -1,14 +1,15 @@
 """One load test from its settings to its folder: plan, check, load, score, sum up, draw.
 
 The folder's files: `run.json` (what was asked, of what, on what), `requests.jsonl` (every request),
-`summary.json`, `summary.md`, `report.html`. What was recorded is written before it is summed up.
+`summary.json`, `summary.md`, `report.html`. What was recorded is on disk before anything else is
+asked of the server, and what a run died over is summed up by `tandem loadtest report`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import datetime
-import json
+import math
 import os
 import platform
 import sys
@@ -18,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import grpc
@@ -26,77 +26,104 @@ from google.protobuf.json_format import MessageToDict
 
 from bundle.errors import UserError
 from loadtest.after import score_samples
-from loadtest.analysis import summarize
 from loadtest.config import RunConfig
-from loadtest.crosscheck import Scrape, cross_check, scrape
+from loadtest.crosscheck import cross_check
 from loadtest.dataset import load_prompts
-from loadtest.find_max import MaxRate, Search
+from loadtest.find_max import MaxRate, Search, Step
 from loadtest.find_max import find_max as search_max
+from loadtest.folder import FIND_MAX_FILE, RUN_FILE, make_folder, write_json
+from loadtest.gauges import ServerWatch
 from loadtest.progress import Reporter
 from loadtest.records import Phase, Prompt, RequestRecord
-from loadtest.report import write_report
-from loadtest.requests_file import REQUESTS_FILE, write_requests
+from loadtest.requests_file import REQUESTS_FILE, part_files, write_requests
 from loadtest.schedule import Schedule, plan
 from loadtest.slo import Slo, Tally, parse_slo
-from loadtest.summary import to_json
-from loadtest.summary_text import to_markdown
+from loadtest.sum_up import sum_up
 from loadtest.targets import Credentials
 from loadtest.workers import LoadResult, Progress, run_load
+from serve.access import open_client, wait_connected
 from serve.client import AsyncClient, Client, explain
 
-# How often the server's gauges are read: a scrape takes it 5 to 30 ms.
-_GAUGE_INTERVAL_S = 2.0
 _SCORE_TIMEOUT_S = 300.0
-_GAUGES = {
-    "waiting": "tandem_sequences_waiting",
-    "running": "tandem_sequences_running",
-    "batch": "tandem_batch_size",
-}
 _PACKAGES = ("tandem", "grpcio", "numpy")
 
 
-def run(config: RunConfig, credentials: Credentials, reporter: Reporter) -> Path:
+def run(
+    config: RunConfig, credentials: Credentials, reporter: Reporter, *, may_overwrite: bool = False
+) -> Path:
     """Run a load test and return its folder.
 
     Raises:
-        UserError: the folder is not empty, the dataset or trace is broken, or the server is not
-            there or lacks an arm.
+        UserError: there is something in the folder, the dataset or trace is broken, or the server
+            is not there or lacks an arm.
     """
     _read_slo(config)
     prompts = load_prompts(config)
     schedule = plan(config, prompts)
-    _make_folder(config.out)
+    make_folder(config.out, may_overwrite=may_overwrite)
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    facts = _facts(config, schedule, credentials)
-    _write_json(config.out / "run.json", facts)
+    facts = _facts(config, schedule, credentials, reporter)
+    write_json(config.out / RUN_FILE, facts)
     reporter.say(
         f"{len(schedule.requests)} requests planned, {schedule.duration_s:.0f} s, "
         f"schedule {schedule.sha256[:12]}"
     )
-    before = scrape(config.metrics_url) if config.metrics_url else None
-    with _gauges(config) as timeline:
-        result = _load(config, by_id, schedule, credentials, reporter, timeline.set_start)
-    after = scrape(config.metrics_url) if config.metrics_url else None
-    facts |= {"timeline": timeline.by_role, "is_interrupted": result.is_interrupted}
-    records = result.records
-    write_requests(config.out / REQUESTS_FILE, records)
-    facts["divergence_problem"] = _score(config, by_id, records, credentials, reporter)
-    write_requests(config.out / REQUESTS_FILE, records)
-    _write_json(config.out / "run.json", facts)
-    checked = _cross_check(config, before, after, records)
-    _sum_up(config, schedule, result, facts, checked)
+    with _watching(config, reporter) as watch:
+        on_start = watch.set_start if watch else _ignore
+        result = _load(config, by_id, schedule, credentials, reporter, on_start, config.out)
+        _keep(config.out, result.records)
+    facts |= {
+        "is_interrupted": result.is_interrupted,
+        "problems": result.problems,
+        "costs": [asdict(cost) for cost in result.costs],
+        **_server_facts(config, watch, result.records),
+    }
+    write_json(config.out / RUN_FILE, facts)
+    if result.is_interrupted:
+        facts["divergence_problem"] = "the run was interrupted"
+    else:
+        facts["divergence_problem"] = _score(config, by_id, result.records, credentials, reporter)
+        write_requests(config.out / REQUESTS_FILE, result.records)
+    write_json(config.out / RUN_FILE, facts)
+    sum_up(config.out)
     return config.out
 
 
-def find_max(config: RunConfig, credentials: Credentials, reporter: Reporter) -> dict[str, MaxRate]:
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what JSON can hold: an edge that is infinite is None."""
+    return {key: None if value == math.inf else value for key, value in values.items()}
+
+
+def _ignore(start_s: float) -> None: ...
+
+
+def _keep(folder: Path, records: Sequence[RequestRecord]) -> None:
+    """Write all records into one file in place of those of the processes."""
+    write_requests(folder / REQUESTS_FILE, records)
+    for path in part_files(folder):
+        path.unlink()
+
+
+def find_max(
+    config: RunConfig, credentials: Credentials, reporter: Reporter, *, may_overwrite: bool = False
+) -> dict[str, MaxRate]:
     """Search each arm's highest rate that meets the SLO, from the lowest of the rates on.
 
-    Arms are loaded one after the other. Writes `find_max.json`.
+    Arms are loaded one after the other. `find_max.json` has every step from its end on.
+
+    Raises:
+        UserError: as `run`, or the server went away: no request of a step was answered.
     """
     slo = _read_slo(config)
     prompts = load_prompts(config)
-    _make_folder(config.out)
+    make_folder(config.out, may_overwrite=may_overwrite)
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    _models(config, credentials, reporter)
+    found: dict[str, MaxRate] = {}
+    steps: dict[str, list[Step]] = {arm: [] for arm in config.arms}
+
+    def write() -> None:
+        write_json(config.out / FIND_MAX_FILE, _found(config, found, steps))
 
     def measure_arm(arm: str) -> Callable[[float, int], Sequence[Tally]]:
         def measure(rate_rps: float, num_before: int) -> Sequence[Tally]:
@@ -105,26 +132,39 @@ def find_max(config: RunConfig, credentials: Credentials, reporter: Reporter) ->
             )
             result = _load(one, by_id, plan(one, prompts), credentials, reporter)
             measured = [r for r in result.records if r.plan.phase is Phase.MEASURED]
+            if result.problems:
+                raise UserError(f"{arm} at {rate_rps:g} requests/s: {result.problems[0]}")
+            if all(record.status == "UNAVAILABLE" for record in measured):
+                raise UserError(f"{arm} at {rate_rps:g} requests/s: the server went away")
             return slo.tallies(measured)
 
         return measure
 
-    found = {}
+    def on_step(arm: str, step: Step) -> None:
+        reporter.say(f"{arm} at {step.rate_rps:g} requests/s: {step.verdict.value}")
+        steps[arm].append(step)
+        write()
+
     search = Search(start_rps=min(config.rates_rps))
     for arm in config.arms:
-        found[arm] = search_max(
-            measure_arm(arm),
-            search,
-            lambda step, arm=arm: reporter.say(  # type: ignore[misc]
-                f"{arm} at {step.rate_rps:g} requests/s: {step.verdict.value}"
-            ),
-        )
-    shown = {
+        found[arm] = search_max(measure_arm(arm), search, lambda step, arm=arm: on_step(arm, step))  # type: ignore[misc]
+        write()
+    return found
+
+
+def _found(
+    config: RunConfig, found: Mapping[str, MaxRate], steps: Mapping[str, Sequence[Step]]
+) -> dict[str, Any]:
+    """Return find_max.json: the highest rates of the arms that are done, and all steps so far."""
+    rates = {
         arm: {"meets_rps": each.meets_rps, "fails_rps": each.fails_rps}
         for arm, each in found.items()
     }
-    _write_json(config.out / "find_max.json", {"slo": config.slo, "arms": shown})
-    return found
+    tried = {
+        arm: [{"rate_rps": step.rate_rps, "verdict": step.verdict.value} for step in of]
+        for arm, of in steps.items()
+    }
+    return {"slo": config.slo, "arms": rates, "steps": tried}
 
 
 def _read_slo(config: RunConfig) -> Slo:
@@ -135,24 +175,12 @@ def _read_slo(config: RunConfig) -> Slo:
         raise UserError(f"--slo: {error}") from None
 
 
-def _make_folder(folder: Path) -> None:
-    """Make the folder of a run; UserError when there is something in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(f"--out {folder} is not empty; give a new folder")
-    except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}") from None
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
 # --- what is said of a run
 
 
-def _facts(config: RunConfig, schedule: Schedule, credentials: Credentials) -> dict[str, Any]:
+def _facts(
+    config: RunConfig, schedule: Schedule, credentials: Credentials, reporter: Reporter
+) -> dict[str, Any]:
     return {
         "command": ["tandem", *sys.argv[1:]],
         "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -165,7 +193,7 @@ def _facts(config: RunConfig, schedule: Schedule, credentials: Credentials) -> d
             "system": platform.system(),
         },
         "versions": _versions(),
-        "models": _models(config, credentials),
+        "models": _models(config, credentials, reporter),
     }
 
 
@@ -179,19 +207,23 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _models(config: RunConfig, credentials: Credentials) -> list[dict[str, Any]]:
-    """Return what the server says of its models; nothing where it does not speak our protocol."""
-    if config.protocol != "tandem":
-        return []
+def _models(
+    config: RunConfig, credentials: Credentials, reporter: Reporter
+) -> list[dict[str, Any]]:
+    """Wait for the server, and return what it says of its models, where it speaks our protocol."""
+    target = f"--target {config.target}"
     try:
-        with Client(
-            config.target, token=credentials.token, tls=credentials.tls, timeout_s=config.timeout_s
+        with open_client(
+            Client, config.target, config.timeout_s, credentials.token, credentials.tls
         ) as client:
+            wait_connected(
+                client, target, config.connect_timeout_s, client.get_models, reporter.say
+            )
+            if config.protocol != "tandem":
+                return []
             models = client.get_models().models
-    except (OSError, ValueError) as error:
-        raise UserError(f"--target {config.target}: {error}") from None
     except grpc.RpcError as error:
-        raise UserError(f"--target {config.target}: {explain(error)}") from None
+        raise UserError(f"{target}: {explain(error)}") from None
     return [MessageToDict(model, preserving_proto_field_name=True) for model in models]
 
 
@@ -204,69 +236,39 @@ def _load(
     schedule: Schedule,
     credentials: Credentials,
     reporter: Reporter,
-    on_start: Callable[[float], None] = lambda start_s: None,
+    on_start: Callable[[float], None] = _ignore,
+    folder: Path | None = None,
 ) -> LoadResult:
-    """Send the schedule; `on_start` is told when its clock began, on the monotonic one."""
+    """Send the schedule; `on_start` is told when its clock began, on the monotonic one.
+
+    Records are in the folder, if there is one, from the end of their block on.
+    """
     with reporter.track("load") as on_done:
 
         def on_progress(progress: Progress) -> None:
             on_start(time.monotonic() - progress.elapsed_s)
             on_done(min(progress.elapsed_s, schedule.duration_s), schedule.duration_s)
 
-        return run_load(config, prompts, schedule.blocks, on_progress, credentials)
-
-
-class _Timeline:
-    """The server's gauges over the run's time, by role; read on a thread of its own."""
-
-    def __init__(self, url: str) -> None:
-        self.by_role: dict[str, list[dict[str, float]]] = {}
-        self._url = url
-        self._start_s: float | None = None
-        self._is_over = Event()
-        self._thread = Thread(target=self._read_on, name="gauges")
-
-    def set_start(self, start_s: float) -> None:
-        self._start_s = start_s
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._is_over.set()
-        self._thread.join()
-
-    def _read_on(self) -> None:
-        while not self._is_over.wait(_GAUGE_INTERVAL_S):
-            if self._start_s is None:
-                continue
-            try:
-                found = scrape(self._url)
-            except UserError:
-                continue  # the scrape behind the load tells it, if it lasts
-            self._take(found, time.monotonic() - self._start_s)
-
-    def _take(self, found: Scrape, time_s: float) -> None:
-        for labels in found.of(_GAUGES["running"]):
-            role = dict(labels)["role"]
-            values = {
-                name: sum(found.of(metric, role=role).values()) for name, metric in _GAUGES.items()
-            }
-            self.by_role.setdefault(role, []).append({"time_s": time_s, **values})
+        result = run_load(config, prompts, schedule.blocks, on_progress, credentials, folder)
+    for problem in result.problems:
+        reporter.say(problem)
+    return result
 
 
 @contextmanager
-def _gauges(config: RunConfig) -> Iterator[_Timeline]:
-    """Read the server's gauges during the block, if there is anywhere to read them."""
-    timeline = _Timeline(config.metrics_url or "")
+def _watching(config: RunConfig, reporter: Reporter) -> Iterator[ServerWatch | None]:
+    """Read the server's metrics around and during the block, if there is anywhere to read them."""
     if config.metrics_url is None:
-        yield timeline
+        yield None
         return
-    timeline.start()
+    watch = ServerWatch(config.metrics_url)
+    watch.start()
     try:
-        yield timeline
+        yield watch
     finally:
-        timeline.stop()
+        watch.stop()
+        for note in watch.notes:
+            reporter.say(note)
 
 
 # --- behind the load
@@ -279,7 +281,7 @@ def _score(
     credentials: Credentials,
     reporter: Reporter,
 ) -> str:
-    """Set the records' divergences; returns why there are none, or ""."""
+    """Set the records' divergences; returns why there are none, or not all, or ""."""
     if config.divergence == "none":
         return "not asked for"
     if config.protocol != "tandem":
@@ -295,45 +297,28 @@ def _score(
             return await score_samples(client, config, prompts, records, on_done)
 
     with reporter.track("divergences") as on_done:
-        problem = asyncio.run(score())
+        try:
+            problem = asyncio.run(score())
+        except KeyboardInterrupt:
+            problem = "interrupted"
     if problem:
-        reporter.say(f"no divergences: {problem}")
+        reporter.say(f"divergences are missing: {problem}")
     return problem
 
 
-def _cross_check(
-    config: RunConfig,
-    before: Scrape | None,
-    after: Scrape | None,
-    records: Sequence[RequestRecord],
-) -> dict[str, Any] | None:
-    if before is None or after is None:
-        return None
-    found = cross_check(before, after, records, config.arms)
-    return {
+def _server_facts(
+    config: RunConfig, watch: ServerWatch | None, records: Sequence[RequestRecord]
+) -> dict[str, Any]:
+    """Return what the server's metrics say of a run; nothing where nobody looked at them."""
+    if watch is None:
+        return {}
+    facts: dict[str, Any] = {"timeline": watch.timeline, "notes": watch.notes}
+    if watch.after is None or watch.is_restarted:
+        return facts
+    found = cross_check(watch.before, watch.after, records, config.arms)
+    checked = {
         "agrees": found.agrees,
-        "ttft": [{**asdict(check), "agrees": check.agrees} for check in found.ttft],
+        "ttft": [_finite({**asdict(check), "agrees": check.agrees}) for check in found.ttft],
         "counts": [{**asdict(check), "agrees": check.agrees} for check in found.counts],
     }
-
-
-def _sum_up(
-    config: RunConfig,
-    schedule: Schedule,
-    result: LoadResult,
-    facts: Mapping[str, Any],
-    checked: dict[str, Any] | None,
-) -> None:
-    summary = summarize(
-        config,
-        schedule.sha256,
-        result.records,
-        result.costs,
-        versions=facts["versions"],
-        models=facts["models"],
-        cross_check=checked,
-        is_interrupted=result.is_interrupted,
-    )
-    (config.out / "summary.json").write_text(to_json(summary), encoding="utf-8")
-    (config.out / "summary.md").write_text(to_markdown(summary), encoding="utf-8")
-    write_report(config.out)
+    return {**facts, "cross_check": checked}

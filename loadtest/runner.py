@@ -2,16 +2,19 @@
 
 Open loop: each request has its own task and is sent at its intended time, whatever became of those
 before it, so that a server that stalls is not asked less often meanwhile (coordinated omission).
-Closed loop: a number of workers, each with one request at a time.
+Closed loop: a number of workers, each with one request at a time. A worker whose request failed
+waits before its next one, so that a server that is down is not asked thousands of times in vain.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import random
 import selectors
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from loadtest.records import PlannedRequest, RequestRecord
@@ -24,13 +27,15 @@ class BlockCost:
     """What a block took from a client process.
 
     `cpu_share` is of one core, all of the process's threads together. `has_run_out`: a closed loop
-    had no requests left at the block's end, so it may have been without load before.
+    had no requests left at the block's end, so it may have been without load before. `paused_s`:
+    how long its workers waited behind failures, all together.
     """
 
     process: int
     block: int
     cpu_share: float
     has_run_out: bool = False
+    paused_s: float = 0.0
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -38,11 +43,35 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return asyncio.SelectorEventLoop(selectors.SelectSelector())
 
 
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 2.0
+JITTER = 0.5
+
+
+class Pauses:
+    """How long a worker of a closed loop waits behind one failure after the other.
+
+    The first one is 0.1 s, each other one twice as long, up to 2 s, all of them ± 50 % by chance.
+    """
+
+    def __init__(self, seed: str) -> None:
+        self._random = random.Random(seed)
+        self._pause_s = FIRST_PAUSE_S
+
+    def succeeded(self) -> None:
+        self._pause_s = FIRST_PAUSE_S
+
+    def failed(self) -> float:
+        """Return the seconds from the failed request's start to the next one's."""
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, MAX_PAUSE_S)
+        return pause_s * self._random.uniform(1 - JITTER, 1 + JITTER)
+
+
 class Runner:
     """Runs blocks against a target; `records` and `costs` grow while it does.
 
     `start_s` is the run's start on the running loop's clock: that is `time.monotonic`, which all
-    processes of a machine share. `cpu_time_s` is what this process has used so far.
+    processes of a machine share. `keep` is told what has ended, behind each block and at the end.
+    `cpu_time_s` is what this process has used so far.
     """
 
     def __init__(
@@ -50,6 +79,7 @@ class Runner:
         target: Target,
         start_s: float,
         process: int = 0,
+        keep: Callable[[Sequence[RequestRecord]], None] = lambda records: None,
         cpu_time_s: Callable[[], float] = time.process_time,
     ) -> None:
         self._target = target
@@ -57,6 +87,9 @@ class Runner:
         self._cpu_time_s = cpu_time_s
         self._start_s = start_s
         self._process = process
+        self._keep = keep
+        self._ended: list[RequestRecord] = []
+        self._paused_s = 0.0
         self.records: list[RequestRecord] = []
         self.costs: list[BlockCost] = []
         self.num_ended = 0
@@ -67,26 +100,37 @@ class Runner:
 
         Cancelled, it cancels them: they are recorded as CANCELLED.
         """
-        async with asyncio.TaskGroup() as requests:
-            for block in blocks:
-                _collect_garbage()
-                await self._sleep_until(block.start_s)
-                await self._run_block(block, requests)
+        try:
+            async with asyncio.TaskGroup() as requests:
+                for block in blocks:
+                    self._keep_ended()
+                    _collect_garbage()
+                    await self._sleep_until(block.start_s)
+                    await self._run_block(block, requests)
+        finally:
+            self._keep_ended()
+
+    def _keep_ended(self) -> None:
+        ended, self._ended = self._ended, []
+        self._keep(ended)
 
     async def _run_block(self, block: Block, requests: asyncio.TaskGroup) -> None:
         """Send a block's requests. Those that run at its end go on behind it."""
         started_s, started_cpu_s = self._now(), self._cpu_time_s()
+        paused_s = self._paused_s
         waiting = iter(block.requests)
         is_closed = bool(block.requests) and block.requests[0].intended_s is None
         if is_closed:
-            for _ in range(round(block.load)):
-                requests.create_task(self._work(waiting, block.end_s))
+            for worker in range(round(block.load)):
+                pauses = Pauses(f"{block.requests[0].seed} {worker}")
+                requests.create_task(self._work(waiting, block.end_s, pauses))
         else:
             await self._dispatch(waiting, requests)
         await self._sleep_until(block.end_s)
         cpu_share = (self._cpu_time_s() - started_cpu_s) / (self._now() - started_s)
         has_run_out = is_closed and next(waiting, None) is None
-        self.costs.append(BlockCost(self._process, block.index, cpu_share, has_run_out))
+        paused_s = self._paused_s - paused_s
+        self.costs.append(BlockCost(self._process, block.index, cpu_share, has_run_out, paused_s))
 
     async def _dispatch(self, plans: Iterator[PlannedRequest], requests: asyncio.TaskGroup) -> None:
         for plan in plans:
@@ -94,14 +138,27 @@ class Runner:
             await self._sleep_until(plan.intended_s)
             requests.create_task(self._send(plan))
 
-    async def _work(self, plans: Iterator[PlannedRequest], end_s: float) -> None:
+    async def _work(self, plans: Iterator[PlannedRequest], end_s: float, pauses: Pauses) -> None:
         while self._now() < end_s:
             plan = next(plans, None)
             if plan is None:
                 return
-            await self._send(plan)
+            record = await self._send(plan)
+            if record.is_ok:
+                pauses.succeeded()
+            else:
+                await self._pause(min(record.sent_s + pauses.failed(), end_s))
 
-    async def _send(self, plan: PlannedRequest) -> None:
+    async def _pause(self, until_s: float) -> None:
+        """Send nothing for a while, and go on as soon behind it as there is a connection."""
+        began_s = self._now()
+        await self._sleep_until(until_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(MAX_PAUSE_S):
+                await self._target.wait_connected()
+        self._paused_s += self._now() - began_s
+
+    async def _send(self, plan: PlannedRequest) -> RequestRecord:
         record = RequestRecord(plan, sent_s=self._now())
         self.records.append(record)
         try:
@@ -114,8 +171,10 @@ class Runner:
             raise
         finally:
             record.ended_s = self._now()
+            self._ended.append(record)
             self.num_ended += 1
-            self.num_failed += record.status != "OK"
+            self.num_failed += not record.is_ok
+        return record
 
     @property
     def elapsed_s(self) -> float:

@@ -141,7 +141,10 @@ class Validity:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """All of `summary.json`. `config` is the RunConfig as JSON; `num_errors` as in `outcomes`."""
+    """All of `summary.json`. `config` is the RunConfig as JSON; `num_errors` as in `outcomes`.
+
+    `notes` say what went wrong with the server: it began anew, or its metrics were gone.
+    """
 
     config: dict[str, object]
     schedule_sha256: str
@@ -152,6 +155,23 @@ class Summary:
     cells: tuple[Cell, ...]
     comparisons: tuple[Comparison, ...]
     cross_check: dict[str, object] | None = None
+    is_interrupted: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_failed(self) -> int:
+        """Requests that were not answered, without those that the run itself gave up."""
+        given_up = "cancelled" if self.is_interrupted else None
+        return sum(
+            count
+            for cell in self.cells
+            for outcome, count in cell.outcomes.items()
+            if outcome not in ("ok", given_up)
+        )
+
+    @property
+    def num_offered(self) -> int:
+        return sum(cell.num_offered for cell in self.cells)
 
     def cell(self, arm: str, load: float) -> Cell | None:
         return next((c for c in self.cells if (c.arm, c.load) == (arm, load)), None)

@@ -35,6 +35,9 @@ def _warnings(summary: Summary) -> Iterator[str]:
     if failures:
         yield f"**{failures}.**"
         yield ""
+    for note in summary.notes:
+        yield f"**{note}.**"
+        yield ""
 
 
 def describe_failures(summary: Summary) -> str:
@@ -46,8 +49,16 @@ def describe_failures(summary: Summary) -> str:
     if not any(counts.values()):
         return ""
     kinds = ", ".join(f"{count} {_OUTCOMES[name]}" for name, count in counts.items() if count)
-    num_offered = sum(cell.num_offered for cell in summary.cells)
-    return f"{sum(counts.values())} of {num_offered} requests failed: {kinds}"
+    return f"{sum(counts.values())} of {summary.num_offered} requests failed: {kinds}"
+
+
+def describe_excess(summary: Summary) -> str:
+    """Return that more requests failed than the run was told are allowed; "" where that is not."""
+    allowed = summary.config.get("max_failure_rate", 0.0)
+    assert isinstance(allowed, int | float)
+    if summary.num_failed <= allowed * summary.num_offered:
+        return ""
+    return f"{describe_failures(summary)}; --max-failure-rate {allowed:g} allows fewer"
 
 
 def describe_comparison(found: Comparison, is_closed: bool) -> Iterator[str]:

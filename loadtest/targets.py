@@ -54,6 +54,9 @@ class Target(Protocol):
     async def send(self, record: RequestRecord, clock: Clock) -> None:
         """Send the record's request and fill in what comes; RequestFailedError."""
 
+    async def wait_connected(self) -> None:
+        """Wait for a connection, for ever if need be."""
+
     async def close(self) -> None:
         """Disconnect; calls that still run are cancelled."""
 
@@ -92,6 +95,9 @@ class TandemTarget:
             raise to_failure(error) from None
         except IncompleteStreamError as error:
             raise RequestFailedError(INCOMPLETE, str(error)) from None
+
+    async def wait_connected(self) -> None:
+        await self._client.wait_connected()
 
     async def close(self) -> None:
         await self._client.close()

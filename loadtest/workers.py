@@ -2,7 +2,8 @@
 
 The parent draws progress and answers Ctrl-C, so that neither delays a request. A child connects,
 asks for the arms, waits for the common start, reports now and then, and hands over its records at
-the end. It ends with its parent.
+the end. What has ended is in its own file by then, behind each block: see `requests_file`. It ends
+with its parent.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from bundle.errors import UserError
 from loadtest.config import RunConfig
 from loadtest.oip_target import OipTarget
 from loadtest.records import Prompt, RequestRecord
+from loadtest.requests_file import keeping, part_file, read_parts
 from loadtest.runner import BlockCost, Runner, new_event_loop
 from loadtest.schedule import Block
 from loadtest.targets import Credentials, TandemTarget, Target
@@ -30,11 +33,13 @@ from loadtest.targets import Credentials, TandemTarget, Target
 _START_DELAY_S = 0.2
 _REPORT_INTERVAL_S = 0.5
 _END_TIMEOUT_S = 5.0
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = "it was interrupted: a part of its load is missing"
 _TARGETS: Mapping[str, Callable[..., Target]] = {"tandem": TandemTarget, "oip": OipTarget}
 
 
-class ClientFailedError(Exception):
-    """A client process ended without its records; its own traceback is on stderr."""
+class ClientFailedError(UserError):
+    """A client process ended before its time; its own traceback is on stderr."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +54,28 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What was seen of a schedule, by request number; interrupted: of its first part."""
+    """What was seen of a schedule, by request number.
+
+    `is_interrupted`: requests were given up. `problems` say why a part of the load is missing: it
+    was interrupted, or a client process died.
+    """
 
     records: list[RequestRecord]
     costs: list[BlockCost]
-    is_interrupted: bool
+    is_interrupted: bool = False
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What a client process is told."""
+    """What a client process is told; `part` is the file for its records, if any."""
 
     config: RunConfig
     prompts: Mapping[str, Prompt]
     credentials: Credentials
     blocks: Sequence[Block]
     process: int
+    part: Path | None
 
 
 def run_load(
@@ -73,20 +84,24 @@ def run_load(
     blocks: Sequence[Block],
     on_progress: Callable[[Progress], None],
     credentials: Credentials = Credentials(),  # noqa: B008 - frozen
+    folder: Path | None = None,
 ) -> LoadResult:
     """Run the blocks with `config.processes` processes; call it from the main thread.
 
-    The first Ctrl-C ends the load and keeps what was recorded, the second one raises.
+    Records are kept in `folder`, a file of each process, from the end of their block on. The first
+    Ctrl-C or SIGTERM ends the load and keeps what was recorded, the second one does what it does.
+    So does a process that ends before its time: of its records those in its file are left.
 
     Raises:
         UserError: the server cannot be reached, or does not serve an arm.
-        ClientFailedError: a process ended before its time; the others are ended, too.
+        ClientFailedError: a process ended before the load began; the others are ended, too.
     """
     clients: list[_Client] = []
     try:
         for process in range(config.processes):
             part = partition(blocks, process, config.processes)
-            clients.append(_Client(_Job(config, prompts, credentials, part, process)))
+            file = None if folder is None else part_file(folder, process)
+            clients.append(_Client(_Job(config, prompts, credentials, part, process, file)))
         _start_together(clients)
         with _stopping(clients):
             _collect(clients, on_progress)
@@ -133,7 +148,7 @@ class _Client:
         self.connection, theirs = context.Pipe()
         self.progress = Progress()
         self.result: LoadResult | None = None
-        self._number = job.process
+        self._job = job
         self._process: BaseProcess = context.Process(target=_main, args=(theirs, job), daemon=True)
         with _without_interrupts(), theirs:
             self._process.start()
@@ -145,8 +160,8 @@ class _Client:
         except (EOFError, ConnectionError):
             self._process.join(_END_TIMEOUT_S)
             raise ClientFailedError(
-                f"client process {self._number} ended with exit code {self._process.exitcode} "
-                "before its requests did; see its error above"
+                f"client process {self._job.process} ended with exit code "
+                f"{self._process.exitcode} before its requests did"
             ) from None
         if isinstance(message, UserError):
             raise message
@@ -160,9 +175,15 @@ class _Client:
             assert isinstance(message, LoadResult)
             self.result = message
 
+    def bury(self, error: ClientFailedError) -> None:
+        """Take what it has left behind as its result."""
+        part = self._job.part
+        records = read_parts([part]) if part is not None and part.exists() else []
+        self.result = LoadResult(records, [], problems=(f"{error}: a part of the load is missing",))
+
     def stop(self) -> None:
         """Have it end early and hand over what it has."""
-        with suppress(ConnectionError):  # it has ended already
+        with suppress(OSError):  # it has ended already
             self.connection.send(None)
 
     def end(self) -> None:
@@ -174,29 +195,35 @@ class _Client:
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Processes that are started here ignore Ctrl-C from the beginning: their parent tells them."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Processes that are started here ignore what ends a load: their parent tells them."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
 def _stopping(clients: Sequence[_Client]) -> Iterator[None]:
-    """Have the next Ctrl-C stop the clients, and the one after it do what it did before."""
-    before = signal.getsignal(signal.SIGINT)
+    """Have the next signal that ends a load stop the clients; another one does what it did."""
+    before = {number: signal.getsignal(number) for number in _ENDING}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def stop(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, before)
+        restore()
         for client in clients:
             client.stop()
 
-    signal.signal(signal.SIGINT, stop)
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 def _start_together(clients: Sequence[_Client]) -> None:
@@ -214,7 +241,12 @@ def _collect(clients: Sequence[_Client], on_progress: Callable[[Progress], None]
         for connection in wait(list(by_connection)):
             assert isinstance(connection, Connection)
             client = by_connection[connection]
-            client.take()
+            try:
+                client.take()
+            except ClientFailedError as error:
+                client.bury(error)
+                for other in by_connection.values():
+                    other.stop()
             if client.result is not None:
                 del by_connection[connection]
         on_progress(_sum([client.progress for client in clients]))
@@ -232,10 +264,13 @@ def _sum(parts: Sequence[Progress]) -> Progress:
 def _merge(parts: Sequence[LoadResult]) -> LoadResult:
     records = [record for part in parts for record in part.records]
     costs = [cost for part in parts for cost in part.costs]
+    is_interrupted = any(part.is_interrupted for part in parts)
+    deaths = tuple(problem for part in parts for problem in part.problems)
     return LoadResult(
         sorted(records, key=lambda record: record.plan.number),
         sorted(costs, key=lambda cost: (cost.block, cost.process)),
-        any(part.is_interrupted for part in parts),
+        is_interrupted,
+        deaths or ((INTERRUPTED,) if is_interrupted else ()),
     )
 
 
@@ -255,12 +290,14 @@ async def _run(connection: Connection, job: _Job) -> None:
     try:
         await target.check()
         connection.send(None)
-        runner = Runner(target, connection.recv(), job.process)
-        reports = asyncio.create_task(_report(connection, runner))
-        is_interrupted = await _run_until_told(connection, runner, job.blocks)
+        with keeping(job.part) as keep:
+            runner = Runner(target, connection.recv(), job.process, keep)
+            reports = asyncio.create_task(_report(connection, runner))
+            is_interrupted = await _run_until_told(connection, runner, job.blocks)
         reports.cancel()
-        connection.send(_progress(runner))
-        connection.send(LoadResult(runner.records, runner.costs, is_interrupted))
+        with suppress(ConnectionError):  # the parent is gone
+            connection.send(_progress(runner))
+            connection.send(LoadResult(runner.records, runner.costs, is_interrupted))
     finally:
         await target.close()
 
@@ -285,7 +322,8 @@ async def _run_until_told(connection: Connection, runner: Runner, blocks: Sequen
 async def _report(connection: Connection, runner: Runner) -> None:
     while True:
         await asyncio.sleep(_REPORT_INTERVAL_S)
-        connection.send(_progress(runner))
+        with suppress(ConnectionError):  # the parent is gone, which ends the load
+            connection.send(_progress(runner))
 
 
 def _progress(runner: Runner) -> Progress:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from bundle.errors import UserError
+from bundle.errors import UsageError, UserError
+from serve.hosts import DATA_PORT, parse_target
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import grpc
     from google.protobuf.message import Message
 
     from serve.client import Client, ControlClient, Tls
@@ -18,6 +23,13 @@ if TYPE_CHECKING:
 
 # All attempts that a client may make take 16 s where nobody listens.
 _MAX_ATTEMPTS = 2
+# Behind it, people are told that they wait.
+_MOMENT_S = 0.3
+# Of the call that is to say why there is no connection.
+_REASON_TIMEOUT_S = 1.0
+
+ConnectTimeout = Annotated[float, typer.Option(min=0, help="Seconds to wait for a connection.")]
+CONNECT_TIMEOUT_S = 5.0
 
 TokenFile = Annotated[
     Path | None, typer.Option("--token-file", help="The first line is the token.")
@@ -59,6 +71,14 @@ def tls_of(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
         raise UserError(f"--tls-cert and --tls-key: {error}") from None
 
 
+def read_target(text: str, default_port: int = DATA_PORT) -> str:
+    """Return --target as gRPC takes it; UsageError with what to write."""
+    try:
+        return parse_target(text, default_port)
+    except ValueError as error:
+        raise UsageError(f"--target {text!r} {error}") from None
+
+
 def open_client(
     kind: type[AnyClient], target: str, timeout_s: float, token: str | None, tls: Tls | None
 ) -> AnyClient:
@@ -70,6 +90,55 @@ def open_client(
         return kind(target, timeout_s=timeout_s, token=token, tls=tls, max_attempts=_MAX_ATTEMPTS)
     except (OSError, ValueError) as error:
         raise UserError(f"{target}: {error}") from None
+
+
+def wait_connected(
+    client: Client | ControlClient,
+    target: str,
+    timeout_s: float,
+    call: Callable[[float], object],
+    tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+) -> None:
+    """Wait until the server is reached; says so when that takes longer than a moment.
+
+    `call` makes some call in so many seconds, whose error says why there is no connection.
+
+    Raises:
+        UserError: there is no connection in that time; says why, as far as it is known.
+    """
+    if client.connect(min(_MOMENT_S, timeout_s)):
+        return
+    tell(f"waiting for {target}, up to {timeout_s:g} s ...")
+    if not client.connect(max(timeout_s - _MOMENT_S, 0.0)):
+        raise UserError(
+            f"{target}: no connection in {timeout_s:g} s{_why_unreachable(call)}. Is `tandem serve`"
+            " running there, with this port? With TLS, give --tls-ca"
+        )
+
+
+def _why_unreachable(call: Callable[[float], object]) -> str:
+    import grpc
+
+    try:
+        call(_REASON_TIMEOUT_S)
+    except grpc.RpcError as error:
+        details = " ".join((error.details() or "").split())
+        if "http1.x" in details:
+            return ": an HTTP server is there, as of metrics, and no gRPC"
+        if error.code() is grpc.StatusCode.UNAVAILABLE and details:
+            return f": {details.rpartition('last error: ')[2]}"
+    return ""
+
+
+def explain_to_user(error: grpc.RpcError, target: str, missing: str) -> UserError:
+    """Return what to show of a call that failed; `missing` says what else is at that port."""
+    import grpc
+
+    from serve.client import explain
+
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return UserError(f"{target}: {missing}")
+    return UserError(f"{target}: {explain(error)}")
 
 
 def to_json(message: Message) -> str:

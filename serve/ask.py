@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from bundle.errors import UserError
+from bundle.errors import UsageError
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.access import open_client, to_json
-from serve.client import Client, Tls, explain
+from serve.access import CONNECT_TIMEOUT_S, explain_to_user, open_client, to_json, wait_connected
+from serve.client import Client, Tls
+from serve.hosts import DATA_PORT
 
 Arms = dict[pb.Role, list[pb.Sample]]
 
@@ -31,6 +33,10 @@ SCALE: tuple[tuple[float, str], ...] = (
 _MAX_SHOWN = 2
 # The exit code of a shell's command that SIGINT ended.
 INTERRUPTED = 130
+_NO_DATA_PORT = (
+    "no Tandem server takes requests there; is it the control listener? `tandem serve` shows where "
+    f"it serves, which is port {DATA_PORT} by default (--port)"
+)
 _ROLES = {pb.ROLE_STUDENT: "student", pb.ROLE_TEACHER: "teacher"}
 
 
@@ -70,25 +76,47 @@ class Question:
         return request
 
 
+def read_prompt(text: str) -> str:
+    """Return a prompt as it was given; what stdin holds for `-`, without the last line's end.
+
+    Raises:
+        UsageError: stdin is empty, or no UTF-8 text.
+    """
+    if text == "-":
+        if sys.stdin.isatty():
+            print("reading the question from stdin; end it with Ctrl-D", file=sys.stderr)
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"stdin holds no UTF-8 text: byte {error.start}") from None
+        text = text.removesuffix("\n").removesuffix("\r")
+    if not text.strip():
+        raise UsageError("the question is empty; give one, or - to read it from stdin")
+    return text
+
+
 def run(
     target: str,
     question: Question,
     *,
     as_json: bool,
     timeout_s: float,
+    connect_timeout_s: float = CONNECT_TIMEOUT_S,
     token: str | None = None,
     tls: Tls | None = None,
 ) -> None:
     """Ask, and print; Ctrl-C cancels the calls and exits with 130.
 
-    UserError with the server's words when it refuses, or when token or TLS cannot be used.
+    UserError with the server's words when it refuses or is not there, or when token or TLS cannot
+    be used.
     """
     try:
         with open_client(Client, target, timeout_s, token, tls) as client:
+            wait_connected(client, target, connect_timeout_s, client.get_models)
             models = client.get_models()
             response = client.compare(question.to_request())
     except grpc.RpcError as error:
-        raise UserError(f"{target}: {explain(error)}") from None
+        raise explain_to_user(error, target, _NO_DATA_PORT) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     if as_json:

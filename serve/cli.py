@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from serve.access import TlsCa, TlsCert, TlsKey, TokenFile, read_token, tls_of
+from serve.access import (
+    CONNECT_TIMEOUT_S,
+    ConnectTimeout,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    TokenFile,
+    read_target,
+    read_token,
+    tls_of,
+)
 from serve.flags import with_settings_flags
 from serve.settings import load_settings
 
@@ -45,7 +55,10 @@ def serve(
 
 
 def ask(
-    prompt: Annotated[str, typer.Argument(help="The question.")],
+    prompt: Annotated[
+        str,
+        typer.Argument(help="The question; - reads it from stdin, -- stands before one with a -."),
+    ],
     target: Annotated[
         str, typer.Option(help="HOST:PORT or unix:/PATH of the server.")
     ] = "127.0.0.1:50051",
@@ -67,18 +80,20 @@ def ask(
         bool, typer.Option("--json", help="Print the Compare response as JSON.")
     ] = False,
     timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the answers.")] = 300.0,
+    connect_timeout_s: ConnectTimeout = CONNECT_TIMEOUT_S,
     token_file: TokenFile = None,
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
 ) -> None:
     """Ask both models; show their answers side by side, coloured by divergence."""
-    from serve.ask import Question, run
+    target = read_target(target)
+    from serve.ask import Question, read_prompt, run
 
     run(
         target,
         Question(
-            prompt=prompt,
+            prompt=read_prompt(prompt),
             num_samples=num_samples,
             temperature=temperature,
             max_tokens=max_tokens,
@@ -89,6 +104,7 @@ def ask(
         ),
         as_json=as_json,
         timeout_s=timeout_s,
+        connect_timeout_s=connect_timeout_s,
         token=read_token(token_file),
         tls=tls_of(tls_ca, tls_cert, tls_key),
     )

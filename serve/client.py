@@ -94,6 +94,17 @@ class _SyncCaller(_Caller):
         self._channel = endpoint.open()
         return self._channel
 
+    def connect(self, timeout_s: float) -> bool:
+        """Wait for a connection; False where there is none yet at the end of that time."""
+        ready = grpc.channel_ready_future(self._channel)
+        try:
+            ready.result(timeout_s)
+        except grpc.FutureTimeoutError:
+            return False
+        finally:
+            ready.cancel()
+        return True
+
     def close(self) -> None:
         """Disconnect; calls that still run are cancelled."""
         self._channel.close()
@@ -159,6 +170,10 @@ class AsyncClient(_Caller):
         self._channel = endpoint.open_async()
         return self._channel
 
+    async def wait_connected(self) -> None:
+        """Wait for a connection, for ever if need be."""
+        await self._channel.channel_ready()
+
     async def compare(
         self, request: pb.CompareRequest, timeout_s: float | None = None
     ) -> pb.CompareResponse:
@@ -210,9 +225,9 @@ class ControlClient(_SyncCaller):
 
     _stub_type = ControlServiceStub
 
-    def status(self) -> control_pb2.GetStatusResponse:
+    def status(self, timeout_s: float | None = None) -> control_pb2.GetStatusResponse:
         response: control_pb2.GetStatusResponse = self._call(
-            "GetStatus", control_pb2.GetStatusRequest()
+            "GetStatus", control_pb2.GetStatusRequest(), timeout_s
         )
         return response
 
@@ -249,8 +264,8 @@ class ControlClient(_SyncCaller):
         """End a running request; `grpc.RpcError` with NOT_FOUND where none has that id."""
         self._call("Abort", control_pb2.AbortRequest(request_id=request_id))
 
-    def _call(self, method: str, request: Any) -> Any:
-        return getattr(self._stub, method)(request, **self._options(None))
+    def _call(self, method: str, request: Any, timeout_s: float | None = None) -> Any:
+        return getattr(self._stub, method)(request, **self._options(timeout_s))
 
 
 def _identified(request: Identified) -> Identified:

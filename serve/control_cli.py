@@ -11,15 +11,34 @@ import grpc
 import typer
 from google.protobuf.message import Message
 
-from bundle.errors import UserError
 from protos.tandem.v1 import control_pb2 as pb
 from protos.tandem.v1 import inference_pb2
-from serve.access import TlsCa, TlsCert, TlsKey, TokenFile, open_client, read_token, tls_of, to_json
-from serve.client import ControlClient, explain
+from serve.access import (
+    CONNECT_TIMEOUT_S,
+    ConnectTimeout,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    TokenFile,
+    explain_to_user,
+    open_client,
+    read_target,
+    read_token,
+    tls_of,
+    to_json,
+    wait_connected,
+)
+from serve.client import ControlClient
+from serve.hosts import CONTROL_PORT
 
 app = typer.Typer(
     help="See what a server does, split its traffic, end it or one of its requests.",
     no_args_is_help=True,
+)
+
+_NO_CONTROL = (
+    "no control listener is there; is it the server's data port? `tandem serve` shows where it "
+    f"takes control, which is port {CONTROL_PORT} by default (--control-port)"
 )
 
 Weight = Annotated[float | None, typer.Option(help="Part of the ROUTE_AUTO traffic, 0 or more.")]
@@ -42,23 +61,42 @@ def connect(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 10.0,
+    connect_timeout_s: ConnectTimeout = CONNECT_TIMEOUT_S,
 ) -> Iterator[ControlClient]:
     """Yield a client of the server that the flags name; UserError with its words if it refuses."""
     tls = tls_of(tls_ca, tls_cert, tls_key)
+    target = read_target(target, CONTROL_PORT)
     with open_client(ControlClient, target, timeout_s, read_token(token_file), tls) as control:
         try:
+            wait_connected(control, target, connect_timeout_s, control.status)
             yield control
         except grpc.RpcError as error:
-            raise UserError(f"{target}: {explain(error)}") from None
+            raise explain_to_user(error, target, _NO_CONTROL) from None
 
 
-def _command(call: Callable[..., Answer]) -> Callable[..., Answer]:
-    """Make a command of a function whose first parameter is the client, with `connect`'s flags."""
+def _command(
+    check: Callable[..., None] = lambda **flags: None,
+) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
+    """Make commands of functions whose first parameter is the client, with `connect`'s flags.
+
+    `check` is told a command's own flags before the server is asked anything.
+    """
+
+    def decorate(call: Callable[..., Answer]) -> Callable[..., Answer]:
+        _add(call, check)
+        return call
+
+    return decorate
+
+
+def _add(call: Callable[..., Answer], check: Callable[..., None]) -> None:
     _, *own = inspect.signature(call, eval_str=True).parameters.values()
     shared = inspect.signature(connect, eval_str=True).parameters
 
     def command(as_json: bool, **flags: Any) -> None:
-        with connect(**{name: flags.pop(name) for name in shared}) as control:
+        options = {name: flags.pop(name) for name in shared}
+        check(**flags)
+        with connect(**options) as control:
             answer = call(control, **flags)
         typer.echo(to_json(answer.message) if as_json else answer.text)
 
@@ -70,24 +108,28 @@ def _command(call: Callable[..., Answer]) -> Callable[..., Answer]:
     )
     vars(command)["__signature__"] = inspect.Signature([*own, *shared.values(), json_flag])
     app.command(call.__name__.replace("_", "-"), help=call.__doc__)(command)
-    return call
 
 
-@_command
+@_command()
 def status(control: ControlClient) -> Answer:
     """Show what the server is doing."""
     found = control.status()
     return Answer(found, describe_status(found))
 
 
-@_command
+@_command()
 def policy(control: ControlClient) -> Answer:
     """Show how requests are answered that leave the route to the server (ROUTE_AUTO)."""
     found = control.policy()
     return Answer(found, describe_policy(found))
 
 
-@_command
+def _check_change(expected_revision: int | None, **changes: float | None) -> None:
+    if all(value is None for value in changes.values()):
+        raise typer.BadParameter("give --student-weight, --teacher-weight or --shadow-rate")
+
+
+@_command(_check_change)
 def set_policy(
     control: ControlClient,
     student_weight: Weight = None,
@@ -100,8 +142,6 @@ def set_policy(
     ] = None,
 ) -> Answer:
     """Change the policy, until the server ends; what is not given stays as it is."""
-    if student_weight is None and teacher_weight is None and shadow_rate is None:
-        raise typer.BadParameter("give --student-weight, --teacher-weight or --shadow-rate")
     changed = control.set_policy(
         student_weight=student_weight,
         teacher_weight=teacher_weight,
@@ -111,14 +151,14 @@ def set_policy(
     return Answer(changed, describe_policy(changed))
 
 
-@_command
+@_command()
 def drain(control: ControlClient) -> Answer:
     """End the server as SIGTERM does: what runs may end; this command does not wait for it."""
     control.drain()
     return Answer(pb.DrainResponse(), "draining")
 
 
-@_command
+@_command()
 def abort(
     control: ControlClient, request_id: Annotated[str, typer.Argument(help="Its id.")]
 ) -> Answer:

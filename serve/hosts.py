@@ -1,6 +1,7 @@
 """Where servers listen: how an address is written, and which ones only this machine can reach.
 
-The latter matters for listeners without TLS, and for tokens without it.
+The latter matters for listeners without TLS, and for tokens without it. `parse_host` reads what a
+server listens on, `parse_target` what a client is to call.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import ipaddress
 import re
 
 UNIX, ABSTRACT = "unix:", "unix-abstract:"
+DATA_PORT, CONTROL_PORT = 50051, 50052
+_PLACE = re.compile(r"(\[[^\[\]\s/@,]+\]|[^\s:/\[\]@,]*)(?::(\d{1,9}))?", re.ASCII)
 # Of sockaddr_un.sun_path, without the byte that ends it (unix(7)).
 MAX_UNIX_BYTES = 107
 # gRPC takes what follows "unix:" for a URI, and several of them for a list.
@@ -69,6 +72,56 @@ def parse_host(text: str) -> str:
             "must be a name, an IPv4 or IPv6 address, unix:/PATH or unix-abstract:NAME"
         )
     return host
+
+
+def parse_target(text: str, default_port: int = DATA_PORT) -> str:
+    """Return where a client is to call, as gRPC takes it: HOST:PORT, a Unix socket, or dns:///….
+
+    Raises:
+        ValueError: it is none of them; says what to write, with `default_port` where there is none.
+
+    >>> parse_target("localhost:50051"), parse_target("[::1]:80"), parse_target("unix:///run/x")
+    ('localhost:50051', '[::1]:80', 'unix:/run/x')
+    >>> parse_target("http://tandem.example:50051/v1")
+    Traceback (most recent call last):
+    ValueError: is a URL; write tandem.example:50051
+    """
+    if is_unix(text):
+        return ",".join(map(parse_unix, text.split(",")))
+    if re.match(r"(dns|ipv4|ipv6):", text):
+        return text
+    scheme, mark, rest = text.rpartition("://")
+    place = rest.partition("/")[0] if mark else text
+    host, port = _split(place)
+    right = join_port(host or "127.0.0.1", default_port if port is None else port)
+    if mark:
+        encrypted = ", with --tls-ca for TLS" if scheme in ("https", "grpcs") else ""
+        raise ValueError(f"is a URL; write {right}{encrypted}")
+    if not host:
+        raise ValueError(f"has no host; write {right}")
+    if port is None:
+        raise ValueError(f"has no port; write {right}")
+    if not 1 <= port <= 65535:
+        raise ValueError(f"has port {port}; must be 1 to 65535")
+    if ":" in host and not place.startswith("["):
+        raise ValueError(f"is an IPv6 address without brackets; write {right}")
+    return right
+
+
+def _split(place: str) -> tuple[str, int | None]:
+    """Return host, without brackets, and port, as far as they are there; ValueError for others."""
+    if _is_ip(place):
+        return place, None
+    if place.isascii() and place.isdecimal():
+        return "", int(place)
+    host, _, port = place.rpartition(":")
+    if ":" in host and _is_ip(host) and port.isdecimal():
+        return host, int(port)
+    found = _PLACE.fullmatch(place)
+    host = found[1].strip("[]").replace("%25", "%") if found else ""
+    if found is None or ("[" in place and not _is_ip(host)):
+        raise ValueError("is no address; write HOST:PORT, such as 127.0.0.1:50051, or unix:/PATH")
+    return host, int(found[2]) if found[2] else None
 
 
 def _is_ip(host: str) -> bool:

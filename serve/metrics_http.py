@@ -1,4 +1,4 @@
-"""`/metrics` and `/healthz` over HTTP, for Prometheus and for probes.
+"""`/metrics` and `/healthz` over HTTP, for Prometheus and for probes; `/health` is the same.
 
 One thread per connection, and a bounded number of them: when one more comes, the oldest is closed.
 A scrape takes milliseconds, so the oldest is one that is stuck, and it never keeps a good one out.
@@ -30,6 +30,12 @@ MAX_CONNECTIONS = 16
 _TIMEOUT_S = 10.0
 # How often the HTTP thread looks whether it shall stop.
 _POLL_S = 0.1
+
+_INDEX = b"""Tandem's metrics. The models are served over gRPC, on another port.
+
+/metrics  for Prometheus
+/healthz  200 while the server is healthy, else 503; /health is the same
+"""
 
 Address = tuple[Any, ...]
 
@@ -100,17 +106,19 @@ class _HttpServer(ThreadingTCPServer):
 
     def answer(self, path: str) -> tuple[HTTPStatus, str, bytes]:
         """Return status, content type and body."""
-        match path.partition("?")[0]:
+        match path.partition("?")[0].rstrip("/"):
+            case "":
+                return HTTPStatus.OK, "text/plain", _INDEX
             case "/metrics":
                 # One at a time: many impatient scrapers get no more of the interpreter than one.
                 with self._rendering:
                     text = generate_latest(self._registry)
                 return HTTPStatus.OK, CONTENT_TYPE_PLAIN_0_0_4, text
-            case "/healthz" if self._is_healthy():
+            case "/healthz" | "/health" if self._is_healthy():
                 return HTTPStatus.OK, "text/plain", b"ok\n"
-            case "/healthz":
+            case "/healthz" | "/health":
                 return HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", b"not serving\n"
-        return HTTPStatus.NOT_FOUND, "text/plain", b"/metrics or /healthz\n"
+        return HTTPStatus.NOT_FOUND, "text/plain", _INDEX
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -46,14 +46,16 @@ class Pipeline:
         self.validity = VALID
         self.rate = MaxRate(4.0, 4.5, ())
 
-    def run(self, config: RunConfig, credentials: Credentials, reporter: Reporter) -> Path:
+    def run(
+        self, config: RunConfig, credentials: Credentials, reporter: Reporter, may_overwrite: bool
+    ) -> Path:
         self.config, self.credentials = config, credentials
         write_run(config.out, self.validity)
         (config.out / "summary.md").write_text("# what came of it\n")
         return config.out
 
     def find_max(
-        self, config: RunConfig, credentials: Credentials, reporter: Reporter
+        self, config: RunConfig, credentials: Credentials, reporter: Reporter, may_overwrite: bool
     ) -> dict[str, MaxRate]:
         self.config, self.credentials = config, credentials
         config.out.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -28,16 +29,14 @@ def record(
 
 def run_folder(
     folder: Path, *, ttft_s: float = 0.2, num_correct: int = 20, sha256: str = "5e",
-    status: str = "OK", is_interrupted: bool = False, **settings: object,
+    status: str = "OK", problems: Sequence[str] = (), **settings: object,
 ) -> Path:  # fmt: skip
     """Write what a run of 40 requests behind a warm-up of one writes; first tokens get later."""
     config = RunConfig.model_validate({"out": folder, "arms": ("student",), **settings})
     records = [record(i, ttft_s * (1 + i / 40), i < num_correct) for i in range(40)]
     records[-1].status = status
     records.append(record(40, 9.0, True, Phase.WARMUP))
-    summary = summarize(
-        config, sha256, records, [], versions={}, models=[], is_interrupted=is_interrupted
-    )
+    summary = summarize(config, sha256, records, [], versions={}, models=[], problems=problems)
     folder.mkdir()
     (folder / SUMMARY_FILE).write_text(summary_to_json(summary))
     write_requests(folder / REQUESTS_FILE, records)
@@ -95,7 +94,7 @@ def test_other_prompts_under_the_same_settings_are_refused(tmp_path: Path) -> No
 
 def test_doubtful_runs_are_said_first(tmp_path: Path) -> None:
     before = run_folder(tmp_path / "a", status="INTERNAL")
-    after = run_folder(tmp_path / "b", is_interrupted=True)
+    after = run_folder(tmp_path / "b", problems=["it was interrupted"])
     first, second = to_text(compare_runs(before, after)).splitlines()[:2]
     assert first.endswith("a: 1 of 40 requests failed: 1 errors**")
     assert "b is INVALID: it was interrupted" in second

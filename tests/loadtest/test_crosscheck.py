@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from prometheus_client import CollectorRegistry
 
 from bundle.errors import UserError
-from loadtest.crosscheck import cross_check, parse, scrape
+from loadtest.crosscheck import cross_check, parse, scrape, why_restarted
 from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
+from serve.metrics_http import MetricsServer
 
 EDGES = ("0.1", "0.2", "0.5", "+Inf")
 
@@ -80,10 +80,41 @@ def test_run_without_tokens_has_no_quantiles() -> None:
     assert found.agrees and not found.ttft
 
 
-def test_metrics_that_cannot_be_had_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--metrics-url http://127\.0\.0\.1:1/metrics"):
-        scrape("http://127.0.0.1:1/metrics")
-    page = tmp_path / "page"
-    page.write_text("<html>no metrics</html>")
-    with pytest.raises(UserError, match="--metrics-url file:"):
-        scrape(page.as_uri())
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("http://127.0.0.1:1/metrics", r": .*refused"),
+        ("127.0.0.1:9464", ": write http://HOST:PORT/metrics"),
+        ("file:///etc/hostname", ": write http://HOST:PORT/metrics"),
+    ],
+)
+def test_metrics_that_cannot_be_had_are_an_error(url: str, told: str) -> None:
+    with pytest.raises(UserError, match=f"^--metrics-url {url}{told}"):
+        scrape(url)
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/metrics", "no Tandem metrics are there"),
+        ("/", "no Tandem metrics are there"),
+        ("/nothing", "Not Found"),
+    ],
+)
+def test_page_without_our_metrics_is_an_error(path: str, told: str) -> None:
+    server = MetricsServer(CollectorRegistry(), lambda: True, "127.0.0.1", 0)
+    server.start()
+    with pytest.raises(UserError, match=f"{told}; write http://HOST:PORT/metrics"):
+        scrape(server.url.replace("/metrics", path))
+    server.stop()
+
+
+def test_counter_that_fell_tells_a_server_that_began_anew() -> None:
+    anew = parse(exposition({"OK": 2}, (1, 3, 4, 5)))
+    assert why_restarted(BEFORE, BEFORE) == why_restarted(anew, BEFORE) == ""
+    assert why_restarted(BEFORE, anew).endswith('task="other"} fell from 5 to 2')
+    assert why_restarted(BEFORE, parse("")).endswith(" to 0")
+
+
+def test_gauge_may_fall() -> None:
+    assert why_restarted(parse("tandem_batch_size 4"), parse("tandem_batch_size 2")) == ""

@@ -38,10 +38,15 @@ def cell(arm: str, load: float, ttft_p95: float, pass_at_1: float | None = 0.25)
 
 
 def summary(
-    *cells: Cell, is_valid: bool = True, comparisons: tuple[Comparison, ...] = ()
+    *cells: Cell,
+    is_valid: bool = True,
+    comparisons: tuple[Comparison, ...] = (),
+    max_failure_rate: float = 1.0,
 ) -> Summary:
     validity = Validity(is_valid, () if is_valid else ("it was late",), 0.0, 0.1)
-    return Summary({}, "5e", {}, (), validity, 0, cells, comparisons)
+    return Summary(
+        {"max_failure_rate": max_failure_rate}, "5e", {}, (), validity, 0, cells, comparisons
+    )
 
 
 RUN = summary(cell("student", 1.0, 0.2), cell("student", 2.0, 0.4), cell("teacher", 1.0, 0.9))
@@ -139,6 +144,17 @@ def test_invalid_run_breaks_every_gate() -> None:
 def test_limit_that_means_nothing_is_refused(text: str, error: str) -> None:
     with pytest.raises(LimitError, match=error):
         broken(text)
+
+
+def test_run_with_more_failures_than_it_may_have_breaks_every_gate() -> None:
+    """Of each cell 10 of 40 requests failed."""
+    of = cell("student", 1.0, 0.2)
+    assert broken("student.ttft_p95=1", run=summary(of, max_failure_rate=0.25)) == []
+    failing = summary(of, max_failure_rate=0.2)
+    told = "10 of 40 requests failed: 10 errors; --max-failure-rate 0.2 allows fewer"
+    assert broken("student.ttft_p95=1", run=failing) == [f"the run: {told}"]
+    assert broken("student.ttft_p95=1", "max-regress", RUN, failing) == [f"the baseline: {told}"]
+    assert broken("student.failed_share=0.25", run=failing) == []
 
 
 def test_negative_regression_is_refused() -> None:

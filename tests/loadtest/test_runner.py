@@ -14,7 +14,7 @@ import pytest
 
 from loadtest.config import RunConfig
 from loadtest.records import Phase, PlannedRequest, Prompt, RequestRecord
-from loadtest.runner import Runner, new_event_loop
+from loadtest.runner import Pauses, Runner, new_event_loop
 from loadtest.schedule import Block
 from loadtest.targets import Clock, RequestFailedError, TandemTarget
 from protos.tandem.v1 import inference_pb2 as pb
@@ -68,6 +68,8 @@ class FakeTarget:
         await self._answer(record)
 
     async def check(self) -> None: ...
+
+    async def wait_connected(self) -> None: ...
 
     async def close(self) -> None: ...
 
@@ -222,7 +224,67 @@ def test_closed_loop_without_requests_left_says_so(run: Any) -> None:
     assert run(load(at_once, block([None] * 4, load=2))).costs[0].has_run_out
 
 
+async def refuse(record: RequestRecord) -> None:
+    raise RequestFailedError("UNAVAILABLE", "nobody is there")
+
+
+def test_closed_loop_pauses_behind_failures(run: Any) -> None:
+    """Without pauses 4 workers send all 2,000 requests in no time, and are then idle."""
+    minute = block([None] * 2000, load=4, end_s=60.0)
+    runner = run(load(refuse, minute))
+    # The pauses: 0.1, 0.2, 0.4, 0.8, 1.6 and then 2 s, each half of it at the least.
+    assert 4 * 60 / 3 < len(runner.records) < 4 * (5 + 60 / 1)
+    (cost,) = runner.costs
+    assert cost.paused_s > 200 and not cost.has_run_out
+    again = [record.sent_s for record in run(load(refuse, minute)).records]
+    assert again == pytest.approx([record.sent_s for record in runner.records])
+
+
+def test_closed_loop_goes_on_when_the_server_is_back(run: Any) -> None:
+    async def refuse_for_a_while(record: RequestRecord) -> None:
+        if record.sent_s < 10:
+            await refuse(record)
+        await asyncio.sleep(0.1)
+
+    records = run(load(refuse_for_a_while, block([None] * 900, load=1, end_s=30.0))).records
+    assert sum(not record.is_ok for record in records) < 16
+    assert sum(record.is_ok for record in records) > 170  # of 200, less a pause of 3 s
+
+
+def test_open_loop_keeps_its_schedule_behind_failures(run: Any) -> None:
+    due_s = [0.01 * number for number in range(200)]
+    records = run(load(refuse, block(due_s, end_s=2.0))).records
+    assert [record.sent_s for record in records] == pytest.approx(due_s)
+
+
+def test_pauses_grow_up_to_a_bound_and_begin_anew() -> None:
+    pauses = Pauses("0 0")
+    for pause_s in (0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0):
+        assert 0.5 * pause_s <= pauses.failed() <= 1.5 * pause_s
+    pauses.succeeded()
+    assert pauses.failed() <= 0.15
+    assert len({Pauses(f"0 {worker}").failed() for worker in range(8)}) == 8
+
+
 # What becomes of requests
+
+
+def test_ended_requests_are_kept_behind_each_block(run: Any) -> None:
+    kept: list[list[int]] = []
+
+    async def slow(record: RequestRecord) -> None:
+        await asyncio.sleep(0.25 if record.plan.number == 1 else 0.01)
+
+    async def keep() -> None:
+        runner = Runner(
+            FakeTarget(slow), asyncio.get_running_loop().time(),
+            keep=lambda records: kept.append([record.plan.number for record in records]),
+        )  # fmt: skip
+        blocks = [block([0.0, 0.05], end_s=0.1), block([0.2], start_s=0.2, end_s=0.25)]
+        await runner.run(blocks)
+
+    run(keep())
+    assert kept == [[], [0], [0, 1]]
 
 
 def test_failure_is_its_status(run: Any) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import grpc
 import pytest
@@ -14,9 +16,11 @@ import pytest
 from bundle.errors import UserError
 from loadtest.config import RunConfig
 from loadtest.records import Phase, PlannedRequest, Prompt
+from loadtest.requests_file import part_files
 from loadtest.schedule import Block, plan
 from loadtest.targets import Credentials
 from loadtest.workers import (
+    INTERRUPTED,
     ClientFailedError,
     LoadResult,
     Progress,
@@ -69,9 +73,11 @@ def config_of(target: str, **settings: Any) -> RunConfig:
     return RunConfig(target=target, out=Path("unused"), **given)
 
 
-def load(config: RunConfig, on_progress: Callable[[Progress], None]) -> LoadResult:
+def load(
+    config: RunConfig, on_progress: Callable[[Progress], None], folder: Path | None = None
+) -> LoadResult:
     blocks = plan(config, list(PROMPTS.values())).blocks
-    return run_load(config, PROMPTS, blocks, on_progress)
+    return run_load(config, PROMPTS, blocks, on_progress, folder=folder)
 
 
 def test_processes_share_requests_and_clock(target: str, service: Prompted) -> None:
@@ -100,7 +106,7 @@ def test_ctrl_c_keeps_what_was_recorded(target: str) -> None:
             signal.raise_signal(signal.SIGINT)
 
     result = load(config_of(target, rates_rps=(20.0,), duration_s=60), interrupt)
-    assert result.is_interrupted
+    assert result.is_interrupted and result.problems == (INTERRUPTED,)
     assert 5 <= len(result.records) < 1200  # of 60 s
     assert result.records[0].is_ok
     assert signal.getsignal(signal.SIGINT) is before
@@ -116,13 +122,31 @@ def test_second_ctrl_c_does_not_wait(target: str) -> None:
     assert not multiprocessing.active_children()
 
 
-def test_process_that_dies_fails_the_run(target: str) -> None:
+def test_process_that_dies_ends_the_run_and_leaves_its_records(target: str, tmp_path: Path) -> None:
     def kill(progress: Progress) -> None:
-        multiprocessing.active_children()[0].kill()
+        if any(b'"block":2,' in part.read_bytes() for part in part_files(tmp_path)):
+            first, *others = multiprocessing.active_children()
+            if others:
+                first.kill()
 
-    with pytest.raises(ClientFailedError, match="ended with exit code -9"):
-        load(config_of(target, processes=2, duration_s=60), kill)
+    settings = {"rates_rps": (20.0,), "duration_s": 600, "block_s": 0.2}
+    result = load(config_of(target, processes=2, **settings), kill, tmp_path)
+    (problem,) = result.problems
+    assert problem.endswith(
+        "ended with exit code -9 before its requests did: a part of the load is missing"
+    )
+    assert {r.plan.number % 2 for r in result.records if r.plan.block == 0} == {0, 1}
+    assert {record.status for record in result.records} <= {"OK", "CANCELLED"}
     assert not multiprocessing.active_children()
+
+
+def test_process_that_dies_before_the_start_is_an_error(target: str) -> None:
+    config = config_of(target, arms=("student",))
+    with (
+        patch("loadtest.workers._main", os._exit),
+        pytest.raises(ClientFailedError, match="client process 0 ended with exit code"),
+    ):
+        load(config, lambda progress: None)
 
 
 def test_childs_complaint_is_the_runs(target: str) -> None:

@@ -23,7 +23,7 @@ from protos.tandem.v1 import inference_pb2 as pb
 from serve.channel import Endpoint
 from serve.client import Client, ControlClient, Tls
 from serve.config import ServeConfig
-from serve.hosts import MAX_UNIX_BYTES, parse_host
+from serve.hosts import MAX_UNIX_BYTES, parse_host, parse_target
 from serve.listeners import check_listeners
 from serve.process import write_ready_file
 from serve.remote_address import RemoteAddress
@@ -262,3 +262,52 @@ def test_certificate_on_a_socket_is_that_of_localhost(
             Client(live.server.address, tls=tls, timeout_s=30, max_attempts=1) as client,
         ):
             assert client.get_models().models
+
+
+# What a client is to call
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("tandem.example:50051", "tandem.example:50051"),
+        ("[::1]:80", "[::1]:80"),
+        ("[fe80::1%eth0]:80", "[fe80::1%25eth0]:80"),
+        ("[fe80::1%25eth0]:80", "[fe80::1%25eth0]:80"),
+        ("unix:///run/tandem.sock", "unix:/run/tandem.sock"),
+        ("dns:///tandem.example:50051", "dns:///tandem.example:50051"),
+    ],
+)
+def test_target_is_read(text: str, target: str) -> None:
+    assert parse_target(text) == target
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("http://tandem.example:80/v1", "is a URL; write tandem.example:80"),
+        ("http://tandem.example", "is a URL; write tandem.example:50051"),
+        ("https://[::1]:443", "is a URL; write [::1]:443, with --tls-ca for TLS"),
+        ("grpc://tandem:1", "is a URL; write tandem:1"),
+        ("grpcs://tandem:1", "is a URL; write tandem:1, with --tls-ca for TLS"),
+        ("localhost", "has no port; write localhost:50051"),
+        ("127.0.0.1", "has no port; write 127.0.0.1:50051"),
+        ("::1", "has no port; write [::1]:50051"),
+        ("[::1]", "has no port; write [::1]:50051"),
+        ("::1:50051", "is an IPv6 address without brackets; write [::1]:50051"),
+        ("50052", "has no host; write 127.0.0.1:50052"),
+        (":50052", "has no host; write 127.0.0.1:50052"),
+        ("", "has no host; write 127.0.0.1:50051"),
+        ("tandem:0", "has port 0; must be 1 to 65535"),
+        ("tandem:70000", "has port 70000; must be 1 to 65535"),
+        *(
+            (text, "is no address; write HOST:PORT, such as 127.0.0.1:50051, or unix:/PATH")
+            for text in ("a b:1", "a:b", "a:1/x", "a@b:1", "a:1,b:1", "[x]:1", "a:1 ")
+        ),
+        ("unix:run", "a socket's path must be absolute: unix:/PATH or unix:///PATH"),
+    ],
+)
+def test_target_that_is_none_is_told_what_to_write(text: str, told: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_target(text)
+    assert str(caught.value) == told

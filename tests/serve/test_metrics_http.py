@@ -61,8 +61,9 @@ def site() -> Iterator[Site]:
         ("GET", "/healthz", 200),
         ("HEAD", "/metrics", 200),
         ("HEAD", "/nothing", 404),
-        ("GET", "/", 404),
-        ("GET", "/metrics/", 404),
+        ("GET", "/", 200),
+        ("GET", "/metrics/", 200),
+        ("GET", "/metrics/x", 404),
         ("POST", "/metrics", 405),
         ("DELETE", "/healthz", 405),
         ("BREW", "/metrics", 501),
@@ -101,10 +102,20 @@ def test_every_scrape_reads_anew(site: Site) -> None:
         assert f"load {value}.0\n".encode() in site.ask("GET", "/metrics")[1]
 
 
-def test_healthz_follows_the_server(site: Site) -> None:
-    assert site.ask("GET", "/healthz")[0].status == 200
+@pytest.mark.parametrize("path", ["/healthz", "/healthz/", "/health", "/health?verbose=1"])
+def test_health_follows_the_server(site: Site, path: str) -> None:
+    assert site.ask("GET", path)[0].status == 200
     site.is_healthy = False
-    assert site.ask("GET", "/healthz")[0].status == 503
+    assert site.ask("GET", path)[0].status == 503
+
+
+def test_metrics_are_the_same_behind_a_slash(site: Site) -> None:
+    assert b"load" in site.ask("GET", "/metrics")[1] == site.ask("GET", "/metrics/")[1]
+
+
+@pytest.mark.parametrize("path", ["/", "/nothing"])
+def test_index_says_what_there_is(site: Site, path: str) -> None:
+    assert {b"/metrics", b"/healthz", b"/health"} < set(site.ask("GET", path)[1].split())
 
 
 def test_ipv6_is_listened_on() -> None:
