@@ -6,6 +6,7 @@ broken GPU library does not keep `tandem doctor` from saying so.
 Exit codes: 0 done, 1 an expected error (one line on stderr), 2 wrong usage or a wrong recipe, 3
 what was asked for cannot be had: for `export` a gate failed, for `serve` the device is not there,
 for `loadtest` a gate broke or the run is INVALID.
+`loadtest` alone: 4 more requests failed than are allowed.
 `export` alone: 4 an input changed since the run that is resumed, 5 interrupted (SIGINT, SIGTERM),
 with everything finished kept.
 """
