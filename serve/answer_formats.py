@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from estimators.answers import ANSWER_FORMATS, opens_reasoning
-from serve.tokenization import Tokenizer
+
+if TYPE_CHECKING:  # the command line reads these settings, and shall not load a template's engine
+    from serve.tokenization import Tokenizer
 
 _PROMPT_END_TOKENS = 16
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
