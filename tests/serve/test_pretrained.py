@@ -21,7 +21,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from bundle.model_config import judge_config
+from bundle.model_config import judge_config, read_model_config
 from bundle.model_folder import ModelFolder
 from bundle.token_ids import TokenIds
 from estimators.divergence import exact_kl
