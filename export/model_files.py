@@ -76,7 +76,7 @@ def write_variant_files(student_dir: Path, variant_dir: Path, max_model_len: int
 def genai_config(config: Mapping[str, Any], ids: TokenIds) -> dict[str, Any]:
     """Return onnxruntime-genai's description of a graph, from a transformers configuration.
 
-    It takes one EOS id or a list of them, and one pad id alone.
+    It takes one EOS id or a list of them, one pad id alone, and no BOS that is null.
     """
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return {
@@ -85,7 +85,7 @@ def genai_config(config: Mapping[str, Any], ids: TokenIds) -> dict[str, Any]:
             "type": config.get("model_type", "llama"),
             "vocab_size": config["vocab_size"],
             "context_length": config["max_position_embeddings"],
-            "bos_token_id": ids.bos,
+            **({} if ids.bos is None else {"bos_token_id": ids.bos}),
             "eos_token_id": one_or_list(ids.eos),
             "pad_token_id": ids.eos[0] if ids.pad is None else ids.pad,
             "decoder": {

@@ -185,7 +185,8 @@ def test_head_size_is_derived_where_the_config_has_none(
 def test_genai_gets_every_eos_and_one_pad(ids: TokenIds, expected: tuple[Any, ...]) -> None:
     """As Llama-3.2 has them: several EOS ids and no pad, for which genai takes no list."""
     model = genai_config(LLAMA, ids)["model"]
-    assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == expected
+    assert (model.get("bos_token_id"), model["eos_token_id"], model["pad_token_id"]) == expected
+    assert None not in model.values()
 
 
 # --- what lies beside a graph
