@@ -430,6 +430,12 @@ class ExportConfig(_Section):
                 f"true with prune.kept_mlp_share {self.prune.kept_mlp_share}: narrower layers are "
                 "not the teacher's; set one to false or the other to 1",
             )
+        if self.prune.first_candidate == 0 and self.prune.num_removed_layers:
+            yield (
+                name,
+                "true with prune.first_candidate 0: the lowest layer may go, and then none is "
+                "shared; set one to false or the other to 1",
+            )
         for index, phase in enumerate(self.distill.phases):
             for key in ("hidden_weight", "attention_weight"):
                 if value := getattr(phase, key):

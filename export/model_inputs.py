@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bundle.hashing import hash_json
+from serve.tokenizer_files import read_templates
 
 _NAMES = (
     "added_tokens.json",
@@ -30,6 +31,11 @@ _WRITER_KEYS = ("_name_or_path", "transformers_version")
 def hash_model_inputs(folder: Path) -> dict[str, str]:
     """Return the hex SHA-256 of each file that is there, by its name in the folder."""
     return {path.relative_to(folder).as_posix(): _hash(path) for path in _list(folder)}
+
+
+def tells_date(folder: Path) -> bool:
+    """Say whether a chat template of the folder writes the date into prompts."""
+    return any("strftime_now" in template for template in read_templates(folder).values())
 
 
 def _list(folder: Path) -> Iterator[Path]:

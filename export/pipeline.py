@@ -37,6 +37,7 @@ from export.model_files import (
     write_json,
     write_variant_files,
 )
+from export.model_inputs import tells_date
 from export.parity import measure_in_fresh_process
 from export.phases import Distillation, GridTraining, Text, linear_grids
 from export.prune import Removal, drop_layers, rank_channels, rank_layers, shrink_mlp
@@ -169,6 +170,8 @@ class Pipeline:
             "sample": self.config.sample.model_dump(),
             "tasks": hash_json([asdict(task) for task in self.tasks]),
         }
+        if tells_date(self.teacher.path):
+            settings["template_date"] = find_template_date(self.config.output_dir).isoformat()
         return StageSpec("sample", settings, (), self._build_sample, version=2, can_resume=True)
 
     @cached_property

@@ -280,6 +280,10 @@ def test_wrong_key_or_value_fails_by_name(
             r"distill.freeze_shared_layers true with prune\.kept_mlp_share 0\.5",
         ),
         (
+            {"prune": {"first_candidate": 0}, "distill": {"freeze_shared_layers": True}},
+            r"distill.freeze_shared_layers true with prune\.first_candidate 0: the lowest",
+        ),
+        (
             {"distill": {"freeze_shared_layers": True, "phases": [{}, {"hidden_weight": 0.5}]}},
             r"distill.freeze_shared_layers true with distill\.phases\.1\.hidden_weight 0\.5",
         ),

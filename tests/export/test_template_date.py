@@ -32,3 +32,23 @@ def test_prompts_of_a_run_tell_its_first_day(
     for day in (date(2026, 2, 28), date(2026, 3, 1)):
         pipeline = open_on(day, recipe, monkeypatch)
         assert pipeline.tokenizer.render_chat([("user", "Hi")]) == "28 Feb 2026"
+
+
+@pytest.mark.parametrize(
+    ("template", "is_told"), [("{{ strftime_now('%d') }}", True), ("a", False)]
+)
+def test_date_is_an_input_of_the_stages_where_prompts_tell_it(
+    tmp_path: Path,
+    tiny_teacher: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str,
+    is_told: bool,
+) -> None:
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    (teacher / "chat_template.jinja").write_text(template)
+    keys = set()
+    for day in (date(2026, 2, 28), date(2026, 3, 1)):
+        monkeypatch.setattr(export.run_record, "process_date", lambda day=day: day)
+        config = ExportConfig(teacher=str(teacher), output_dir=tmp_path / "run")
+        keys.add(open_pipeline(config, QuietReporter()).sampled.key)
+    assert len(keys) == 1 + is_told
