@@ -91,8 +91,7 @@ class Endpoint:
         if not 1 <= self.max_attempts <= MAX_ATTEMPTS:
             raise ValueError(f"max_attempts is {self.max_attempts}; must be 1 to {MAX_ATTEMPTS}")
         if is_unix(self.target):
-            for socket in self.target.split(","):
-                parse_unix(socket)
+            parse_unix(self.target)
         if self.token is None:
             return
         if not re.fullmatch(r"[!-~]+", self.token):

@@ -87,7 +87,7 @@ def parse_target(text: str, default_port: int = DATA_PORT) -> str:
     ValueError: is a URL; write tandem.example:50051
     """
     if is_unix(text):
-        return ",".join(map(parse_unix, text.split(",")))
+        return parse_unix(text)
     if re.match(r"(dns|ipv4|ipv6):", text):
         return text
     scheme, mark, rest = text.rpartition("://")

@@ -226,6 +226,8 @@ def test_target_that_no_socket_can_be_is_refused_before_it_is_called() -> None:
         Endpoint("unix:/" + "x" * 199)
     with pytest.raises(ValueError, match="must be absolute"):
         Endpoint("unix://host/a.sock")
+    with pytest.raises(ValueError, match=r"without .* commas"):
+        Endpoint("unix:/a,/b")
 
 
 def test_token_may_travel_over_a_socket() -> None:
