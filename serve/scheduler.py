@@ -238,7 +238,7 @@ class Scheduler:
         num_rows = _RowsInUse.of(self._active()).by_client
         overtaken: set[int] = set()
         while len(overtaken) < MAX_OVERTAKEN:
-            if self.num_active + len(admission) >= self._max_active:
+            if self.num_active + len(admission.in_rows) >= self._max_active:
                 break
             sequence = newcomer or self.waiting.next(num_rows, self._max_per_client, overtaken)
             newcomer = None
@@ -254,7 +254,6 @@ class Scheduler:
             num_rows[sequence.client] += 1
             self._place(sequence, way, admission, holders)
         self.running += admission.in_rows
-        self.prefilling += admission.long_prompts
         return admission
 
     def _way_in(
@@ -271,7 +270,12 @@ class Scheduler:
             return _Way.RESTORE
         if num_cached == 0 and num_tokens <= self.max_chunk_tokens:
             return _Way.PREFILL
-        return _Way.CHUNKS if self._free_rows else _Way.WAIT
+        return _Way.CHUNKS if self._has_free_row(sequence.client) else _Way.WAIT
+
+    def _has_free_row(self, client: str) -> bool:
+        """Say whether a long prompt may enter; the last row is for a client that has none."""
+        has_none = all(prompt.sequence.client != client for prompt in self.prefilling)
+        return len(self._free_rows) > (0 if has_none else 1)
 
     def _place(
         self,
@@ -290,6 +294,7 @@ class Scheduler:
             holders.setdefault(group_id, sequence)
         elif way is _Way.CHUNKS:
             admission.long_prompts.append(LongPrompt(sequence, self._free_rows.pop(0)))
+            self.prefilling.append(admission.long_prompts[-1])
             holders[group_id] = None
         else:
             started = admission.restores if way is _Way.RESTORE else admission.prefills
@@ -297,11 +302,15 @@ class Scheduler:
             holders[group_id] = sequence
 
     def next_long_prompt(self) -> LongPrompt | None:
-        """Return the long prompt whose turn it is, and give the next turn to another one."""
+        """Return the long prompt whose turn it is: of another client than the last one, if any."""
         if not self.prefilling:
             return None
-        self.prefilling.rotate(-1)
-        return self.prefilling[-1]
+        last = self.prefilling[-1].sequence.client
+        others = (prompt for prompt in self.prefilling if prompt.sequence.client != last)
+        prompt = next(others, self.prefilling[0])
+        self.prefilling.remove(prompt)
+        self.prefilling.append(prompt)
+        return prompt
 
     def start(self, prompt: LongPrompt) -> int:
         """Let the sequence of a complete long prompt run; returns the row to copy it to."""

@@ -269,7 +269,7 @@ def test_client_that_makes_way_keeps_a_row_and_nobody_moves_to_and_fro(
 def test_prompt_that_cannot_enter_yet_sets_nobody_aside(make_engine: MakeEngine) -> None:
     engine = make_engine(max_num_seqs=8, max_pass_tokens=8)
     for number in range(NUM_PREFILL_ROWS):
-        submit(engine, "many", (number + 4, *LONG * 4), max_tokens=60)
+        submit(engine, f"client {number}", (number + 4, *LONG * 4), max_tokens=60)
     submit(engine, "many", num_samples=4)
     steps_until(engine, lambda: engine.load().num_running == 8)
     submit(engine, "other", LONG)

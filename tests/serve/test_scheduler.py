@@ -39,9 +39,9 @@ def make(max_num_seqs: int, max_chunk_tokens: int) -> Budgeted:
     return Budgeted(max_num_seqs, max_chunk_tokens)
 
 
-def samples(prompt_length: int = 1, num_samples: int = 1) -> list[Sequence]:
+def samples(prompt_length: int = 1, num_samples: int = 1, client: str = "") -> list[Sequence]:
     sampling = SamplingParams(num_samples=num_samples)
-    request = GenerationRequest("r", (1,) * prompt_length, sampling)
+    request = GenerationRequest("r", (1,) * prompt_length, sampling, client=client)
     return list(make_sequences(make_group(request, lambda events: None, 0.0)))
 
 
@@ -259,6 +259,19 @@ def test_long_prompts_take_turns() -> None:
     assert [enter(scheduler).sequence for _ in range(5)] == [a, b, c, a, b]
 
 
+def test_client_with_many_long_prompts_leaves_others_a_row_and_every_other_turn() -> None:
+    scheduler = make(16, 8)
+    waiting(scheduler, *[9] * (NUM_PREFILL_ROWS + 1))
+    scheduler.admit()
+    enter(scheduler)
+    for client in ("other", "third"):
+        scheduler.add(samples(9, client=client))
+    assert [p.sequence.client for p in scheduler.admit().long_prompts] == ["other"]
+    turns = [enter(scheduler).sequence.client for _ in range(7)]
+    assert turns == ["", "other"] * 3 + [""]
+    assert {s.client for s in scheduler.waiting} == {"", "third"}
+
+
 def test_long_prompts_count_as_running() -> None:
     scheduler = make(2, 8)
     waiting(scheduler, 9, 9, 1)
@@ -269,7 +282,7 @@ def test_long_prompts_count_as_running() -> None:
 
 def test_short_prompts_overtake_long_ones_that_wait_for_a_row() -> None:
     scheduler = make(16, 8)
-    *entering, blocked, short = waiting(scheduler, *[9] * (NUM_PREFILL_ROWS + 1), 1)
+    *entering, blocked, short = waiting(scheduler, *[9] * NUM_PREFILL_ROWS, 1)
     admission = scheduler.admit()
     assert [p.sequence for p in admission.long_prompts] == entering
     assert (admission.prefills, list(scheduler.waiting)) == ([short], [blocked])
@@ -299,18 +312,18 @@ def test_cached_prompts_are_restored_whole_and_finished_in_a_row_of_their_own() 
 
 def test_a_long_prompt_that_ends_frees_its_row() -> None:
     scheduler = make(16, 8)
-    sequences = waiting(scheduler, *[9] * (NUM_PREFILL_ROWS + 2))
+    sequences = waiting(scheduler, *[9] * (NUM_PREFILL_ROWS + 1))
     scheduler.admit()
     assert scheduler.remove_waiting({id(sequences[0].group)}) == sequences[:1]
     [prompt] = scheduler.admit().long_prompts
-    assert prompt.sequence is sequences[NUM_PREFILL_ROWS]
+    assert prompt.sequence is sequences[NUM_PREFILL_ROWS - 1]
     assert scheduler.clear() == [*sequences[1:-1], sequences[-1]]
     assert scheduler.num_active == len(scheduler.waiting) == 0
 
 
 def test_no_more_than_so_many_are_overtaken() -> None:
     scheduler = make(200, 8)
-    waiting(scheduler, *[9] * (NUM_PREFILL_ROWS + MAX_OVERTAKEN), 1)
+    waiting(scheduler, *[9] * (NUM_PREFILL_ROWS - 1 + MAX_OVERTAKEN), 1)
     assert scheduler.admit().prefills == []
 
 
