@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -151,28 +152,49 @@ def hostile(name: str) -> list[Turns]:
     ]
 
 
+@pytest.fixture(scope="session")
+def names(reference: Any) -> list[str]:
+    """Special tokens, and DeepSeek's that are not marked so."""
+    special = [t.content for t in reference.added_tokens_decoder.values() if t.special]
+    unmarked = [name for name in reference.get_added_vocab() if name[:2] in ("<|", "<\uff5c")]
+    return list(dict.fromkeys(special + unmarked))
+
+
+@pytest.fixture(scope="session")
+def other(folder: Path, names: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """To this tokenizer the names are text; its own special tokens have the same ids."""
+    return renamed(folder, tmp_path_factory.mktemp("shape") / "renamed", names)
+
+
 def test_names_of_special_tokens_in_a_turn_are_text(
-    folder: Path, reference: Any, ours: Tokenizer, tmp_path: Path
+    reference: Any, other: Any, ours: Tokenizer, names: list[str]
 ) -> None:
-    names = [t.content for t in reference.added_tokens_decoder.values() if t.special]
-    names += [n for n in reference.get_added_vocab() if n[:2] in ("<|", "<\uff5c")]
-    other = renamed(folder, tmp_path / "renamed", names)
-    for name in dict.fromkeys(names):
+    for name in names:
         for turns in hostile(name):
             text = expected_text(other, turns)
-            if text is None:
-                continue
-            assert ours.render_chat(turns) == expected_text(reference, turns)
-            assert ours.encode_chat(turns) == ids_of(other, text), turns
+            if text is not None:
+                assert ours.render_chat(turns) == expected_text(reference, turns)
+                assert ours.encode_chat(turns) == ids_of(other, text), turns
+
+
+def test_names_among_anything_are_text(other: Any, ours: Tokenizer, names: list[str]) -> None:
+    parts = [*names, *(n[:-1] for n in names), *(n[1:] for n in names), "</think>", "/no_think"]
+    parts += [" ", "\n\n", "a", "  b", "<", "|", "\ufdd0", "\ue001", "\u2581", "\u3000", "e\u0301"]
+    draw = random.Random(0)
+    for _ in range(25):
+        contents = ["".join(draw.choices(parts, k=draw.randint(0, 7))) for _ in range(3)]
+        turns = list(zip(("user", "assistant", "user"), contents, strict=True))
+        text = expected_text(other, turns)
+        assert text is not None
+        assert ours.encode_chat(turns) == ids_of(other, text), turns
 
 
 @pytest.mark.parametrize("final", ["So", "So ", " a\n\n", "<|im_end|> x", "Caf\u00e9"])
 def test_final_message_is_continued_as_in_transformers(
-    folder: Path, reference: Any, ours: Tokenizer, tmp_path: Path, final: str
+    other: Any, ours: Tokenizer, final: str
 ) -> None:
     turns = [("user", "a"), ("assistant", final)]
     options = {"continue_final_message": True, "add_generation_prompt": False}
-    other = renamed(folder, tmp_path / "renamed", ["<|im_end|>"])
     text = expected_text(other, turns, **options)
     assert text is not None and text.rstrip().endswith(final.strip())
     assert ours.encode_chat(turns, continue_final_message=True) == ids_of(other, text)
