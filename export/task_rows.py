@@ -141,6 +141,15 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
+def _is_text(raw: Any) -> bool:
+    """Say whether all strings of a JSON value are Unicode: an escape may be half of a pair."""
+    try:
+        json.dumps(raw, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class _Row:
     """One line, and what is wrong with it."""
 
@@ -193,7 +202,9 @@ class _Row:
         except ValueError as error:
             self._fault(f"the line: not JSON: {error}")
         else:
-            if isinstance(raw, dict):
+            if not _is_text(raw):
+                self._fault("the line: half of a surrogate pair in it is no text")
+            elif isinstance(raw, dict):
                 self._raw = raw
             else:
                 self._fault(f"the line: {reprlib.repr(raw)} is no JSON object")

@@ -204,6 +204,7 @@ def chat(*turns: dict[str, Any]) -> str:
         ('{"prompt": "a"', "the line: not JSON: Expecting"),
         ("[1]", r"the line: \[1\] is no JSON object"),
         ("[" * 100_000, "the line: nested too deeply"),
+        ('{"prompt": "\\ud800"}', "the line: half of a surrogate pair in it is no text"),
         ("{}", r"its columns \(none\) fit no form"),
         ('{"prompt": null}', "prompt: is null"),
         ('{"prompt": " "}', "prompt: is empty"),
