@@ -312,6 +312,25 @@ def test_int8_scores_by_forced_decoding_are_the_bits_of_its_samples(load: Any) -
     assert [tuple(one.logprobs) for one in future.result()] == [e.logprobs for e in finished]
 
 
+@pytest.mark.parametrize(("kind", "in_one_pass"), [("torch", True), ("int8", False)])
+def test_greedy_completion_is_greedy_token_by_token(
+    load: Any, kind: str, in_one_pass: bool
+) -> None:
+    engine = Engine(load(kind), eos_token_ids=frozenset({0}), scores_in_one_pass=in_one_pass)
+    endings: list[Any] = []
+    params = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+    engine.submit(GenerationRequest("r", tuple(text(7)), params), endings.extend)
+    while not endings or not isinstance(endings[-1], FinishedEvent):
+        engine.step()
+    greedy = endings[-1].token_ids
+    other = (*greedy[:4], (greedy[4] + 1) % 100, *greedy[5:])
+    future = engine.score(ScoringRequest("s", tuple(text(7)), (greedy, other)))
+    while not future.done():
+        engine.step()
+    found = [one.is_greedy.tolist() for one in future.result()]
+    assert found[0] == [True] * 9 and found[1][:5] == [True] * 4 + [False]
+
+
 @pytest.mark.parametrize("kind", FLOATS)
 def test_float_paths_differ_by_rounding_alone(load: Any, kind: str) -> None:
     assert measure_noise_floor(load(kind)).path_nats < 1e-4
