@@ -16,6 +16,7 @@ from typing import Any
 from bundle.errors import BundleError
 from bundle.manifest import MANIFEST_NAME, Manifest
 from bundle.verify import check_models, verify_bundle
+from serve.tokenization import Tokenizer
 
 GRAPH_NAME = "model.onnx"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -29,11 +30,13 @@ def verify_bundle_deep(bundle: Path) -> Manifest:
 
     BundleError names the file and what is wrong with it: another hash or size, another tokenizer
     than the student's, weights outside the bundle or cut off, a graph that does not open or run,
-    or logits that are not finite. ModelFolderError as from `bundle.verify.check_models`.
+    or logits that are not finite. ModelFolderError as from `bundle.verify.check_models`; UserError
+    when the tokenizer or its chat template cannot be used.
     """
     manifest = verify_bundle(bundle)
     check_models(bundle, manifest)
     _check_tokenizer(bundle, manifest)
+    Tokenizer.load(bundle / "student")
     folders = {name: bundle / "onnx" / name for name in manifest.variants}
     for folder in folders.values():
         _check_weights(bundle, folder, manifest)

@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 import pytest
 
-from bundle.errors import BundleError
+from bundle.errors import BundleError, UserError
+from bundle.hashing import hash_file
 from bundle.manifest import (
     Evaluation,
     Gate,
@@ -188,6 +189,26 @@ def test_damage_that_the_hashes_were_made_to_fit_is_named(
     relist(bundle)
     verify_bundle(bundle)
     with pytest.raises(BundleError, match=message):
+        verify_bundle_deep(bundle)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("chat_template.jinja", "a\n{% if %}", "the chat template does not compile in line 2"),
+        ("tokenizer.json", "{}", "student/tokenizer.json is damaged"),
+    ],
+)
+def test_tokenizer_that_cannot_be_used_is_told(
+    bundle: Path, name: str, text: str, message: str
+) -> None:
+    for path in bundle.rglob(name):
+        path.write_text(text)
+    sha256 = hash_file(bundle / "student" / name)
+    known = {"tokenizer.json": "tokenizer_sha256", "chat_template.jinja": "chat_template_sha256"}
+    manifest = load_manifest(bundle).model_copy(update={known[name]: sha256})
+    write_manifest(bundle, manifest.model_copy(update={"files": list_entries(bundle)}))
+    with pytest.raises(UserError, match=message):
         verify_bundle_deep(bundle)
 
 
