@@ -37,7 +37,13 @@ failed; 4 resume: an input of the run has changed; 5 interrupted, finished stage
 
 app = typer.Typer(help=HELP, no_args_is_help=True)
 
-RecipePath = Annotated[Path, typer.Argument(help="The YAML recipe.", exists=True, dir_okay=False)]
+RecipePath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE.yaml", exists=True, dir_okay=False,
+        help="The recipe, such as export/recipes/demo.yaml.",
+    ),
+]  # fmt: skip
 Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False)]
 
 

@@ -211,19 +211,18 @@ def _models(
     config: RunConfig, credentials: Credentials, reporter: Reporter
 ) -> list[dict[str, Any]]:
     """Wait for the server, and return what it says of its models, where it speaks our protocol."""
-    target = f"--target {config.target}"
     try:
         with open_client(
             Client, config.target, config.timeout_s, credentials.token, credentials.tls
         ) as client:
             wait_connected(
-                client, target, config.connect_timeout_s, client.get_models, reporter.say
+                client, config.target, config.connect_timeout_s, client.get_models, reporter.say
             )
             if config.protocol != "tandem":
                 return []
             models = client.get_models().models
     except grpc.RpcError as error:
-        raise UserError(f"{target}: {explain(error)}") from None
+        raise UserError(f"--target {config.target}: {explain(error)}") from None
     return [MessageToDict(model, preserving_proto_field_name=True) for model in models]
 
 

@@ -199,6 +199,8 @@ def read_summary(folder: Path) -> Summary:
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        is_dead = (folder / "run.json").is_file()
+        hint = f"; if the run died, `tandem loadtest report {folder}` sums it up" if is_dead else ""
+        raise UserError(f"{path} cannot be read: {error.strerror}{hint}") from None
     except ValueError as error:
         raise UserError(f"{path} is not what a run writes: {error}") from None

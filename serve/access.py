@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _MAX_ATTEMPTS = 2
 # Behind it, people are told that they wait.
 _MOMENT_S = 0.3
+# What gRPC says where something else answers.
+_NO_GRPC = ("http1.x", "Failed parsing HTTP/2")
 # Of the call that is to say why there is no connection.
 _REASON_TIMEOUT_S = 1.0
 
@@ -123,8 +125,8 @@ def _why_unreachable(call: Callable[[float], object]) -> str:
         call(_REASON_TIMEOUT_S)
     except grpc.RpcError as error:
         details = " ".join((error.details() or "").split())
-        if "http1.x" in details:
-            return ": an HTTP server is there, as of metrics, and no gRPC"
+        if any(sign in details for sign in _NO_GRPC):
+            return ": what is there speaks no gRPC in clear: it has TLS, or is HTTP, as of metrics"
         if error.code() is grpc.StatusCode.UNAVAILABLE and details:
             return f": {details.rpartition('last error: ')[2]}"
     return ""

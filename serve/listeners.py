@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -59,7 +60,8 @@ def _bind(flag: str, host: str, port: int) -> socket.socket:
 
 
 def _cannot_listen(flag: str, port: int, host: str, error: OSError) -> UserError:
-    return UserError(f"--{flag} {port}: cannot listen on {host}: {error.strerror}")
+    hint = "; give another port, or 0 for a free one" if error.errno == errno.EADDRINUSE else ""
+    return UserError(f"--{flag} {port}: cannot listen on {host}: {error.strerror}{hint}")
 
 
 def _try_unix(flag: str, address: str) -> None:

@@ -44,13 +44,14 @@ class Pipeline:
         self.config: RunConfig | None = None
         self.credentials: Credentials | None = None
         self.validity = VALID
+        self.statuses = {"OK": 40}
         self.rate = MaxRate(4.0, 4.5, ())
 
     def run(
         self, config: RunConfig, credentials: Credentials, reporter: Reporter, may_overwrite: bool
     ) -> Path:
         self.config, self.credentials = config, credentials
-        write_run(config.out, self.validity)
+        write_run(config.out, self.validity, statuses=self.statuses, asked=config)
         (config.out / "summary.md").write_text("# what came of it\n")
         return config.out
 
@@ -64,16 +65,18 @@ class Pipeline:
 
 
 def write_run(
-    folder: Path, validity: Validity = VALID, ttft_p95: float = 0.2, seed: int = 3
-) -> Path:
+    folder: Path, validity: Validity = VALID, ttft_p95: float = 0.2, seed: int = 3,
+    *, statuses: dict[str, int] | None = None, asked: RunConfig | None = None,
+) -> Path:  # fmt: skip
     """Write a run of 40 requests at one load, as summary.json has it."""
     p95 = Estimate(ttft_p95, None, None, 40)
     nothing = Distribution(0, None, None, None, None, None)
     cell = Cell(
-        "student", 1.0, 40, {"OK": 40}, Distribution(40, 0.1, None, None, p95, None),
+        "student", 1.0, 40, statuses or {"OK": 40}, Distribution(40, 0.1, None, None, p95, None),
         nothing, nothing, nothing, None, 1.0, 10.0, None, None,
     )  # fmt: skip
-    config = RunConfig(out=folder, seed=seed, max_tokens=seed).model_dump(mode="json")
+    asked = asked or RunConfig(out=folder, seed=seed, max_tokens=seed)
+    config = asked.model_dump(mode="json")
     summary = Summary(config, f"{seed:064}", {}, (), validity, 0, (cell,), ())
     folder.mkdir()
     (folder / "summary.json").write_text(to_json(summary))
@@ -116,7 +119,7 @@ def test_run_is_told_what_the_flags_say(main: Main, pipeline: Pipeline, tmp_path
 
 
 def test_last_line_of_a_run_is_json(main: Main, pipeline: Pipeline, tmp_path: Path) -> None:
-    code, printed, _ = main("run", "--out", tmp_path / "run", "--json")
+    code, printed, _ = main("run", "--out", tmp_path / "run", "--json", "--seed", "3")
     found = json.loads(printed.splitlines()[-1])
     assert code == 0
     assert found["out"] == str(tmp_path / "run")
@@ -213,6 +216,34 @@ def test_report_of_a_folder_that_is_no_run_exits_with_1(main: Main, tmp_path: Pa
     code, _, complaint = main("report", tmp_path)
     assert code == 1
     assert "summary.json" in complaint
+
+
+def test_summary_of_a_run_that_died_is_asked_for_in_vain(main: Main, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    code, _, complaint = main("gate", tmp_path, "--max", "student.ttft_p95=0.2")
+    assert code == 1
+    assert f"if the run died, `tandem loadtest report {tmp_path}` sums it up" in complaint
+
+
+@pytest.mark.parametrize("validity", [VALID, SLOW])
+def test_run_with_failures_exits_with_4_and_says_how_many(
+    main: Main, pipeline: Pipeline, tmp_path: Path, validity: Validity
+) -> None:
+    pipeline.validity, pipeline.statuses = validity, {"OK": 37, "UNAVAILABLE": 3}
+    code, _, complaint = main("run", "--out", tmp_path / "run")
+    assert code == 4
+    assert complaint == (
+        f"tandem: {tmp_path / 'run'}: 3 of 40 requests failed: 3 errors; "
+        "--max-failure-rate 0 allows fewer\n"
+    )
+
+
+def test_run_may_be_told_how_many_failures_are_allowed(
+    main: Main, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    pipeline.statuses = {"OK": 37, "UNAVAILABLE": 3}
+    assert main("run", "--out", tmp_path / "run", "--max-failure-rate", "0.075")[0] == 0
+    assert main("run", "--out", tmp_path / "other", "--max-failure-rate", "0.07")[0] == 4
 
 
 def test_report_is_written_anew(main: Main, tmp_path: Path) -> None:
