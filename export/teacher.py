@@ -242,7 +242,8 @@ def _snapshot(model: _HubModel, *, is_offline: bool) -> Path:
         revision=model.revision,
         local_files_only=is_offline,
         allow_patterns=["*.safetensors", "*.json", "*.jinja"],
-        ignore_patterns=["*/*"],  # conversions to other formats live in subfolders
+        # Other formats live in subfolders; Mistral's lies beside the shards, the same once more.
+        ignore_patterns=["*/*", "consolidated*.safetensors"],
     )
     return Path(folder)
 

@@ -25,13 +25,13 @@ def run_with(monkeypatch: pytest.MonkeyPatch, *attacks: Attack) -> RowResult:
     return r16_hostile.run(Size.CI)
 
 
-def link_the_student_out(bundle: Path) -> None:
-    path = bundle / "student/tokenizer.json"
+def link_the_graph_out(bundle: Path) -> None:
+    path = bundle / "onnx/fp32/model.onnx"
     path.unlink()
-    path.symlink_to(bundle.parent / OUTSIDE / "student/tokenizer.json")
+    path.symlink_to(bundle.parent / OUTSIDE / "onnx/fp32/model.onnx")
 
 
-LINK = Attack("link out", link_the_student_out, None)
+LINK = Attack("link out", link_the_graph_out, None)
 
 
 def test_link_that_is_followed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
