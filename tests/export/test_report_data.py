@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from bundle.manifest import Gate, StageRecord, TeacherReference, Variant
+from bundle.model_folder import open_model_folder
 from export.config import ExportConfig
 from export.evaluate import STUDENT, TEACHER
 from export.grading import SecondOpinion
@@ -164,19 +165,28 @@ def finish(pipeline: Pipeline) -> None:
     if pipeline.config.student is None:
         write(pipeline.path(pipeline.pruned), removals__json=removals)
     distilled = pipeline.path(pipeline.distilled)
-    write(distilled, config__json={"num_hidden_layers": 3}, held_out__json=[1.5, 0.75, 0.5])
+    shutil.copytree(pipeline.teacher.path.with_name("student"), distilled, dirs_exist_ok=True)
+    write(distilled, held_out__json=[1.5, 0.75, 0.5])
     write(distilled, training__jsonl=STEPS, probes__json=PROBES)
-    save_file({"weight": torch.zeros(5, 4)}, distilled / "model.safetensors")
     for name in pipeline.trained_variants:
         write(pipeline.path(pipeline.trained(name)), training__jsonl=[step(0, 0, soft=0.05)])
     write(pipeline.path(pipeline.evaluated), texts__jsonl=TEXTS)
 
 
+@pytest.fixture(scope="session")
+def models(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher of four layers and a student of three."""
+    folder = tmp_path_factory.mktemp("models")
+    shutil.copytree(tiny_teacher, folder / "teacher")
+    shutil.copytree(tiny_teacher, folder / "student")
+    student = AutoModelForCausalLM.from_pretrained(tiny_teacher, num_hidden_layers=3)
+    student.save_pretrained(folder / "student")
+    return folder
+
+
 @pytest.fixture
-def collect(tmp_path: Path) -> Callable[..., ReportData]:
-    teacher = tmp_path / "teacher"
-    teacher.mkdir()
-    write(teacher, config__json={"num_hidden_layers": 4})
+def collect(tmp_path: Path, models: Path) -> Callable[..., ReportData]:
+    teacher = models / "teacher"
     reference = TeacherReference(
         source="some/teacher",
         weights_sha256="ab" * 32,
@@ -207,11 +217,13 @@ def rows(data: ReportData) -> dict[str, ModelRow]:
 # --- models
 
 
-def test_title_and_sizes_name_both_models(collect: Callable[..., ReportData]) -> None:
+def test_title_and_sizes_name_both_models(collect: Callable[..., ReportData], models: Path) -> None:
     data = collect()
     assert data.title == "some/teacher distilled into 3 layers"
     assert data.teacher == ModelSize("some/teacher", 30, 4)
-    assert data.student == ModelSize("student", 20, 3)
+    assert data.student == ModelSize(
+        "student", open_model_folder(models / "student").num_parameters, 3
+    )
 
 
 def test_conditions_say_what_was_measured_on_what(collect: Callable[..., ReportData]) -> None:
