@@ -31,8 +31,8 @@ NUM_READERS = 32
 # The target is of p99. What the tests can tell in a second, on a busy machine, is a blocked loop.
 ROUNDS = {Size.CI: Rounds(1, 3, 60, 50, 2.5), Size.FULL: Rounds(10, 10, 300, 99, 1.2)}
 MAX_STALL_S = {Size.CI: 3.0, Size.FULL: 5.0}
-# Of the time after `max_stall_s`: a second for the status, and the machine's own.
-SLACK_S = 3.0
+# Of the time after `max_stall_s`: a second for the status, and what a busy machine takes.
+SLACK_S = 30.0
 # Messages as Python's objects take several times their size on the wire.
 MAX_BUFFER_BYTES = 1 << 20
 SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 1 << 12), ("grpc.http2.bdp_probe", 0))

@@ -201,7 +201,7 @@ def ask(live: Any, route: pb.Route.ValueType, **sampling: int) -> Any:
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
-    until_s = time.monotonic() + 10
+    until_s = time.monotonic() + 60
     while not is_so():
         assert time.monotonic() < until_s
         time.sleep(0.005)
