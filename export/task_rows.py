@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 from bundle.errors import one_line
 from estimators.answers import ANSWER_FORMATS, extract
 from estimators.canonical import canonicalise, is_same
+from export.chats import Number, read_chat
 from export.config import ExportError
 from export.tasks import Split, Task, Turn, normalise_prompt, prompt_id, split_of
 
@@ -38,7 +39,6 @@ _OWN = {
 }
 _KNOWN_BY = {"prompt": "prompt", "messages": "messages", "instruction": "instruction",
              "question": "question", "problem": "question"}  # fmt: skip
-_ROLES = ("system", "user", "assistant")
 _MARK = "####"
 _MAX_SHOWN = 50
 _TYPO_LIKENESS = 0.83
@@ -128,15 +128,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     yield from lines
 
 
-class _Number(str):
-    """A number of JSON as it is spelled."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
@@ -193,8 +184,8 @@ class _Row:
             raw = json.loads(
                 line,
                 object_pairs_hook=self._object,
-                parse_int=_Number,
-                parse_float=_Number,
+                parse_int=Number,
+                parse_float=Number,
                 parse_constant=_refuse_constant,
             )
         except RecursionError:
@@ -259,7 +250,7 @@ class _Row:
             value = str(value).lower()
         if value is None and not is_required:
             return None
-        if not isinstance(value, str) or (is_required and isinstance(value, _Number)):
+        if not isinstance(value, str) or (is_required and isinstance(value, Number)):
             found = "missing" if value is None else f"{reprlib.repr(value)}, not text"
             self._fault(f"{name}: is {found}")
         elif not value.strip():
@@ -280,46 +271,21 @@ class _Row:
         if prompt is None:
             return None
         below = self._raw.get("input") if self._form == "instruction" else None
-        if below is not None and (not isinstance(below, str) or isinstance(below, _Number)):
+        if below is not None and (not isinstance(below, str) or isinstance(below, Number)):
             self._fault(f"input: is {reprlib.repr(below)}, not text")
         elif below and below.strip():
             prompt = f"{prompt}\n\n{below}"
         return [("user", prompt)]
 
     def _chat(self, name: str, value: Any) -> list[Turn] | None:
-        if not isinstance(value, list) or not value:
-            self._fault(f"{name}: is {reprlib.repr(value)}, not a list of messages")
+        try:
+            chat = read_chat(name, value)
+        except ValueError as error:
+            self._fault(str(error))
             return None
-        turns = [self._turn(f"{name}.{index}", turn) for index, turn in enumerate(value)]
-        messages = [turn for turn in turns if turn is not None]
-        if len(messages) < len(turns):
-            return None
-        if messages[-1][0] == "assistant":
-            messages.pop()
+        if chat.has_answer:
             self.unused.append("the last assistant's turn")
-        if not messages or messages[-1][0] != "user":
-            self._fault(f"{name}: has no user's turn at its end, or before an assistant's")
-            return None
-        return messages
-
-    def _turn(self, name: str, value: Any) -> Turn | None:
-        if not isinstance(value, dict):
-            self._fault(f"{name}: is {reprlib.repr(value)}, not a role and content")
-            return None
-        others = [key for key in value if key not in ("role", "content") and value[key]]
-        if others:
-            self._fault(f"{name}.{one_line(others[0])}: is not supported; role and content are")
-            return None
-        role, content = value.get("role"), _joined(value.get("content"))
-        if role not in _ROLES:
-            self._fault(f"{name}.role: is {reprlib.repr(role)}; valid: {', '.join(_ROLES)}")
-        elif content is None:
-            self._fault(f"{name}.content: is {reprlib.repr(value.get('content'))}, not text")
-        elif role == "user" and not content.strip():
-            self._fault(f"{name}.content: is empty")
-        else:
-            return str(role), content
-        return None
+        return list(chat.turns)
 
     # -- the answer
 
@@ -366,12 +332,3 @@ class _Row:
         if split is not None and split not in valid:
             self._fault(f"split: is {reprlib.repr(split)}; valid: {', '.join(valid)}")
         return split
-
-
-def _joined(content: Any) -> str | None:
-    """Return a turn's text, which may come in parts; None where it is something else."""
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        is_text = all(isinstance(part, str) for part in parts)
-        return "".join(map(str, parts)) if is_text else None
-    return content if isinstance(content, str) and not isinstance(content, _Number) else None
