@@ -32,7 +32,8 @@ from bundle.errors import BundleError, UserError
 from bundle.hashing import hash_file
 from bundle.manifest import MANIFEST_NAME, Manifest, load_manifest
 from serve.config import ServeConfig
-from serve.loading import count_cpus, find_teacher
+from serve.cpus import count_cpus
+from serve.loading import find_teacher
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "grpcio", "numpy")
 IN_PROCESS: Mapping[str, Callable[[Setting], Measures]] = {

@@ -5,5 +5,8 @@
 
 import os
 
+from serve.cpus import bound_spinning
+
 # onnxruntime's official builds send usage data to their maker unless this is set before the import.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+bound_spinning()

@@ -6,7 +6,6 @@ Torch and onnxruntime are imported when a model needs them, not before.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from bundle.token_ids import read_eos_token_ids
 from bundle.verify import verify_bundle
 from serve.arbiter import StepArbiter
 from serve.config import Device, ServeConfig
+from serve.cpus import count_cpus
 from serve.engine import Engine
 from serve.errors import DeviceMissingError
 from serve.metrics import ServerMetrics
@@ -359,21 +359,6 @@ class _Loader:
             real_tokens=tokenizer.real_tokens,
             **described,
         )
-
-
-def count_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return how many CPUs this process may use: by its affinity, and by its container's quota.
-
-    A pool of more threads than that is throttled in the middle of a step.
-    """
-    num_cpus = len(os.sched_getaffinity(0))
-    try:
-        quota_us, period_us = (cgroup / "cpu.max").read_text().split()
-    except OSError:
-        return num_cpus
-    if quota_us == "max":
-        return num_cpus
-    return min(num_cpus, max(int(quota_us) // int(period_us), 1))
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +27,6 @@ from serve.errors import DeviceMissingError
 from serve.loading import (
     build_engines,
     choose_device,
-    count_cpus,
     find_teacher,
 )
 from serve.metrics import ServerMetrics
@@ -130,25 +128,6 @@ def test_engines_get_the_settings(bundle: Path) -> None:
     assert engine._runner._max_pass_tokens == 32
     assert engine._runner._prefiller._cache._max_bytes == 3 << 20
     assert engine._num_torch_threads == 1
-
-
-@pytest.mark.parametrize(
-    ("cpu_max", "expected"),
-    [
-        ("max 100000", 64),
-        ("200000 100000", 2),
-        ("50000 100000", 1),
-        ("350000 100000", 3),
-        (None, 64),
-    ],
-)
-def test_cpus_are_those_of_the_affinity_and_the_quota(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu_max: str | None, expected: int
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
-    if cpu_max is not None:
-        (tmp_path / "cpu.max").write_text(cpu_max + "\n")
-    assert count_cpus(tmp_path) == expected
 
 
 # Which teacher
