@@ -281,6 +281,21 @@ def test_no_majority_of_the_teacher_leaves_no_reference(
     assert agreement.reference_kind == pb.REFERENCE_KIND_UNSPECIFIED
 
 
+def test_sample_that_ends_in_the_reasoning_that_its_prompt_opened_has_no_answer(
+    serving: Any, make_pair: Any, continuing_with: Any, tokenizer: Any
+) -> None:
+    says_4 = continuing_with("4")
+    says_4[tokenizer.encode(">")] = says_4[tokenizer.encode("?")]
+    evaluation = pb.EvaluationOptions(answer_format="last_number", reference_answer="4")
+    with serving(make_pair(says_4, says_4)) as live:
+        for prompt, is_read in (("?", True), ("<think>?", True), ("<think>", False)):
+            request = pb.CompareRequest(prompt=prompt, evaluation=evaluation)
+            samples = live.client.compare(request).samples
+            assert [(s.text, s.HasField("answer"), s.correct) for s in samples] == [
+                ("4", is_read, is_read)
+            ] * 2
+
+
 def test_no_agreement_without_an_answer_format(live: Any) -> None:
     assert not live.client.compare(pb.CompareRequest(prompt="x")).HasField("agreement")
 
