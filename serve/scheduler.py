@@ -20,6 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Set
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from itertools import islice
 
 from serve.backend import NUM_PREFILL_ROWS
 from serve.sequence import Sequence, SequenceGroup
@@ -180,12 +181,14 @@ class Scheduler:
         the client may have. As many as there are rows may be set aside at a time.
         """
         rows = _RowsInUse.of(self._active())
-        num_large = sum(count > self._share for count in rows.by_group.values())
-        if not num_large and not (self._is_full and self.waiting.clients - rows.by_client.keys()):
+        poor = [c for c in self.waiting.clients if c not in rows.by_client] if self._is_full else []
+        large = [s.client for s in self.running if rows.by_group[id(s.group)] > self._share]
+        candidates = [c for c in dict.fromkeys([*poor, *large]) if c in self.waiting.clients]
+        if not candidates:
             return None
         if sum(sequence.kv is not None for sequence in self.waiting) >= self.max_num_seqs:
             return None
-        for newcomer in self.waiting.first_of_each():
+        for newcomer in islice(self.waiting.first_of_each(candidates), MAX_OVERTAKEN):
             able = self._able_to_make_way(newcomer, rows)
             if able and self._way_in(newcomer, {}, count_cached) is not _Way.WAIT:
                 return Claim(newcomer, min(able, key=rows.cost_of_losing))

@@ -74,10 +74,10 @@ class WaitingLines:
     def clients(self) -> Set[str]:
         return self._lines.keys()
 
-    def first_of_each(self) -> Iterator[Sequence]:
-        """Yield the first sequence of every request, by clients and within them in their order."""
-        for line in self._lines.values():
-            for request in line.values():
+    def first_of_each(self, clients: Iterable[str]) -> Iterator[Sequence]:
+        """Yield the first sequence of each request of these clients."""
+        for client in clients:
+            for request in self._lines[client].values():
                 yield request.sequences[0]
 
     def take(self, sequence: Sequence) -> None:
