@@ -8,7 +8,7 @@ SHIPPED := tests/deploy tests/export tests/bundle tests/test_end_to_end.py tests
            $(wildcard tests/faults/test_r1[5-8]_controls.py) \
            tests/faults/test_storm.py tests/faults/test_real_models.py
 
-.PHONY: demo loadtest test test-shipped test-served check k8s-check format protos docs baseline
+.PHONY: demo loadtest test test-shipped test-served test-other-cpus check k8s-check format protos docs baseline
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,13 @@ test-shipped:
 
 test-served:
 	$(BIN)/pytest $(addprefix --ignore=,$(SHIPPED))
+
+# The tests of what rests on kernels, on other CPUs: those that torch and oneDNN can make of this one.
+OTHER_CPUS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+              ONEDNN_MAX_CPU_ISA=AVX512_CORE ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI
+
+test-other-cpus: $(STAMP)
+	for cpu in $(OTHER_CPUS); do echo "$$cpu"; env $$cpu $(BIN)/pytest $(or $(TESTS),tests/serve tests/export) || exit 1; done
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -250,6 +250,30 @@ def test_int8_prefill_has_the_same_bits_whatever_the_batch(load: Any, num_rows: 
     assert torch.equal(backend.forward(0, rows, [0] * num_rows), torch.cat(alone))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_start_finds_a_way_that_holds(load: Any, kind: str) -> None:
+    backend = load(kind)
+    backend.choose_kernels()
+    assert backend.info.batch_invariant
+
+
+@pytest.mark.parametrize("row_multiple", [2, 4, 8])
+def test_larger_multiples_of_rows_compute_the_same(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, row_multiple: int
+) -> None:
+    monkeypatch.setattr("serve.onnx_backend._ROW_MULTIPLES", (row_multiple,))
+    backend = OnnxBackend.load(model_dir / "int8", device="cpu", num_threads=1, **LIMITS)
+    whole = text(MAX_MODEL_LEN)
+    expected = backend.forward(0, [whole], [0]).clone()
+    backend.choose_kernels()
+    for rows in ([whole], [text(5), whole], [text(7), text(3), whole]):
+        found = backend.forward(0, rows, [0] * len(rows))[-1]
+        torch.testing.assert_close(found, expected[0], rtol=0, atol=0.05)
+        past = [len(row) - 1 for row in rows]
+        step = backend.forward(0, [row[-1:] for row in rows], past)[-1]
+        torch.testing.assert_close(step, expected[0], rtol=0, atol=0.05)
+
+
 def generate(backend: Any, **settings: Any) -> list[tuple[int, ...]]:
     """Return the completions of a crowd of requests, by request and sample."""
     engine, endings = Engine(backend, eos_token_ids=frozenset({0})), dict[tuple[int, int], Any]()
