@@ -63,6 +63,8 @@ def _disk_error(path: object, number: int, folder: Path) -> DiskError:
 
 def _free(folder: Path) -> str:
     """Return how much room there is, by the nearest folder that exists."""
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    folders = (folder, *folder.absolute().parents)
+    # Path.exists raises below a folder that may not be entered.
+    existing = next(path for path in folders if os.path.exists(path))  # noqa: PTH110
     free = os.statvfs(existing)
     return f"{free.f_bavail * free.f_frsize / 2**20:.1f} MiB free"

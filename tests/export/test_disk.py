@@ -20,6 +20,14 @@ COPY = ("/a/x", "/b/x", "[Errno 28] No space left on device: '/a/x' -> '/b/x'")
         (OSError(errno.EDQUOT, "x", "/a/b"), r"/a/b cannot be written: Disk quota exceeded \("),
         (OSError(errno.EROFS, "x"), r"{folder} cannot be written: Read-only file system"),
         (
+            PermissionError(errno.EACCES, "x"),
+            r"{folder} cannot be written: Permission denied .* make it a folder that you may write",
+        ),
+        (
+            NotADirectoryError(errno.ENOTDIR, "x", "/a/b"),
+            r"/a/b cannot be written: Not a directory",
+        ),
+        (
             SafetensorError(FULL),
             r"{folder} cannot be written: No space left on device \([\d.]+ MiB",
         ),

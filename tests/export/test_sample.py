@@ -97,6 +97,18 @@ def test_prompts_are_chat_messages(rows: list[Completion], tiny_teacher: Path) -
         assert list(completion.prompt_token_ids) == expected
 
 
+def test_chat_is_sampled_behind_all_its_turns(tiny_teacher: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    turns = (("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."))
+    task = Task("chat", "Who are you?", None, "none", "chat", "train", turns=turns)
+    (completion,) = sample_teacher(tiny_teacher, [task], CONFIG, tmp_path, silent)
+    chat = [{"role": role, "content": content} for role, content in task.messages]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+    assert list(completion.prompt_token_ids) == expected
+
+
 def test_completion_ends_with_eos_or_at_max_tokens(rows: list[Completion]) -> None:
     assert {row.finish_reason for row in rows} == {"stop", "length"}
     for completion in rows:

@@ -34,6 +34,13 @@ def test_seed_of_the_run_leaves_builtin_prompts_as_they_are() -> None:
     assert load("builtin", seed=1) == load("builtin", seed=0)
 
 
+def test_chat_of_several_turns_is_refused(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}))
+    with pytest.raises(UserError, match="chat of several turns; a load test sends single prompts"):
+        load(tmp_path / "chats.jsonl")
+
+
 def test_first_prompts_are_kept_where_there_are_more() -> None:
     assert load("builtin", max_prompts=5) == load("builtin")[:5]
 
