@@ -112,34 +112,20 @@ def _is_own(value: Any) -> bool:
 def judge_config(raw: Mapping[str, Any]) -> ModelConfig:
     """Return what a raw configuration says; ValueError with everything that is wrong in it."""
     model_type = _supported_type(raw)
-    architecture = _architecture(raw, model_type)
-    rules = {**COMMON, **BY_TYPE[model_type]}
-    problems = [f"{key} is missing" for key in REQUIRED if raw.get(key) is None]
-    problems += [
-        f"{key} is {_short(raw[key])}, allowed is {allowed}"
-        for key, (is_right, allowed) in {**rules, **NEUTRAL}.items()
-        if key in raw and not (key in REQUIRED and raw[key] is None) and not is_right(raw[key])
-    ]
-    if model_type != "llama" and raw.get("num_key_value_heads") is None:
-        problems.append("num_key_value_heads is missing")
-    if problems:
-        raise ValueError("; ".join(problems))
-    settings = {key: raw[key] for key in rules if raw.get(key) is not None}
-    if "sliding_window" in raw.keys() & rules.keys():  # null is another value than the default
-        settings["sliding_window"] = raw["sliding_window"]
+    settings = _checked_settings(raw, model_type)
     rope = read_rope(raw, DEFAULT_THETA.get(model_type, 10_000.0))
-    heads = settings["num_attention_heads"]
+    hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
+    read = settings.keys() | COMMON.keys() | BY_TYPE[model_type].keys() | NEUTRAL.keys()
     config = ModelConfig(
         model_type=model_type,
-        architecture=architecture,
+        architecture=_architecture(raw, model_type),
         vocab_size=settings["vocab_size"],
-        hidden_size=settings["hidden_size"],
+        hidden_size=hidden,
         intermediate_size=settings["intermediate_size"],
         num_hidden_layers=settings["num_hidden_layers"],
         num_attention_heads=heads,
         num_key_value_heads=settings.get("num_key_value_heads", heads),
-        head_dim=settings.get("head_dim")
-        or DEFAULT_HEAD_DIM.get(model_type, settings["hidden_size"] // heads),
+        head_dim=settings.get("head_dim", DEFAULT_HEAD_DIM.get(model_type, hidden // heads)),
         max_position_embeddings=settings["max_position_embeddings"],
         tie_word_embeddings=settings.get(
             "tie_word_embeddings", DEFAULT_TIED.get(model_type, False)
@@ -147,11 +133,30 @@ def judge_config(raw: Mapping[str, Any]) -> ModelConfig:
         rope=rope,
         dtype=_dtype(raw),
         settings={**settings, "rope_theta": rope.theta, "rope_scaling": _copied(rope.scaling)},
-        ignored_keys=tuple(sorted(raw.keys() - rules.keys() - NEUTRAL.keys() - BOOKKEEPING)),
+        ignored_keys=tuple(sorted(raw.keys() - read - BOOKKEEPING)),
     )
     _check_shapes(config)
     _check_layers(config)
     return config
+
+
+def _checked_settings(raw: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """Return the listed keys that a file has; ValueError names all that are missing or wrong."""
+    rules = {**COMMON, **BY_TYPE[model_type]}
+    # The other classes have numbers of their own for it.
+    required = [*REQUIRED, *([] if model_type == "llama" else ["num_key_value_heads"])]
+    problems = [f"{key} is missing" for key in required if raw.get(key) is None]
+    problems += [
+        f"{key} is {_short(raw[key])}, allowed is {allowed}"
+        for key, (is_right, allowed) in {**rules, **NEUTRAL}.items()
+        if key in raw and not (key in required and raw[key] is None) and not is_right(raw[key])
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+    settings = {key: raw[key] for key in rules if raw.get(key) is not None}
+    if "sliding_window" in raw.keys() & rules.keys():  # null is another value than the default
+        settings["sliding_window"] = raw["sliding_window"]
+    return settings
 
 
 def _supported_type(raw: Mapping[str, Any]) -> str:
