@@ -48,6 +48,8 @@ def _explain(error: ErrorDetails, flags: Mapping[str, str | None]) -> str:
     if not error["loc"]:
         return message
     name = str(error["loc"][0])
+    if error["type"] == "missing":
+        return f"{flag_of(name)} is required: {RunConfig.model_fields[name].description}"
     given = flags.get(name)
     return f"{flag_of(name)}: {message}" + ("" if given is None else f", got {given!r}")
 

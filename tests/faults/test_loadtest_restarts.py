@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +19,7 @@ import pytest
 import tandem
 from bench.proxy_processes import free_port
 from loadtest.gauges import ServerWatch
+from loadtest.records import RequestRecord
 from loadtest.requests_file import part_files, read_parts, read_requests
 from loadtest.summary import read_summary
 from tests.faults.served import running
@@ -26,9 +29,9 @@ ROOT = Path(__file__).parents[2]
 PATIENCE_S = 300.0
 LOAD = (
     "--arms", "student", "--dataset", "synthetic:3x8", "--arrival", "constant", "--rates", "20",
-    "--duration", "6", "--warmup", "0", "--block", "0.5", "--gap", "0.05", "--seed", "3",
+    "--duration", "10", "--warmup", "0", "--block", "0.5", "--gap", "0.05", "--seed", "3",
 )  # fmt: skip
-NUM_PLANNED = 120
+NUM_PLANNED = 200
 
 
 class Scene:
@@ -47,10 +50,14 @@ class Scene:
 
     def wait_for_records(self, number: int) -> None:
         """Return when so many are on disk, while the run goes on."""
+        self.wait_for(lambda records: len(records) >= number)
+
+    def wait_for(self, is_so: Callable[[list[RequestRecord]], bool]) -> None:
+        """Return when this holds of the records on disk."""
         until_s = time.monotonic() + PATIENCE_S
-        while len(read_parts(part_files(self.out))) < number:
-            assert time.monotonic() < until_s, "no records came"
-            time.sleep(0.01)
+        while not is_so(read_parts(part_files(self.out))):
+            assert time.monotonic() < until_s, "it never came to pass"
+            time.sleep(0.05)
 
 
 @pytest.fixture
@@ -117,6 +124,45 @@ def test_server_that_begins_anew_costs_the_cross_check_alone(
     (note,) = (note for note in summary.notes if "began anew" in note)
     assert note.startswith("the server began anew during the load: tandem_")
     assert "-" not in note.partition(" fell from ")[2]
+
+
+def test_closed_loop_goes_on_when_the_server_is_back(scene: Scene, capsys: Any) -> None:
+    """It is interrupted when the server that came back has answered."""
+
+    def restart() -> None:
+        scene.wait_for_records(10)
+        scene.server.kill()
+        scene.wait_for(lambda records: not records[-1].is_ok)
+        scene.server.start()
+        scene.server.wait_ready()
+        scene.wait_for(lambda records: records[-1].is_ok)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    closed = ("--arrival", "closed", "--concurrency", "2", "--duration", "300")
+    code = run(scene, restart, "--divergence", "none", *closed)
+    complaint = capsys.readouterr().err
+    records = read_requests(scene.out / "requests.jsonl")
+    failed = [record for record in records if record.status == "UNAVAILABLE"]
+    assert code == 4 and f"{len(failed)} of {len(records)} requests failed" in complaint
+    # Each of both workers waits 1 s at the least once it has failed five times.
+    down_s = max(r.ended_s for r in failed) - min(r.sent_s for r in failed)
+    assert 0 < len(failed) <= 2 * (6 + down_s)
+    assert records[-1].sent_s > failed[-1].ended_s
+    notes = read_summary(scene.out).notes
+    assert any("workers of the closed loop waited" in note for note in notes)
+
+
+def test_run_that_is_terminated_is_summed_up(scene: Scene) -> None:
+    command = [sys.executable, "-m", "tandem", *scene.words, "--duration", "300"]
+    load = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    scene.wait_for_records(10)
+    load.terminate()
+    _, complaint = load.communicate(timeout=PATIENCE_S)
+    assert load.returncode == 3
+    assert "it was interrupted: a part of its load is missing" in complaint.splitlines()[-1]
+    summary = read_summary(scene.out)
+    assert summary.is_interrupted and summary.num_failed == 0 and summary.num_offered >= 10
+    assert not part_files(scene.out)
 
 
 def test_run_that_is_killed_leaves_what_has_ended(scene: Scene) -> None:
