@@ -204,7 +204,8 @@ def _grade_one(task: Task, sample: Completion, tokenizer: Tokenizer) -> Grade:
     if not task.is_verifiable:
         return Grade(None)
     is_thinking = starts_in_reasoning(sample.prompt_token_ids, tokenizer)
-    return grade(task, tokenizer.decode(sample.token_ids), starts_in_reasoning=is_thinking)
+    text = tokenizer.decode_with_reasoning(sample.token_ids)
+    return grade(task, text, starts_in_reasoning=is_thinking)
 
 
 def _judge(

@@ -248,7 +248,7 @@ def _judge(
     thinks = {r.request_id: starts_in_reasoning(r.prompt_token_ids, tokenizer) for r in requests}
     models = {model: index for index, model in enumerate(dict.fromkeys(m for m, _, _ in events))}
     keys = sorted(events, key=lambda key: (models[key[0]], place[key[1]][0], key[2]))
-    texts = [tokenizer.decode(events[key].token_ids) for key in keys]
+    texts = [tokenizer.decode_with_reasoning(events[key].token_ids) for key in keys]
     grades, second_opinion = ask_second_opinion(
         [place[task_id][1] for _, task_id, _ in keys],
         [

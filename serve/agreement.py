@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from estimators import consensus
@@ -86,6 +86,10 @@ class Case(Claim):
         self.undecided[sample.role, sample.index] = reason
 
 
+def _own_text(sample: SampleResult) -> str:
+    return sample.text
+
+
 class Judge:
     """Extracts answers and judges them, in the worker only what must not run here.
 
@@ -110,17 +114,19 @@ class Judge:
         case: Case,
         *,
         starts_in_reasoning: bool = False,
+        read_text: Callable[[SampleResult], str] = _own_text,
     ) -> None:
         """Set the samples' `answer` and `correct`, or one or both not, and say so in the case.
 
-        They are read behind the reasoning, which the prompt may have opened. Samples that did not
+        They are read behind the reasoning, which the prompt may have opened; `read_text` returns a
+        text with the marks around it, where a sample's own lacks them. Samples that did not
         end well have neither; `correct` needs a reference answer. One case is for all that is read
         and judged of a request.
         """
         complete = [sample for sample in samples if sample.is_complete]
         async with self._worker.turn(case) as turn:
             texts = [
-                behind_reasoning(sample.text, starts_inside=starts_in_reasoning) or ""
+                behind_reasoning(read_text(sample), starts_inside=starts_in_reasoning) or ""
                 for sample in complete
             ]
             await self._extract(complete, texts, evaluation.answer_format, case, turn)

@@ -35,7 +35,8 @@ def compile_formats(patterns: Mapping[str, str]) -> Mapping[str, re.Pattern[str]
 
 def starts_in_reasoning(prompt_token_ids: Sequence[int], tokenizer: Tokenizer) -> bool:
     """Return whether the prompt opened the reasoning, of which a completion has but the end."""
-    return opens_reasoning(tokenizer.decode(prompt_token_ids[-_PROMPT_END_TOKENS:]))
+    end = prompt_token_ids[-_PROMPT_END_TOKENS:]
+    return opens_reasoning(tokenizer.decode_with_reasoning(end))
 
 
 def _compile(name: str, text: str) -> re.Pattern[str]:

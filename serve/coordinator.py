@@ -22,7 +22,15 @@ from serve.admission import (
 )
 from serve.agreement import Agreement, Case, Judge
 from serve.answer_formats import starts_in_reasoning
-from serve.arms import ArmJob, ArmResult, OnChunk, run_arm, run_arm_or_spare, run_second_arm
+from serve.arms import (
+    ArmJob,
+    ArmResult,
+    OnChunk,
+    SampleResult,
+    run_arm,
+    run_arm_or_spare,
+    run_second_arm,
+)
 from serve.comparison import CompletionScore, score_with_models
 from serve.errors import AbortedError, DrainingError, UnknownRequestError
 from serve.mailbox import Mailbox
@@ -42,6 +50,7 @@ from serve.scoring import ScoringRequest
 from serve.shadow import Shadows
 from serve.specs import GenerationSpec, Limits, Prompt, ScoreSpec
 from serve.tasks import running
+from serve.tokenization import Tokenizer
 
 OnArm = Callable[[ArmResult], None]
 RunArm = Callable[[ArmJob, OnChunk], Awaitable[ArmResult]]
@@ -324,9 +333,13 @@ class Coordinator:
             self._metrics.on_divergence(
                 sample, spec.evaluation.task, is_truncated=spec.sampling.is_truncated
             )
-        is_thinking = starts_in_reasoning(job.prompt_token_ids, job.model.tokenizer)
+        tokenizer = job.model.tokenizer
         await self._judge.read_answers(
-            result.samples, spec.evaluation, case, starts_in_reasoning=is_thinking
+            result.samples,
+            spec.evaluation,
+            case,
+            starts_in_reasoning=starts_in_reasoning(job.prompt_token_ids, tokenizer),
+            read_text=partial(_text_with_reasoning, tokenizer),
         )
         on_arm(result)
         return result
@@ -347,6 +360,13 @@ class Coordinator:
             cache_salt=_cache_salt(terms.tenant, spec.cache_salt),
             client=terms.peer,
         )
+
+
+def _text_with_reasoning(tokenizer: Tokenizer, sample: SampleResult) -> str:
+    """Return a sample's text, from its tokens where the text lacks the marks around reasoning."""
+    if not tokenizer.hides_reasoning:
+        return sample.text
+    return tokenizer.decode_with_reasoning(sample.token_ids)
 
 
 def _cache_salt(tenant: str, given: str) -> str:

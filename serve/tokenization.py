@@ -17,6 +17,7 @@ import tokenizers
 
 from bundle.errors import UserError, one_line
 from bundle.hashing import hash_json
+from estimators.answers import REASONING_BEGINS, REASONING_ENDS
 from serve.chat_template import ChatTemplate, process_date
 from serve.errors import InvalidFieldError
 from serve.real_tokens import RealTokens
@@ -198,6 +199,31 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens; special tokens have none."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def decode_with_reasoning(self, token_ids: Sequence[int]) -> str:
+        """Return the text with the marks around reasoning, also where they are special tokens."""
+        parts: list[list[int]] = [[]]
+        marks = []
+        for token_id in token_ids:
+            if token_id in self._reasoning_marks:
+                marks.append(self._reasoning_marks[token_id])
+                parts.append([])
+            else:
+                parts[-1].append(token_id)
+        texts = map(self.decode, parts)
+        return "".join(text + mark for text, mark in zip(texts, [*marks, ""], strict=True))
+
+    @cached_property
+    def _reasoning_marks(self) -> Mapping[int, str]:
+        """The marks that `decode` leaves out, by id: most models have them as text."""
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        marks = (REASONING_BEGINS, REASONING_ENDS)
+        return {i: token.content for i, token in added if token.special and token.content in marks}
+
+    @property
+    def hides_reasoning(self) -> bool:
+        """Whether a mark around reasoning is a special token, which no text shows."""
+        return bool(self._reasoning_marks)
 
     def token_text(self, token_id: int) -> str:
         """Return one token alone as text, special tokens by name; for display."""

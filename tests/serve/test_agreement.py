@@ -10,15 +10,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import models
 
 from serve import equivalence
 from serve.agreement import Agreement, Case, Judge, ReferenceKind
-from serve.answer_formats import compile_formats
+from serve.answer_formats import compile_formats, starts_in_reasoning
 from serve.arms import ArmResult, SampleResult
 from serve.equivalence import AnswerWorker, Claim, NoResult, SymbolicUnavailableError
 from serve.routing import Role
 from serve.sequence import FinishReason
 from serve.specs import AnswerMatch, EvaluationSpec
+from serve.tokenization import Tokenizer
 
 EQUALS = compile_formats({"equals": r"= *(\S+)", "hanging": "((a+)+$)"})
 HANGING = "a" * 40 + "b"
@@ -126,6 +129,21 @@ def test_reasoning_that_the_prompt_opened_and_nothing_ends_has_no_answer(
         return [sample.answer for sample in samples]
 
     assert asyncio.run(run()) == [None, "4"]
+
+
+def test_marks_of_reasoning_that_are_special_tokens_are_seen() -> None:
+    """`decode` has no text for them; DeepSeek-R1's and Qwen3's are none."""
+    raw = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate("45?")}, merges=[]))
+    raw.add_special_tokens(["<think>", "</think>"])
+    tokenizer = Tokenizer(raw)
+    ids = tokenizer.encode("<think>5</think>4")
+    assert tokenizer.hides_reasoning
+    assert (tokenizer.decode(ids), tokenizer.decode_with_reasoning(ids)) == (
+        "5 4",
+        "<think>5</think>4",
+    )
+    assert starts_in_reasoning(tokenizer.encode("?<think>"), tokenizer)
+    assert not starts_in_reasoning(tokenizer.encode("<think></think>"), tokenizer)
 
 
 def test_who_leaves_out_a_unit_votes_and_is_judged_with_who_names_it() -> None:
