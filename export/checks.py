@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,32 +94,29 @@ def check_run(config: ExportConfig, place: Place = str) -> Checked:
     count = None
     if teacher is not None:
         count = _check_teacher(config, teacher, faults)
+        _check_sizes(config, teacher, student, faults)
         if student is not None:
             _check_student(student, teacher, faults)
-        _check_sizes(config, teacher, student, faults)
-        windows = find_windows(config, teacher, student)
-        if windows is not None:
-            for key, text in windows.faults():
-                faults.add(key, text)
-            if count is not None and loaded is not None:
-                loaded = _check_lengths(loaded, windows, count, faults)
+    windows = find_windows(config, teacher, student)
+    for key, text in windows.faults():
+        faults.add(key, text)
+    if count is not None and loaded is not None:
+        loaded = _check_lengths(loaded, windows, count, faults)
     faults.raise_all()
     assert loaded is not None, "read_tasks raised"
     return Checked(teacher, student, loaded, count)
 
 
 def find_windows(
-    config: ExportConfig, teacher: TeacherFolder, student: TeacherFolder | None
-) -> Windows | None:
-    """Return the windows of a run, None while its student is not here."""
-    if config.student is not None and student is None:
-        return None
-    source = teacher if student is None else student
-    return Windows(
-        config,
-        teacher.model.config.max_position_embeddings,
-        source.model.config.max_position_embeddings,
-    )
+    config: ExportConfig, teacher: TeacherFolder | None, student: TeacherFolder | None
+) -> Windows:
+    """Return the windows of a run; a model that is not here yet has all positions."""
+    source = teacher if config.student is None else student
+    return Windows(config, *(_positions_of(model) for model in (teacher, source)))
+
+
+def _positions_of(model: TeacherFolder | None) -> int:
+    return sys.maxsize if model is None else model.model.config.max_position_embeddings
 
 
 def fitting_tasks(
@@ -130,8 +128,6 @@ def fitting_tasks(
         return loaded
     student = find_teacher(config.student, config.cache_dir) if config.student else None
     windows = find_windows(config, teacher, student)
-    if windows is None:
-        return loaded
     return without(loaded, find_long(loaded, windows, count_with(tokenizer())))
 
 

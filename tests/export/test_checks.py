@@ -132,6 +132,15 @@ def test_setting_that_cannot_work_is_told_with_its_line(
     assert lines[number - 1].strip().split(":")[0] in key.split(".")
 
 
+def test_lengths_of_the_recipe_are_looked_at_without_the_teacher(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
+    sample = {"max_tokens": 512, "max_model_len": 1024}
+    told = refusal(folder, teacher="no/model-7B", sample=sample, onnx={"max_model_len": 256})
+    assert "sample.max_tokens 512 leaves no room for a prompt in the 256 of onnx.max_mod" in told
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
