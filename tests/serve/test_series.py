@@ -40,7 +40,9 @@ def test_first_events_find_their_series(live: Any) -> None:
     """Of both services, both planes, all routes, with and without a task; `k` alone is chosen."""
     before = series_of(live)
     sampling = pb.SamplingParams(num_samples=2, max_tokens=4)
-    evaluation = pb.EvaluationOptions(answer_format="last_number", task="sums", pass_at_k=[1])
+    evaluation = pb.EvaluationOptions(
+        answer_format="last_number", task="sums", pass_at_k=[1], reference_answer="2"
+    )
     compared = pb.CompareRequest(prompt="1+1=", sampling=sampling, evaluation=evaluation)
     compared.divergence.exact = True
     live.client.compare(compared)
