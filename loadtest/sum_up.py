@@ -46,7 +46,9 @@ def sum_up(folder: Path) -> Summary:
             is_interrupted=run.get("is_interrupted", True),
             notes=(*run.get("notes", ()), *_notes(costs, records)),
         )
-    except (KeyError, TypeError, ValidationError) as error:
+    except KeyError as error:
+        raise UserError(f"{folder / RUN_FILE} is not what a run writes: no {error}") from None
+    except (TypeError, ValidationError) as error:
         raise UserError(f"{folder / RUN_FILE} is not what a run writes: {error}") from None
     write_requests(folder / REQUESTS_FILE, records)
     write_text(folder / SUMMARY_FILE, to_json(summary))

@@ -30,7 +30,7 @@ _NO_GRPC = ("http1.x", "Failed parsing HTTP/2")
 # Of the call that is to say why there is no connection.
 _REASON_TIMEOUT_S = 1.0
 
-ConnectTimeout = Annotated[float, typer.Option(min=0, help="Seconds to wait for a connection.")]
+ConnectTimeout = Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a connection.")]
 CONNECT_TIMEOUT_S = 5.0
 
 TokenFile = Annotated[

@@ -254,6 +254,24 @@ def test_report_is_written_anew(main: Main, tmp_path: Path) -> None:
     assert "</html>" in (run / "report.html").read_text()
 
 
+def test_run_that_died_without_a_request_is_summed_up(main: Main, tmp_path: Path) -> None:
+    config = RunConfig(out=tmp_path).model_dump(mode="json")
+    run = {"config": config, "schedule_sha256": "5e", "versions": {}, "models": []}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    code, printed, _ = main("report", tmp_path)
+    assert code == 0
+    assert "it died before its end" in printed and "no request was measured" in printed
+    assert main("gate", tmp_path, "--max", "student.ttft_p95=1")[0] == 3
+
+
+def test_report_of_a_broken_run_is_an_error(main: Main, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    code, _, complaint = main("report", tmp_path)
+    assert (code, complaint) == (
+        1, f"tandem: {tmp_path / 'run.json'} is not what a run writes: no 'config'\n",
+    )  # fmt: skip
+
+
 def test_two_runs_are_compared(main: Main, tmp_path: Path) -> None:
     before = write_run(tmp_path / "before")
     after = write_run(tmp_path / "after", ttft_p95=0.25)
