@@ -272,7 +272,7 @@ def test_stream_left_by_break_is_cancelled_at_the_server() -> None:
         with client.generate(pb.GenerateRequest(prompt="x")) as stream:
             for _ in stream:
                 break
-        assert service.is_ended.wait(5)
+        assert service.is_ended.wait(60)
         with pytest.raises(grpc.RpcError) as caught:
             stream.result()
         assert caught.value.code() is CODE.CANCELLED
@@ -289,7 +289,7 @@ def test_stream_given_up_is_cancelled_at_the_server(way: str) -> None:
             del stream
         else:
             getattr(stream, way)()
-        assert service.is_ended.wait(5)
+        assert service.is_ended.wait(60)
 
 
 # TLS and the token

@@ -33,7 +33,7 @@ class Site:
         self.port = int(self.server.url.rpartition(":")[2].partition("/")[0])
 
     def ask(self, method: str, path: str) -> tuple[http.client.HTTPResponse, bytes]:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=5)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
         try:
             connection.request(method, path)
             response = connection.getresponse()
@@ -42,7 +42,7 @@ class Site:
             connection.close()
 
     def connect(self) -> socket.socket:
-        return socket.create_connection((self.host, self.port), timeout=5)
+        return socket.create_connection((self.host, self.port), timeout=60)
 
 
 @pytest.fixture
