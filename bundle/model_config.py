@@ -50,7 +50,7 @@ _OWN_IMPLEMENTATIONS = (
     None, True, False, "", "eager", "sdpa", "flex_attention", "flash_attention_2",
     "flash_attention_3", "grouped_mm", "batched_mm",
 )  # fmt: skip
-_IMPLEMENTATION = re.compile(r"(attn|attention|experts?)_implementation", re.IGNORECASE)
+_IMPLEMENTATION = re.compile(r"_implementation", re.IGNORECASE)
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 

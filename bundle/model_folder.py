@@ -18,7 +18,12 @@ from bundle.errors import ModelFolderError, one_line
 from bundle.json_files import check_plain_file, read_object
 from bundle.model_config import CONFIG_NAME, ModelConfig, check_stays, read_model_config
 from bundle.model_weights import TensorHeader, check_tensors, find_weights, read_headers
-from bundle.token_ids import TokenIds, read_token_ids
+from bundle.token_ids import (
+    GENERATION_CONFIG_NAME,
+    TOKENIZER_CONFIG_NAME,
+    TokenIds,
+    read_token_ids,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +37,11 @@ _LEADS_OUT = {
     "custom_generate": "holds code",
 }
 _TEMPLATES_FOLDER = "additional_chat_templates"
+# Configurations that may name code, beside the model's own.
+_OTHER_CONFIGS = (
+    GENERATION_CONFIG_NAME, TOKENIZER_CONFIG_NAME, "preprocessor_config.json",
+    "processor_config.json",
+)  # fmt: skip
 # What may be read, if it is there.
 _READ_SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".onnx", ".data"})
 
@@ -85,9 +95,9 @@ def open_model_folder(
     for name in needed:
         check_plain_file(path / name)
     config = read_model_config(path)
-    for other in sorted(path.glob("*config*.json")):
-        if other.name != CONFIG_NAME:
-            check_stays(read_object(other), other)
+    for name in _OTHER_CONFIGS:
+        if (path / name).exists():
+            check_stays(read_object(path / name), path / name)
     token_ids = read_token_ids(path, config.vocab_size)
     tensors = check_tensors(path, config, read_headers(weights)) if weights else {}
     if config.ignored_keys:
@@ -109,7 +119,7 @@ def check_files(folder: Path) -> None:
         raise ModelFolderError(f"{folder} holds pickles, which can run code: remove {pickled}")
     if code := [name for name in names if Path(name).suffix.lower() in CODE_SUFFIXES]:
         raise ModelFolderError(f"{folder} holds code, which is not run: remove {code}")
-    for name in _LEADS_OUT.keys() & set(names):
+    for name in sorted(_LEADS_OUT.keys() & set(names)):
         raise ModelFolderError(f"{folder / name} {_LEADS_OUT[name]}")
     for entry in entries:
         if entry.suffix in _READ_SUFFIXES:

@@ -139,6 +139,7 @@ def test_only_listed_keys_are_handed_on() -> None:
         {"attn_implementation": ["evil/attention"]},
         {"vision_config": {"_attn_implementation": "paged|evil/attention"}},
         {"_experts_implementation": "evil/experts"},
+        {"norm_implementation": "evil/norm"},
         {"custom_generate": "evil/generate"},
         {"trust_remote_code": True},
         {"transformers_weights": "../w.safetensors"},

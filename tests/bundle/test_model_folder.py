@@ -185,6 +185,13 @@ def test_folder_that_is_not_safe_or_whole_is_refused(
         open_model_folder(folder)
 
 
+def test_files_that_nothing_reads_are_not_judged(tmp_path: Path) -> None:
+    write_model_folder(tmp_path, **{"train_config.json": "[NaN]"})
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "consolidated.00.pth").touch()
+    assert open_model_folder(tmp_path).num_parameters == NUM_PARAMETERS
+
+
 def test_keys_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_model_folder(tmp_path, {**TINY, "use_mrope": False})
     with caplog.at_level("INFO"):
