@@ -1,8 +1,8 @@
 """Sequences that wait for a row: clients take turns, and so do the requests of one client.
 
 The client with the fewest rows is next, among equals the one that was served longest ago. Within a
-client requests are served as they came, but each for `max_turn` sequences at a time: one that asks
-for many leaves the others room in between.
+client requests are served as they came, but each for `max_turn` sequences at a time: between two of
+its turns others begin, for as many sequences. So neither waits for the end of a long line.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from serve.sequence import Sequence, SequenceGroup
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """The waiting sequences of a group, of which so many others were taken in this turn."""
+    """The waiting sequences of a group, of which so many others were taken in this turn.
+
+    It has begun with its first turn's end.
+    """
 
     group: SequenceGroup
     sequences: deque[Sequence] = field(default_factory=deque)
     num_taken: int = 0
+    has_begun: bool = False
 
 
 class WaitingLines:
@@ -50,7 +54,7 @@ class WaitingLines:
         """Let a sequence that was taken wait again: its client's next, and alone in its turn."""
         request = self._request(sequence)
         request.sequences.appendleft(sequence)
-        request.num_taken = self._max_turn - 1
+        request.num_taken, request.has_begun = self._max_turn - 1, True
         self._num_waiting += 1
         client, group_id = sequence.client, id(sequence.group)
         self._lines[client] = {group_id: request, **self._lines[client]}
@@ -92,10 +96,23 @@ class WaitingLines:
         if not request.sequences:
             del line[group_id]
         elif request.num_taken >= self._max_turn:
-            line[group_id] = line.pop(group_id)
-            request.num_taken = 0
+            line = self._behind_others(line, group_id)
         if line:
             self._lines[client] = line
+
+    def _behind_others(self, line: dict[int, _Request], group_id: int) -> dict[int, _Request]:
+        """Return a line in which a request whose turn is over stands behind the next turn's worth
+        of requests that have not begun, or else behind all."""
+        request = line.pop(group_id)
+        request.num_taken, request.has_begun = 0, True
+        num_new, reordered = 0, dict[int, _Request]()
+        for other_id, other in line.items():
+            if num_new >= self._max_turn:
+                reordered.setdefault(group_id, request)
+            reordered[other_id] = other
+            num_new += 0 if other.has_begun else len(other.sequences)
+        reordered.setdefault(group_id, request)
+        return reordered
 
     def remove(self, group_ids: Set[int]) -> list[Sequence]:
         """Take the sequences of these groups (by `id`) out, and return them."""

@@ -68,15 +68,29 @@ def test_client_has_no_more_rows_than_it_may() -> None:
     assert len(lines) == 3
 
 
-def test_request_of_many_samples_lets_those_behind_it_in_between() -> None:
-    lines = make(2, a=5)
-    many, few = next(iter(lines)).group, samples("a", 3)
-    lines.add(few)
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((2, 2, 1, 2), "aabbcdd"),  # up to a turn's samples: as they came
+        ((5, 3), "aabbaaba"),
+        ((6, 1, 1, 1, 1, 1, 1), "aabcaadeaafg"),  # not behind all of a long line
+        ((6, 6, 1), "aabbaacbbaabb"),  # nor is who came last behind all of two long ones
+        ((4, 4, 4), "aabbaaccbbcc"),
+    ],
+)
+def test_request_of_many_samples_lets_others_begin_between_its_turns(
+    sizes: tuple[int, ...], expected: str
+) -> None:
+    lines, names = WaitingLines(2), {}
+    for name, size in zip("abcdefg", sizes, strict=False):
+        sequences = samples("client", size)
+        names[id(sequences[0].group)] = name
+        lines.add(sequences)
     order = []
     while sequence := lines.next({}, 99):
         lines.take(sequence)
-        order.append("m" if sequence.group is many else "f")
-    assert "".join(order) == "mmffmmfm"
+        order.append(names[id(sequence.group)])
+    assert "".join(order) == expected
 
 
 def test_one_that_is_put_back_is_next_of_its_client_for_this_time_alone() -> None:
