@@ -176,6 +176,7 @@ def _is_mathematics(text: str) -> bool:
 # --- one round
 
 _SINGLE_LETTER = re.compile(r"[(\[{]?\s?([A-Za-z])\s?[)\]}]?")
+_TIME = re.compile(r"([0-9]{1,2}(?::[0-9]{2})?)\s*([APap])\.?\s?[Mm]\s?")
 _CONJUNCTION = re.compile(r"\\(?:text|mbox|textrm|mathrm)\s?\{\s?(and|or|,)\s?\}")
 _WHOLE_SET = re.compile(r"\\\{(?:[^\\|:]|\\(?![{}]|mid|vert|colon))+\\\}")
 _INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|lt|gt|leq|geq)(?![A-Za-z])")
@@ -192,6 +193,8 @@ def _once(text: str) -> str:
     text = without_markup(translate(text))
     if letter := _SINGLE_LETTER.fullmatch(text):
         return letter[1].upper()
+    if clock := _TIME.fullmatch(without_fonts(text)):
+        return f"{clock[1]} {clock[2].lower()}m"
     if text.casefold() in _NUMBER_WORDS:
         return str(_NUMBER_WORDS.index(text.casefold()))
     try:

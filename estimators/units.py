@@ -57,6 +57,7 @@ _SPELLINGS = {
     "th": "st nd rd",
 }
 _SYMBOL = {word: unit for unit, words in _SPELLINGS.items() for word in (unit, *words.split())}
+_KNOWN = _SYMBOL.keys() | {"per"}
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 # Words behind a number that make another number or statement of it.
 _NO_UNITS_TEXT = (
@@ -122,11 +123,12 @@ def _unit(phrase: str, power: str | None, *, is_text: bool) -> str | None:
     if phrase.strip() in _SYMBOL.values() and (is_text or len(phrase.strip()) > 1):
         return phrase.strip() + (f"^{power}" if power else "")
     words = phrase.casefold().replace(".", " ").replace("/", " per ").split()
-    if not 1 <= len(words) <= _MAX_WORDS or (not is_text and len(words[0]) == 1):
+    has_variables = not is_text and "per" not in words and any(len(word) == 1 for word in words)
+    if not 1 <= len(words) <= _MAX_WORDS or has_variables:
         return None
     powers = [_POWERS[word] for word in words if word in _POWERS]
     names = [_singular(word) for word in words if word not in _POWERS]
-    if any(name in _NO_UNITS or (name not in _SYMBOL and len(name) < 3) for name in names):
+    if any(name in _NO_UNITS or (name not in _KNOWN and len(name) < 3) for name in names):
         return None
     spelled = " ".join(_SYMBOL.get(name, name) for name in names if name != "unit")
     spelled = spelled.replace(" per ", "/").replace("° °", "°")
