@@ -185,6 +185,17 @@ def test_whole_text_votes_where_the_scorer_reads_it_whole(
     assert found.results["a"][0].majority == 1.0
 
 
+def test_equivalent_answers_are_right_and_math_verify_said_so(tokenizer: Tokenizer) -> None:
+    root = [dataclasses.replace(TASKS[0], answer="\\sqrt{16}")]
+    found = run(
+        tokenizer, {"a": DigitBackend(tokenizer, "4"), "b": DigitBackend(tokenizer, "5")}, root
+    )
+    assert [found.results[model][0].num_correct for model in "ab"] == [4, 0]
+    assert [found.results[model][0].majority for model in "ab"] == [1.0, 0.0]
+    opinion = found.summary()["second_opinion"]
+    assert (opinion["num_asked"], opinion["num_right"], opinion["num_undecided"]) == (8, 4, 0)
+
+
 # --- scores
 
 
