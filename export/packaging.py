@@ -98,7 +98,7 @@ def _describe_student(pipeline: Pipeline) -> StudentInfo:
     num_layers: int = read_json(folder / "config.json")["num_hidden_layers"]
     kept = pipeline.kept_layers(num_layers + len(pipeline.removed_layers))
     return StudentInfo(
-        num_parameters=open_model_folder(folder).num_parameters,
+        num_parameters=open_model_folder(folder, has_tokenizer=False).num_parameters,
         num_layers=num_layers,
         kept_layers=None if kept is None else tuple(kept),
         dtype="float32",

@@ -51,7 +51,7 @@ def collect_report(
     default: str | None,
 ) -> ReportData:
     """Return the report of a pipeline whose stages are all finished."""
-    distilled = open_model_folder(pipeline.path(pipeline.distilled))
+    distilled = open_model_folder(pipeline.path(pipeline.distilled), has_tokenizer=False)
     num_layers = distilled.config.num_hidden_layers
     reference = pipeline.teacher.reference
     front = pareto_front(variants)

@@ -227,6 +227,7 @@ def _commands(folder: Path, bundle: Path, intact: Path) -> Iterator[tuple[str, l
         f"teacher: {folder}\noutput_dir: {folder.parent / 'out'}\n"
         f"cache_dir: {folder.parent / 'cache'}\n"
         "prune: {num_removed_layers: 1, first_candidate: 0, num_candidates: 1}\n"
+        "sample: {max_model_len: 256, max_tokens: 64}\nonnx: {max_model_len: 256}\n"
     )
     ports = [f"--{name}port=0" for name in ("", "control-", "metrics-")]
     serve = ["serve", "--device", "cpu", "--max-model-len", "64", *ports]
