@@ -49,7 +49,7 @@ def _explain(error: ErrorDetails, flags: Mapping[str, str | None]) -> str:
         return message
     name = str(error["loc"][0])
     if error["type"] == "missing":
-        return f"{flag_of(name)} is required: {RunConfig.model_fields[name].description}"
+        return f"{flag_of(name)}: is required: {RunConfig.model_fields[name].description}"
     given = flags.get(name)
     return f"{flag_of(name)}: {message}" + ("" if given is None else f", got {given!r}")
 
