@@ -399,7 +399,9 @@ class Engine:
         if self._scheduler.running:
             self._decode()
             self._outbox.flush()
-            # Before the pass: what expired during the decode step must not reach the model in it.
+            # Before the pass: who came during the decode step need not wait for another one, and
+            # what expired in it must not reach the model.
+            self._intake.run()
             self._end_cancelled_and_expired()
         # One more than there are kinds: admission may have given the kind behind it work.
         for _ in range(len(self._passes) + 1):

@@ -119,6 +119,20 @@ def test_first_token_of_another_request_waits_for_no_sample_to_end(
     run(engine)
 
 
+def test_who_comes_during_a_decode_step_waits_for_no_other_one(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    busy(engine)
+    readers: list[Reader] = []
+
+    def before_pass(first_row: int, rows: object) -> None:
+        if not readers:
+            readers.append(submit(engine, "other", temperature=0.0))
+
+    engine._runner._backend.before_pass = before_pass  # type: ignore[attr-defined]
+    engine.step()
+    assert readers[0].tokens == {0: 1}
+
+
 def test_as_many_clients_as_there_are_rows_need_not_wait(make_engine: MakeEngine) -> None:
     engine = make_engine()
     busy(engine)
