@@ -51,19 +51,21 @@ class Pauses:
     """How long a worker of a closed loop waits behind one failure after the other.
 
     The first one is 0.1 s, each other one twice as long, up to 2 s, all of them ± 50 % by chance.
+    `until_s` is when the last one ends, which may be in a later block.
     """
 
     def __init__(self, seed: str) -> None:
+        self.until_s = 0.0
         self._random = random.Random(seed)
         self._pause_s = FIRST_PAUSE_S
 
     def succeeded(self) -> None:
         self._pause_s = FIRST_PAUSE_S
 
-    def failed(self) -> float:
-        """Return the seconds from the failed request's start to the next one's."""
-        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, MAX_PAUSE_S)
-        return pause_s * self._random.uniform(1 - JITTER, 1 + JITTER)
+    def failed(self, sent_s: float) -> None:
+        """Pause from when the request was sent that failed."""
+        self.until_s = sent_s + self._pause_s * self._random.uniform(1 - JITTER, 1 + JITTER)
+        self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
 
 
 class Runner:
@@ -89,6 +91,7 @@ class Runner:
         self._process = process
         self._keep = keep
         self._ended: list[RequestRecord] = []
+        self._pauses: dict[tuple[str, int], Pauses] = {}
         self._paused_s = 0.0
         self.records: list[RequestRecord] = []
         self.costs: list[BlockCost] = []
@@ -122,7 +125,9 @@ class Runner:
         is_closed = bool(block.requests) and block.requests[0].intended_s is None
         if is_closed:
             for worker in range(round(block.load)):
-                pauses = Pauses(f"{block.requests[0].seed} {worker}")
+                pauses = self._pauses.setdefault(
+                    (block.arm, worker), Pauses(f"{block.requests[0].seed} {worker}")
+                )
                 requests.create_task(self._work(waiting, block.end_s, pauses))
         else:
             await self._dispatch(waiting, requests)
@@ -139,6 +144,7 @@ class Runner:
             requests.create_task(self._send(plan))
 
     async def _work(self, plans: Iterator[PlannedRequest], end_s: float, pauses: Pauses) -> None:
+        await self._pause(pauses.until_s, end_s)
         while self._now() < end_s:
             plan = next(plans, None)
             if plan is None:
@@ -147,14 +153,17 @@ class Runner:
             if record.is_ok:
                 pauses.succeeded()
             else:
-                await self._pause(min(record.sent_s + pauses.failed(), end_s))
+                pauses.failed(record.sent_s)
+                await self._pause(pauses.until_s, end_s)
 
-    async def _pause(self, until_s: float) -> None:
-        """Send nothing for a while, and go on as soon behind it as there is a connection."""
+    async def _pause(self, until_s: float, end_s: float) -> None:
+        """Send nothing until then, and then until there is a connection, up to 2 s; or the end."""
         began_s = self._now()
-        await self._sleep_until(until_s)
+        if until_s <= began_s:
+            return
+        await self._sleep_until(min(until_s, end_s))
         with suppress(TimeoutError):
-            async with asyncio.timeout(MAX_PAUSE_S):
+            async with asyncio.timeout(min(MAX_PAUSE_S, max(end_s - self._now(), 0.0))):
                 await self._target.wait_connected()
         self._paused_s += self._now() - began_s
 

@@ -260,10 +260,27 @@ def test_open_loop_keeps_its_schedule_behind_failures(run: Any) -> None:
 def test_pauses_grow_up_to_a_bound_and_begin_anew() -> None:
     pauses = Pauses("0 0")
     for pause_s in (0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0):
-        assert 0.5 * pause_s <= pauses.failed() <= 1.5 * pause_s
+        pauses.failed(7.0)
+        assert 0.5 * pause_s <= pauses.until_s - 7.0 <= 1.5 * pause_s
     pauses.succeeded()
-    assert pauses.failed() <= 0.15
-    assert len({Pauses(f"0 {worker}").failed() for worker in range(8)}) == 8
+    pauses.failed(7.0)
+    assert pauses.until_s <= 7.15
+
+
+def test_workers_do_not_pause_in_step() -> None:
+    workers = [Pauses(f"0 {worker}") for worker in range(8)]
+    for worker in workers:
+        worker.failed(0.0)
+    assert len({worker.until_s for worker in workers}) == 8
+
+
+def test_pauses_go_on_through_the_blocks_of_an_arm(run: Any) -> None:
+    blocks = [
+        block([None] * 200, load=4, start_s=0.55 * number, end_s=0.55 * number + 0.5)
+        for number in range(20)
+    ]
+    num_sent = len(run(load(refuse, *blocks)).records)
+    assert num_sent < 4 * (6 + 11)  # one a second and worker, when it has failed for long
 
 
 # What becomes of requests
