@@ -41,8 +41,13 @@ def _warnings(summary: Summary) -> Iterator[str]:
 
 
 def describe_failures(summary: Summary) -> str:
-    """Return how many measured requests failed, each kind apart; "" when none did."""
+    """Return how many measured requests failed, each kind apart; "" when none did.
+
+    Those that an interrupted run gave up itself are none of them.
+    """
     counts = dict.fromkeys(_OUTCOMES, 0)
+    if summary.is_interrupted:
+        del counts["cancelled"]
     for cell in summary.cells:
         for outcome in counts:
             counts[outcome] += cell.outcomes.get(outcome, 0)

@@ -93,3 +93,11 @@ def test_invalid_run_and_failures_come_first() -> None:
 def test_failures_are_told_apart(statuses: dict[str, int], expected: str) -> None:
     cell = dataclasses.replace(CELL, statuses=statuses)
     assert describe_failures(dataclasses.replace(SUMMARY, cells=(cell,))) == expected
+
+
+def test_requests_that_an_interrupted_run_gave_up_have_not_failed() -> None:
+    cell = dataclasses.replace(CELL, statuses={"OK": 36, "UNAVAILABLE": 1, "CANCELLED": 3})
+    cut = dataclasses.replace(SUMMARY, cells=(cell,), is_interrupted=True)
+    assert (cut.num_failed, describe_failures(cut)) == (1, "1 of 40 requests failed: 1 errors")
+    uncut = dataclasses.replace(cut, is_interrupted=False)
+    assert describe_failures(uncut) == "4 of 40 requests failed: 1 errors, 3 cancellations"
