@@ -116,6 +116,7 @@ def test_summary_has_the_documented_keys(summary: dict[str, Any]) -> None:
         "max_tokens",
         "seed",
         "models",
+        "second_opinion",
     }
 
 

@@ -65,7 +65,7 @@ def test_start_that_waits_for_ever_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(r16_hostile, "MAX_START_S", 0.01)
 
     def wait(bundle: Path, backend: str) -> str | None:
-        if (bundle / "student/tokenizer.json").is_symlink():
+        if (bundle / "onnx/fp32/model.onnx").is_symlink():
             time.sleep(0.5)
             return "refused"
         return None
