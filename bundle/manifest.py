@@ -77,6 +77,11 @@ class TeacherReference(_Model):
     architecture: str
     num_parameters: Count
     dtype: str
+    inputs: dict[str, Sha256] | None = Field(
+        default=None,
+        description="of each file besides the weights that shapes ids or logits, by its name "
+        "(`bundle.model_inputs`); null: not known, the bundle is older",
+    )
     local_path: str | None = Field(
         default=None, description="absolute folder it was read from; a hint, checked by hash"
     )

@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bundle.manifest import Manifest, load_manifest
+from bundle.model_inputs import differing_inputs
 from estimators.bootstrap import (
     Estimate,
     Interval,
@@ -153,6 +154,10 @@ def _mismatches(a: _Measured, b: _Measured) -> tuple[str, ...]:
     teachers = [x.manifest.teacher.weights_sha256 for x in (a, b)]
     prompts = [x.summary["prompts_sha256"] for x in (a, b)]
     pairs = [("the teachers' weights", *teachers), ("the held-out prompts", *prompts)]
+    x, y = a.manifest.teacher.inputs, b.manifest.teacher.inputs
+    if x is not None and y is not None:
+        names = differing_inputs(x, y)
+        pairs += [(f"the teachers' {n}", x.get(n, "none"), y.get(n, "none")) for n in names]
     tasks = [x.summary["tasks"] for x in (a, b) if "tasks" in x.summary]
     if len(tasks) == 2:
         pairs.append(("the tasks", *(x["tasks_sha256"] for x in tasks)))

@@ -59,7 +59,10 @@ def package(pipeline: Pipeline) -> Path:
             eval_dir=pipeline.path(pipeline.evaluated),
             report=report,
             teacher=pipeline.teacher.reference.model_copy(
-                update={"local_path": str(pipeline.teacher.path.resolve())}
+                update={
+                    "inputs": dict(pipeline.teacher.files),
+                    "local_path": str(pipeline.teacher.path.resolve()),
+                }
             ),
             student=_describe_student(pipeline),
             lineage=records,

@@ -37,7 +37,6 @@ from export.model_files import (
     write_json,
     write_variant_files,
 )
-from export.model_inputs import tells_date
 from export.parity import measure_in_fresh_process
 from export.phases import Distillation, GridTraining, Text, linear_grids
 from export.prune import Removal, drop_layers, rank_channels, rank_layers, shrink_mlp
@@ -53,6 +52,7 @@ from export.teacher import TeacherFolder, resolve_teacher
 from export.trainer import StepRecord, Trainer, Watch
 from serve.real_tokens import RealTokens
 from serve.tokenization import Tokenizer
+from serve.tokenizer_files import tells_date
 
 TRAINING_NAME = "training.jsonl"
 PROBES_NAME = "probes.json"

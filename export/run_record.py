@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bundle.hashing import hash_file, hash_weights
 from bundle.manifest import TeacherReference
+from bundle.model_inputs import differing_inputs, hash_model_inputs
 from export.config import ExportConfig, ExportError, JsonlSource
 from export.disk import writing_to
-from export.model_inputs import hash_model_inputs
 from export.teacher import TeacherFolder
 from serve.chat_template import process_date
 
@@ -194,7 +194,7 @@ def _changes_of(role: str, then: ModelInputs, now: ModelInputs | None) -> list[C
     if now is None:
         return [Change(name, then.weights_sha256, None)]
     changes = [Change(name, then.weights_sha256, now.weights_sha256)]
-    for file in sorted({*then.files, *now.files}):
+    for file in differing_inputs(then.files, now.files):
         changes.append(Change(f"{file} of {name}", then.files.get(file), now.files.get(file)))
     return [change for change in changes if change.then != change.now]
 

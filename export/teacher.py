@@ -30,9 +30,9 @@ from bundle.errors import UserError
 from bundle.hashing import hash_file, hash_json, hash_weights
 from bundle.manifest import TeacherReference
 from bundle.model_folder import ModelFolder, open_model_folder
+from bundle.model_inputs import hash_model_inputs
 from bundle.model_weights import INDEX_NAME, WEIGHTS_NAME, read_index
 from export.disk import writing_to
-from export.model_inputs import hash_model_inputs
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -16,6 +16,7 @@ from bundle.errors import BundleError, UserError, one_line
 from bundle.hashing import hash_file, hash_weights
 from bundle.manifest import MANIFEST_NAME, Manifest, TeacherReference
 from bundle.model_folder import open_model_folder
+from bundle.model_inputs import differing_inputs, hash_model_inputs
 from bundle.token_ids import read_eos_token_ids
 from bundle.verify import verify_bundle
 from serve.arbiter import StepArbiter
@@ -78,7 +79,8 @@ def find_teacher(config: ServeConfig, reference: TeacherReference | None) -> Pat
     """Return the folder of the teacher to load; None, with a warning, when there is none.
 
     Without `--teacher` it is the one that the student was distilled from, as long as it still lies
-    where the exporter saw it. Another one must be asked for, and is served with a warning.
+    where the exporter saw it, as it was. Another one must be asked for, and is served with a
+    warning: other weights, or another file that shapes ids or logits.
 
     Raises:
         UserError: the teacher is to be served alone, and is not there.
@@ -99,13 +101,23 @@ def find_teacher(config: ServeConfig, reference: TeacherReference | None) -> Pat
 
 
 def _warn_of_another(folder: Path, reference: TeacherReference) -> None:
-    if folder.is_dir() and hash_weights(folder) != reference.weights_sha256:
+    if folder.is_dir() and (changed := _changes(folder, reference)):
         logger.warning(
-            "%s is not the teacher that the student was distilled from (%s): its weights have "
-            "another hash, and divergences are from this other model",
-            folder,
-            reference.source,
+            "%s is not the teacher that the student was distilled from (%s): it differs in %s; "
+            "divergences are from this other model",
+            *(folder, reference.source, changed),
         )
+
+
+def _changes(folder: Path, reference: TeacherReference) -> str:
+    """Name what is not as it was when the student was distilled; empty when all is.
+
+    Of a bundle that does not say what the other files were, the weights alone are compared.
+    """
+    changed = ["the weights"] if hash_weights(folder) != reference.weights_sha256 else []
+    if reference.inputs is not None:
+        changed += differing_inputs(reference.inputs, hash_model_inputs(folder))
+    return one_line(", ".join(changed))
 
 
 def _warn_of_few_rows(folder: Path, tokenizer: Tokenizer, engine: Engine) -> None:
@@ -123,10 +135,14 @@ def _why_not_there(reference: TeacherReference) -> str:
     if reference.local_path is None:
         return "the bundle does not say where its teacher lies"
     folder = Path(reference.local_path)
-    if not folder.is_dir():
-        return f"its teacher is no longer at {folder}"
-    if hash_weights(folder) != reference.weights_sha256:
-        return f"the weights in {folder} have changed since the student was distilled from them"
+    try:
+        if not folder.is_dir():
+            return f"its teacher is no longer at {folder}"
+        changed = _changes(folder, reference)
+    except OSError as error:
+        return f"its teacher at {folder} cannot be read: {error.strerror}"
+    if changed:
+        return f"its teacher has changed since the student was distilled: {changed} in {folder}"
     return ""
 
 

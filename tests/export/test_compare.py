@@ -30,6 +30,7 @@ NUM_PROMPTS = 20
 SIZES = np.arange(5, 5 + NUM_PROMPTS)
 KLS = 0.3 + 0.1 * np.random.default_rng(0).random(NUM_PROMPTS)
 NUM_CORRECT = [0, 1, 2, 3, 4, 0, 2, 1]
+INPUTS = {"config.json": "7" * 64}
 
 
 def make_held_out(kls: Sequence[float] | np.ndarray, prompts: str) -> HeldOut:
@@ -74,7 +75,13 @@ def make_variant(tokens_per_s: float) -> Variant:
     )
 
 
-def write(folder: Path, variant: str, teacher: str, tokens_per_s: float) -> None:
+def write(
+    folder: Path,
+    variant: str,
+    teacher: str,
+    inputs: dict[str, str] | None,
+    tokens_per_s: float,
+) -> None:
     manifest = Manifest(
         created_at=datetime.now(UTC),
         tandem_version="0",
@@ -82,7 +89,12 @@ def write(folder: Path, variant: str, teacher: str, tokens_per_s: float) -> None
         tokenizer_sha256="0" * 64,
         chat_template_sha256="0" * 64,
         teacher=TeacherReference(
-            source="t", weights_sha256=teacher * 64, architecture="L", num_parameters=1, dtype="F32"
+            source="t",
+            weights_sha256=teacher * 64,
+            inputs=inputs,
+            architecture="L",
+            num_parameters=1,
+            dtype="F32",
         ),
         student=StudentInfo(num_parameters=1, num_layers=1, kept_layers=(0,), dtype="float32"),
         lineage=(),
@@ -103,12 +115,13 @@ def make_bundle(tmp_path: Path) -> Callable[..., Path]:
         tasks: TaskEvaluation | None = None,
         prompts: str = "a",
         teacher: str = "b",
+        inputs: dict[str, str] | None = INPUTS,
         variant: str = "int8",
         tokens_per_s: float = 150.0,
     ) -> Path:
         folder = tmp_path / name
         (folder / "eval").mkdir(parents=True)
-        write(folder, variant, teacher, tokens_per_s)
+        write(folder, variant, teacher, inputs, tokens_per_s)
         held_out = make_held_out(kls, prompts)
         summary, rows = held_out.summary(), held_out.rows()
         if tasks is not None:
@@ -209,6 +222,11 @@ def test_kl_that_is_no_number_has_no_row_values(make_bundle: Callable[..., Path]
     ("changes", "message"),
     [
         ({"teacher": "c"}, r"the teachers' weights differ \(bbbbbbbbbbbb and cccccccccccc\)"),
+        (
+            {"inputs": {"config.json": "e" * 64}},
+            r"the teachers' config.json differ \(777777777777 and eeeeeeeeeeee\)",
+        ),
+        ({"inputs": {}}, r"the teachers' config.json differ \(777777777777 and none\)"),
         ({"prompts": "d"}, r"the held-out prompts differ \(aaaaaaaaaaaa and dddddddddddd\)"),
         ({"tasks": make_tasks([1, 2])}, "the tasks differ"),
         ({"tasks": make_tasks(NUM_CORRECT, 8)}, r"the tasks' num_samples differ \(4 and 8\)"),
@@ -224,6 +242,12 @@ def test_different_measurements_are_refused_unless_forced(
     forced = compare_bundles(a, b, is_forced=True)
     assert len(forced.mismatches) == 1
     assert f"not comparable: {forced.mismatches[0]}" in render(forced)
+
+
+def test_older_bundle_does_not_say_what_its_teachers_files_were(
+    make_bundle: Callable[..., Path],
+) -> None:
+    assert compare_bundles(make_bundle("a"), make_bundle("b", inputs=None)).mismatches == ()
 
 
 def test_every_mismatch_is_named(make_bundle: Callable[..., Path]) -> None:

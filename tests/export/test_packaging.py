@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bundle.manifest import Manifest, load_manifest
+from bundle.model_inputs import hash_model_inputs
 from bundle.verify import verify_bundle
 from export import memory, parity
 from export.config import ExportConfig
@@ -132,8 +133,11 @@ def test_student_is_described_by_what_pruning_left(finished: Finished) -> None:
     assert (student.num_layers, student.num_parameters) == (3, recorded["parameters"])
 
 
-def test_teacher_is_named_with_the_folder_that_it_was_read_from(finished: Finished) -> None:
-    assert finished.manifest.teacher.local_path == str(finished.teacher.resolve())
+def test_teacher_is_named_with_its_folder_and_what_its_files_were(finished: Finished) -> None:
+    teacher = finished.manifest.teacher
+    assert teacher.local_path == str(finished.teacher.resolve())
+    assert teacher.inputs == hash_model_inputs(finished.teacher)
+    assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= teacher.inputs.keys()
 
 
 def test_report_of_a_finished_run_has_every_part(finished: Finished) -> None:

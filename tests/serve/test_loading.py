@@ -20,15 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tandem
 from bundle.errors import UserError
-from bundle.hashing import hash_weights
-from bundle.manifest import TeacherReference, write_manifest
+from bundle.manifest import write_manifest
 from serve.config import ServeConfig
 from serve.errors import DeviceMissingError
-from serve.loading import (
-    build_engines,
-    choose_device,
-    find_teacher,
-)
+from serve.loading import build_engines, choose_device
 from serve.metrics import ServerMetrics
 from serve.replies import to_model
 from serve.routing import Role
@@ -130,64 +125,6 @@ def test_engines_get_the_settings(bundle: Path) -> None:
     assert engine._num_torch_threads == 1
 
 
-# Which teacher
-
-
-def reference_to(folder: Path, **fields: Any) -> TeacherReference:
-    described = {"source": "org/model", "architecture": "x", "num_parameters": 1, "dtype": "x"}
-    given = {"weights_sha256": hash_weights(folder), "local_path": str(folder), **fields}
-    return TeacherReference(**{**described, **given})
-
-
-@pytest.fixture
-def teacher_folder(bundle: Path) -> Path:
-    return bundle / "student"
-
-
-def test_teacher_that_still_lies_there_is_served_unasked(
-    teacher_folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = ServeConfig(bundle="x")
-    assert find_teacher(config, reference_to(teacher_folder)) == teacher_folder
-    assert caplog.records == []
-
-
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ({"local_path": None}, "does not say where its teacher lies"),
-        ({"local_path": "/nowhere"}, "no longer at /nowhere"),
-        ({"weights_sha256": "1" * 64}, "have changed"),
-    ],
-)
-def test_teacher_that_cannot_be_had_leaves_the_student_alone_with_one_warning(
-    teacher_folder: Path, caplog: pytest.LogCaptureFixture, fields: dict[str, Any], text: str
-) -> None:
-    config = ServeConfig(bundle="x")
-    assert find_teacher(config, reference_to(teacher_folder, **fields)) is None
-    (record,) = caplog.records
-    assert text in record.getMessage() and record.levelno == logging.WARNING
-
-
-def test_no_teacher_is_silent(teacher_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = ServeConfig(bundle="x", no_teacher=True)
-    assert find_teacher(config, reference_to(teacher_folder)) is None
-    assert caplog.records == []
-
-
-@pytest.mark.parametrize(("sha256", "num_warnings"), [("1" * 64, 1), (None, 0)])
-def test_another_teacher_is_served_with_a_warning(
-    teacher_folder: Path, caplog: pytest.LogCaptureFixture, sha256: str | None, num_warnings: int
-) -> None:
-    reference = reference_to(teacher_folder)
-    if sha256 is not None:
-        reference = reference.model_copy(update={"weights_sha256": sha256})
-    config = ServeConfig(bundle="x", teacher=teacher_folder)
-    assert find_teacher(config, reference) == teacher_folder
-    assert len(caplog.records) == num_warnings
-    assert all("distilled from (org/model)" in r.getMessage() for r in caplog.records)
-
-
 def test_teacher_alone_is_the_one_of_the_bundle_or_a_folder(bundle: Path) -> None:
     settings = {"no_student": True, "teacher_dtype": "float32"}
     for teacher in (load(bundle, teacher=bundle / "student", **settings), load_alone(bundle)):
@@ -200,12 +137,6 @@ def load_alone(bundle: Path) -> Any:
         teacher=bundle / "student", no_student=True, device="cpu", max_model_len=64
     )
     return build_engines(config, ServerMetrics(CollectorRegistry()))
-
-
-def test_teacher_alone_that_is_not_there_ends_the_start(teacher_folder: Path) -> None:
-    config = ServeConfig(bundle="x", no_student=True)
-    with pytest.raises(UserError, match="no-student: its teacher is no longer at /nowhere"):
-        find_teacher(config, reference_to(teacher_folder, local_path="/nowhere"))
 
 
 # A teacher elsewhere

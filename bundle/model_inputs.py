@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from bundle.errors import ModelFolderError, one_line
 from bundle.hashing import hash_json
-from serve.tokenizer_files import read_templates
 
 _NAMES = (
     "added_tokens.json",
@@ -29,13 +29,20 @@ _WRITER_KEYS = ("_name_or_path", "transformers_version")
 
 
 def hash_model_inputs(folder: Path) -> dict[str, str]:
-    """Return the hex SHA-256 of each file that is there, by its name in the folder."""
-    return {path.relative_to(folder).as_posix(): _hash(path) for path in _list(folder)}
+    """Return the hex SHA-256 of each file that is there, by its name in the folder.
+
+    ModelFolderError when one cannot be read.
+    """
+    return {one_line(path.relative_to(folder).as_posix()): _hash(path) for path in _list(folder)}
 
 
-def tells_date(folder: Path) -> bool:
-    """Say whether a chat template of the folder writes the date into prompts."""
-    return any("strftime_now" in template for template in read_templates(folder).values())
+def differing_inputs(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
+    """Return the names, sorted, of the files that differ or are in one folder alone.
+
+    >>> differing_inputs({"a": "1", "b": "2"}, {"b": "3", "c": "4"})
+    ['a', 'b', 'c']
+    """
+    return sorted(name for name in {*a, *b} if a.get(name) != b.get(name))
 
 
 def _list(folder: Path) -> Iterator[Path]:
@@ -46,7 +53,10 @@ def _list(folder: Path) -> Iterator[Path]:
 
 
 def _hash(path: Path) -> str:
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelFolderError(one_line(f"{path} cannot be read: {error.strerror}")) from None
     if path.suffix == ".json":
         try:
             value = json.loads(data)

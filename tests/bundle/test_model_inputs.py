@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from export.model_inputs import hash_model_inputs
+from bundle.errors import ModelFolderError
+from bundle.model_inputs import hash_model_inputs
 
 Edit = Callable[[Path], object]
 
@@ -80,6 +81,19 @@ def test_what_shapes_nothing_is_no_input(folder: Path, edit: Edit) -> None:
     before = hash_model_inputs(folder)
     edit(folder)
     assert hash_model_inputs(folder) == before
+
+
+def test_file_that_cannot_be_read_is_named(folder: Path) -> None:
+    (folder / "chat_template.json").symlink_to("/proc/self/mem")  # a plain file that fails to read
+    with pytest.raises(ModelFolderError, match=r"chat_template.json cannot be read: Input/output"):
+        hash_model_inputs(folder)
+
+
+def test_name_that_cannot_be_printed_is_escaped(folder: Path) -> None:
+    path = folder / "additional_chat_templates" / "a\udcff.jinja"  # bytes that are no UTF-8
+    path.parent.mkdir()
+    path.write_text("x")
+    assert r"'additional_chat_templates/a\udcff.jinja'" in hash_model_inputs(folder)
 
 
 def test_file_that_is_no_json_is_hashed_as_it_is(tmp_path: Path) -> None:
