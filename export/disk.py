@@ -40,7 +40,8 @@ def writing_to(folder: Path) -> Iterator[None]:
         if error.errno not in _CANNOT_WRITE:
             raise
         assert error.errno is not None
-        raise _disk_error(error.filename or folder, error.errno, folder) from error
+        path = error.filename2 or error.filename or folder  # of a renaming, what it was to become
+        raise _disk_error(path, error.errno, folder) from error
     except SafetensorError as error:
         number = _number_in(str(error), "(os error {})")
         if number is None:
