@@ -47,10 +47,12 @@ def build_engines(config: ServeConfig, metrics: ServerMetrics) -> Engines:
         DeviceMissingError: CUDA is asked for and a runtime cannot use it.
         UserError: a model cannot be served: architecture or context length.
     """
+    runtimes = set() if config.no_student else {config.student_backend}
+    if config.device == "cuda":
+        choose_device(config.device, runtimes)  # before gigabytes are hashed
     manifest = None if config.bundle is None else verify_bundle(config.bundle)
     _judge_folders(config)
     folder = find_teacher(config, None if manifest is None else manifest.teacher)
-    runtimes = set() if config.no_student else {config.student_backend}
     device = choose_device(
         config.device, runtimes | ({config.teacher_backend} if folder else set())
     )
@@ -68,7 +70,7 @@ def build_engines(config: ServeConfig, metrics: ServerMetrics) -> Engines:
 
 
 def _judge_folders(config: ServeConfig) -> None:
-    """Refuse the models that are named before any of them is hashed or loaded."""
+    """Refuse the models that are named before any of them is loaded."""
     if config.bundle is not None and not config.no_student:
         open_model_folder(config.bundle / "student")
     if isinstance(config.teacher, Path) and not config.no_teacher:

@@ -22,7 +22,7 @@ def test_clients_without_a_budget_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     # So short that they are over before the first comes again.
     monkeypatch.setattr(r04_retry_storm, "OVERLOAD", 20.0)
     result = r04_retry_storm.run(Size.CI)
-    assert result.measured["num_retries"] > 600, result.measured
+    assert result.measured["num_retries"] > 500, result.measured
     assert any("attempts for a call" in problem for problem in result.problems)
 
 
