@@ -16,8 +16,10 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 
+import psutil
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -69,6 +71,15 @@ def _machine(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
     )
 
 
+def _end_children() -> None:
+    """Kill what still runs: torch's launcher forgets the processes that a signal finds starting."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(children)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     # Until torch's launcher has its own handlers, which raise this as well.
     raise SignalException(f"signal {number}", signal.Signals(number))
@@ -84,4 +95,6 @@ def _say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    _end_children()
+    sys.exit(exit_code)

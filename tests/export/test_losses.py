@@ -352,7 +352,8 @@ def test_bucket_of_one_token_loses_nothing_against_the_full_divergence(divergenc
     student, teacher = logits(5, 30), logits(5, 30, seed=1)
     bucketed = soft_gradient(soft_loss(divergence), student, top_k(teacher, 29))
     full = soft_gradient(soft_loss(divergence), student, teacher)
-    torch.testing.assert_close(bucketed, full, rtol=1e-5, atol=1e-6)
+    # The bucket is 1 minus the sum of the others in float32: a few roundings of that sum.
+    torch.testing.assert_close(bucketed, full, rtol=1e-5, atol=1e-5)
 
 
 def test_whole_vocabulary_without_a_tail_is_the_full_divergence() -> None:
