@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 # Prompts in one block of keys, behind its end, and behind the second one (`serve.block_attention`).
-_LENGTHS = (3, 40, 150, 270)
+_LENGTHS = (3, 40, 140, 260)
 _NUM_LONG = 3  # of sequences that run at once: their rows take memory
 _BATCH_SIZES = (2, 3, 4, 5, 7, 8, 13, 16, 24, 32)
 
@@ -40,16 +40,16 @@ class _Sequence:
 def is_batch_invariant(backend: Backend) -> bool:
     """Compare prompts and decode steps in batches with those of each sequence alone.
 
-    Overwrites the rows of the cache from 0 on; takes as long as some 1,700 tokens of prompts and 15
+    Overwrites the rows of the cache from 0 on; takes as long as some 1,200 tokens of prompts and 15
     steps. False means that some logit differed by at least one bit.
     """
     longest = backend.info.max_model_len - 1
     sequences = [_run_alone(backend, min(length, longest)) for length in _LENGTHS]
     max_rows = backend.info.max_num_seqs
     shortest, short, long, _ = sequences
-    prompts = ([short, long, shortest], [shortest, short] * 4)
+    prompts = ([short, long, shortest], [shortest, short, short, shortest])
     return (
-        all(_is_chunked_alike(backend, sequence) for sequence in sequences)
+        all(_is_chunked_alike(backend, sequence) for sequence in (short, long))
         and all(_is_prefilled_alike(backend, batch[:max_rows]) for batch in prompts)
         and all(_is_continued_alike(backend, batch) for batch in _steps(sequences, max_rows))
     )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 # Rounds that a waiting thread of GNU OpenMP spins before it sleeps; its default are 300,000.
 # Milliseconds for a library of Intel's or LLVM's.
-_SPIN_ROUNDS = "100"
+_SPIN_ROUNDS = "2000"
 _SPIN_MS = "1"
 
 

@@ -12,9 +12,10 @@ does not depend on how many rows it has, from `MIN_CPU_ROWS` on, is found out at
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ Norm = Callable[[Tensor], Tensor]
 
 # A product with a single row takes another kernel, with another order of additions.
 MIN_CPU_ROWS = 2
+# Numbers in the largest vector that torch's loops take at once, unrolled: 4 registers of 64 bytes.
+_MAX_VECTOR = 4 * 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +119,20 @@ def next_token_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
 
 
 def silu(x: Tensor) -> Tensor:
-    """Return x / (1 + exp(-x)), computed in float32 and rounded once.
+    """Return x / (1 + exp(-x)) of `(N, width)`, computed in float32 and rounded once.
 
-    On the CPU torch's own gives other bits where a vector is not full.
+    On the CPU torch's own gives other bits where a vector is not full, so it is taken only where
+    none is: torch divides the numbers evenly between its threads.
     """
-    if x.is_cuda:
+    if x.is_cuda or x.shape[-1] % _full_vectors(torch.get_num_threads()) == 0:
         return F.silu(x)
     return (x / x.neg().float().exp_().add_(1)).to(x.dtype)
+
+
+@cache
+def _full_vectors(num_threads: int) -> int:
+    """Return of what a width must be a multiple for every share of so many threads to be even."""
+    return _MAX_VECTOR * math.lcm(*range(1, num_threads + 1))
 
 
 def in_row_groups(row_group: int | None, linear: Linear, rows: Tensor) -> Tensor:
