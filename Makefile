@@ -4,7 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 
-SHIPPED := tests/deploy tests/export tests/bundle tests/test_end_to_end.py tests/test_resume.py \
+SHIPPED := tests/deploy tests/export tests/bundle tests/estimators tests/bench \
+           tests/test_end_to_end.py tests/test_resume.py tests/test_padded_pair.py \
+           tests/test_hostile_folders.py tests/faults/test_loadtest_restarts.py \
            $(wildcard tests/faults/test_r1[5-8]_controls.py) \
            tests/faults/test_storm.py tests/faults/test_real_models.py
 
@@ -27,7 +29,7 @@ $(DEMO_BUNDLE): | $(STAMP)
 loadtest: $(STAMP) $(DEMO_BUNDLE)
 	$(BIN)/python -m loadtest.demo
 
-# Two lanes, for two cores: what is timed is in the second one, beside what only computes.
+# Two lanes of the same length, for two cores.
 test: $(STAMP)
 	$(MAKE) --jobs 2 --output-sync=target --no-print-directory test-shipped test-served
 
