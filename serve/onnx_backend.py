@@ -198,14 +198,19 @@ class OnnxBackend:
         """See `Backend.choose_kernels`."""
         if self._device.type != "cpu":
             return
-        for self._row_multiple in _ROW_MULTIPLES:
-            self._padded_sizes = padded_sizes(
-                self.info.max_num_seqs, self._row_multiple, self._has_static_steps
-            )
-            self._decode_steps.clear()
+        for row_multiple in _ROW_MULTIPLES:
+            self._take_multiple(row_multiple)
             if is_batch_invariant(self):
                 self.info = replace(self.info, batch_invariant=True)
                 return
+        self._take_multiple(_ROW_MULTIPLES[0])
+
+    def _take_multiple(self, row_multiple: int) -> None:
+        self._row_multiple = row_multiple
+        self._padded_sizes = padded_sizes(
+            self.info.max_num_seqs, row_multiple, self._has_static_steps
+        )
+        self._decode_steps.clear()
 
     def prepare(self) -> None:
         """Record one CUDA graph per batch size, for steps on the calling thread alone.

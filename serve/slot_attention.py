@@ -81,7 +81,7 @@ class ManyTokenAttention:
     """New tokens `(B, T)` behind `past_lengths` in the rows from `first_row` on; T is a
     multiple of `QUERY_ALIGNMENT`.
 
-    `num_new` of each row are real. `positions` `(B, T)` of the others may be any.
+    Those behind a row's real tokens, which pad it, are written too, where nobody looks.
     """
 
     def __init__(
@@ -92,7 +92,6 @@ class ManyTokenAttention:
         first_row: int,
         positions: Tensor,
         past_lengths: Sequence[int],
-        num_new: Sequence[int],
     ) -> None:
         self._shape, self._cache = shape, cache
         self._batch, self._num_tokens = positions.shape
@@ -100,10 +99,6 @@ class ManyTokenAttention:
         num_keys = round_up(min(longest, cache.all.shape[3]), KEY_ALIGNMENT)
         stop = first_row + self._batch
         self._where = (torch.arange(first_row, stop, device=positions.device)[:, None], positions)
-        self._slices = [
-            (row, past, past + count)
-            for row, past, count in zip(range(first_row, stop), past_lengths, num_new, strict=True)
-        ]
         self._cached = cache.all[:, first_row:stop, :, :num_keys].unbind(0)
         self._is_first = not any(past_lengths)
         masks = {w: self._mask(positions, num_keys, w) for w in set(windows)}

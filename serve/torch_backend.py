@@ -197,10 +197,10 @@ class TorchBackend:
         num_new: Sequence[int],
     ) -> Attention:
         shape, windows = self._decoder.shape, self._decoder.windows
-        new = (first_row, positions, past_lengths, num_new)
+        new = (first_row, positions, past_lengths)
         if self._on_cuda:
             return ManyTokenAttention(self._slots, shape, windows, *new)
-        return BlockAttention(self._slots, shape, windows, *new, self._query_group)
+        return BlockAttention(self._slots, shape, windows, *new, num_new, self._query_group)
 
     def _forward_one(
         self, first_row: int, token_ids: Sequence[int], past_lengths: Sequence[int]
@@ -226,11 +226,16 @@ class TorchBackend:
         """See `Backend.choose_kernels`."""
         if self._on_cuda:
             return
-        for self._query_group, row_group in _WAYS:
-            self._decoder = replace(self._decoder, row_group=row_group)
+        for way in _WAYS:
+            self._take_way(*way)
             if is_batch_invariant(self):
                 self.info = replace(self.info, batch_invariant=True)
                 return
+        self._take_way(*_WAYS[0])
+
+    def _take_way(self, query_group: int, row_group: int | None) -> None:
+        self._query_group = query_group
+        self._decoder = replace(self._decoder, row_group=row_group)
 
     def prepare(self) -> None:
         """See `Backend.prepare`: there is nothing to do, CUDA graphs are captured when needed."""

@@ -63,7 +63,7 @@ def naive(heads: torch.Tensor, shape: HeadShape, window: int | None = None) -> t
 
 def slotted(cache: SlotCache, shape: HeadShape, past: int, count: int) -> Attention:
     positions = past + torch.arange(count)[None]
-    return ManyTokenAttention(cache, shape, [None, None], 1, positions, [past], [count])
+    return ManyTokenAttention(cache, shape, [None, None], 1, positions, [past])
 
 
 def blocked(
@@ -115,8 +115,8 @@ def test_only_real_tokens_of_own_rows_are_written(kind: Callable[..., Attention]
     shape = HeadShape(2, 1, 4)
     cache, heads = slots(shape), projected(shape, 8, torch.float32)
     positions = torch.tensor([[0, 1, 2, 3], [5, 6, 7, 8]])
-    group = [4] if kind is BlockAttention else []
-    kind(cache, shape, [None, None], 1, positions, [0, 5], [4, 2], *group)(0, heads)
+    more = ([4, 2], 4) if kind is BlockAttention else ()
+    kind(cache, shape, [None, None], 1, positions, [0, 5], *more)(0, heads)
     where = [(0, 1, p) for p in range(4)] + [(0, 2, 5), (0, 2, 6)]
     if kind is ManyTokenAttention:  # what lies behind a row's tokens, where nobody looks
         where += [(0, 2, 7), (0, 2, 8)]
