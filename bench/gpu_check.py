@@ -48,16 +48,16 @@ from transformers import (
 from bundle.model_config import read_model_config
 from bundle.model_folder import open_model_folder
 from estimators.divergence import exact_kl
-from export.half_precision import to_half
-from export.onnx_graph import export_onnx, save_onnx
-from serve.backend import Backend
-from serve.engine import Engine
-from serve.observer import EngineObserver
-from serve.onnx_backend import OnnxBackend
-from serve.onnx_session import make_session
-from serve.pretrained import load_pretrained
-from serve.sequence import Event, GenerationRequest, SamplingParams, TokenEvent
-from serve.torch_backend import TorchBackend
+from export.graph.half_precision import to_half
+from export.graph.onnx_graph import export_onnx, save_onnx
+from serve.engine.engine import Engine
+from serve.engine.sequence import Event, GenerationRequest, SamplingParams, TokenEvent
+from serve.engine.stats import EngineObserver
+from serve.models.backend import Backend
+from serve.models.onnx_backend import OnnxBackend
+from serve.models.onnx_session import make_session
+from serve.models.pretrained import load_pretrained
+from serve.models.torch_backend import TorchBackend
 
 logger = logging.getLogger(__name__)
 

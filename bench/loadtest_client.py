@@ -27,11 +27,11 @@ import grpc
 import grpc.aio
 import numpy as np
 
+from loadtest.client.records import Phase, Prompt
+from loadtest.client.runner import Runner, new_event_loop
+from loadtest.client.targets import TandemTarget
 from loadtest.config import RunConfig
-from loadtest.records import Phase, Prompt
-from loadtest.runner import Runner, new_event_loop
-from loadtest.schedule import Schedule, plan
-from loadtest.targets import TandemTarget
+from loadtest.workload.schedule import Schedule, plan
 from protos.tandem.v1 import inference_pb2 as pb
 
 MAX_CPU_SHARE = 0.8

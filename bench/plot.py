@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.peer_results import Results, Spread, read_results
+from bench.peers.results import Results, Spread, read_results
 
 
 def plot(results: Results, path: Path) -> None:

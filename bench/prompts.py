@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve.tokenization import Tokenizer
+from serve.text.tokenizer import Tokenizer
 
 MIN_PROMPTS = 1000
 """Different prompts that a text must give, so that prefix caches find next to nothing."""

@@ -2,7 +2,8 @@
 
 Everything that a library would read from it is judged first, from raw JSON and the headers of
 safetensors; no model library is imported. Who opens a model builds it from what is here
-(`serve.pretrained`), so that a key, a link or a file that nobody thought of is not read at all.
+(`serve.models.pretrained`), so that a key, a link or a file that nobody thought of is not read at
+all.
 """
 
 from __future__ import annotations

@@ -18,20 +18,20 @@ from pathlib import Path
 
 from bundle.errors import UserError
 from bundle.token_ids import read_eos_token_ids
-from export.architecture import check_head_dim
-from export.config import ExportConfig, ExportError
-from export.lengths import CountTokens, Windows, describe, find_long, without
-from export.logits_cache import check_top_k
-from export.prune import check_removable
-from export.run_record import find_template_date
-from export.student import check_rows, check_same_tokenizer
-from export.task_sources import Loaded, read_tasks
-from export.teacher import TeacherFolder, find_teacher
-from serve.tokenization import Tokenizer
-from serve.tokenizer_files import DEFAULT_TEMPLATE, read_templates
+from export.graph.architecture import check_head_dim
+from export.record import find_template_date
+from export.run.settings import ExportConfig, ExportError
+from export.student.logits_cache import check_top_k
+from export.student.pretrained import check_rows, check_same_tokenizer
+from export.student.prune import check_removable
+from export.teacher.lengths import CountTokens, Windows, describe, find_long, without
+from export.teacher.source import TeacherFolder, find_teacher
+from export.teacher.task_sources import Loaded, read_tasks
+from serve.text.tokenizer import Tokenizer
+from serve.text.tokenizer_files import DEFAULT_TEMPLATE, read_templates
 
 Place = Callable[[str], str]
-"""Returns where a key stands: `export.recipe.Recipe.place`; the key itself without a file."""
+"""Returns where a key stands: `export.run.recipe.Recipe.place`; the key itself without a file."""
 
 _MAX_SHOWN = 50
 _PACKAGES = ("onnx", "onnxruntime", "optimum")

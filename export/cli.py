@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from export.config import ConfigError, ExportError
-from export.recipe import Recipe, load_recipe
+from export.run.recipe import Recipe, load_recipe
+from export.run.settings import ConfigError, ExportError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from export.distributed import World
     from export.pipeline import Pipeline
-    from export.run_record import Change, RunRecord
-    from export.stages import StageSpec
+    from export.record import Change, RunRecord
+    from export.run.processes import World
+    from export.run.stages import StageSpec
 
 HELP = """Turn a teacher into a verified bundle.
 
@@ -71,9 +71,9 @@ def status(
     run: Annotated[Path, typer.Argument(help="A run's output folder, or a recipe.", exists=True)],
 ) -> None:
     """Show how far each stage of a run is; it may be running."""
-    from export.run_record import changes_on_disk, find_run, read_run
+    from export.record import changes_on_disk, find_run, read_run
     from export.status import read_status, render_status
-    from export.teacher import find_teacher
+    from export.teacher.source import find_teacher
 
     record: RunRecord | None
     if run.is_dir():
@@ -102,7 +102,7 @@ def run(recipe: RecipePath) -> None:
 @app.command()
 def resume(output_dir: Folder) -> None:
     """Go on with the run in a folder, provided that its inputs are what they were."""
-    from export.run_record import check_unchanged, file_changes, read_run
+    from export.record import check_unchanged, file_changes, read_run
 
     record = read_run(output_dir)
     check_unchanged(record, file_changes(record))
@@ -127,7 +127,7 @@ def _begin(recipe: Recipe, reporter: ConsoleReporter, world: World) -> Pipeline:
     from export.estimates import Machine
     from export.pipeline import open_pipeline
     from export.plan import make_plan
-    from export.run_record import file_changes, find_run, record_run
+    from export.record import file_changes, find_run, record_run
 
     config, machine = recipe.config, Machine(matmul_flops_per_s=1.0)  # no times are asked for
     plan = make_plan(config, machine, recipe.place)
@@ -146,7 +146,7 @@ def _begin(recipe: Recipe, reporter: ConsoleReporter, world: World) -> Pipeline:
 
 
 def _model_changes(record: RunRecord, pipeline: Pipeline) -> list[Change]:
-    from export.run_record import ModelInputs, model_changes
+    from export.record import ModelInputs, model_changes
 
     config, student = pipeline.config, pipeline.student
     return model_changes(
@@ -201,7 +201,7 @@ def _running(resume_by: str, path: Path) -> Iterator[tuple[World, ConsoleReporte
     """
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        from export.distributed import World
+        from export.run.processes import World
 
         world = World.from_environment()
         if not world.is_main:
@@ -232,7 +232,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 @app.command()
 def verify(bundle: Folder) -> None:
     """Compare every file of a bundle with its manifest, and run every graph in a new process."""
-    from export.verify import verify_bundle_deep
+    from export.publish.verify import verify_bundle_deep
 
     manifest = verify_bundle_deep(bundle)
     typer.echo(
@@ -250,7 +250,7 @@ def compare(
     ] = False,
 ) -> None:
     """Compare what two bundles' exports measured: B minus A, with 95 % intervals."""
-    from export.compare import compare_bundles, render
+    from export.measure.compare import compare_bundles, render
 
     typer.echo(render(compare_bundles(a, b, is_forced=force)), nl=False)
 

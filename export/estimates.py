@@ -16,10 +16,16 @@ from dataclasses import dataclass
 
 import torch
 
-from export.config import FLOAT_VARIANT, ExportConfig, HalfVariant, PhaseConfig, WeightOnlyVariant
-from export.logits_cache import estimate_bytes
-from export.sample import num_samples_of
-from export.tasks import Task
+from export.run.settings import (
+    FLOAT_VARIANT,
+    ExportConfig,
+    HalfVariant,
+    PhaseConfig,
+    WeightOnlyVariant,
+)
+from export.student.logits_cache import estimate_bytes
+from export.teacher.sample import num_samples_of
+from export.teacher.tasks import Task
 
 # Shares of a bf16 matmul's rate, measured on 2 cores on 2026-11-22: the teacher of 135 M parameters
 # samples 450 tokens/s where a matmul does 0.6 TFLOP/s.

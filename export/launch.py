@@ -6,7 +6,7 @@ accelerate's own launcher exits with 1 whatever happened, and torch waits for a 
 vanished until its timeout ends, after days. Here the exit code is that of the process that failed
 first, 128 + n after signal n, and 5 when the run was told to stop or another machine was lost:
 started again on all machines, it goes on from what is there. The launchers watch each other
-(`export.peers`) on the port after `--main_process_port`.
+(`export.run.peers`) on the port after `--main_process_port`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from export.peers import INTERRUPTED, Machine, MachinesMissingError, Peers
+from export.run.peers import INTERRUPTED, Machine, MachinesMissingError, Peers
 
 # For the other machines to come: one that waits keeps its machine from whoever could use it.
 MAX_WAIT_S = 900.0

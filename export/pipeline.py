@@ -2,7 +2,7 @@
 
     sample → accept → (cache) → prune → distill → onnx-fp32 → (grid-V →) onnx-V → evaluate → package
 
-`Pipeline` describes every stage before anything runs (`export.stages.StageSpec`), which is what
+`Pipeline` describes every stage before anything runs (`export.run.stages.StageSpec`), which is what
 `plan` and `status` read; `run` builds what is missing. What a stage does is in the module that its
 build calls.
 """
@@ -21,15 +21,24 @@ import torch
 
 from bundle.hashing import hash_json
 from bundle.token_ids import read_eos_token_ids
-from export.accept import accept, read_accepted, write_accepted
 from export.checks import fitting_tasks
-from export.config import FLOAT_VARIANT, ExportConfig, HalfVariant, WeightOnlyVariant
-from export.distill import Example
-from export.distributed import World
-from export.grading import math_verify_version
-from export.grid import BlockGrid
-from export.logits_cache import LogitsCache, write_logits_cache
-from export.model_files import (
+from export.graph.parity import measure_in_fresh_process
+from export.publish.gates import PARITY_NAME, graph_size_bytes
+from export.record import find_template_date
+from export.run.processes import World
+from export.run.settings import FLOAT_VARIANT, ExportConfig, HalfVariant, WeightOnlyVariant
+from export.run.stages import Stage, StageRunner, StageSpec, fresh
+from export.student.grid import BlockGrid
+from export.student.grid_training import load_grid_weights, save_grid_weights
+from export.student.logits_cache import LogitsCache, write_logits_cache
+from export.student.phases import Distillation, GridTraining, Text, linear_grids
+from export.student.pretrained import compression_warning, load_student
+from export.student.prune import Removal, drop_layers, rank_channels, rank_layers, shrink_mlp
+from export.student.step import Example
+from export.student.trainer import StepRecord, Trainer, Watch
+from export.teacher.accept import accept, read_accepted, write_accepted
+from export.teacher.grading import math_verify_version
+from export.teacher.model_files import (
     copy_tokenizer,
     load_model,
     read_json,
@@ -37,22 +46,13 @@ from export.model_files import (
     write_json,
     write_variant_files,
 )
-from export.parity import measure_in_fresh_process
-from export.phases import Distillation, GridTraining, Text, linear_grids
-from export.prune import Removal, drop_layers, rank_channels, rank_layers, shrink_mlp
-from export.quantization_aware import load_grid_weights, save_grid_weights
-from export.report import PARITY_NAME, graph_size_bytes
-from export.run_record import find_template_date
-from export.sample import ROWS_NAME, read_completions, sample_teacher
-from export.stages import Stage, StageRunner, StageSpec, fresh
-from export.student import compression_warning, load_student
-from export.task_sources import Loaded, scorer_version
-from export.tasks import Task
-from export.teacher import TeacherFolder, resolve_teacher
-from export.trainer import StepRecord, Trainer, Watch
-from serve.real_tokens import RealTokens
-from serve.tokenization import Tokenizer
-from serve.tokenizer_files import tells_date
+from export.teacher.sample import ROWS_NAME, read_completions, sample_teacher
+from export.teacher.source import TeacherFolder, resolve_teacher
+from export.teacher.task_sources import Loaded, scorer_version
+from export.teacher.tasks import Task
+from serve.text.real_tokens import RealTokens
+from serve.text.tokenizer import Tokenizer
+from serve.text.tokenizer_files import tells_date
 
 TRAINING_NAME = "training.jsonl"
 PROBES_NAME = "probes.json"
@@ -251,8 +251,8 @@ class Pipeline:
         return self.stages.run(spec)
 
     def package(self) -> Path:
-        """Run what is missing and return the bundle's path; see `export.package`."""
-        from export.packaging import package
+        """Run what is missing and return the bundle's path; see `export.publish.bundle`."""
+        from export.publish.packaging import package
 
         for spec in self.specs:
             if self.stages.find(spec):
@@ -438,7 +438,7 @@ class Pipeline:
 
     def _export_graph(self, student_dir: Path, folder: Path) -> int:
         """Write the float graph of a student; returns how many positions it covers."""
-        from export.onnx_graph import export_onnx
+        from export.graph.onnx_graph import export_onnx
 
         student = load_model(student_dir, torch.float32)
         positions: int = student.config.max_position_embeddings
@@ -447,7 +447,7 @@ class Pipeline:
         return max_model_len
 
     def _build_trained(self, name: str, folder: Path) -> dict[str, Any]:
-        from export.quantize import gptq_weights, split_by_module
+        from export.graph.quantize import gptq_weights, split_by_module
 
         config = self.config.variants[name]
         assert isinstance(config, WeightOnlyVariant) and config.train
@@ -486,7 +486,7 @@ class Pipeline:
         return {"steps": len(log.steps), "held_out_kl_to_student": held_out_kl}
 
     def _build_variant(self, name: str, folder: Path) -> dict[str, Any]:
-        from export.quantize import quantize_trained, quantize_variant
+        from export.graph.quantize import quantize_trained, quantize_variant
 
         config, source = self.config.variants[name], self.path(self.exported)
         if isinstance(config, WeightOnlyVariant) and config.train:
@@ -503,7 +503,7 @@ class Pipeline:
         return {"size_bytes": graph_size_bytes(folder)}
 
     def _build_evaluation(self, folder: Path) -> dict[str, Any]:
-        from export.evaluation import run_evaluation
+        from export.measure.stage import run_evaluation
 
         return run_evaluation(self, folder)
 

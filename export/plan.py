@@ -15,7 +15,6 @@ from rich.table import Table
 
 from bundle.model_weights import expected_shapes
 from export.checks import Place, check_room, check_run
-from export.config import ExportConfig
 from export.estimates import (
     SAMPLING_EFFICIENCY,
     TRAINING_EFFICIENCY,
@@ -27,11 +26,12 @@ from export.estimates import (
     count_workload,
     size_from_name,
 )
-from export.grading import describe_comparison, math_verify_version
-from export.prune import kept_mlp_width
+from export.run.settings import ExportConfig
 from export.status import StageStatus, format_bytes, format_seconds, read_status
-from export.tasks import Task
-from export.teacher import TeacherFolder, is_hub_id
+from export.student.prune import kept_mlp_width
+from export.teacher.grading import describe_comparison, math_verify_version
+from export.teacher.source import TeacherFolder, is_hub_id
+from export.teacher.tasks import Task
 
 _KEEP_MODELS = ("prune", "student", "distill", "onnx", "grid", "package")
 

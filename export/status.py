@@ -10,12 +10,12 @@ from rich.table import Table
 
 from bundle.errors import BundleError
 from bundle.manifest import StageRecord, load_manifest
-from export.checkpoint import Checkpoints
-from export.config import FLOAT_VARIANT, ExportConfig, WeightOnlyVariant
 from export.pipeline import Pipeline
-from export.sample import ROWS_NAME, num_samples_of
-from export.stages import StageSpec, StageState, format_summary
-from export.teacher import TeacherFolder, find_teacher
+from export.run.settings import FLOAT_VARIANT, ExportConfig, WeightOnlyVariant
+from export.run.stages import StageSpec, StageState, format_summary
+from export.student.checkpoint import Checkpoints
+from export.teacher.sample import ROWS_NAME, num_samples_of
+from export.teacher.source import TeacherFolder, find_teacher
 
 PACKAGE = "package"
 

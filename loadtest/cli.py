@@ -11,14 +11,14 @@ import typer
 from bundle.errors import UserError
 from loadtest.flags import parse_config, with_config_flags
 from loadtest.progress import Reporter
-from serve.access import TlsCa, TlsCert, TlsKey, TokenFile, read_token, tls_of
-from serve.settings import SettingsError
+from serve.app.settings import SettingsError
+from serve.client.access import TlsCa, TlsCert, TlsKey, TokenFile, read_token, tls_of
 
 if TYPE_CHECKING:
+    from loadtest.client.targets import Credentials
     from loadtest.config import RunConfig
-    from loadtest.find_max import MaxRate
-    from loadtest.schedule import Schedule
-    from loadtest.targets import Credentials
+    from loadtest.verdicts.find_max import MaxRate
+    from loadtest.workload.schedule import Schedule
 
 HELP = """Measure under load which model is faster, which is worse, and whether it is real.
 
@@ -70,7 +70,7 @@ def run(
 ) -> None:
     """Put the load on a server, and write what came of it to --out."""
     config = parse_config(flags)
-    from loadtest.targets import Credentials
+    from loadtest.client.targets import Credentials
 
     credentials = Credentials(read_token(token_file), tls_of(tls_ca, tls_cert, tls_key))
     if find_max:
@@ -81,8 +81,8 @@ def run(
 
 def _run(config: RunConfig, credentials: Credentials, as_json: bool, may_overwrite: bool) -> None:
     from loadtest import run
-    from loadtest.summary import read_summary, to_json
-    from loadtest.summary_text import describe_excess
+    from loadtest.analysis.summary import read_summary, to_json
+    from loadtest.report.summary_text import describe_excess
 
     folder = run.run(config, credentials, Reporter(), may_overwrite=may_overwrite)
     summary = read_summary(folder)
@@ -127,7 +127,7 @@ def _describe_rate(arm: str, rate: MaxRate) -> str:
 def plan(as_json: AsJson = False, **flags: str | None) -> None:
     """Show what `run` with the same flags would send, and send nothing."""
     config = parse_config({**flags, "out": flags["out"] or "."})
-    from loadtest import dataset, schedule
+    from loadtest.workload import dataset, schedule
 
     prompts = dataset.load_prompts(config)
     found = schedule.plan(config, prompts)
@@ -163,7 +163,7 @@ def _describe(config: RunConfig, schedule: Schedule) -> str:
 def report(folder: Folder) -> None:
     """Write a run's report.html anew; a run that died is summed up from what it has left."""
     from loadtest.folder import REPORT_FILE, is_partial
-    from loadtest.report import write_report
+    from loadtest.report.report import write_report
     from loadtest.sum_up import sum_up
 
     if is_partial(folder):
@@ -184,7 +184,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare two runs: what got faster or slower, better or worse."""
-    from loadtest import compare
+    from loadtest.verdicts import compare
 
     found = compare.compare_runs(before, after, is_forced=force)
     if as_json:
@@ -215,8 +215,8 @@ def gate(
     as_json: AsJson = False,
 ) -> None:
     """Hold a run against limits; exit with 3, and say which one broke, unless it keeps them all."""
-    from loadtest.gate import check, parse_limit
-    from loadtest.summary import read_summary
+    from loadtest.analysis.summary import read_summary
+    from loadtest.verdicts.gate import check, parse_limit
 
     limits = [parse_limit("min", text) for text in lower or ()]
     limits += [parse_limit("max", text) for text in upper or ()]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from serve.hosts import parse_target
+from serve.addresses import parse_target
 
 Arrival = Literal["poisson", "constant", "trace", "closed"]
 Protocol = Literal["tandem", "oip"]

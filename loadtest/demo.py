@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 
 from bundle.errors import UserError
-from demo import serving
+from loadtest.client.targets import Credentials
 from loadtest.config import RunConfig
 from loadtest.progress import Reporter
 from loadtest.run import run
-from loadtest.targets import Credentials
+from tandem.demo import serving
 
 RATES_RPS = (0.5, 1.0)
 DURATION_S = 15.0  # per arm and rate: two arms at two rates make a minute

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from loadtest.config import RunConfig
-from serve.flags import METAVARS, with_parameters
-from serve.settings import SettingsError
+from serve.app.flags import METAVARS, with_parameters
+from serve.app.settings import SettingsError
 
 # Sections of the help, each by its first field.
 SECTIONS = {

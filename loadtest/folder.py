@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bundle.errors import UserError
-from loadtest.records import RequestRecord
-from loadtest.requests_file import REQUESTS_FILE, part_files, read_parts, read_requests
-from loadtest.summary import SUMMARY_FILE
+from loadtest.analysis.summary import SUMMARY_FILE
+from loadtest.client.records import RequestRecord
+from loadtest.client.requests_file import REQUESTS_FILE, part_files, read_parts, read_requests
 
 RUN_FILE = "run.json"
 FIND_MAX_FILE = "find_max.json"

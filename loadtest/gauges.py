@@ -7,7 +7,7 @@ from collections.abc import Callable
 from threading import Event, Thread
 
 from bundle.errors import UserError
-from loadtest.crosscheck import Scrape, scrape, why_restarted
+from loadtest.server_metrics import Scrape, scrape, why_restarted
 
 # How often the server is asked: a scrape takes it 5 to 30 ms.
 INTERVAL_S = 2.0

@@ -25,24 +25,24 @@ import grpc
 from google.protobuf.json_format import MessageToDict
 
 from bundle.errors import UserError
-from loadtest.after import score_samples
+from loadtest.client.records import Phase, Prompt, RequestRecord
+from loadtest.client.requests_file import REQUESTS_FILE, part_files, write_requests
+from loadtest.client.targets import Credentials
+from loadtest.client.workers import LoadResult, Progress, run_load
 from loadtest.config import RunConfig
-from loadtest.crosscheck import cross_check
-from loadtest.dataset import load_prompts
-from loadtest.find_max import MaxRate, Search, Step
-from loadtest.find_max import find_max as search_max
 from loadtest.folder import FIND_MAX_FILE, RUN_FILE, make_folder, write_json
 from loadtest.gauges import ServerWatch
 from loadtest.progress import Reporter
-from loadtest.records import Phase, Prompt, RequestRecord
-from loadtest.requests_file import REQUESTS_FILE, part_files, write_requests
-from loadtest.schedule import Schedule, plan
+from loadtest.scoring import score_samples
+from loadtest.server_metrics import cross_check
 from loadtest.slo import Slo, Tally, parse_slo
 from loadtest.sum_up import sum_up
-from loadtest.targets import Credentials
-from loadtest.workers import LoadResult, Progress, run_load
-from serve.access import open_client, wait_connected
+from loadtest.verdicts.find_max import MaxRate, Search, Step
+from loadtest.verdicts.find_max import find_max as search_max
+from loadtest.workload.dataset import load_prompts
+from loadtest.workload.schedule import Schedule, plan
 from serve.client import AsyncClient, Client, explain
+from serve.client.access import open_client, wait_connected
 
 _SCORE_TIMEOUT_S = 300.0
 _PACKAGES = ("tandem", "grpcio", "numpy")

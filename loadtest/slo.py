@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from loadtest.records import RequestRecord
+from loadtest.client.records import RequestRecord
 
 Metric = Literal["ttft", "itl", "tpot", "e2e"]
 METRICS: tuple[Metric, ...] = get_args(Metric)

@@ -9,15 +9,15 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from bundle.errors import UserError
-from loadtest.analysis import summarize
+from loadtest.analysis.analysis import summarize
+from loadtest.analysis.summary import SUMMARY_FILE, Summary, to_json
+from loadtest.client.records import Phase, RequestRecord
+from loadtest.client.requests_file import REQUESTS_FILE, write_requests
+from loadtest.client.runner import BlockCost
 from loadtest.config import RunConfig
 from loadtest.folder import RUN_FILE, SUMMARY_TEXT_FILE, read_records, read_run, write_text
-from loadtest.records import Phase, RequestRecord
-from loadtest.report import write_report
-from loadtest.requests_file import REQUESTS_FILE, write_requests
-from loadtest.runner import BlockCost
-from loadtest.summary import SUMMARY_FILE, Summary, to_json
-from loadtest.summary_text import to_markdown
+from loadtest.report.report import write_report
+from loadtest.report.summary_text import to_markdown
 
 DIED = "it died before its end: a part of its load is missing"
 

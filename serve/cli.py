@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from serve.access import (
+from serve.app.flags import with_settings_flags
+from serve.app.settings import load_settings
+from serve.client.access import (
     CONNECT_TIMEOUT_S,
     ConnectTimeout,
     TlsCa,
@@ -20,8 +22,6 @@ from serve.access import (
     read_token,
     tls_of,
 )
-from serve.flags import with_settings_flags
-from serve.settings import load_settings
 
 
 @with_settings_flags
@@ -45,10 +45,10 @@ def serve(
     if print_config:
         typer.echo(settings.to_yaml(), nl=False)
         return
-    from serve.grpc_log import quiet_grpc
+    from serve.app.grpc_log import quiet_grpc
 
     quiet_grpc()
-    from serve import process
+    from serve.app import process
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     process.serve(settings.config)
@@ -88,7 +88,7 @@ def ask(
 ) -> None:
     """Ask both models; show their answers side by side, coloured by divergence."""
     target = read_target(target)
-    from serve.ask import Question, read_prompt, run
+    from serve.client.ask import Question, read_prompt, run
 
     run(
         target,
@@ -117,7 +117,7 @@ def token(
     ] = "inference",
 ) -> None:
     """Make a token: print it on stdout, and its line of the server's token file on stderr."""
-    from serve.tokens import new_token, parse_client
+    from serve.rpc.credentials.tokens import new_token, parse_client
 
     try:
         parse_client(name, scope)

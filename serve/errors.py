@@ -19,8 +19,8 @@
     └── EngineStoppedError         the engine is down
         └── DrainingError          the whole server takes no new work
 
-Modules that have an error of their own say so; `serve.statuses` maps all of them to status codes
-in one place, and nothing below it knows about gRPC. One more is for the command line alone:
+Modules that have an error of their own say so; `serve.rpc.statuses` maps all of them to status
+codes in one place, and nothing below it knows about gRPC. One more is for the command line alone:
 DeviceMissingError, a UserError, at the start of a server.
 """
 

@@ -210,12 +210,12 @@ class Watch:
 
 def _run(words: list[str]) -> tuple[int, str]:
     """Run the command line; return its exit code and what it wrote to stderr."""
-    import tandem
+    import tandem.cli
 
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         try:
-            tandem.main(words)
+            tandem.cli.main(words)
         except SystemExit as end:
             return int(end.code or 0), errors.getvalue()
     return 0, errors.getvalue()
@@ -242,7 +242,7 @@ def _commands(folder: Path, bundle: Path, intact: Path) -> Iterator[tuple[str, l
 
 def _doctor_line(folder: Path) -> tuple[int, str]:
     """Return what `tandem doctor` says of a folder, without looking at the machine each time."""
-    from doctor import examine
+    from tandem.doctor import examine
 
     finding = examine(folder)
     return int(finding.level == "problem"), f"tandem: {finding.message}\n"

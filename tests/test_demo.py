@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-import demo
 from bundle.errors import UserError
-from demo import _outcome, compare_with_responses, expected_metrics, scrape, serving
 from protos.tandem.v1 import inference_pb2 as pb
+from tandem import demo
+from tandem.demo import _outcome, compare_with_responses, expected_metrics, scrape, serving
 
 PAGE = b"""\
 # HELP tandem_samples_total Samples by how they ended.
@@ -220,7 +220,7 @@ def test_demo_fails_when_the_metrics_are_not_what_the_answers_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ready = {"address": "a:1", "metrics_url": "m"}
-    monkeypatch.setattr("export.recipe.load_config", lambda recipe: None)
+    monkeypatch.setattr("export.run.recipe.load_config", lambda recipe: None)
     monkeypatch.setattr("export.pipeline.run_export", lambda config, reporter: tmp_path)
     monkeypatch.setattr(demo, "_show_bundle", lambda console, bundle: None)
     monkeypatch.setattr(demo, "serving", lambda bundle: contextlib.nullcontext(ready))

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import typer
 
-import doctor
-from doctor import Environment, Finding, diagnose, gather, render
 from scripts.monitoring.tiny_bundle import make_tiny_bundle
+from tandem import doctor
+from tandem.doctor import Environment, Finding, diagnose, gather, render
 from tests.model_folders import TINY, write_model_folder
 
 HEALTHY = Environment(

@@ -17,15 +17,15 @@ import pytest
 import yaml
 from google.protobuf import json_format
 
-import tandem
+import tandem.cli
 from bundle.manifest import Manifest, load_manifest, write_manifest
 from bundle.verify import verify_bundle
-from demo import compare_with_responses, demo, scrape, serving
 from estimators.divergence import k1, k2, k3
 from export.pipeline import run_export
-from export.recipe import load_config
+from export.run.recipe import load_config
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client, violations
+from tandem.demo import compare_with_responses, demo, scrape, serving
 
 SETTINGS: dict[str, Any] = {
     "tasks": {"max_train": 32, "max_test": 6},
@@ -256,7 +256,7 @@ def test_command_verifies_the_bundle(
     exported: Exported, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="0"):
-        tandem.main(["export", "verify", str(exported.bundle)])
+        tandem.cli.main(["export", "verify", str(exported.bundle)])
     assert "files are what the manifest says" in capsys.readouterr().out
 
 
@@ -349,7 +349,7 @@ def test_ask_prints_the_response_as_json(live: Live, capsys: pytest.CaptureFixtu
     words = ["ask", "--target", live.address, "--num-samples", "2", "--seed", "5"]
     words += ["--max-tokens", "8", "--reference", "7", "--json", "What is 3 plus 4?"]
     with pytest.raises(SystemExit, match="0"):
-        tandem.main(words)
+        tandem.cli.main(words)
     response = json_format.Parse(capsys.readouterr().out, pb.CompareResponse())
     live.responses.append(response)
     assert len(response.samples) == 4

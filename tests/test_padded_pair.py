@@ -17,13 +17,13 @@ import torch
 import yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import tandem
-from demo import serving
+import tandem.cli
 from export.pipeline import open_pipeline
-from export.recipe import load_config
+from export.run.recipe import load_config
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client
-from serve.tokenization import Tokenizer
+from serve.text.tokenizer import Tokenizer
+from tandem.demo import serving
 from tests.conftest import save_tiny_teacher
 
 TEACHER_ROWS, STUDENT_ROWS, NUM_TOKENS, MISSING = 640, 576, 516, (512, 513, 514)
@@ -124,7 +124,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pipeline(recipe: Path) -> Any:
     with pytest.raises(SystemExit) as ended:
-        tandem.main(["export", "plan", str(recipe)])
+        tandem.cli.main(["export", "plan", str(recipe)])
     assert ended.value.code == 0
     pipeline = open_pipeline(load_config(recipe), Reporter())
     pipeline.package()

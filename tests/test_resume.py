@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-import tandem
+import tandem.cli
 from bundle.verify import verify_bundle
 
 SETTINGS: dict[str, Any] = {
@@ -214,6 +214,6 @@ def test_resume_refuses_a_changed_recipe_with_exit_code_4(
     with runs.killed.recipe.open("a") as recipe:
         recipe.write("select: {rule: knee}\n")
     with pytest.raises(SystemExit) as exit_info:
-        tandem.main(["export", "resume", str(runs.killed.output_dir)])
+        tandem.cli.main(["export", "resume", str(runs.killed.output_dir)])
     assert exit_info.value.code == 4
     assert f"the recipe {runs.killed.recipe} had sha256" in capsys.readouterr().err

@@ -8,10 +8,10 @@ from types import ModuleType
 import pytest
 import typer
 
-import tandem
+import tandem.cli
 from bundle.errors import UserError
 from serve.errors import QueueFullError
-from tandem import COMMANDS, Command
+from tandem.cli import COMMANDS, Command
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> dict[str, Command]:
 
 def run(words: list[str], commands: dict[str, Command]) -> int:
     with pytest.raises(SystemExit) as exit_info:
-        tandem.main(words, commands)
+        tandem.cli.main(words, commands)
     return int(exit_info.value.code or 0)
 
 
@@ -107,7 +107,7 @@ def test_expected_error_is_one_line(
 
 def test_bug_keeps_its_traceback(commands: dict[str, Command]) -> None:
     with pytest.raises(RuntimeError, match="a bug"):
-        tandem.main(["crash"], commands)
+        tandem.cli.main(["crash"], commands)
 
 
 @pytest.mark.parametrize("words", [["nope"], ["greet"], ["greet", "Ada", "--wrong"]])
@@ -122,7 +122,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_command_that_was_not_asked_for_cannot_run() -> None:
     with pytest.raises(AssertionError, match="only the command that was asked for"):
-        tandem._not_asked()
+        tandem.cli._not_asked()
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
@@ -133,7 +133,7 @@ def test_every_command_shows_help(name: str, capsys: pytest.CaptureFixture[str])
 
 def test_help_loads_neither_torch_nor_grpc() -> None:
     code = (
-        "import sys, tandem; tandem.build_app(['--help']);"
+        "import sys, tandem.cli; tandem.cli.build_app(['--help']);"
         "heavy = {'torch', 'transformers', 'onnxruntime', 'grpc', 'numpy'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -142,7 +142,7 @@ def test_help_loads_neither_torch_nor_grpc() -> None:
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
-@pytest.mark.parametrize("module", ["tandem", "serve.onnx_session", "export.int8"])
+@pytest.mark.parametrize("module", ["tandem", "serve.models.onnx_session", "export.graph.int8"])
 def test_onnxruntime_sends_no_usage_data_unless_it_is_told_to(
     module: str, given: str | None, expected: str
 ) -> None:

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench import engine
-from bench.engine_driver import QUICK, Driver, Step, StepLog, drawn, greedy
-from bench.engine_graph import lengthen
-from bench.engine_measures import Measures, at_least, at_most, render
-from bench.engine_server import mean_step_s
-from bench.engine_stress import MIB, flatness
+from bench.engine import __main__ as engine
+from bench.engine.driver import QUICK, Driver, Step, StepLog, drawn, greedy
+from bench.engine.graph import lengthen
+from bench.engine.measures import Measures, at_least, at_most, render
+from bench.engine.server import mean_step_s
+from bench.engine.stress import MIB, flatness
 from bundle.errors import UserError
 from bundle.manifest import write_manifest
-from demo import serving
+from tandem.demo import serving
 from tests.manifests import manifest_of
 
 Run = Callable[..., dict[str, Any]]
@@ -32,7 +32,7 @@ def bundle(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """The tiny teacher as its own student, its float graph, and some text."""
     from transformers import AutoModelForCausalLM
 
-    from export.onnx_graph import export_onnx
+    from export.graph.onnx_graph import export_onnx
 
     folder = tmp_path_factory.mktemp("bench") / "bundle"
     graph, student = folder / "onnx" / "fp32", folder / "student"
@@ -192,7 +192,7 @@ def test_mean_step_is_of_what_came_between_two_scrapes() -> None:
 def test_lengthened_graph_computes_the_same_and_reaches_further(
     bundle: Path, tmp_path: Path
 ) -> None:
-    from serve.onnx_backend import OnnxBackend
+    from serve.models.onnx_backend import OnnxBackend
 
     lengthen(bundle / "onnx" / "fp32", tmp_path / "longer", 4096)
     limits: dict[str, Any] = {"device": "cpu", "max_num_seqs": 1, "num_threads": 1}
@@ -217,7 +217,7 @@ def test_scaled_rotary_tables_are_refused(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_driver_runs_samples_to_their_length_and_scores_them(tiny_teacher: Path) -> None:
-    from serve.torch_backend import TorchBackend
+    from serve.models.torch_backend import TorchBackend
 
     backend = TorchBackend.load(
         tiny_teacher, device="cpu", dtype=torch.float32, max_num_seqs=4, max_model_len=64
@@ -233,7 +233,7 @@ def test_driver_runs_samples_to_their_length_and_scores_them(tiny_teacher: Path)
 
 
 def test_reader_refuses_completions_that_were_cut(tiny_teacher: Path) -> None:
-    from serve.torch_backend import TorchBackend
+    from serve.models.torch_backend import TorchBackend
 
     backend = TorchBackend.load(
         tiny_teacher, device="cpu", dtype=torch.float32, max_num_seqs=1, max_model_len=16

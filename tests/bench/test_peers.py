@@ -20,9 +20,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench import peer_kl, peer_machine, peer_tandem, peer_transformers, peer_worker
-from bench.peer_client import Worker, WorkerFailedError
-from bench.peer_environments import (
+from bench.peers import kl as peer_kl
+from bench.peers import machine as peer_machine
+from bench.peers import worker as peer_worker
+from bench.peers.client import Worker, WorkerFailedError
+from bench.peers.engines import peer_tandem, peer_transformers
+from bench.peers.engines.peer_gguf import write_gguf
+from bench.peers.environments import (
     ENVIRONMENTS,
     EnvironmentMissingError,
     PeerEnvironment,
@@ -31,12 +35,11 @@ from bench.peer_environments import (
     prepare,
     worker_variables,
 )
-from bench.peer_gguf import write_gguf
-from bench.peer_machine import busy_cpu_s, describe_machine, process_cpu_s, watch_foreign_share
-from bench.peer_results import Config, Measurement, Results, SideRecord, read_results, resume
-from bench.peer_rounds import Turn, draw_prompts, measure_round, shuffled_turns
-from bench.peer_sides import FAMILIES, make_sides
-from bench.peer_table import derived, ratios, render
+from bench.peers.machine import busy_cpu_s, describe_machine, process_cpu_s, watch_foreign_share
+from bench.peers.results import Config, Measurement, Results, SideRecord, read_results, resume
+from bench.peers.rounds import Turn, draw_prompts, measure_round, shuffled_turns
+from bench.peers.sides import FAMILIES, make_sides
+from bench.peers.table import derived, ratios, render
 from bench.plot import main as plot_main
 from bench.prompts import MIN_PROMPTS, PromptSource, read_answers
 from bundle.errors import UserError
@@ -290,7 +293,7 @@ def test_an_environment_that_cannot_be_installed_says_why(tmp_path: Path) -> Non
 def test_an_installation_that_hangs_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bench.peer_environments.INSTALL_TIMEOUT_S", 0.0)
+    monkeypatch.setattr("bench.peers.environments.INSTALL_TIMEOUT_S", 0.0)
     with pytest.raises(EnvironmentMissingError, match="not installed within 0 s"):
         prepare(PeerEnvironment("none", ("x",)), tmp_path)
 
@@ -321,7 +324,7 @@ def test_last_words_of_a_log(tmp_path: Path, log: str, words: str) -> None:
 
 
 def test_worker_answers_and_rests_stopped(tiny_teacher: Path, tmp_path: Path) -> None:
-    worker = Worker(Path(sys.executable), "bench.peer_tandem", tmp_path / "log", {})
+    worker = Worker(Path(sys.executable), "bench.peers.engines.peer_tandem", tmp_path / "log", {})
     try:
         options = {"backend": "torch", "path": str(tiny_teacher), "num_threads": 1}
         loaded = worker.load({**options, "max_num_seqs": 2, "max_model_len": 64})
@@ -346,7 +349,7 @@ def test_worker_that_ends_is_reported_with_its_last_words(tmp_path: Path) -> Non
 
 
 def test_a_stopped_process_dies_with_its_parent() -> None:
-    child = "import os, signal; from bench.peer_worker import die_with_parent; die_with_parent();"
+    child = "import os, signal; from bench.peers.worker import die_with_parent; die_with_parent();"
     child += "print(os.getpid(), flush=True); os.kill(os.getpid(), signal.SIGSTOP)"
     parent = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', sys.argv[1]],"
     parent += "stdout=subprocess.PIPE, start_new_session=True).stdout.readline().decode())"
@@ -359,7 +362,7 @@ def test_a_stopped_process_dies_with_its_parent() -> None:
 def test_worker_that_does_not_answer_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bench.peer_client.LOAD_TIMEOUT_S", 0.0)
+    monkeypatch.setattr("bench.peers.client.LOAD_TIMEOUT_S", 0.0)
     worker = Worker(Path(sys.executable), "bench.no_such_module", tmp_path / "log", {})
     with pytest.raises(WorkerFailedError, match="no answer within 0 s"):
         worker.load({})
@@ -401,7 +404,9 @@ def test_worker_loop_loads_first(tiny_teacher: Path) -> None:
     ]
     threads, replies = torch.get_num_threads(), io.StringIO()
     try:
-        peer_worker.serve("bench.peer_transformers", io.StringIO("\n".join(lines)), replies)
+        peer_worker.serve(
+            "bench.peers.engines.peer_transformers", io.StringIO("\n".join(lines)), replies
+        )
     finally:
         torch.set_num_threads(threads)
     loaded, generated = map(json.loads, replies.getvalue().splitlines())
@@ -410,7 +415,7 @@ def test_worker_loop_loads_first(tiny_teacher: Path) -> None:
 
 
 def test_tandem_and_transformers_runners_agree(tiny_teacher: Path) -> None:
-    from serve.torch_backend import TorchBackend
+    from serve.models.torch_backend import TorchBackend
 
     backend = TorchBackend.load(
         tiny_teacher, device="cpu", dtype=torch.float32, max_num_seqs=2, max_model_len=64

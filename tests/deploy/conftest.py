@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.proxy_processes import TandemProcess
+from bench.proxy.processes import TandemProcess
 from bundle.manifest import write_manifest
 from tests.manifests import manifest_of
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from bundle.verify import verify_bundle
 from export.pipeline import open_pipeline
-from export.recipe import load_config
+from export.run.recipe import load_config
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders the Job")
 
@@ -388,7 +388,7 @@ def _one_thread() -> Iterator[None]:
 def test_started_again_they_train_the_student_of_one_process(
     cluster: Cluster, trained: list[subprocess.Popen[str]], tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    """The tolerance is that of tests/export/test_distributed.py."""
+    """The tolerance is that of tests/export/run/test_processes.py."""
     pipeline = open_pipeline(load_config(write_recipe(tmp_path, tiny_teacher)), Silent())
     alone = load_file(pipeline.run(pipeline.distilled).path / "model.safetensors")
     (student,) = cluster.work.glob(STUDENT)

@@ -18,9 +18,9 @@ from prometheus_client import CollectorRegistry
 from scripts.image import bundles, contents, proofs
 from scripts.image.building import PipSettings, build, read_pip_settings
 from scripts.image.containers import Containers, ToolError, run
-from serve.config import ServeConfig
-from serve.metrics_http import MetricsServer
-from serve.settings import ENV_PREFIX
+from serve.app.config import ServeConfig
+from serve.app.settings import ENV_PREFIX
+from serve.http.server import MetricsServer
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")

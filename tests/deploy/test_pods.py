@@ -32,7 +32,7 @@ from protos.tandem.v1 import inference_pb2 as pb
 from scripts.k8s import objects
 from scripts.k8s.objects import Object, Rendered, component_of, container_of
 from serve.client import Client, Tls
-from serve.tokens import new_token
+from serve.rpc.credentials.tokens import new_token
 
 ROOT = Path(__file__).resolve().parents[2]
 KUBECTL = shutil.which("kubectl") or str(ROOT / ".cache/k8s-tools/bin/kubectl")

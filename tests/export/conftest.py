@@ -24,10 +24,10 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from export.distill import Example
-from export.model_files import write_variant_files
-from export.onnx_graph import export_onnx, load_untied, save_onnx
-from export.quantize import WeightOnly, quantize_weights
+from export.graph.onnx_graph import export_onnx, load_untied, save_onnx
+from export.graph.quantize import WeightOnly, quantize_weights
+from export.student.step import Example
+from export.teacher.model_files import write_variant_files
 
 VOCAB_SIZE = 97
 MAX_MODEL_LEN = 160

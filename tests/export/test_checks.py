@@ -13,14 +13,14 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import tandem
+import tandem.cli
 from bundle.errors import UserError
 from export.checks import check_room, check_run
-from export.config import ExportError
-from export.model_files import TOKENIZER_FILES, read_json, write_json
 from export.pipeline import Pipeline
-from export.recipe import load_recipe
+from export.run.recipe import load_recipe
+from export.run.settings import ExportError
 from export.status import QuietReporter
+from export.teacher.model_files import TOKENIZER_FILES, read_json, write_json
 
 LONG = "word " * 300
 SETTINGS: dict[str, Any] = {
@@ -324,7 +324,7 @@ def test_faults_of_recipe_rows_and_folders_are_told_together_by_plan_and_run(
     shown = {}
     for command in ("plan", "run", "sample"):
         with pytest.raises(SystemExit) as exited:
-            tandem.main(["export", command, str(recipe)])
+            tandem.cli.main(["export", command, str(recipe)])
         assert exited.value.code == 1
         shown[command] = capsys.readouterr().err
     assert shown["plan"] == shown["run"] == shown["sample"]
@@ -343,7 +343,7 @@ def test_run_tells_what_it_leaves_out(
     told = ("not used are level", "1 faulty rows are dropped", "1 prompts that do not fit")
     for command in ("plan", "run"):
         with pytest.raises(SystemExit) as exited:
-            tandem.main(["export", command, str(recipe)])
+            tandem.cli.main(["export", command, str(recipe)])
         assert not exited.value.code
         out = " ".join(capsys.readouterr().out.split())
         assert all(part in out for part in told)

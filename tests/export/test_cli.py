@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
-import tandem
+import tandem.cli
 from bundle.errors import BundleError
 from export import cli
 from export.cli import ConsoleReporter
-from export.config import ExportError
 from export.pipeline import Pipeline
-from export.select import GateError
+from export.publish.select import GateError
+from export.run.settings import ExportError
 
 SETTINGS: dict[str, Any] = {
     "tasks": {"max_train": 8, "max_test": 2},
@@ -50,7 +50,7 @@ def recipe(tmp_path: Path, tiny_teacher: Path) -> Path:
 def run(*words: object) -> int:
     """Run `tandem export` and return its exit code."""
     with pytest.raises(SystemExit) as exit_info:
-        tandem.main(["export", *map(str, words)])
+        tandem.cli.main(["export", *map(str, words)])
     return int(exit_info.value.code or 0)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from export import launch, peers
+from export import launch
+from export.run import peers
 
 Start = Callable[..., subprocess.Popen[str]]
 WAIT_S = 60

@@ -12,11 +12,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bundle.manifest import TeacherReference
-from export.config import ExportConfig
-from export.model_files import TOKENIZER_FILES, read_json, write_json
-from export.phases import HELD_OUT_NAME
 from export.pipeline import Pipeline, open_pipeline
-from export.teacher import TeacherFolder
+from export.run.settings import ExportConfig
+from export.student.phases import HELD_OUT_NAME
+from export.teacher.model_files import TOKENIZER_FILES, read_json, write_json
+from export.teacher.source import TeacherFolder
 
 TEACHER = TeacherFolder(
     Path("unused"),

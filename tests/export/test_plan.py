@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from bundle.errors import ModelFolderError
 from bundle.manifest import StageRecord
-from export.config import ExportConfig, ExportError
 from export.estimates import (
     Estimate,
     Estimator,
@@ -24,14 +23,15 @@ from export.estimates import (
     count_workload,
     size_from_name,
 )
-from export.grading import describe_comparison, math_verify_version
 from export.pipeline import Pipeline
 from export.plan import count_pruned, make_plan, print_plan
-from export.prune import drop_layers, rank_channels, shrink_mlp
-from export.stages import StageState
+from export.run.settings import ExportConfig, ExportError
+from export.run.stages import StageState
 from export.status import QuietReporter, StageStatus, read_status, render_status, stage_names
-from export.task_sources import load_tasks
-from export.teacher import TeacherError, resolve_teacher
+from export.student.prune import drop_layers, rank_channels, shrink_mlp
+from export.teacher.grading import describe_comparison, math_verify_version
+from export.teacher.source import TeacherError, resolve_teacher
+from export.teacher.task_sources import load_tasks
 
 MACHINE = Machine(matmul_flops_per_s=1e9)
 EVERYTHING: dict[str, Any] = {

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-import export.run_record
-from export.config import ExportConfig
+import export.record
 from export.pipeline import Pipeline, open_pipeline
-from export.run_record import record_run
+from export.record import record_run
+from export.run.settings import ExportConfig
 from export.status import QuietReporter
 
 
 def open_on(day: date, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     """Open a run as `tandem export run` does on `day`."""
-    monkeypatch.setattr(export.run_record, "process_date", lambda: day)
+    monkeypatch.setattr(export.record, "process_date", lambda: day)
     config = ExportConfig(teacher=str(recipe.parent / "teacher"), output_dir=recipe.parent / "run")
     pipeline = open_pipeline(config, QuietReporter())
     record_run(recipe, config, pipeline.teacher)
@@ -48,7 +48,7 @@ def test_date_is_an_input_of_the_stages_where_prompts_tell_it(
     (teacher / "chat_template.jinja").write_text(template)
     keys = set()
     for day in (date(2026, 2, 28), date(2026, 3, 1)):
-        monkeypatch.setattr(export.run_record, "process_date", lambda day=day: day)
+        monkeypatch.setattr(export.record, "process_date", lambda day=day: day)
         config = ExportConfig(teacher=str(teacher), output_dir=tmp_path / "run")
         keys.add(open_pipeline(config, QuietReporter()).sampled.key)
     assert len(keys) == 1 + is_told

@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from loadtest.journal import read_journal
+from loadtest.ledger.journal import read_journal
 
 
 def answers_of(journal: Path) -> dict[str, list[str]]:

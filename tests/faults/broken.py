@@ -12,11 +12,11 @@ from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
-from serve.coordinator import Coordinator
-from serve.engine import Engine
+from serve.engine.engine import Engine
+from serve.engine.intake import Intake
+from serve.engine.sequence import EventSink, GenerationRequest
 from serve.errors import QueueFullError
-from serve.intake import Intake
-from serve.sequence import EventSink, GenerationRequest
+from serve.pair.coordinator import Coordinator
 from tests.faults import served
 
 BROKEN = "FAULTS_BROKEN"
@@ -71,12 +71,12 @@ def _leaking_queue() -> Callable[..., None]:
 
 _BUILDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "leaks": {
-        "serve.engine.Engine.submit": _leaking_memory(),
-        "serve.coordinator.Coordinator.answer": _leaking_tasks(),
+        "serve.engine.engine.Engine.submit": _leaking_memory(),
+        "serve.pair.coordinator.Coordinator.answer": _leaking_tasks(),
     },
     "refusals": {
-        "serve.intake.Intake.check_room": _leaking_queue(),
-        "serve.statuses._retry_after_s": lambda error: None,
+        "serve.engine.intake.Intake.check_room": _leaking_queue(),
+        "serve.rpc.statuses._retry_after_s": lambda error: None,
     },
 }
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from export import stages
-from export.checkpoint import Checkpoints
-from export.stages import StageRunner, StageSpec
+from export.run import stages
+from export.run.stages import StageRunner, StageSpec
+from export.student.checkpoint import Checkpoints
 from tests.faults.export_child import Export, run_export
 from tests.faults.r17_disk_full import Plan, fill_disk
 

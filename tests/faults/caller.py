@@ -17,7 +17,7 @@ from pathlib import Path
 
 import grpc
 
-from loadtest.journal import OK, Journal
+from loadtest.ledger.journal import OK, Journal
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import grpc
 import numpy as np
 
-from loadtest.journal import OK, AnyRequest, Journal
+from loadtest.ledger.journal import OK, AnyRequest, Journal
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient, retry_delay_s
 

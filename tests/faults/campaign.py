@@ -25,7 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.peer_machine import describe_machine
+from bench.peers.machine import describe_machine
 from tests.faults.result import Row, Size
 
 FOLDER = Path(__file__).parent

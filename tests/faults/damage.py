@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry
 from bundle.errors import UserError
 from bundle.hashing import hash_file
 from bundle.manifest import MANIFEST_NAME, seal
-from serve.config import ServeConfig
-from serve.loading import build_engines
-from serve.metrics import ServerMetrics
+from serve.app.config import ServeConfig
+from serve.app.loading import build_engines
+from serve.metrics.server_metrics import ServerMetrics
 
 # `torch` reads what `onnx` does not: configuration and weights as transformers finds them.
 Backend = Literal["onnx", "torch"]

@@ -7,9 +7,9 @@ import importlib
 for _name in (
     "onnxruntime",
     "transformers.models.llama.modeling_llama",
-    "export.onnx_graph",
-    "export.packaging",
-    "export.quantize",
+    "export.graph.onnx_graph",
+    "export.publish.packaging",
+    "export.graph.quantize",
     "tests.faults.export_child",
 ):
     importlib.import_module(_name)

@@ -12,14 +12,14 @@ from google.protobuf.message import DecodeError
 
 from bundle.errors import UserError
 from protos.tandem.v1 import inference_pb2 as pb
+from serve.client.failures import DETAILS_KEY, PUSHBACK_KEY, explain, retry_delay_s
+from serve.client.retries import Attempts, RetryBudget
+from serve.engine.scoring import ScoringRequest
+from serve.engine.sequence import Event, FinishedEvent, FinishReason, TokenEvent
 from serve.errors import EngineFailedError, QueueFullError
-from serve.failures import DETAILS_KEY, PUSHBACK_KEY, explain, retry_delay_s
-from serve.remote import teacher_of
-from serve.remote_wire import ROLE, Answer, from_score
-from serve.retries import Attempts, RetryBudget
-from serve.scoring import ScoringRequest
-from serve.sequence import Event, FinishedEvent, FinishReason, TokenEvent
-from serve.statuses import status_of
+from serve.pair.remote_messages import ROLE, Answer, from_score
+from serve.pair.remote_teacher import teacher_of
+from serve.rpc.statuses import status_of
 
 NUM_SAMPLES, TIMEOUT_S = 2, 1e6
 SCORING = ScoringRequest(

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from bundle.errors import UserError
-from loadtest.arrivals import read_trace
-from loadtest.dataset import load_jsonl
-from loadtest.journal import read_journal
-from loadtest.ledger import check as check_ledger
-from loadtest.ledger import render
-from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
-from loadtest.requests_file import read_requests, write_requests
-from serve.access import read_token
-from serve.channel import Endpoint
-from serve.tokens import SCOPES, TokenFile
+from loadtest.client.records import Phase, PlannedRequest, RequestRecord, SampleRecord
+from loadtest.client.requests_file import read_requests, write_requests
+from loadtest.ledger.journal import read_journal
+from loadtest.ledger.ledger import check as check_ledger
+from loadtest.ledger.ledger import render
+from loadtest.workload.arrivals import read_trace
+from loadtest.workload.dataset import load_jsonl
+from serve.client.access import read_token
+from serve.client.channel import Endpoint
+from serve.rpc.credentials.tokens import SCOPES, TokenFile
 from tests.faults.fuzzing import main, scratch_folder
 
 SHA256 = "8281e31fa6574f3561cfa2070634eabf2e91a1d55c18b601428d1a06ca040011"

@@ -9,7 +9,7 @@ from functools import cache
 
 from prometheus_client import CollectorRegistry
 
-from serve.metrics_http import _Handler, _HttpServer
+from serve.http.server import _Handler, _HttpServer
 
 # What a status line, our headers and the longest thing that we say of a request take.
 MAX_ANSWER_BYTES = 80 << 10

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from serve.config import ServeConfig
-from serve.settings import SettingsError, env_of, load_settings
+from serve.app.config import ServeConfig
+from serve.app.settings import SettingsError, env_of, load_settings
 
 NAMES = tuple(ServeConfig.model_fields)
 _YAML, _TOML, _ENVIRONMENT = range(3)

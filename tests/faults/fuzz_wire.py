@@ -15,15 +15,15 @@ from google.protobuf.message import Message
 from protos.oip import grpc_service_pb2 as oip
 from protos.tandem.v1 import control_pb2 as control
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.compression import MAX_MESSAGE_BYTES
 from serve.errors import TandemError
-from serve.infer_models import OUTPUTS, to_role
-from serve.infer_requests import to_inference
-from serve.infer_settings import AS_TENSORS, PROMPTS
-from serve.policy import TrafficPolicy
-from serve.specs import Limits
-from serve.statuses import status_of
-from serve.validation import (
+from serve.pair.policy import TrafficPolicy
+from serve.pair.request import Limits
+from serve.rpc.compression import MAX_MESSAGE_BYTES
+from serve.rpc.statuses import status_of
+from serve.rpc.triton.models import OUTPUTS, to_role
+from serve.rpc.triton.requests import to_inference
+from serve.rpc.triton.settings import AS_TENSORS, PROMPTS
+from serve.rpc.validation import (
     parse,
     validate_abort,
     validate_compare,

@@ -11,7 +11,7 @@ atheris, or what the tests have:
 
     coverage run --branch -m tests.faults.fuzz_wire --seconds 0 --corpus DIR
     coverage run --branch -m pytest tests/faults/test_fuzz.py -k fuzz_wire
-    coverage report -m --include 'serve/validation.py,serve/wire.py'
+    coverage report -m --include 'serve/rpc/validation.py,serve/rpc/decoding.py'
 """
 
 from __future__ import annotations

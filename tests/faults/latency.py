@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loadtest.journal import Journal
+from loadtest.ledger.journal import Journal
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient
 from tests.faults.calls import quiet_collector

@@ -8,9 +8,9 @@ from concurrent.futures import Future
 
 import torch
 
-from serve.engine import Engine
-from serve.scoring import ScoredCompletion, ScoringRequest
-from serve.sequence import Event, EventSink, FinishedEvent, FinishReason, GenerationRequest
+from serve.engine.engine import Engine
+from serve.engine.scoring import ScoredCompletion, ScoringRequest
+from serve.engine.sequence import Event, EventSink, FinishedEvent, FinishReason, GenerationRequest
 from tests.serve.conftest import HistoryBackend, Pass
 
 OnEnd = Callable[[GenerationRequest, FinishReason], None]

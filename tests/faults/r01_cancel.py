@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from loadtest.journal import Journal
+from loadtest.ledger.journal import Journal
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient
-from serve.replay import Replays
-from serve.sequence import FinishReason, GenerationRequest
+from serve.engine.sequence import FinishReason, GenerationRequest
+from serve.rpc.replay import Replays
 from tests.faults.memory import Held, held, slope
 from tests.faults.paced import EngineWatch, PacedBackend
 from tests.faults.result import RowResult, Size

@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from loadtest.journal import Journal
+from loadtest.ledger.journal import Journal
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient
-from serve.routing import ServedModel
-from serve.scoring import ScoringRequest
-from serve.sequence import FinishReason, GenerationRequest
+from serve.engine.scoring import ScoringRequest
+from serve.engine.sequence import FinishReason, GenerationRequest
+from serve.pair.routing import ServedModel
 from tests.faults.paced import EngineWatch, PacedBackend
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, send

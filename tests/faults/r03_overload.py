@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from loadtest.journal import Journal, read_journal
-from loadtest.ledger import check
+from loadtest.ledger.journal import Journal, read_journal
+from loadtest.ledger.ledger import check
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient
 from tests.faults.calls import Outcome, call_in_turns, call_on_time, codes, p99, quiet_collector

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from loadtest.journal import Journal, read_journal
-from loadtest.ledger import check
+from loadtest.ledger.journal import Journal, read_journal
+from loadtest.ledger.ledger import check
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.channel import MAX_ATTEMPTS
 from serve.client import AsyncClient
+from serve.client.channel import MAX_ATTEMPTS
 from tests.faults.calls import Outcome, call_in_turns, call_on_time, codes, quiet_collector
 from tests.faults.r03_overload import (
     MAX_NUM_SEQS,

@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc.aio
 
-from loadtest.journal import Journal
+from loadtest.ledger.journal import Journal
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1.inference_pb2_grpc import InferenceServiceStub
 from tests.faults.latency import NUM_TEMPLATES, Rounds, bystanders, compare_waits

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from serve import server as server_module
-from serve.server import SERVER_OPTIONS
+from serve.app import server as server_module
+from serve.app.server import SERVER_OPTIONS
 from tests.faults.black_hole import Namespace, Proxy, open_way
 from tests.faults.latency import NUM_TEMPLATES, bystanders
 from tests.faults.paced import PacedBackend

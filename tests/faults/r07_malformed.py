@@ -20,7 +20,7 @@ import grpc
 
 from protos.oip import grpc_service_pb2 as oip
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.grpc_log import quiet_grpc, quiet_grpc_tracebacks
+from serve.app.grpc_log import quiet_grpc, quiet_grpc_tracebacks
 from tests.faults.hostile import PONG, called, knock, mutate, raw_connections
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import grpc
 
-from serve.calls import Call
-from serve.failures import violations
+from serve.client.failures import violations
+from serve.rpc.calls import Call
 from tests.faults.corpus import Case, cases
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of

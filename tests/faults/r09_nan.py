@@ -18,12 +18,18 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loadtest.journal import OK
+from loadtest.ledger.journal import OK
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.engine import Engine
-from serve.onnx_backend import OnnxBackend
-from serve.sequence import Event, FinishedEvent, FinishReason, GenerationRequest, SamplingParams
-from serve.torch_backend import TorchBackend
+from serve.engine.engine import Engine
+from serve.engine.sequence import (
+    Event,
+    FinishedEvent,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+)
+from serve.models.onnx_backend import OnnxBackend
+from serve.models.torch_backend import TorchBackend
 from tests.faults.answers import answers_of, codes_of
 from tests.faults.faulty import quiet_log
 from tests.faults.result import RowResult, Size

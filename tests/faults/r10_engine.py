@@ -30,14 +30,14 @@ from unittest.mock import patch
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from loadtest.journal import OK, read_journal
+from loadtest.ledger.journal import OK, read_journal
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.arbiter import StepArbiter
-from serve.channel import Endpoint
-from serve.engine import MAX_FAILED_STEPS, Engine
-from serve.metrics import ServerMetrics
-from serve.routing import Role
-from serve.sequence import FinishReason
+from serve.client.channel import Endpoint
+from serve.engine.engine import MAX_FAILED_STEPS, Engine
+from serve.engine.sequence import FinishReason
+from serve.engine.turns import StepArbiter
+from serve.metrics.server_metrics import ServerMetrics
+from serve.pair.routing import Role
 from tests.faults.faulty import Break, FaultyBackend, fail, fail_once, hang, kill_thread, quiet_log
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of

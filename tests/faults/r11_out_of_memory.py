@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from loadtest.journal import OK
+from loadtest.ledger.journal import OK
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.engine import Engine
+from serve.engine.engine import Engine
 from tests.faults.answers import answers_of, codes_of
 from tests.faults.faulty import quiet_log
 from tests.faults.result import RowResult, Size

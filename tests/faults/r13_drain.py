@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from bench.proxy_processes import TandemProcess
-from loadtest.journal import OK, Journal, read_journal
-from loadtest.ledger import WHOLE, check
+from bench.proxy.processes import TandemProcess
+from loadtest.ledger.journal import OK, Journal, read_journal
+from loadtest.ledger.ledger import WHOLE, check
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient
 from tests.faults.calls import Outcome, call_in_turns, codes, quiet_collector

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.proxy_processes import ENVOY_CONFIG, EnvoyProcess, TandemProcess, find_envoy
-from loadtest.journal import Journal, read_journal
-from loadtest.ledger import check
+from bench.proxy.processes import ENVOY_CONFIG, EnvoyProcess, TandemProcess, find_envoy
+from loadtest.ledger.journal import Journal, read_journal
+from loadtest.ledger.ledger import check
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.channel import MAX_ATTEMPTS
 from serve.client import AsyncClient
+from serve.client.channel import MAX_ATTEMPTS
 from tests.faults.calls import Outcome, call_in_turns, codes, quiet_collector
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import requests_of

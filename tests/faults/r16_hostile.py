@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bundle.errors import UserError
-from export.teacher import unpack_gguf
+from export.teacher.source import unpack_gguf
 from tests.faults.damage import BACKENDS, Backend, Copies, why_refused
 from tests.faults.hostile_bundles import OUTSIDE, Attack, attacks
 from tests.faults.result import RowResult, Size

@@ -17,7 +17,7 @@ from pathlib import Path
 from bundle.errors import BundleError, UserError
 from bundle.hashing import hash_folder
 from bundle.verify import verify_bundle
-from export.disk import DiskError
+from export.run.files import DiskError
 from tests.faults.export_child import (
     BUNDLE,
     DISTILL,

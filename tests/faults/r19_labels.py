@@ -11,8 +11,8 @@ from pathlib import Path
 
 import grpc
 
-from loadtest.journal import Journal, read_journal
-from loadtest.ledger import check
+from loadtest.ledger.journal import Journal, read_journal
+from loadtest.ledger.ledger import check
 from protos.oip import grpc_service_pb2 as oip
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from serve.metrics_http import MAX_CONNECTIONS
+from serve.http.server import MAX_CONNECTIONS
 from tests.faults.latency import NUM_TEMPLATES, Rounds, bystanders, compare_waits
 from tests.faults.paced import PacedBackend
 from tests.faults.result import RowResult, Size

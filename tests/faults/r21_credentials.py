@@ -19,10 +19,10 @@ from pathlib import Path
 import grpc
 import trustme
 
-from loadtest.journal import Journal
+from loadtest.ledger.journal import Journal
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient, Tls
-from serve.tokens import new_token
+from serve.rpc.credentials.tokens import new_token
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of
 

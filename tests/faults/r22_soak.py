@@ -21,8 +21,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loadtest.journal import Journal, read_journal
-from loadtest.ledger import check
+from loadtest.ledger.journal import Journal, read_journal
+from loadtest.ledger.ledger import check
 from tests.faults.caller import Caller
 from tests.faults.calls import quiet_collector
 from tests.faults.result import RowResult, Size

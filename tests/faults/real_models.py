@@ -18,9 +18,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.proxy_processes import TandemProcess
-from loadtest.journal import Journal, read_journal
-from loadtest.ledger import Ledger, check, render
+from bench.proxy.processes import TandemProcess
+from loadtest.ledger.journal import Journal, read_journal
+from loadtest.ledger.ledger import Ledger, check, render
 from tests.faults.caller import Caller
 from tests.faults.served import running
 

@@ -6,7 +6,7 @@ import enum
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from loadtest.ledger import Fault, Ledger
+from loadtest.ledger.ledger import Fault, Ledger
 
 
 class Size(enum.Enum):

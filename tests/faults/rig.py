@@ -20,15 +20,15 @@ from typing import Any, Self, TypeVar
 import torch
 from prometheus_client import CollectorRegistry
 
-from loadtest.journal import Journal, read_journal
-from loadtest.ledger import Ledger, check
+from loadtest.ledger.journal import Journal, read_journal
+from loadtest.ledger.ledger import Ledger, check
 from protos.tandem.v1 import inference_pb2 as pb
+from serve.app.config import ServeConfig
+from serve.app.server import Server
 from serve.client import AsyncClient
-from serve.config import ServeConfig
-from serve.engine import Engine
-from serve.metrics import ServerMetrics
-from serve.routing import Engines, Role, ServedModel
-from serve.server import Server
+from serve.engine.engine import Engine
+from serve.metrics.server_metrics import ServerMetrics
+from serve.pair.routing import Engines, Role, ServedModel
 from tests.serve.conftest import HistoryBackend, build_tokenizer
 
 T = TypeVar("T")

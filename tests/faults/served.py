@@ -23,16 +23,16 @@ import grpc
 import torch
 from prometheus_client import Gauge
 
-import tandem
-from bench.proxy_processes import TandemProcess
-from loadtest.journal import OK
+import tandem.cli
+from bench.proxy.processes import TandemProcess
+from loadtest.ledger.journal import OK
 from protos.tandem.v1 import inference_pb2 as pb
+from serve.app.config import ServeConfig
+from serve.app.process import serve_until_signal
 from serve.client import Client
-from serve.config import ServeConfig
-from serve.engine import Engine
-from serve.metrics import ServerMetrics
-from serve.process import serve_until_signal
-from serve.routing import Engines, Role, ServedModel
+from serve.engine.engine import Engine
+from serve.metrics.server_metrics import ServerMetrics
+from serve.pair.routing import Engines, Role, ServedModel
 from tests.faults.paced import PacedBackend
 from tests.faults.rig import requests_of
 from tests.serve.conftest import build_tokenizer
@@ -181,10 +181,10 @@ async def _serve(engines: Engines, config: ServeConfig, metrics: ServerMetrics) 
 def main() -> None:
     """Run the command line of `tandem`, and leave the process."""
     with (
-        patch("serve.process.build_engines", build_engines),
-        patch("serve.process.serve_until_signal", _serve),
+        patch("serve.app.process.build_engines", build_engines),
+        patch("serve.app.process.serve_until_signal", _serve),
     ):
-        tandem.main()
+        tandem.cli.main()
 
 
 if __name__ == "__main__":

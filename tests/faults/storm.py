@@ -27,9 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
-from loadtest.journal import Journal
+from loadtest.ledger.journal import Journal
 from protos.tandem.v1 import inference_pb2 as pb
-from serve import remote
+from serve.pair import remote_teacher as remote
 from tests.faults.answers import answers_of
 from tests.faults.faulty import quiet_log
 from tests.faults.storm_backend import CALM

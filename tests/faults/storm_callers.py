@@ -12,14 +12,14 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from loadtest.journal import OK, Journal
+from loadtest.ledger.journal import OK, Journal
 from protos.oip import grpc_service_pb2 as oip
 from protos.oip import grpc_service_pb2_grpc as oip_grpc
 from protos.tandem.v1 import control_pb2
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1.control_pb2_grpc import ControlServiceStub
-from serve.channel import Endpoint
 from serve.client import AsyncClient
+from serve.client.channel import Endpoint
 from tests.faults.storm_backend import MARK
 from tests.faults.storm_plan import Act, Id, Manner, Plan
 

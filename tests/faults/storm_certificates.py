@@ -9,7 +9,7 @@ from typing import Any
 
 import trustme
 
-from serve.channel import Tls
+from serve.client.channel import Tls
 from tests.faults.r21_credentials import replace_file
 
 _HOST = "127.0.0.1"

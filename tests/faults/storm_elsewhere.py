@@ -15,15 +15,15 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from serve.config import ServeConfig
-from serve.engine import Engine
-from serve.metrics import ServerMetrics
-from serve.remote import RemoteTeacher
-from serve.remote_address import RemoteAddress
-from serve.remote_loading import open_endpoint
-from serve.routing import Engines, Role, ServedModel
-from serve.server import Server
-from serve.tokens import new_token
+from serve.app.config import ServeConfig
+from serve.app.remote import open_endpoint
+from serve.app.server import Server
+from serve.engine.engine import Engine
+from serve.metrics.server_metrics import ServerMetrics
+from serve.pair.remote_address import RemoteAddress
+from serve.pair.remote_teacher import RemoteTeacher
+from serve.pair.routing import Engines, Role, ServedModel
+from serve.rpc.credentials.tokens import new_token
 from tests.faults.r21_credentials import replace_file
 from tests.faults.storm_certificates import Certificates
 from tests.faults.storm_plan import Plan

@@ -8,12 +8,12 @@ import random
 from pathlib import Path
 from typing import Any
 
-from serve.channel import Endpoint
 from serve.client import AsyncClient
-from serve.engine import Engine
-from serve.metrics import ServerMetrics
-from serve.routing import Engines, Role
-from serve.tokens import new_token
+from serve.client.channel import Endpoint
+from serve.engine.engine import Engine
+from serve.metrics.server_metrics import ServerMetrics
+from serve.pair.routing import Engines, Role
+from serve.rpc.credentials.tokens import new_token
 from tests.faults.rig import Rig
 from tests.faults.storm_backend import StormBackend, Weather, break_sampling
 from tests.faults.storm_certificates import Certificates

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from estimators.divergence import summarize
-from loadtest.journal import DIVERGENCE_FIELDS, read_journal
-from loadtest.ledger import Ledger, check
+from loadtest.ledger.journal import DIVERGENCE_FIELDS, read_journal
+from loadtest.ledger.ledger import Ledger, check
 from protos.tandem.v1 import inference_pb2 as pb
 from tests.faults.rig import Rig, requests_of
 

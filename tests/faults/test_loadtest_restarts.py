@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-import tandem
-from bench.proxy_processes import free_port
+import tandem.cli
+from bench.proxy.processes import free_port
+from loadtest.analysis.summary import read_summary
+from loadtest.client.records import RequestRecord
+from loadtest.client.requests_file import part_files, read_parts, read_requests
 from loadtest.gauges import ServerWatch
-from loadtest.records import RequestRecord
-from loadtest.requests_file import part_files, read_parts, read_requests
-from loadtest.summary import read_summary
 from tests.faults.served import running
 from tests.faults.tiny import tiny_student
 
@@ -72,7 +72,7 @@ def run(scene: Scene, meanwhile: Callable[[], None], *words: str) -> int:
     beside = threading.Thread(target=meanwhile)
     beside.start()
     with pytest.raises(SystemExit) as caught:
-        tandem.main([*scene.words, *words])
+        tandem.cli.main([*scene.words, *words])
     beside.join()
     return int(caught.value.code or 0)
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from serve.calls import CallGuard
-from serve.engine import Engine
-from serve.metrics_http import _HttpServer
-from serve.outbox import Outbox
-from serve.replay import Replays
-from serve.sequence import TokenEvent
-from serve.server import SERVER_OPTIONS
+from serve.app.server import SERVER_OPTIONS
+from serve.engine.engine import Engine
+from serve.engine.outbox import Outbox
+from serve.engine.sequence import TokenEvent
+from serve.http.server import _HttpServer
+from serve.rpc.calls import CallGuard
+from serve.rpc.replay import Replays
 from tests.faults import r01_cancel, r02_deadline, r05_stalled, r06_black_hole, r20_idle
 from tests.faults.latency import Rounds, Waits
 from tests.faults.memory import held, slope

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from serve import channel
+from serve.client import channel
 from tests.faults import r04_retry_storm
 from tests.faults.calls import Outcome
 from tests.faults.r04_retry_storm import Storm, judge

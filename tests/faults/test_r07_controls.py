@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from prometheus_client import Counter
 
-import serve.calls
-import serve.checks
-import serve.server
-import serve.validation
-from serve.metrics import ServerMetrics
-from serve.statuses import Status, abort
-from serve.tokens import Client, TokenFile
+import serve.app.server
+import serve.rpc.calls
+import serve.rpc.checks
+import serve.rpc.validation
+from serve.metrics.server_metrics import ServerMetrics
+from serve.rpc.credentials.tokens import Client, TokenFile
+from serve.rpc.statuses import Status, abort
 from tests.faults import r07_malformed, r08_parameters, r19_labels, r21_credentials
 from tests.faults.corpus import cases
 from tests.faults.hostile import bomb
@@ -44,17 +44,17 @@ def test_traceback_in_a_reply_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     async def abort_with_traceback(context: Any, status: Status) -> None:
         await abort(context, Status(status.code, 'Traceback: File "x.py"', status.details))
 
-    monkeypatch.setattr(serve.calls, "abort", abort_with_traceback)
+    monkeypatch.setattr(serve.rpc.calls, "abort", abort_with_traceback)
     assert "the reply says b'Traceback'" in problems(r07_malformed)
 
 
 def test_line_for_each_call_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def begin(self: Any, *arguments: Any) -> Any:
-        logging.getLogger("serve.calls").warning("a call came")
+        logging.getLogger("serve.rpc.calls").warning("a call came")
         return began(self, *arguments)
 
-    began = serve.calls.CallGuard.begin
-    monkeypatch.setattr(serve.calls.CallGuard, "begin", begin)
+    began = serve.rpc.calls.CallGuard.begin
+    monkeypatch.setattr(serve.rpc.calls.CallGuard, "begin", begin)
     assert "log lines in" in problems(r07_malformed)
 
 
@@ -64,13 +64,13 @@ def test_error_of_the_server_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyError("of a bug")
         return data
 
-    monkeypatch.setattr(serve.validation, "decompress", broken)
+    monkeypatch.setattr(serve.rpc.validation, "decompress", broken)
     assert "INTERNAL" in problems(r07_malformed)
 
 
 def test_decompression_by_grpc_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = [pair for pair in serve.server.SERVER_OPTIONS if "decompression" not in pair[0]]
-    monkeypatch.setattr(serve.server, "SERVER_OPTIONS", tuple(options))
+    options = [pair for pair in serve.app.server.SERVER_OPTIONS if "decompression" not in pair[0]]
+    monkeypatch.setattr(serve.app.server, "SERVER_OPTIONS", tuple(options))
     monkeypatch.setattr(r07_malformed, "RAW_SHARE", 1.0)
     monkeypatch.setattr(r07_malformed, "raw_connections", lambda rng: {"gzip bomb": bomb()})
     monkeypatch.setitem(r07_malformed.NUM_MESSAGES, Size.CI, 2)
@@ -82,8 +82,8 @@ def test_slow_and_wrong_refusals_are_found(monkeypatch: pytest.MonkeyPatch) -> N
         case for case in cases(64) if case.name in ("flood of messages", "temperature nan", "route")
     ]
     monkeypatch.setattr(r08_parameters, "cases", lambda max_model_len: chosen)
-    monkeypatch.setattr(serve.validation, "scan", lambda data, descriptor: frozenset())
-    monkeypatch.setattr(serve.checks.Checks, "raise_if_any", lambda self: None)
+    monkeypatch.setattr(serve.rpc.validation, "scan", lambda data, descriptor: frozenset())
+    monkeypatch.setattr(serve.rpc.checks.Checks, "raise_if_any", lambda self: None)
     text = problems(r08_parameters)
     assert "ms until it was refused" in text
     assert "temperature nan: OK" in text
@@ -116,7 +116,7 @@ def test_token_that_is_not_looked_at_is_found(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_tokens_that_are_not_read_again_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.tokens._MIN_INTERVAL_S", 3600.0)
+    monkeypatch.setattr("serve.rpc.credentials.tokens._MIN_INTERVAL_S", 3600.0)
     text = problems(r21_credentials)
     assert "good clients failed" in text and "withdrawn token: OK" in text
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from serve import engine as engine_module
-from serve.engine import Engine
-from serve.kv_cache import KVCache
-from serve.outbox import Outbox
-from serve.runner import Runner
-from serve.scheduler import Scheduler
-from serve.sequence import FinishReason, TokenEvent
-from serve.step_watch import StepWatch
+from serve.engine import engine as engine_module
+from serve.engine.engine import Engine
+from serve.engine.outbox import Outbox
+from serve.engine.runner import Runner
+from serve.engine.scheduler import Scheduler
+from serve.engine.sequence import FinishReason, TokenEvent
+from serve.engine.watchdog import StepWatch
+from serve.models.kv_cache import KVCache
 from tests.faults import r09_nan, r10_engine, r11_out_of_memory, r12_no_gpu
 from tests.faults.result import RowResult, Size
 
@@ -176,7 +176,7 @@ def test_r11_objects_to_a_repeated_token(r11: Any, monkeypatch: pytest.MonkeyPat
 def test_r11_objects_where_memory_ends_everything(
     r11: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.runner.is_out_of_memory", lambda error: False)
+    monkeypatch.setattr("serve.engine.runner.is_out_of_memory", lambda error: False)
     assert "others were harmed" in found(r11("some prompts"))
 
 

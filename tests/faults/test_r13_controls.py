@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.proxy_processes import TandemProcess
+from bench.proxy.processes import TandemProcess
 from tests.faults import r13_drain
 from tests.faults.calls import Outcome
 from tests.faults.r13_drain import DRAIN_DELAY_S, LONG_GRACE_S, Drain, judge

@@ -23,7 +23,7 @@ def served(result: RowResult) -> set[str]:
 def test_bundle_that_is_not_compared_with_its_manifest_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("serve.loading.verify_bundle", load_manifest)
+    monkeypatch.setattr("serve.app.loading.verify_bundle", load_manifest)
     assert {"say_another_hash", "list_one_more"} <= served(r15_corrupted.run(Size.CI))
 
 

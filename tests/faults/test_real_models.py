@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.journal import read_journal
-from loadtest.ledger import Fault, Ledger, check
+from loadtest.ledger.journal import read_journal
+from loadtest.ledger.ledger import Fault, Ledger, check
 from scripts.monitoring.tiny_bundle import MAX_MODEL_LEN, damage_bundle
 from tests.faults import real_models
 from tests.faults.tiny import tiny_bundle

@@ -9,12 +9,12 @@ from unittest.mock import patch
 
 import pytest
 
-from serve.engine import Engine
-from serve.remote import RemoteTeacher
-from serve.remote_wire import Answer
-from serve.replay import RunKey
-from serve.runner import Runner
-from serve.sequence import Event, TokenEvent
+from serve.engine.engine import Engine
+from serve.engine.runner import Runner
+from serve.engine.sequence import Event, TokenEvent
+from serve.pair.remote_messages import Answer
+from serve.pair.remote_teacher import RemoteTeacher
+from serve.rpc.replay import RunKey
 from tests.faults import rig, storm
 from tests.faults.storm_plan import make_plan
 

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from bench.proxy_processes import TandemProcess
+from bench.proxy.processes import TandemProcess
 from scripts.monitoring.tiny_bundle import MAX_MODEL_LEN, make_tiny_bundle
 
 

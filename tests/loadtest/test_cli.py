@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 import loadtest
-import tandem
+import tandem.cli
+from loadtest.analysis.summary import Cell, Distribution, Estimate, Summary, Validity, to_json
+from loadtest.client.requests_file import REQUESTS_FILE, write_requests
+from loadtest.client.targets import Credentials
 from loadtest.config import RunConfig
-from loadtest.find_max import MaxRate
 from loadtest.progress import Reporter
-from loadtest.requests_file import REQUESTS_FILE, write_requests
-from loadtest.summary import Cell, Distribution, Estimate, Summary, Validity, to_json
-from loadtest.targets import Credentials
+from loadtest.verdicts.find_max import MaxRate
 
 Main = Callable[..., tuple[int, str, str]]
 VALID = Validity(True, (), None, None)
@@ -30,7 +30,7 @@ def main(capsys: pytest.CaptureFixture[str]) -> Main:
 
     def run(*words: str | Path) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as caught:
-            tandem.main(["loadtest", *map(str, words)])
+            tandem.cli.main(["loadtest", *map(str, words)])
         captured = capsys.readouterr()
         return int(caught.value.code or 0), captured.out, captured.err
 

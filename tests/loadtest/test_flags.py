@@ -8,7 +8,7 @@ import typer
 
 from loadtest.config import RunConfig
 from loadtest.flags import flag_of, parse_config, with_config_flags
-from serve.settings import SettingsError
+from serve.app.settings import SettingsError
 
 
 def options() -> dict[str, Any]:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from bundle.errors import UserError
-from loadtest.crosscheck import Scrape, parse
 from loadtest.gauges import ServerWatch
+from loadtest.server_metrics import Scrape, parse
 
 
 def reading(*pages: str | None) -> Callable[[str], Scrape]:

@@ -13,11 +13,11 @@ import pytest
 
 from bundle.errors import UserError
 from loadtest import run as run_module
+from loadtest.client.records import Phase, PlannedRequest, RequestRecord, SampleRecord
+from loadtest.client.targets import Credentials
+from loadtest.client.workers import LoadResult
 from loadtest.config import RunConfig
 from loadtest.progress import Reporter
-from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
-from loadtest.targets import Credentials
-from loadtest.workers import LoadResult
 
 
 def records_of(status: str) -> list[RequestRecord]:

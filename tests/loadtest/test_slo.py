@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
+from loadtest.client.records import Phase, PlannedRequest, RequestRecord, SampleRecord
 from loadtest.slo import Objective, Slo, Tally, parse_slo
 
 

@@ -16,15 +16,15 @@ from prometheus_client import CollectorRegistry
 from tokenizers import decoders, models, pre_tokenizers
 
 from protos.tandem.v1 import inference_pb2_grpc
-from serve.arbiter import StepArbiter
-from serve.backend import NUM_SPARE_ROWS, ModelInfo
+from serve.app.config import ServeConfig
+from serve.app.server import Server
 from serve.client import Client, ControlClient
-from serve.config import ServeConfig
-from serve.engine import Engine
-from serve.metrics import ServerMetrics
-from serve.routing import Engines, Role, ServedModel
-from serve.server import Server
-from serve.tokenization import Tokenizer
+from serve.engine.engine import Engine
+from serve.engine.turns import StepArbiter
+from serve.metrics.server_metrics import ServerMetrics
+from serve.models.backend import NUM_SPARE_ROWS, ModelInfo
+from serve.pair.routing import Engines, Role, ServedModel
+from serve.text.tokenizer import Tokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 EOS = 2

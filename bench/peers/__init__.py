@@ -1,0 +1,1 @@
+"""How fast are other engines with the same weights?"""

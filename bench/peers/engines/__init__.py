@@ -1,0 +1,1 @@
+"""One module per engine that is measured; each runs in its own environment."""

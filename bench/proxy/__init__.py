@@ -1,0 +1,1 @@
+"""What does a proxy in front of the server do to its requests?"""

@@ -1,0 +1,1 @@
+"""How do weights become a fast and faithful ONNX graph?"""

@@ -1,0 +1,157 @@
+"""From measurements to what the manifest says of each variant, its gates and the evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from bundle.manifest import Evaluation, Gate, Variant
+from export.graph.onnx_graph import DATA_FILE, OPSET
+from export.graph.quantize import float_matmuls, quantized_node_counts
+from export.measure.held_out import STUDENT, TEACHER
+from export.run.settings import FLOAT_VARIANT, ExportConfig, WeightOnlyVariant
+from export.teacher.model_files import read_json
+
+TRANSFORMERS, TORCH = "teacher_transformers", "teacher_torch"
+PARITY_NAME, SUMMARY_NAME = "parity.json", "summary.json"
+KL_UNIT, LOGIT_UNIT = "nats per token", "logits"
+
+
+def describe_variant(
+    name: str, folder: Path, config: ExportConfig, summary: Mapping[str, Any]
+) -> Variant:
+    """Return the manifest's entry of one variant, its gates judged.
+
+    One that this machine could not run has no gates and no metrics, so it has not passed.
+    """
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    recipe = config.variants.get(name)
+    blockwise = recipe if isinstance(recipe, WeightOnlyVariant) else None
+    is_measured = name in summary["quality"][TEACHER]
+    return Variant(
+        precision=_precision(name, recipe),
+        block_size=blockwise.block_size if blockwise else None,
+        accuracy_level=blockwise.accuracy_level if blockwise else None,
+        opset=OPSET,
+        inputs=tuple(i.name for i in model.graph.input),
+        outputs=tuple(o.name for o in model.graph.output),
+        quantized_nodes=quantized_node_counts(model),
+        float_matmuls=tuple(float_matmuls(model)),
+        size_bytes=graph_size_bytes(folder),
+        num_nodes=len(model.graph.node),
+        gates=_gates(name, folder, config, summary["quality"]) if is_measured else (),
+        metrics=_metrics(name, summary) if is_measured else {},
+    )
+
+
+def describe_evaluation(config: ExportConfig, summary: Mapping[str, Any]) -> Evaluation:
+    """Return the manifest's record of what was measured of the float student, and how."""
+    student = summary["quality"][TEACHER][STUDENT]
+    values = {
+        "student_kl": student["forward_kl"],
+        "student_argmax_agreement": student["argmax_agreement"],
+        "num_tokens": student["num_tokens"],
+    }
+    for name in (TRANSFORMERS, TORCH):
+        values[f"{name}_tokens_per_s"] = summary["speed"][name]["decode_tokens_per_s"]
+    for name in (TEACHER, STUDENT):
+        for key, value in task_values(summary, name).items():
+            values[f"{name}_{key}"] = value
+    return Evaluation(
+        num_prompts=summary["num_prompts"],
+        num_samples=config.evaluate.num_samples if "tasks" in summary else 1,
+        k=config.evaluate.k if "tasks" in summary else (),
+        temperature=config.sample.temperature,
+        seed=config.sample.seed,
+        values=_finite(values),
+    )
+
+
+def task_values(summary: Mapping[str, Any], model: str) -> dict[str, float | None]:
+    """Return a model's pass@k and maj@n over all tasks, by name; empty without tasks."""
+    if "tasks" not in summary:
+        return {}
+    tasks = summary["tasks"]
+    overall = tasks["models"][model]["overall"]
+    values = {f"pass_at_{k}": e["value"] for k, e in overall["pass_at_k"].items()}
+    values[f"maj_at_{tasks['num_samples']}"] = overall["majority_at_n"]["value"]
+    return values
+
+
+def graph_size_bytes(folder: Path) -> int:
+    return sum((folder / name).stat().st_size for name in ("model.onnx", DATA_FILE))
+
+
+def _precision(name: str, recipe: Any) -> str:
+    if recipe is None:
+        return name
+    if isinstance(recipe, WeightOnlyVariant):
+        return f"int{recipe.bits}"
+    method: str = recipe.method
+    return {"dynamic": "int8", "static": "int8"}.get(method, method)
+
+
+def _gates(
+    name: str, folder: Path, config: ExportConfig, quality: Mapping[str, Any]
+) -> tuple[Gate, ...]:
+    gates = config.gates
+    found = [_gate("kl_to_teacher", quality[TEACHER][name]["forward_kl"], gates.student_kl)]
+    if name == FLOAT_VARIANT:
+        parity = json.loads((folder / PARITY_NAME).read_text(encoding="utf-8"))
+        difference = parity["max_logit_difference"]
+        found.append(_gate("parity_with_torch", parity["max_mean_kl"], gates.onnx_kl))
+        found.append(_gate("logit_difference", difference, gates.onnx_logit_difference, LOGIT_UNIT))
+        return tuple(found)
+    recipe = config.variants[name]
+    is_trained = isinstance(recipe, WeightOnlyVariant) and recipe.train is not None
+    threshold = gates.trained_kl if is_trained else gates.quantized_kl
+    kl_to_student = quality[STUDENT][name]["forward_kl"]
+    return (*found, _gate("kl_to_float_student", kl_to_student, threshold))
+
+
+def _gate(name: str, measured: float | None, threshold: float, unit: str = KL_UNIT) -> Gate:
+    """Judge one number; what is not finite (in JSON: null) fails."""
+    is_number = measured is not None and math.isfinite(measured)
+    return Gate(
+        name=name,
+        measured=measured if is_number else None,
+        threshold=threshold,
+        passed=is_number and measured is not None and measured <= threshold,
+        unit=unit,
+    )
+
+
+def _metrics(name: str, summary: Mapping[str, Any]) -> dict[str, float]:
+    """Return what was measured; what came out as NaN or infinity is left out, as by the gates."""
+    quality, speed = summary["quality"], summary["speed"]
+    tokens_per_s = speed[name]["decode_tokens_per_s"]
+    return _finite(
+        {
+            "kl_to_teacher": quality[TEACHER][name]["forward_kl"],
+            "argmax_agreement_with_teacher": quality[TEACHER][name]["argmax_agreement"],
+            "kl_to_student": quality[STUDENT][name]["forward_kl"],
+            "argmax_agreement_with_student": quality[STUDENT][name]["argmax_agreement"],
+            "perplexity": summary["perplexity"][name],
+            **task_values(summary, name),
+            "prefill_s": speed[name]["prefill_s"],
+            "decode_tokens_per_s": tokens_per_s,
+            "speedup_over_transformers": tokens_per_s / speed[TRANSFORMERS]["decode_tokens_per_s"],
+            "speedup_over_torch_teacher": tokens_per_s / speed[TORCH]["decode_tokens_per_s"],
+            "peak_memory_bytes": summary["memory"][name],
+        }
+    )
+
+
+def _finite(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return what `export.measure.stage` measured, from its stage's folder."""
+    summary: dict[str, Any] = read_json(folder / SUMMARY_NAME)
+    return summary

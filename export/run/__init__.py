@@ -1,0 +1,1 @@
+"""How does a run survive kills, full disks and many processes?"""

@@ -1,0 +1,1 @@
+"""Who teaches, and what does it say?"""

@@ -1,0 +1,1 @@
+"""How are requests sent, and what was seen of each?"""

@@ -1,0 +1,224 @@
+"""From a run's summary and records to the report's plots, by name; what has no data has no plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from loadtest.analysis.summary import Cell, Distribution, Estimate, Summary
+from loadtest.analysis.summary import Histogram as Bins
+from loadtest.client.records import RequestRecord
+from loadtest.report.plots import (
+    ArmStyle,
+    Curve,
+    Histogram,
+    HistogramPanel,
+    Panel,
+    ParetoPoint,
+    Point,
+    draw_curves,
+    draw_histograms,
+    draw_pareto,
+)
+from loadtest.report.timeline import Gauge, draw_timeline, load_starts, tracks_of, turns_of
+
+NATS = "nats per token"
+PASS_AT_1 = "pass@1, %"
+KL_TO_TEACHER = f"KL(arm ‖ teacher), {NATS}"
+TEACHER = "teacher"
+LATENCIES: tuple[tuple[str, Callable[[Cell], Distribution]], ...] = (
+    ("time to first token", lambda cell: cell.ttft),
+    ("between tokens", lambda cell: cell.itl),
+    ("end to end", lambda cell: cell.e2e),
+)
+
+Styles = Mapping[str, ArmStyle]
+Ends = tuple[float, float | None, float | None]
+
+
+def draw_plots(
+    summary: Summary, records: Sequence[RequestRecord], gauges: Sequence[Gauge], styles: Styles
+) -> dict[str, str]:
+    """Return the plots that there is data for, as `<svg>` elements by name."""
+    plots = {}
+    if points := pareto_points(summary):
+        axis_names = ("median end-to-end latency, ms", pareto_quality(summary))
+        plots["pareto"] = draw_pareto(points, axis_names, styles)
+    for name, panels in (
+        ("latency", _latency_panels(summary)),
+        ("goodput", _goodput_panels(summary)),
+        ("kl_position", _position_panels(summary)),
+        ("pass_at_k", _pass_panels(summary)),
+    ):
+        if any(curve.points for panel in panels for curve in panel.curves):
+            plots[name] = draw_curves(name.replace("_", ""), panels, styles)
+    gaps = _histogram_panels(summary, "ms", lambda cell: cell.itl_histogram, 1e3)
+    divergences = _histogram_panels(summary, f"k3, {NATS}", _kl_bins, 1.0)
+    for name, histograms in (("itl", gaps), ("kl", divergences)):
+        if histograms:
+            plots[name] = draw_histograms(name, histograms, styles)
+    if records:
+        loads = [(start_s, load_label(summary, rate)) for start_s, rate in load_starts(records)]
+        plots["timeline"] = draw_timeline(
+            tracks_of(records, gauges), turns_of(records), loads, styles
+        )
+    return plots
+
+
+def load_label(summary: Summary, load: float) -> str:
+    return f"{load:g} at a time" if is_closed(summary) else f"{load:g} rps"
+
+
+def is_closed(summary: Summary) -> bool:
+    return summary.config.get("arrival") == "closed"
+
+
+def pareto_quality(summary: Summary) -> str:
+    """Return what the Pareto plot's y axis shows: pass@1, or the KL where nothing was judged."""
+    is_judged = any(1 in cell.quality.pass_at_k for cell in summary.cells if cell.quality)
+    return PASS_AT_1 if is_judged else KL_TO_TEACHER
+
+
+def pareto_points(summary: Summary) -> list[ParetoPoint]:
+    """Return a point per arm and load of which latency (ms) and quality are known."""
+    quality_of = _pass_at_1 if pareto_quality(summary) == PASS_AT_1 else _kl_to_teacher
+    points = []
+    for cell in summary.cells:
+        latency, quality = _ends(cell.e2e.p50, 1e3), quality_of(cell)
+        if latency and quality:
+            points.append(ParetoPoint(cell.arm, load_label(summary, cell.load), latency, quality))
+    # The teacher's KL to itself says nothing alone.
+    is_measured = quality_of is _pass_at_1 or any(point.arm != TEACHER for point in points)
+    return points if is_measured else []
+
+
+def _pass_at_1(cell: Cell) -> Ends | None:
+    return _ends(cell.quality.pass_at_k.get(1), 100) if cell.quality else None
+
+
+def _kl_to_teacher(cell: Cell) -> Ends | None:
+    if cell.arm == TEACHER:
+        return 0.0, None, None
+    return _ends(cell.quality.exact_kl or cell.quality.k3) if cell.quality else None
+
+
+def _latency_panels(summary: Summary) -> list[Panel]:
+    """Return a panel per latency with the arms' p50 and p95 over load, in ms."""
+    return [
+        Panel(title, _load_name(summary), "ms", curves, summary.loads, (0.0, None))
+        for title, distribution in LATENCIES
+        if (curves := _percentile_curves(summary, distribution))
+    ]
+
+
+def _percentile_curves(
+    summary: Summary, distribution: Callable[[Cell], Distribution]
+) -> tuple[Curve, ...]:
+    return tuple(
+        _curve(summary, arm, lambda cell: distribution(cell).p50, 1e3, "p50")
+        for arm in arms_of(summary)
+    ) + tuple(
+        _curve(summary, arm, lambda cell: distribution(cell).p95, 1e3, "p95")
+        for arm in arms_of(summary)
+    )
+
+
+def _goodput_panels(summary: Summary) -> list[Panel]:
+    curves = tuple(_curve(summary, arm, lambda cell: cell.goodput, 100) for arm in arms_of(summary))
+    return [
+        Panel("", _load_name(summary), "good, % of offered", curves, summary.loads, (-3.0, 103.0))
+    ]
+
+
+def _position_panels(summary: Summary) -> list[Panel]:
+    def curve(cell: Cell) -> Curve:
+        positions = cell.quality.k3_by_position if cell.quality else ()
+        return Curve(cell.arm, _points(enumerate(positions, start=1)))
+
+    return _panels_per_load(summary, "token of the answer", f"k3, {NATS}", curve)
+
+
+def _pass_panels(summary: Summary) -> list[Panel]:
+    def curve(cell: Cell) -> Curve:
+        estimates = cell.quality.pass_at_k if cell.quality else {}
+        return Curve(cell.arm, _points(sorted(estimates.items()), 100))
+
+    ks = sorted({k for cell in summary.cells if cell.quality for k in cell.quality.pass_at_k})
+    return _panels_per_load(summary, "k", "pass@k, %", curve, ks)
+
+
+def _panels_per_load(
+    summary: Summary,
+    x_name: str,
+    y_name: str,
+    curve: Callable[[Cell], Curve],
+    ticks: Sequence[float] = (),
+) -> list[Panel]:
+    panels = []
+    for load in summary.loads:
+        curves = tuple(curve(cell) for cell in summary.cells if cell.load == load)
+        title = load_label(summary, load)
+        panels.append(Panel(title, x_name, y_name, curves, tuple(ticks), (0.0, None)))
+    return [panel for panel in panels if any(curve.points for curve in panel.curves)]
+
+
+def _curve(
+    summary: Summary,
+    arm: str,
+    estimate: Callable[[Cell], Estimate | None],
+    factor: float,
+    quantity: str = "",
+) -> Curve:
+    cells = sorted((c for c in summary.cells if c.arm == arm), key=lambda cell: cell.load)
+    return Curve(arm, _points(((c.load, estimate(c)) for c in cells), factor), quantity)
+
+
+def _points(
+    values: Iterable[tuple[float, Estimate | None]], factor: float = 1.0
+) -> tuple[Point, ...]:
+    return tuple(Point(x, *ends) for x, estimate in values if (ends := _ends(estimate, factor)))
+
+
+def _ends(estimate: Estimate | None, factor: float = 1.0) -> Ends | None:
+    """Return value, low and high times the factor; None without a finite value."""
+    if estimate is None or not math.isfinite(estimate.value):
+        return None
+    low, high = (
+        factor * end if end is not None and math.isfinite(end) else None
+        for end in (estimate.low, estimate.high)
+    )
+    return factor * estimate.value, low, high
+
+
+def _histogram_panels(
+    summary: Summary, x_name: str, bins: Callable[[Cell], Bins | None], factor: float
+) -> list[HistogramPanel]:
+    panels = []
+    for load in summary.loads:
+        found = [(cell.arm, bins(cell)) for cell in summary.cells if cell.load == load]
+        histograms = tuple(
+            Histogram(arm, _log_edges(of.edges, factor), of.counts)
+            for arm, of in found
+            if of is not None and any(of.counts)
+        )
+        if histograms:
+            panels.append(HistogramPanel(load_label(summary, load), x_name, histograms))
+    return panels
+
+
+def _kl_bins(cell: Cell) -> Bins | None:
+    return cell.quality.k3_histogram if cell.quality else None
+
+
+def _log_edges(edges: Sequence[float], factor: float) -> tuple[float, ...]:
+    """Return positive edges: the first bin, of all that is smaller, as wide as the next one."""
+    first = edges[1] ** 2 / edges[2] if len(edges) > 2 else edges[1] / 2
+    return tuple(factor * edge for edge in (first, *edges[1:]))
+
+
+def arms_of(summary: Summary) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(cell.arm for cell in summary.cells))
+
+
+def _load_name(summary: Summary) -> str:
+    return "requests at a time per arm" if is_closed(summary) else "requests/s per arm"

@@ -1,0 +1,1 @@
+"""How does one model serve many requests at once?"""

@@ -1,0 +1,1 @@
+"""How do two models answer one request, and how far apart are they?"""

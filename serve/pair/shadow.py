@@ -1,0 +1,86 @@
+"""Scoring behind the answer: the other model looks at samples that were returned already.
+
+What comes of it goes to the metrics alone. A shadow can neither delay nor fail the answer that it
+belongs to, and foreground work of the other model waits for one shadow at most: they run one at a
+time per model, and those that find no place are dropped and counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from serve.errors import DeadlineError, EngineStoppedError, QueueFullError
+from serve.metrics.server_metrics import ServerMetrics
+from serve.pair.arm import ArmJob, SampleResult, score_samples
+from serve.pair.routing import Role, ServedModel
+
+logger = logging.getLogger(__name__)
+
+
+class Shadows:
+    """Scores samples in the background; lives on one asyncio loop.
+
+    At most `max_pending` wait or run; each has `timeout_s` from its offer on.
+    """
+
+    def __init__(self, metrics: ServerMetrics, max_pending: int, timeout_s: float) -> None:
+        self._metrics = metrics
+        self._max_pending = max_pending
+        self._timeout_s = timeout_s
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._turns = {role: asyncio.Lock() for role in Role}
+
+    @property
+    def num_pending(self) -> int:
+        return len(self._tasks)
+
+    def offer(self, job: ArmJob, reference: ServedModel, samples: Sequence[SampleResult]) -> None:
+        """Have `reference` score copies of the samples, or drop and count them."""
+        if len(self._tasks) >= self._max_pending:
+            self._metrics.shadow.labels("dropped").inc()
+            return
+        # Exact divergences would need a pass of the model that answers.
+        spec = replace(job.spec, divergence=replace(job.spec.divergence, exact=False))
+        deadline_s = time.monotonic() + self._timeout_s
+        job = replace(job, key=f"{job.key} shadow", spec=spec, deadline_s=deadline_s)
+        copies = [replace(sample) for sample in samples]
+        task = asyncio.create_task(self._run(job, reference, copies))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def stop(self) -> None:
+        """Drop what waits or runs."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, job: ArmJob, reference: ServedModel, samples: list[SampleResult]) -> None:
+        outcome = "dropped"
+        try:
+            outcome = await self._score(job, reference, samples)
+        finally:
+            self._metrics.shadow.labels(outcome).inc()
+
+    async def _score(self, job: ArmJob, reference: ServedModel, samples: list[SampleResult]) -> str:
+        """Return the outcome; the divergences are counted."""
+        try:
+            async with asyncio.timeout(self._timeout_s), self._turns[reference.role]:
+                await score_samples(job, reference, samples)
+        except (QueueFullError, EngineStoppedError):
+            return "dropped"
+        except (DeadlineError, TimeoutError):
+            return "deadline"
+        except Exception:
+            # A shadow has nobody to tell: the log is where its failure can be found.
+            logger.exception("a shadow of the %s failed", reference.role.value)
+            return "error"
+        for sample in samples:
+            self._metrics.on_divergence(
+                sample, job.spec.evaluation.task, is_truncated=job.spec.sampling.is_truncated
+            )
+        return "error" if any(sample.divergence_error for sample in samples) else "compared"

@@ -1,0 +1,1 @@
+"""What comes over gRPC, from whom, and what goes back?"""

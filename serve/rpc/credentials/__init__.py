@@ -1,0 +1,1 @@
+"""Who may call: tokens, certificates, and files of them that change?"""

@@ -1,0 +1,1 @@
+"""How does the Open Inference Protocol become our requests?"""

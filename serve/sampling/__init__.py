@@ -1,0 +1,1 @@
+"""How do logits become a token?"""

@@ -1,0 +1,1 @@
+"""The command `tandem`: its commands, its health check and its demo."""

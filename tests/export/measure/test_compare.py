@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bundle.errors import BundleError
+from bundle.manifest import (
+    Evaluation,
+    FileEntry,
+    Gate,
+    Manifest,
+    StudentInfo,
+    TeacherReference,
+    Variant,
+    write_manifest,
+)
+from estimators.bootstrap import bootstrap_mean_difference, bootstrap_ratio_difference
+from export.measure.compare import Comparison, Row, compare_bundles, render
+from export.measure.held_out import Agreement, HeldOut, Interval, PromptRecord
+from export.measure.task_scores import TaskEvaluation, TaskResult
+from export.run.settings import EvaluateConfig, ExportError
+
+NUM_PROMPTS = 20
+SIZES = np.arange(5, 5 + NUM_PROMPTS)
+KLS = 0.3 + 0.1 * np.random.default_rng(0).random(NUM_PROMPTS)
+NUM_CORRECT = [0, 1, 2, 3, 4, 0, 2, 1]
+INPUTS = {"config.json": "7" * 64}
+
+
+def make_held_out(kls: Sequence[float] | np.ndarray, prompts: str) -> HeldOut:
+    """Student and int8 with the same KL per prompt and one flip in each."""
+    pairs = [("teacher", "student"), ("teacher", "int8"), ("student", "int8")]
+    records = tuple(
+        PromptRecord(i, int(size), {}, dict.fromkeys(pairs, float(kl)), dict.fromkeys(pairs, 1))
+        for i, (size, kl) in enumerate(zip(SIZES, kls, strict=True))
+    )
+    num_tokens = int(SIZES.sum())
+    mean = float(np.asarray(kls) @ SIZES / num_tokens)
+    agreement = Agreement(
+        forward_kl=mean,
+        forward_kl_ci=Interval(mean - 0.01, mean + 0.01),
+        forward_kl_p99=None,
+        argmax_agreement=1 - NUM_PROMPTS / num_tokens,
+        num_tokens=num_tokens,
+        num_flips=NUM_PROMPTS,
+        flip_margins=None,
+    )
+    return HeldOut(prompts * 64, num_tokens, dict.fromkeys(pairs, agreement), {}, records)
+
+
+def make_tasks(num_correct: Sequence[int], num_samples: int = 4) -> TaskEvaluation:
+    results = tuple(
+        TaskResult(f"t{i}", "add", num_samples, c, float(c > 2)) for i, c in enumerate(num_correct)
+    )
+    config = EvaluateConfig(num_samples=num_samples, k=(1, 4))
+    return TaskEvaluation(config, {"student": results, "int8": results}, ())
+
+
+def make_variant(tokens_per_s: float) -> Variant:
+    return Variant(
+        precision="int8",
+        opset=18,
+        inputs=("input_ids",),
+        outputs=("logits",),
+        size_bytes=150_000_000,
+        num_nodes=1,
+        gates=(Gate(name="kl", measured=0.0, threshold=1.0, passed=True, unit="nats"),),
+        metrics={"decode_tokens_per_s": tokens_per_s},
+    )
+
+
+def write(
+    folder: Path,
+    variant: str,
+    teacher: str,
+    inputs: dict[str, str] | None,
+    tokens_per_s: float,
+) -> None:
+    manifest = Manifest(
+        created_at=datetime.now(UTC),
+        tandem_version="0",
+        files={f"onnx/{variant}/model.onnx": FileEntry(sha256="0" * 64, size_bytes=1)},
+        tokenizer_sha256="0" * 64,
+        chat_template_sha256="0" * 64,
+        teacher=TeacherReference(
+            source="t",
+            weights_sha256=teacher * 64,
+            inputs=inputs,
+            architecture="L",
+            num_parameters=1,
+            dtype="F32",
+        ),
+        student=StudentInfo(num_parameters=1, num_layers=1, kept_layers=(0,), dtype="float32"),
+        lineage=(),
+        variants={variant: make_variant(tokens_per_s)},
+        default_variant=variant,
+        metrics=Evaluation(num_prompts=1, num_samples=1, k=(), temperature=1.0, seed=0, values={}),
+    )
+    write_manifest(folder, manifest)
+
+
+@pytest.fixture
+def make_bundle(tmp_path: Path) -> Callable[..., Path]:
+    """Write the parts of a bundle that a comparison reads."""
+
+    def make(
+        name: str,
+        kls: Any = KLS,
+        tasks: TaskEvaluation | None = None,
+        prompts: str = "a",
+        teacher: str = "b",
+        inputs: dict[str, str] | None = INPUTS,
+        variant: str = "int8",
+        tokens_per_s: float = 150.0,
+    ) -> Path:
+        folder = tmp_path / name
+        (folder / "eval").mkdir(parents=True)
+        write(folder, variant, teacher, inputs, tokens_per_s)
+        held_out = make_held_out(kls, prompts)
+        summary, rows = held_out.summary(), held_out.rows()
+        if tasks is not None:
+            summary["tasks"] = tasks.summary()
+            rows += tasks.rows()
+        (folder / "eval/summary.json").write_text(json.dumps(summary))
+        (folder / "eval/per_prompt.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        return folder
+
+    return make
+
+
+def find(comparison: Comparison, model: str, metric: str) -> Row:
+    (row,) = [row for row in comparison.rows if (row.model, row.metric) == (model, metric)]
+    return row
+
+
+# --- differences
+
+
+def test_kl_difference_is_paired_by_prompt(make_bundle: Callable[..., Path]) -> None:
+    """Every prompt is a little better: the single intervals overlap, the paired one excludes 0."""
+    better = KLS - 0.005 - 0.001 * np.arange(NUM_PROMPTS) / NUM_PROMPTS
+    comparison = compare_bundles(make_bundle("a"), make_bundle("b", better))
+    row = find(comparison, "student", "KL(teacher ‖ model)")
+    expected = bootstrap_ratio_difference(KLS * SIZES, SIZES, better * SIZES, SIZES)
+    assert row.a is not None
+    assert row.a.value == pytest.approx(KLS @ SIZES / SIZES.sum())
+    assert row.a.interval is not None
+    assert row.difference is not None
+    assert row.difference.value == pytest.approx(expected.value)
+    assert row.difference.value < 0
+    assert (row.is_significant, row.verdict) == (True, "B is better")
+
+
+def test_worse_is_said_too(make_bundle: Callable[..., Path]) -> None:
+    worse = KLS + 0.05 * KLS
+    comparison = compare_bundles(make_bundle("a"), make_bundle("b", worse))
+    assert find(comparison, "int8", "KL(student ‖ model)").verdict == "B is worse"
+
+
+def test_interval_with_zero_shows_nothing(make_bundle: Callable[..., Path]) -> None:
+    shuffled = np.random.default_rng(1).permutation(KLS)
+    comparison = compare_bundles(make_bundle("a"), make_bundle("b", shuffled))
+    row = find(comparison, "student", "KL(teacher ‖ model)")
+    assert (row.is_significant, row.verdict) == (False, "no difference shown")
+
+
+def test_bundle_does_not_differ_from_itself(make_bundle: Callable[..., Path]) -> None:
+    bundle = make_bundle("a", tasks=make_tasks(NUM_CORRECT))
+    rows = compare_bundles(bundle, bundle).rows
+    assert [row.difference.value for row in rows if row.difference] == [0.0] * len(rows)
+    assert {row.verdict for row in rows} == {""}
+
+
+def test_pass_at_k_is_paired_by_task(make_bundle: Callable[..., Path]) -> None:
+    more = [min(c + 1, 4) for c in NUM_CORRECT]
+    bundles = [make_bundle(n, tasks=make_tasks(c)) for n, c in (("a", NUM_CORRECT), ("b", more))]
+    comparison = compare_bundles(*bundles)
+    row = find(comparison, "student", "pass@1")
+    scores = [np.array(counts) / 4 for counts in (NUM_CORRECT, more)]
+    assert row.difference == bootstrap_mean_difference(*scores)
+    assert row.verdict == "B is better"
+    assert find(comparison, "int8", "pass@4").a is not None
+    majority = find(comparison, "int8", "maj@n")
+    assert majority.difference is not None
+    assert majority.difference.value == pytest.approx(2 / 8)
+
+
+def test_speed_and_size_have_no_interval(make_bundle: Callable[..., Path]) -> None:
+    comparison = compare_bundles(make_bundle("a"), make_bundle("b", tokens_per_s=180.0))
+    speed = find(comparison, "int8", "decode speed")
+    assert speed.difference is not None
+    assert (speed.difference.value, speed.is_significant, speed.verdict) == (30.0, None, "")
+    assert find(comparison, "int8", "size of the graph").unit == "bytes"
+
+
+def test_variant_of_one_bundle_has_no_difference(make_bundle: Callable[..., Path]) -> None:
+    comparison = compare_bundles(make_bundle("a"), make_bundle("b", variant="int4"))
+    row = find(comparison, "int4", "decode speed")
+    assert row.a is None
+    assert row.b is not None
+    assert row.difference is None
+    assert find(comparison, "int8", "decode speed").b is None
+
+
+def test_kl_that_is_no_number_has_no_row_values(make_bundle: Callable[..., Path]) -> None:
+    broken = [np.nan, *KLS[1:]]
+    comparison = compare_bundles(make_bundle("a"), make_bundle("b", broken))
+    row = find(comparison, "student", "KL(teacher ‖ model)")
+    assert (row.b, row.difference) == (None, None)
+
+
+# --- what cannot be compared
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": "c"}, r"the teachers' weights differ \(bbbbbbbbbbbb and cccccccccccc\)"),
+        (
+            {"inputs": {"config.json": "e" * 64}},
+            r"the teachers' config.json differ \(777777777777 and eeeeeeeeeeee\)",
+        ),
+        ({"inputs": {}}, r"the teachers' config.json differ \(777777777777 and none\)"),
+        ({"prompts": "d"}, r"the held-out prompts differ \(aaaaaaaaaaaa and dddddddddddd\)"),
+        ({"tasks": make_tasks([1, 2])}, "the tasks differ"),
+        ({"tasks": make_tasks(NUM_CORRECT, 8)}, r"the tasks' num_samples differ \(4 and 8\)"),
+    ],
+)
+def test_different_measurements_are_refused_unless_forced(
+    make_bundle: Callable[..., Path], changes: dict[str, Any], message: str
+) -> None:
+    a = make_bundle("a", tasks=make_tasks(NUM_CORRECT))
+    b = make_bundle("b", **{"tasks": make_tasks(NUM_CORRECT), **changes})
+    with pytest.raises(ExportError, match=message):
+        compare_bundles(a, b)
+    forced = compare_bundles(a, b, is_forced=True)
+    assert len(forced.mismatches) == 1
+    assert f"not comparable: {forced.mismatches[0]}" in render(forced)
+
+
+def test_older_bundle_does_not_say_what_its_teachers_files_were(
+    make_bundle: Callable[..., Path],
+) -> None:
+    assert compare_bundles(make_bundle("a"), make_bundle("b", inputs=None)).mismatches == ()
+
+
+def test_every_mismatch_is_named(make_bundle: Callable[..., Path]) -> None:
+    bundles = make_bundle("a"), make_bundle("b", teacher="c", prompts="d")
+    with pytest.raises(ExportError, match=r"teachers' weights .*; the held-out prompts"):
+        compare_bundles(*bundles)
+
+
+def test_other_prompts_are_never_paired(make_bundle: Callable[..., Path]) -> None:
+    bundles = [
+        make_bundle("a", tasks=make_tasks(NUM_CORRECT)),
+        make_bundle("b", KLS - 0.1, tasks=make_tasks(NUM_CORRECT[1:]), prompts="d"),
+    ]
+    comparison = compare_bundles(*bundles, is_forced=True)
+    for metric in ("KL(teacher ‖ model)", "pass@1", "maj@n"):
+        row = find(comparison, "student", metric)
+        assert row.difference is not None
+        assert row.difference.interval is None
+
+
+def test_tasks_of_one_bundle_are_no_mismatch(make_bundle: Callable[..., Path]) -> None:
+    bundles = make_bundle("a"), make_bundle("b", tasks=make_tasks(NUM_CORRECT))
+    row = find(compare_bundles(*bundles), "student", "pass@4")
+    assert (row.a, row.difference) == (None, None)
+    assert row.b is not None
+
+
+def test_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is not a bundle"):
+        compare_bundles(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "per_prompt.jsonl"])
+def test_missing_and_damaged_evaluations_are_refused(
+    make_bundle: Callable[..., Path], name: str
+) -> None:
+    bundle = make_bundle("a")
+    (bundle / "eval" / name).write_text("{")
+    with pytest.raises(ExportError, match=f"{name} is not JSON"):
+        compare_bundles(bundle, bundle)
+    (bundle / "eval" / name).unlink()
+    with pytest.raises(ExportError, match=f"{name} does not exist"):
+        compare_bundles(bundle, bundle)
+
+
+@pytest.mark.parametrize("key", ["prompts_sha256", "num_prompts", "quality"])
+def test_evaluation_of_an_older_layout_is_refused(
+    make_bundle: Callable[..., Path], key: str
+) -> None:
+    bundle = make_bundle("a")
+    path = bundle / "eval/summary.json"
+    summary = json.loads(path.read_text())
+    del summary[key]
+    path.write_text(json.dumps(summary))
+    with pytest.raises(ExportError, match=f"has no '{key}'"):
+        compare_bundles(bundle, bundle)
+
+
+def test_rows_that_are_missing_are_noticed(make_bundle: Callable[..., Path]) -> None:
+    bundle = make_bundle("a")
+    path = bundle / "eval/per_prompt.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(ExportError, match=r"has 19 held-out prompts, summary\.json says 20"):
+        compare_bundles(bundle, bundle)
+
+
+# --- text
+
+
+def test_rendered_table_shows_values_intervals_and_verdicts(
+    make_bundle: Callable[..., Path],
+) -> None:
+    bundles = [
+        make_bundle("a", tasks=make_tasks(NUM_CORRECT)),
+        make_bundle("b", 0.9 * KLS, tasks=make_tasks(NUM_CORRECT), tokens_per_s=180.0),
+    ]
+    text = render(compare_bundles(*bundles))
+    mean = KLS @ SIZES / SIZES.sum()
+    (line,) = [line for line in text.splitlines() if "student" in line and "KL(teacher" in line]
+    assert f"{mean:.4f} [{mean - 0.01:.4f}, {mean + 0.01:.4f}]" in line
+    assert f"-{0.1 * mean:.4f} [-" in line
+    assert "B is better" in line
+    (speed,) = [line for line in text.splitlines() if "decode speed" in line]
+    assert [cell.strip() for cell in speed.split("│")[3:6]] == ["150", "180", "30"]
+    (size,) = [line for line in text.splitlines() if "size of the graph" in line]
+    assert [cell.strip() for cell in size.split("│")[3:6]] == ["150", "150", "0"]
+    assert text.count("pass@1") == 2
+    assert all(f"{x}: {folder}"[:40] in text for x, folder in zip("AB", bundles, strict=True))

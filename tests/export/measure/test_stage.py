@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from export.graph import parity
+from export.measure import memory
+from export.measure.held_out import STUDENT, TEACHER, Agreement
+from export.measure.speed import Speed
+from export.measure.stage import PER_PROMPT_NAME, TEXTS_NAME, run_evaluation
+from export.pipeline import Pipeline, open_pipeline
+from export.publish.gates import SUMMARY_NAME, TORCH, TRANSFORMERS
+from export.run.settings import ExportConfig
+from serve.text.tokenizer import Tokenizer
+
+MEASURED = {"fp32", "int8"}
+NUM_TEST, NUM_TASKS = 5, 2
+SETTINGS: dict[str, Any] = {
+    "tasks": {"max_train": 8, "max_test": NUM_TEST},
+    # Two answers to every task: the held-out text takes the first of each.
+    "sample": {
+        "max_tokens": 8,
+        "max_num_seqs": 16,
+        "max_model_len": 256,
+        "num_verifiable_samples": 2,
+    },
+    "accept": {
+        "require_correct": False,
+        "drop_truncated": False,
+        "max_repetition": 1.0,
+        "max_foreign_letters": 1.0,
+    },
+    "prune": {"num_removed_layers": 1, "num_texts": 2, "num_candidates": 1},
+    "distill": {"phases": [{"tokens_per_step": 32}]},
+    "variants": {"int8": {"bits": 8, "block_size": 32}, "bf16": {"method": "bfloat16"}},
+    "evaluate": {
+        "max_num_seqs": 4,
+        "max_task_prompts": NUM_TASKS,
+        "num_samples": 2,
+        "k": [1, 2],
+        "task_max_tokens": 4,
+        "num_timed_tokens": 4,
+        "num_rounds": 1,
+    },
+}
+
+
+class Reporter:
+    def say(self, message: str) -> None: ...
+
+    def track(self, label: str) -> Callable[[int, int], None]:
+        return lambda done, total: None
+
+
+def open_run(teacher: Path, output_dir: Path, **evaluate: Any) -> Pipeline:
+    paths = {"teacher": teacher, "output_dir": output_dir, "cache_dir": output_dir / "teachers"}
+    sections = {"evaluate": SETTINGS["evaluate"] | evaluate}
+    settings = SETTINGS | sections | {key: str(path) for key, path in paths.items()}
+    return open_pipeline(ExportConfig.model_validate(settings), Reporter())
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    """A run up to its evaluation; what takes a new interpreter each is measured in this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.pipeline.measure_in_fresh_process", parity.measure)
+        patch.setattr("export.measure.stage.measure_peak_bytes", memory.run_graph)
+        patch.setattr(torch.cuda, "is_available", lambda: False)  # so bf16 is not measured
+        pipeline = open_run(tiny_teacher, tmp_path_factory.mktemp("evaluation"))
+        pipeline.run(pipeline.evaluated)
+        yield pipeline
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+@pytest.fixture
+def folder(evaluated: Pipeline) -> Path:
+    return evaluated.path(evaluated.evaluated)
+
+
+@pytest.fixture
+def summary(folder: Path) -> dict[str, Any]:
+    text = (folder / SUMMARY_NAME).read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text, parse_constant=refuse)
+    return found
+
+
+def test_summary_has_the_documented_keys(summary: dict[str, Any]) -> None:
+    assert summary.keys() == {
+        "prompts_sha256",
+        "num_prompts",
+        "num_tokens",
+        "quality",
+        "perplexity",
+        "tasks",
+        "speed",
+        "memory",
+    }
+    assert summary["num_prompts"] == NUM_TEST
+    assert summary["tasks"].keys() == {
+        "tasks_sha256",
+        "num_samples",
+        "temperature",
+        "max_tokens",
+        "seed",
+        "models",
+        "second_opinion",
+    }
+
+
+def test_every_model_is_held_against_teacher_and_student(summary: dict[str, Any]) -> None:
+    quality = summary["quality"]
+    assert quality.keys() == {TEACHER, STUDENT}
+    assert quality[TEACHER].keys() == MEASURED | {STUDENT}
+    assert quality[STUDENT].keys() == MEASURED | {TEACHER}
+    names = {field.name for field in fields(Agreement)}
+    for of_models in quality.values():
+        for agreement in of_models.values():
+            assert agreement.keys() == names
+            assert agreement["num_tokens"] == summary["num_tokens"]
+
+
+def test_float_graph_is_its_student(summary: dict[str, Any]) -> None:
+    """KL of the same weights through two runtimes; the quantized graph is farther off."""
+    of_student = summary["quality"][STUDENT]
+    assert 0 <= of_student["fp32"]["forward_kl"] < 1e-6 < of_student["int8"]["forward_kl"]
+    assert summary["perplexity"]["fp32"] == pytest.approx(summary["perplexity"][STUDENT], rel=1e-4)
+
+
+def test_variants_race_the_teacher_in_two_runtimes(summary: dict[str, Any]) -> None:
+    assert summary["speed"].keys() == MEASURED | {TORCH, TRANSFORMERS}
+    names = {field.name for field in fields(Speed)}
+    for speed in summary["speed"].values():
+        assert speed.keys() == names
+        assert all(value > 0 for value in speed.values())
+
+
+def test_variant_that_cannot_run_here_is_measured_nowhere(
+    evaluated: Pipeline, summary: dict[str, Any]
+) -> None:
+    assert "bf16" in evaluated.graphs
+    assert summary["memory"].keys() == MEASURED
+    assert summary["perplexity"].keys() == MEASURED | {TEACHER, STUDENT}
+    assert summary["tasks"]["models"].keys() == MEASURED | {TEACHER, STUDENT}
+    assert "bf16" not in {name for of in summary["quality"].values() for name in of}
+
+
+def test_rows_are_of_held_out_prompts_and_then_of_tasks(
+    folder: Path, summary: dict[str, Any]
+) -> None:
+    rows = read_lines(folder / PER_PROMPT_NAME)
+    assert [row["kind"] for row in rows] == ["held_out"] * NUM_TEST + ["task"] * NUM_TASKS
+    held_out = rows[:NUM_TEST]
+    assert sum(row["num_tokens"] for row in held_out) == summary["num_tokens"]
+    of_prompts = [row["num_tokens"] * row["forward_kl"][TEACHER]["int8"] for row in held_out]
+    mean = sum(of_prompts) / summary["num_tokens"]
+    assert mean == pytest.approx(summary["quality"][TEACHER]["int8"]["forward_kl"])
+
+
+def test_texts_set_the_students_answer_beside_the_teachers(
+    evaluated: Pipeline, folder: Path, tiny_teacher: Path
+) -> None:
+    texts = read_lines(folder / TEXTS_NAME)
+    tokenizer = Tokenizer.load(tiny_teacher)
+    tasks = [task for task in evaluated.tasks if task.split == "test"]
+    assert sorted(row["prompt"] for row in texts) == sorted(task.prompt for task in tasks)
+    answers = [tokenizer.decode(e.completion_token_ids) for e in evaluated.examples("test")]
+    assert [row["teacher"] for row in texts] == answers
+    assert all(isinstance(row["student"], str) for row in texts)
+    rows = read_lines(folder / PER_PROMPT_NAME)[:NUM_TEST]
+    assert [row["forward_kl"] for row in texts] == [
+        row["forward_kl"][TEACHER][STUDENT] for row in rows
+    ]
+
+
+def test_stage_tells_people_how_far_the_student_is(
+    evaluated: Pipeline, summary: dict[str, Any]
+) -> None:
+    student = summary["quality"][TEACHER][STUDENT]
+    assert evaluated.run(evaluated.evaluated).record.summary == {
+        "student_kl": student["forward_kl"],
+        "argmax_agreement": student["argmax_agreement"],
+        "tokens": summary["num_tokens"],
+    }
+
+
+def test_without_task_prompts_there_are_no_task_scores(
+    evaluated: Pipeline, summary: dict[str, Any], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """The rest is measured as before, to the last digit."""
+    output_dir = evaluated.config.output_dir
+    run_evaluation(open_run(tiny_teacher, output_dir, max_task_prompts=0), tmp_path)
+    again = json.loads((tmp_path / SUMMARY_NAME).read_text())
+    assert again.keys() == summary.keys() - {"tasks"}
+    assert again["quality"] == summary["quality"]
+    assert {row["kind"] for row in read_lines(tmp_path / PER_PROMPT_NAME)} == {"held_out"}

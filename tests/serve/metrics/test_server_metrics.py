@@ -1,0 +1,556 @@
+"""What the metrics say equals what the responses said."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.metrics_core import Metric
+
+from estimators.consensus import majority_vote
+from protos.tandem.v1 import inference_pb2 as pb
+from serve.engine.engine import Engine
+from serve.engine.scoring import ScoringRequest
+from serve.engine.sequence import Event, FinishedEvent, GenerationRequest, SamplingParams
+from serve.metrics.server_metrics import SHADOW_OUTCOMES, ServerMetrics
+from serve.pair.answers.agreement import Agreement, ReferenceKind
+from serve.pair.answers.equivalence import NoResult
+from serve.pair.request import Limits
+from serve.pair.routing import Role, ServedModel
+from serve.rpc.validation import validate_compare
+
+ROLES = {pb.ROLE_STUDENT: "student", pb.ROLE_TEACHER: "teacher"}
+# The table of design/api.md, literally: name, type, labels. `answers_undecided_total` is ours.
+CONTRACT = """
+requests_total                      counter    rpc route code task
+samples_total                       counter    role finish_reason
+request_duration_seconds            histogram  role
+request_queue_seconds               histogram  role
+time_to_first_token_seconds         histogram  role
+inter_token_latency_seconds         histogram  role
+engine_step_seconds                 histogram  role phase
+engine_host_seconds                 histogram  role
+prompt_tokens_total                 counter    role
+generation_tokens_total             counter    role
+cached_prompt_tokens_total          counter    role
+wasted_tokens_total                 counter    role reason
+sequences_running                   gauge      role
+sequences_waiting                   gauge      role
+batch_size                          gauge      role
+kv_slots_used_ratio                 gauge      role
+divergence_nats                     histogram  estimator policy task
+divergence_nats_sum_total           counter    estimator policy task
+divergence_tokens_total             counter    estimator policy task
+divergence_nonfinite_tokens_total   counter    policy
+divergence_truncated_samples_total  counter    policy
+argmax_agreeing_tokens_total        counter    task
+compared_tokens_total               counter    task
+predicted_acceptance_sum_total      counter    task
+consensus_total                     counter    outcome task
+consensus_vote_share                histogram  role
+answers_undecided_total             counter    reason
+pass_at_k_sum_total                 counter    role k reference task
+pass_at_k_prompts_total             counter    role k reference task
+shadow_total                        counter    outcome
+admission_rejections_total          counter    reason
+ledger_imbalance                    gauge
+draining                            gauge
+build_info                          gauge      version
+model_info                          gauge      role backend device precision manifest
+model_up                            gauge      role
+remote_calls_total                  counter    rpc code
+"""
+
+
+@pytest.fixture(scope="module")
+def answered(serving: Any, make_pair: Any) -> Any:
+    """A pair that answered three prompts, and the responses."""
+    pair = make_pair()
+    with serving(pair, tasks=frozenset({"sums"})) as live:
+        responses = [
+            live.client.compare(
+                pb.CompareRequest(
+                    prompt=prompt,
+                    sampling=pb.SamplingParams(num_samples=4, max_tokens=10, top_k=40),
+                    divergence=pb.DivergenceOptions(exact=True),
+                    evaluation=pb.EvaluationOptions(
+                        answer_format="last_number", task="sums", pass_at_k=[1, 4], **gold
+                    ),
+                )
+            )
+            for prompt, gold in [("1+1=", {"reference_answer": "2"}), ("a", {}), ("b", {})]
+        ]
+    return pair, responses
+
+
+def test_cached_prompt_tokens_are_in_usage_and_metrics(serving: Any, make_pair: Any) -> None:
+    pair = make_pair()
+    with serving(pair) as live:
+        request = pb.CompareRequest(prompt="again", sampling=pb.SamplingParams(max_tokens=2))
+        first, again = live.client.compare(request), live.client.compare(request)
+    for index, label in enumerate(("student", "teacher")):
+        usages = [response.usage.roles[index] for response in (first, again)]
+        assert usages[1].cached_prompt_tokens == usages[1].prompt_tokens > 0
+        cached = sum(usage.cached_prompt_tokens for usage in usages)
+        assert pair.value("cached_prompt_tokens_total", role=label) == cached
+
+
+def samples(responses: list[pb.CompareResponse], role: int) -> list[pb.Sample]:
+    return [s for response in responses for s in response.samples if s.role == role]
+
+
+@pytest.mark.parametrize(("role", "label"), ROLES.items())
+def test_tokens_equal_those_of_the_responses(answered: Any, role: int, label: str) -> None:
+    pair, responses = answered
+    usages = [u for response in responses for u in response.usage.roles if u.role == role]
+    prompt, completion = (
+        sum(getattr(usage, name) for usage in usages)
+        for name in ("prompt_tokens", "completion_tokens")
+    )
+    assert pair.value("prompt_tokens_total", role=label) == prompt
+    assert pair.value("generation_tokens_total", role=label) == completion
+    assert pair.value("time_to_first_token_seconds_count", role=label) == len(responses)
+    assert pair.value("request_queue_seconds_count", role=label) == len(responses)
+
+
+@pytest.mark.parametrize(("role", "label"), ROLES.items())
+def test_samples_by_finish_reason_equal_those_of_the_responses(
+    answered: Any, role: int, label: str
+) -> None:
+    pair, responses = answered
+    counts = Counter(int(sample.finish_reason) for sample in samples(responses, role))
+    for name, number in pb.FinishReason.items():
+        reason = name.removeprefix("FINISH_REASON_").lower()
+        counted = pair.value("samples_total", role=label, finish_reason=reason)
+        assert counted == counts[number]
+
+
+@pytest.mark.parametrize(("role", "label"), ROLES.items())
+def test_divergence_sums_equal_those_of_the_responses(answered: Any, role: int, label: str) -> None:
+    pair, responses = answered
+    divergences = [sample.divergence for sample in samples(responses, role)]
+    labels = {"policy": label, "task": "sums"}
+    sums = {
+        "k3": sum(d.k3_sum for d in divergences),
+        "exact": sum(d.exact_mean * d.num_tokens for d in divergences),
+    }
+    for estimator, expected in sums.items():
+        of_estimator = {**labels, "estimator": estimator}
+        total = pair.value("divergence_nats_sum_total", **of_estimator)
+        assert total == pytest.approx(expected)
+        num_tokens = pair.value("divergence_tokens_total", **of_estimator)
+        assert num_tokens == sum(d.num_tokens for d in divergences)
+    for estimator in ("k1", "k2", "k3"):
+        # A histogram with negative buckets has neither sum nor count.
+        samples_up_to = {"le": "+Inf", **labels, "estimator": estimator}
+        assert pair.value("divergence_nats_bucket", **samples_up_to) == len(divergences)
+    assert pair.value("divergence_truncated_samples_total", policy=label) == 12
+
+
+def test_full_vocabulary_sums_equal_those_of_the_responses(answered: Any) -> None:
+    pair, responses = answered
+    divergences = [s.divergence for response in responses for s in response.samples]
+    expected = {
+        "compared_tokens_total": sum(d.num_tokens for d in divergences),
+        "argmax_agreeing_tokens_total": sum(d.argmax_agreement * d.num_tokens for d in divergences),
+        "predicted_acceptance_sum_total": sum(
+            d.predicted_acceptance * d.num_tokens for d in divergences
+        ),
+    }
+    for name, value in expected.items():
+        assert pair.value(name, task="sums") == pytest.approx(value)
+
+
+def test_consensus_outcomes_equal_those_of_the_responses(answered: Any) -> None:
+    pair, responses = answered
+    expected = Counter(outcome(response.agreement) for response in responses)
+    for name in ("agree", "disagree", "no_majority", "invalid"):
+        assert pair.value("consensus_total", outcome=name, task="sums") == expected[name]
+
+
+def outcome(agreement: pb.Agreement) -> str:
+    if not (agreement.student.num_valid and agreement.teacher.num_valid):
+        return "invalid"
+    if not agreement.HasField("same_answer"):
+        return "no_majority"
+    return "agree" if agreement.same_answer else "disagree"
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_pass_at_k_sums_equal_those_of_the_responses(answered: Any, role: str, k: int) -> None:
+    pair, responses = answered
+    for label, kind in (
+        ("gold", pb.REFERENCE_KIND_GOLD),
+        ("teacher_consensus", pb.REFERENCE_KIND_TEACHER_CONSENSUS),
+    ):
+        values = [
+            getattr(r.agreement, f"{role}_pass_at_k")[k]
+            for r in responses
+            if r.agreement.reference_kind == kind
+        ]
+        labels = {"role": role, "k": str(k), "reference": label, "task": "sums"}
+        assert pair.value("pass_at_k_sum_total", **labels) == pytest.approx(sum(values))
+        assert pair.value("pass_at_k_prompts_total", **labels) == len(values)
+
+
+def test_calls_are_counted_by_code(serving: Any, make_pair: Any) -> None:
+    pair = make_pair()
+    with serving(pair) as live:
+        for _ in range(2):
+            live.client.compare(pb.CompareRequest(prompt="x"))
+        with pytest.raises(Exception, match="INVALID_ARGUMENT"):
+            live.client.compare(pb.CompareRequest())
+    labels = {"rpc": "Compare", "task": "other"}
+    assert pair.value("requests_total", **labels, route="both", code="OK") == 2
+    refused = pair.value("requests_total", **labels, route="none", code="INVALID_ARGUMENT")
+    assert refused == 1
+
+
+def test_names_types_and_labels_are_the_contract() -> None:
+    metrics = ServerMetrics(CollectorRegistry())
+    lines = [line.split() for line in CONTRACT.strip().splitlines()]
+    expected = {name: (kind, tuple(labels)) for name, kind, *labels in lines}
+    assert {exposed_name(family): family.type for family in metrics.registry.collect()} == {
+        f"tandem_{name}": kind for name, (kind, _) in expected.items()
+    }
+    defined = [metric for metric in vars(metrics).values() if isinstance(metric, MetricWrapperBase)]
+    labels = {metric._name: metric._labelnames for metric in defined}
+    assert labels == {
+        f"tandem_{name.removesuffix('_total')}": names for name, (_, names) in expected.items()
+    }
+
+
+def exposed_name(family: Metric) -> str:
+    return f"{family.name}_total" if family.type == "counter" else str(family.name)
+
+
+def test_buckets_reach_from_half_a_millisecond_to_ten_minutes_and_below_zero_nats() -> None:
+    metrics = ServerMetrics(CollectorRegistry())
+    seconds = [m for m in vars(metrics).values() if getattr(m, "_name", "").endswith("_seconds")]
+    assert len(seconds) == 6
+    for metric in seconds:
+        assert metric._kwargs["buckets"][0] == 0.0005 and metric._kwargs["buckets"][-1] == 600
+    assert metrics.divergence_nats._kwargs["buckets"][0] < 0
+
+
+def test_closed_sets_are_counted_from_zero(make_pair: Any) -> None:
+    registry = make_pair().metrics.registry
+    closed: dict[str, dict[str, Iterable[str]]] = {
+        "shadow_total": {"outcome": ["compared", "dropped", "error", "deadline"]},
+        "admission_rejections_total": {
+            "reason": ["queue_full", "draining", "unauthenticated", "peer_limit"]
+        },
+        "answers_undecided_total": {"reason": ["timeout", "failed", "dropped"]},
+        "samples_total": {
+            "role": ROLES.values(),
+            "finish_reason": ["stop", "length", "cancelled", "deadline", "error", "shutdown"],
+        },
+        "wasted_tokens_total": {
+            "role": ROLES.values(),
+            "reason": ["cancelled", "deadline", "error", "shutdown"],
+        },
+    }
+    for name, sets in closed.items():
+        for values in itertools.product(*sets.values()):
+            labels = dict(zip(sets, values, strict=True))
+            assert registry.get_sample_value(f"tandem_{name}", labels) == 0
+
+
+def test_load_is_read_at_every_scrape(serving: Any, make_pair: Any) -> None:
+    pair = make_pair(max_num_seqs=4)
+    backend = pair.backends[Role.STUDENT]
+    names = ("sequences_running", "sequences_waiting", "kv_slots_used_ratio")
+    with serving(pair) as live:
+        backend.may_run.clear()
+        sampling = pb.SamplingParams(num_samples=6, max_tokens=5)
+        stream = live.stub.Generate(pb.GenerateRequest(prompt="x", sampling=sampling))
+        assert backend.is_asked.wait(10)
+        assert [pair.value(name, role="student") for name in names] == [4, 2, 1.0]
+        backend.may_run.set()
+        assert list(stream)
+        assert [pair.value(name, role="student") for name in names] == [0, 0, 0]
+
+
+def test_models_are_labelled(live: Any) -> None:
+    labels = {"role": "student", "backend": "fake", "device": "cpu", "precision": "float32"}
+    assert live.pair.value("model_info", **labels, manifest="ab" * 32) == 1
+
+
+def test_build_is_labelled(live: Any) -> None:
+    (family,) = (f for f in live.pair.metrics.registry.collect() if f.name == "tandem_build_info")
+    assert [sample.value for sample in family.samples] == [1]
+
+
+# The ledger and what was generated for nothing: engines that are stepped by hand
+
+
+class Clock:
+    """Every look at it is a second later."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        self.now_s += 1
+        return self.now_s
+
+
+class Stepped:
+    """An engine that works when it is told to, watched by metrics of its own."""
+
+    def __init__(self, backend: Any, **settings: Any) -> None:
+        self.metrics = ServerMetrics(CollectorRegistry())
+        self.clock = Clock()
+        self.backend = backend
+        self.engine = Engine(
+            backend,
+            eos_token_ids=frozenset({backend.EOS}),
+            observer=self.metrics.observer(Role.STUDENT),
+            clock=self.clock,
+            **settings,
+        )
+        self.metrics.watch(ServedModel(Role.STUDENT, self.engine, tokenizer=None))  # type: ignore[arg-type]
+        self.endings: list[FinishedEvent] = []
+
+    def submit(self, request_id: str, *, deadline_s: float | None = None, **params: Any) -> None:
+        sampling = SamplingParams(**{"max_tokens": 20, "ignore_eos": True, **params})
+        request = GenerationRequest(request_id, (5, 6, 7), sampling, deadline_s=deadline_s)
+        self.engine.submit(request, self._read)
+
+    def _read(self, events: list[Event]) -> None:
+        self.endings += [event for event in events if isinstance(event, FinishedEvent)]
+
+    def step(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.engine._try_step()
+
+    @property
+    def is_idle(self) -> bool:
+        load = self.engine.load()
+        return load.num_running == load.num_waiting == 0
+
+    def value(self, name: str, **labels: str) -> float:
+        value = self.metrics.registry.get_sample_value(f"tandem_{name}", labels)
+        assert value is not None
+        return value
+
+    @property
+    def imbalance(self) -> float:
+        return self.value("ledger_imbalance")
+
+
+@pytest.fixture
+def stepped(make_backend: Any) -> Stepped:
+    return Stepped(make_backend(max_num_seqs=3), max_waiting=1000)
+
+
+def test_ledger_is_balanced_through_submits_cancels_deadlines_and_failures(
+    stepped: Stepped,
+) -> None:
+    chance = random.Random(0)
+    num_samples = 0
+    for number in range(60):
+        count, request_id = chance.randint(1, 5), str(number)
+        late_s = stepped.clock.now_s + chance.randint(1, 60) if chance.random() < 0.3 else None
+        stepped.submit(request_id, deadline_s=late_s, num_samples=count)
+        num_samples += count
+        if chance.random() < 0.3:
+            request = ScoringRequest(request_id, (5, 6), ((7, 8),), deadline_s=late_s)
+            stepped.engine.score(request)
+        if chance.random() < 0.3:
+            stepped.engine.cancel(str(chance.randint(0, number)))
+        stepped.backend.error = RuntimeError("injected") if chance.random() < 0.1 else None
+        for _ in range(chance.randint(0, 3)):
+            stepped.step()
+            assert stepped.imbalance == 0
+    stepped.backend.error = None
+    while not stepped.is_idle:
+        stepped.step()
+        assert stepped.imbalance == 0
+    assert len(stepped.endings) == num_samples
+    assert len({event.finish_reason for event in stepped.endings}) == 4
+
+
+def test_ledger_is_balanced_at_every_scrape_while_a_thread_works(stepped: Stepped) -> None:
+    stepped.engine.start()
+    try:
+        for number in range(100):
+            stepped.submit(str(number), num_samples=3)
+            if number % 3 == 0:
+                stepped.engine.cancel(str(number))
+            assert stepped.imbalance == 0
+    finally:
+        stepped.engine.stop()
+    assert stepped.imbalance == 0 and len(stepped.endings) == 300
+
+
+def test_time_to_first_token_is_one_per_request_however_many_samples_wait(
+    make_backend: Any,
+) -> None:
+    """Of 64 samples 48 wait for a row: as 48 late first tokens they would page somebody."""
+    stepped, seconds = Stepped(make_backend(max_num_seqs=16)), itertools.count()
+    stepped.engine.clock = lambda: 0.0
+    for _ in range(2):
+        stepped.submit("r", num_samples=64)
+    while not stepped.is_idle:
+        now_s = next(seconds) / 10
+        stepped.engine.clock = lambda now_s=now_s: now_s  # type: ignore[misc]
+        stepped.step()
+    assert now_s > 10, "the last samples had to wait"
+    for name in ("time_to_first_token", "request_queue"):
+        assert stepped.value(f"{name}_seconds_count", role="student") == 2
+        assert stepped.value(f"{name}_seconds_bucket", role="student", le="0.5") == 2
+
+
+def test_sequence_that_the_scheduler_loses_shows_in_the_ledger(
+    stepped: Stepped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = stepped.engine._scheduler
+    add = scheduler.add
+    monkeypatch.setattr(scheduler, "add", lambda sequences: add(list(sequences)[1:]))
+    stepped.submit("r", num_samples=3, max_tokens=2)
+    stepped.step(10)
+    assert len(stepped.endings) == 2 and stepped.imbalance == 1
+
+
+def test_scoring_that_is_lost_shows_in_the_ledger(stepped: Stepped) -> None:
+    stepped.engine.score(ScoringRequest("r", (5, 6), ((7, 8),)))
+    stepped.engine._intake.run()
+    stepped.engine._scoring.clear()
+    stepped.step()
+    assert stepped.imbalance == 1
+
+
+def test_sequence_that_is_lost_in_a_failure_shows_in_the_ledger_at_once(
+    stepped: Stepped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stepped.submit("r", num_samples=3)
+    stepped.step(2)
+    clear = stepped.engine._scheduler.clear
+    monkeypatch.setattr(stepped.engine._scheduler, "clear", lambda: clear()[1:])
+    fail(stepped)
+    stepped.step()
+    assert len(stepped.endings) == 2 and stepped.imbalance == 1
+
+
+def fail(stepped: Stepped) -> None:
+    stepped.backend.error = RuntimeError("injected")
+
+
+ENDS: dict[str, Callable[[Stepped], None]] = {
+    "cancelled": lambda stepped: stepped.engine.cancel("r"),
+    "deadline": lambda stepped: setattr(stepped.clock, "now_s", 1000.0),
+    "error": fail,
+    "shutdown": lambda stepped: stepped.engine.stop(),
+}
+
+
+@pytest.mark.parametrize("reason", ENDS)
+def test_tokens_of_a_sample_that_ends_early_are_wasted(stepped: Stepped, reason: str) -> None:
+    stepped.submit("r", deadline_s=900.0, num_samples=2)
+    stepped.step(4)
+    ENDS[reason](stepped)
+    stepped.step()
+    num_tokens = sum(len(event.token_ids) for event in stepped.endings)
+    assert [event.finish_reason.value for event in stepped.endings] == [reason] * 2
+    assert num_tokens > 0
+    for other in ENDS:
+        wasted = stepped.value("wasted_tokens_total", role="student", reason=other)
+        assert wasted == (num_tokens if other == reason else 0)
+
+
+def test_tokens_of_a_complete_sample_are_not_wasted(stepped: Stepped) -> None:
+    stepped.submit("r", max_tokens=3)
+    stepped.step(5)
+    assert stepped.value("generation_tokens_total", role="student") == 3
+    for reason in ENDS:
+        assert stepped.value("wasted_tokens_total", role="student", reason=reason) == 0
+
+
+# Cardinality: nothing that a client writes becomes a label
+
+LIMITS = Limits(max_model_len=100, vocab_size=50, tasks=frozenset({"sums"}))
+
+
+def request_of(number: int) -> pb.CompareRequest:
+    """A request of which no text was ever in another one."""
+    return pb.CompareRequest(
+        request_id=f"id {number}",
+        prompt=f"prompt {number}",
+        sampling=pb.SamplingParams(num_samples=4, max_tokens=3, stop=[f"stop {number}"]),
+        evaluation=pb.EvaluationOptions(
+            answer_format="last_number",
+            task="sums" if number % 2 else f"task {number}",
+            reference_answer=str(number),
+            pass_at_k=[1 + number % 4],
+        ),
+    )
+
+
+def count_series(metrics: ServerMetrics) -> int:
+    return sum(len(family.samples) for family in metrics.registry.collect())
+
+
+def test_undecided_samples_are_counted_by_reason() -> None:
+    metrics = ServerMetrics(CollectorRegistry())
+    undecided = {NoResult.TIMEOUT: 2, NoResult.DROPPED: 1}
+    metrics.on_agreement(Agreement({}, {}, None, undecided), "other")
+    values = {
+        reason.value: metrics.registry.get_sample_value(
+            "tandem_answers_undecided_total", {"reason": reason.value}
+        )
+        for reason in NoResult
+    }
+    assert values == {"timeout": 2, "failed": 0, "dropped": 1}
+
+
+def test_ten_thousand_strings_of_each_kind_make_no_series() -> None:
+    metrics = ServerMetrics(CollectorRegistry())
+    counts = []
+    for number in range(10_000):
+        spec = validate_compare(request_of(number), LIMITS)
+        assert spec.evaluation.reference_answer == str(number)
+        task, (k,) = spec.evaluation.task, spec.evaluation.pass_at_k
+        metrics.requests.labels("Compare", spec.route.value, "OK", task).inc()
+        votes = {role: majority_vote([str(number)] * 4) for role in Role}
+        scores = {role: {k: 1.0} for role in Role}
+        metrics.on_agreement(Agreement(votes, scores, ReferenceKind.GOLD), task)
+        if number % 999 == 0:
+            counts.append(count_series(metrics))
+    assert counts[0] < counts[1] == counts[-1]
+
+
+def test_labels_of_a_server_are_of_closed_sets(serving: Any, make_pair: Any) -> None:
+    pair = make_pair()
+    with serving(pair, tasks=frozenset({"sums"})) as live:
+        for number in range(30):
+            live.client.compare(request_of(number))
+    allowed = {
+        "task": {"sums", "other"},
+        "role": {"student", "teacher"},
+        "policy": {"student", "teacher"},
+        "k": {str(k) for k in range(1, 65)},
+        "reference": {"gold", "teacher_consensus"},
+        "outcome": {"agree", "disagree", "no_majority", "invalid"},
+    }
+    assert not any(
+        re.search(r"(id|prompt|stop|task) \d", value)
+        for family in pair.metrics.registry.collect()
+        for sample in family.samples
+        for value in sample.labels.values()
+    )
+    for name, values in allowed.items():
+        assert label_values(pair.metrics, name) - set(SHADOW_OUTCOMES) <= values
+
+
+def label_values(metrics: ServerMetrics, name: str) -> set[str]:
+    samples = (s for family in metrics.registry.collect() for s in family.samples)
+    return {sample.labels[name] for sample in samples if name in sample.labels}

@@ -1,0 +1,346 @@
+"""Memory that runs out in a pass: tried again with less, then one request's end and no more."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from serve.engine.engine import MAX_FAILED_STEPS, OUT_OF_MEMORY, Engine
+from serve.engine.prompt import TokenizedPrompt
+from serve.engine.scheduler import MIN_CALM_STEPS
+from serve.engine.scoring import ScoringRequest
+from serve.engine.sequence import (
+    Event,
+    FinishedEvent,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+)
+from serve.errors import EngineFailedError, EngineStoppedError
+from serve.models.out_of_memory import is_out_of_memory
+
+PROMPTS = [(5, 6, 7), (8, 9, 10, 11), (12, 13), (14, 15, 16, 17, 18)]
+LONG = tuple(range(10, 35))
+HEAVY = 39
+"""A token that a test's backend never has memory for."""
+
+Fits = Callable[[list[int], list[int]], bool]
+
+
+def allocate_too_much() -> None:
+    torch.empty(1 << 48)
+
+
+# How runtimes say it
+
+
+def run_onnx_out_of_memory() -> None:
+    graph = helper.make_graph(
+        [helper.make_node("ConstantOfShape", ["shape"], ["y"])],
+        "large",
+        [helper.make_tensor_value_info("shape", TensorProto.INT64, [1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    session.run(None, {"shape": np.array([1 << 44])})
+
+
+def run_cuda_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        allocate_too_much,
+        run_onnx_out_of_memory,
+        run_cuda_out_of_memory,
+        lambda: np.empty(1 << 48),
+        lambda: bytearray(1 << 48),
+    ],
+)
+def test_every_runtime_is_understood(run: Callable[[], Any]) -> None:
+    with pytest.raises(Exception) as caught:
+        run()
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no device"), ValueError("memory format")])
+def test_other_errors_are_no_want_of_memory(error: Exception) -> None:
+    assert not is_out_of_memory(error)
+
+
+# What an engine makes of it
+
+
+@pytest.fixture
+def make_engine(make_backend: Any) -> Callable[..., Engine]:
+    """`fits(tokens of each row, all the tokens in these rows)` says whether memory is enough."""
+
+    class Tight(make_backend):  # type: ignore[misc]
+        fits: Fits = staticmethod(lambda lengths, tokens: True)
+
+        def forward(
+            self, first_row: int, ids: Sequence[Sequence[int]], past: Sequence[int], *rest: Any
+        ) -> torch.Tensor:
+            rows = [[*self.rows[first_row + i][: past[i]], *new] for i, new in enumerate(ids)]
+            if not self.fits([len(new) for new in ids], [t for row in rows for t in row]):
+                allocate_too_much()
+            logits: torch.Tensor = super().forward(first_row, ids, past, *rest)
+            return logits
+
+    def make(fits: Fits | None = None, **settings: Any) -> Engine:
+        backend = Tight(max_num_seqs=settings.pop("max_num_seqs", 8))
+        if fits is not None:
+            backend.fits = fits
+        return Engine(backend, eos_token_ids=frozenset({backend.EOS}), **settings)
+
+    return make
+
+
+def submit(engine: Engine, prompt: tuple[int, ...], num_samples: int = 2) -> list[FinishedEvent]:
+    ended: list[FinishedEvent] = []
+
+    def sink(events: list[Event]) -> None:
+        ended.extend(e for e in events if isinstance(e, FinishedEvent))
+
+    params = SamplingParams(num_samples=num_samples, seed=3, max_tokens=9, ignore_eos=True)
+    engine.submit(GenerationRequest(str(prompt), prompt, params), sink)
+    return ended
+
+
+def run(engine: Engine) -> None:
+    for _ in range(500):
+        engine.step()
+        load = engine.load()
+        if load.num_running == load.num_waiting == 0:
+            assert load.num_unaccounted == 0 and not engine._groups and not engine._endings
+            return
+    raise AssertionError(f"still busy: {engine.load()}")
+
+
+def answers(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> list[Any]:
+    """Return, by prompt, the samples' tokens in order; None for a sample out of memory."""
+    ended = [submit(engine, prompt) for prompt in prompts]
+    run(engine)
+    for event in itertools.chain(*ended):
+        assert (event.error == OUT_OF_MEMORY) == (event.finish_reason is FinishReason.ERROR)
+    return [
+        [None if e.error else e.token_ids for e in sorted(events, key=lambda e: e.index)]
+        for events in ended
+    ]
+
+
+def once(fits: Fits) -> Fits:
+    """Return `fits` that is asked until it has said no."""
+    is_over = False
+
+    def asked(lengths: list[int], tokens: list[int]) -> bool:
+        nonlocal is_over
+        if is_over or fits(lengths, tokens):
+            return True
+        is_over = True
+        return False
+
+    return asked
+
+
+@pytest.mark.parametrize(
+    "fits",
+    [
+        lambda lengths, tokens: max(lengths) == 1 or sum(lengths) <= 3,  # not two prompts at once
+        lambda lengths, tokens: max(lengths) == 1 or sum(lengths) <= 16,
+        once(lambda lengths, tokens: max(lengths) > 1),  # the first decode step
+        once(lambda lengths, tokens: max(lengths) == 1),  # the first prefill
+    ],
+)
+def test_pass_that_is_too_large_is_tried_again_and_nothing_shows(
+    make_engine: Callable[..., Engine], fits: Fits
+) -> None:
+    prompts = [*PROMPTS, LONG]
+    expected = answers(make_engine(max_pass_tokens=6), prompts)
+    assert answers(make_engine(fits, max_pass_tokens=6), prompts) == expected
+
+
+def test_every_pass_of_the_second_try_has_a_second_one(make_engine: Callable[..., Engine]) -> None:
+    """Memory that others take for a moment is missing now and then, not once."""
+    passes = itertools.count()
+    prompts = [*PROMPTS, LONG]
+    expected = answers(make_engine(max_pass_tokens=16), prompts)
+    engine = make_engine(lambda lengths, tokens: next(passes) % 2 == 1, max_pass_tokens=16)
+    assert answers(engine, prompts) == expected
+
+
+@pytest.mark.parametrize("heavy", [(HEAVY, 5), (*LONG[:20], HEAVY)])
+def test_prompt_that_there_is_no_memory_for_ends_its_request_alone(
+    make_engine: Callable[..., Engine], heavy: tuple[int, ...]
+) -> None:
+    prompts = [*PROMPTS, LONG]
+    expected = answers(make_engine(max_pass_tokens=8, max_num_seqs=4), prompts)
+    engine = make_engine(
+        lambda lengths, tokens: HEAVY not in tokens or max(lengths) == 1,
+        max_pass_tokens=8, max_num_seqs=4,
+    )  # fmt: skip
+    got = answers(engine, [*PROMPTS[:2], heavy, *PROMPTS[2:], LONG])
+    assert got == [*expected[:2], [None, None], *expected[2:]]
+
+
+def test_decode_step_without_memory_ends_the_youngest_and_lets_nobody_in_its_place(
+    make_engine: Callable[..., Engine],
+) -> None:
+    expected = answers(make_engine(), PROMPTS)
+    engine = make_engine(lambda lengths, tokens: max(lengths) > 1 or len(lengths) <= 4)
+    ended = [submit(engine, PROMPTS[0])]
+    for prompt in PROMPTS[1:]:
+        engine.step()
+        ended.append(submit(engine, prompt))
+    run(engine)
+    reasons = [{event.finish_reason for event in events} for events in ended]
+    length, error = {FinishReason.LENGTH}, {FinishReason.ERROR}
+    assert reasons == [length, length, error, length]
+    for place in (0, 1, 3):
+        assert sorted(event.token_ids for event in ended[place]) == sorted(expected[place])
+
+
+def test_memory_that_is_short_once_throttles_no_load_that_goes_on(
+    make_engine: Callable[..., Engine],
+) -> None:
+    """Steady load never leaves an engine idle."""
+    failures: list[int] = []
+    engine = make_engine(
+        lambda lengths, tokens: max(lengths) > 1 or not (failures and failures.pop()),
+        max_num_seqs=4,
+    )
+    for start in range(3):  # that never end together
+        youngest = submit(engine, (start + 4, 5), num_samples=1)
+        for _ in range(2):
+            engine.step()
+    failures += [1, 1]  # a decode step, and its second try
+    num_running = []
+    for number in range(6 * MIN_CALM_STEPS):
+        if engine.load().num_waiting < 2:
+            submit(engine, (number % 30 + 4, 5), num_samples=1)
+        engine.step()
+        num_running.append(engine.load().num_running)
+    assert [event.error for event in youngest] == [OUT_OF_MEMORY]
+    assert num_running[1] == 2 and 0 not in num_running
+    assert num_running[-1] == 4
+
+
+@pytest.mark.parametrize("is_sampling", [False, True])
+def test_work_that_ran_out_of_memory_is_no_success_between_failures(
+    make_engine: Callable[..., Engine], is_sampling: bool
+) -> None:
+    engine = make_engine()
+    for number in range(MAX_FAILED_STEPS):
+        run_without_memory(engine, number, is_sampling)
+        engine._runner._backend.error = RuntimeError("the device is lost")  # type: ignore[attr-defined]
+        submit(engine, (5, 6, number + 10))
+        engine._try_step()
+        engine._runner._backend.error = None  # type: ignore[attr-defined]
+    with pytest.raises(EngineStoppedError):
+        submit(engine, (5, 6))
+
+
+def run_without_memory(engine: Engine, number: int, is_sampling: bool) -> None:
+    """Score something, or decode a token, for which there is no memory."""
+    draw = engine._sampler.sample
+    if is_sampling:
+        submit(engine, (5, 6, number + 4), num_samples=1)
+        engine.step()
+        engine._sampler.sample = lambda *given: allocate_too_much()  # type: ignore
+    else:
+        engine.score(ScoringRequest("s", (5, HEAVY), ((1, 2),)))
+        engine._runner._backend.fits = lambda lengths, tokens: HEAVY not in tokens  # type: ignore[attr-defined]
+    run(engine)
+    engine._sampler.sample = draw  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_scoring_is_tried_again_in_smaller_chunks(
+    make_engine: Callable[..., Engine], in_one_pass: bool
+) -> None:
+    completions = ((1, 2, 3, 4, 5, 6), (7,), (8, 9, 10))
+    scores = []
+    for fits in (None, lambda lengths, tokens: sum(lengths) <= 3):
+        engine = make_engine(fits, max_pass_tokens=6, scores_in_one_pass=in_one_pass)
+        future = engine.score(ScoringRequest("s", (5, 6, 7), completions))
+        run(engine)
+        scores.append([one.logprobs.tolist() for one in future.result(0)])
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("in_one_pass", [True, False])
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [((5, HEAVY), (1, 2)), ((5, 6), (1, HEAVY, 2, 2, 2))]
+)
+def test_scoring_that_there_is_no_memory_for_fails_alone(
+    make_engine: Callable[..., Engine],
+    in_one_pass: bool,
+    prompt: tuple[int, ...],
+    completion: tuple[int, ...],
+) -> None:
+    engine = make_engine(
+        lambda lengths, tokens: HEAVY not in tokens, scores_in_one_pass=in_one_pass
+    )
+    good = [engine.score(ScoringRequest("a", (5, 6), ((1, 2),)))]
+    bad = engine.score(ScoringRequest("s", prompt, (completion,)))
+    good.append(engine.score(ScoringRequest("b", (5, 6), ((1, 2),))))
+    run(engine)
+    with pytest.raises(EngineFailedError, match="ran out of memory"):
+        bad.result(0)
+    assert all(future.result(0) for future in good)
+
+
+def test_cached_prompts_make_room(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    answers(engine, PROMPTS)
+    cache = engine._runner._prefix_cache
+    assert cache.size_bytes > 0
+    engine._runner._backend.fits = once(lambda lengths, tokens: False)  # type: ignore[attr-defined]
+    answers(engine, [LONG])
+    assert cache.count_cached(TokenizedPrompt.of(PROMPTS[0], "")) == 0
+
+
+def test_prompt_that_there_is_no_memory_to_cache_is_answered(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = answers(make_engine(), PROMPTS)
+    engine = make_engine()
+    monkeypatch.setattr(engine._runner._backend, "read_kv", lambda *where: allocate_too_much())
+    assert answers(engine, PROMPTS) == expected
+    assert engine._runner._prefix_cache.size_bytes == 0
+
+
+@pytest.mark.parametrize("num_failures", [1, 2])
+@pytest.mark.parametrize("is_first_token", [True, False])
+def test_sampling_out_of_memory_is_tried_again_and_then_ends_what_cannot_wait(
+    make_engine: Callable[..., Engine], num_failures: int, is_first_token: bool
+) -> None:
+    engine = make_engine()
+    draw, failures = engine._sampler.sample, iter(range(num_failures))
+
+    def sample(logits: torch.Tensor, sequences: Any) -> Any:
+        if bool(sequences[0].token_ids) != is_first_token and next(failures, None) is not None:
+            allocate_too_much()
+        return draw(logits, sequences)
+
+    engine._sampler.sample = sample  # type: ignore[method-assign]
+    expected = answers(make_engine(), PROMPTS)
+    got = answers(engine, PROMPTS)
+    num_lost = sum(samples == [None, None] for samples in got)
+    assert num_lost == (0 if num_failures == 1 else len(PROMPTS) if is_first_token else 1)
+    assert all(a == b for a, b in zip(got, expected, strict=True) if a != [None, None])
