@@ -1,4 +1,4 @@
-"""A tiny random teacher, on disk as a real one would be: random weights, a real tokenizer."""
+"""What tests of several rooms share: a tiny teacher, one event loop, servers of fake models."""
 
 from __future__ import annotations
 
@@ -8,27 +8,19 @@ import os
 # lane. Read once, when torch loads the library; the servers that tests start inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import asyncio
+import functools
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from export.teacher.tasks import builtin_tasks
-
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-VOCAB_SIZE = 512
-EOS, EOS_WEIGHT = 2, 16.0
-NUM_LAYERS = 4
-SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-# SmolLM2's own.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\n" + SYSTEM_PROMPT + "<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+from serve.text.tokenizer import Tokenizer
+from tests.support.backends import TOKENIZER, HistoryBackend, build_tokenizer, fixed_logits
+from tests.support.pairs import LiveServer, Pair, serve
+from tests.support.tiny_teacher import save_tiny_teacher
 
 
 @pytest.fixture(scope="session")
@@ -39,79 +31,51 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def save_tiny_teacher(folder: Path) -> None:
-    """Write the same model into `folder`."""
-    _save_model(folder)
-    _save_tokenizer(folder)
+@pytest.fixture(scope="session")
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """One asyncio loop on one thread for all servers: grpc.aio dislikes several."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="loop")
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
 
 
-def _save_model(folder: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    model = LlamaForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
-    _let_it_end(model)
-    model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    model.save_pretrained(folder)
+@pytest.fixture(scope="session")
+def serving(loop: asyncio.AbstractEventLoop) -> Callable[..., object]:
+    """`with serving(pair) as live`: a real server, drained at the end."""
+    return functools.partial(serve, loop)
 
 
-@torch.no_grad()
-def _let_it_end(model: Any) -> None:
-    """Keep hidden channel 0 constant, and have EOS read it: one answer in three then ends."""
-    for layer in model.model.layers:
-        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            linear.weight *= 0.3
-            linear.weight[0] = 0
-    model.model.embed_tokens.weight[:, 0] = 4
-    model.model.embed_tokens.weight[EOS, 0] = EOS_WEIGHT
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return TOKENIZER
 
 
-def _save_tokenizer(folder: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., Tokenizer]:
+    return build_tokenizer
 
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=SPECIAL_TOKENS,
-        show_progress=False,
-    )
-    texts = [task.prompt for task in builtin_tasks()[:200]]
-    raw.train_from_iterator([*texts, *[SYSTEM_PROMPT] * 20], trainer)
-    assert raw.get_vocab_size() == VOCAB_SIZE
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(folder)
+
+@pytest.fixture(scope="session")
+def make_backend() -> type[HistoryBackend]:
+    return HistoryBackend
+
+
+@pytest.fixture(scope="session")
+def make_pair() -> Callable[..., Pair]:
+    return Pair
+
+
+@pytest.fixture(scope="session")
+def continuing_with() -> Callable[[str], torch.Tensor]:
+    return fixed_logits
+
+
+@pytest.fixture(scope="session")
+def live(serving: Callable[..., object]) -> Iterator[LiveServer]:
+    """A server with both models for tests that leave it as it is."""
+    with serving(Pair(), tasks=frozenset({"sums"})) as server:
+        yield server

@@ -13,7 +13,7 @@ import typer
 from scripts.monitoring.tiny_bundle import make_tiny_bundle
 from tandem import doctor
 from tandem.doctor import Environment, Finding, diagnose, gather, render
-from tests.model_folders import TINY, write_model_folder
+from tests.support.model_folders import TINY, write_model_folder
 
 HEALTHY = Environment(
     python_version="3.11.7",

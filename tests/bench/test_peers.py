@@ -44,7 +44,7 @@ from bench.plot import main as plot_main
 from bench.prompts import MIN_PROMPTS, PromptSource, read_answers
 from bundle.errors import UserError
 from bundle.manifest import FileEntry, Manifest
-from tests.model_folders import TINY, write_model_folder
+from tests.support.model_folders import TINY, write_model_folder
 
 CONFIG = Config("0" * 64, (1, 8), 64, 64, (512,), seed=0)
 

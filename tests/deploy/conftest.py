@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.proxy.processes import TandemProcess
 from bundle.manifest import write_manifest
-from tests.manifests import manifest_of
+from tests.support.manifests import manifest_of
 
 SMALL = ("--device", "cpu", "--threads", "1", "--max-model-len", "128")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tests.faults.paced import PacedBackend
-from tests.serve.conftest import Pass
+from tests.support.backends import Pass
 
 Break = Callable[["FaultyBackend"], None]
 

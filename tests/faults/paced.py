@@ -11,7 +11,7 @@ import torch
 from serve.engine.engine import Engine
 from serve.engine.scoring import ScoredCompletion, ScoringRequest
 from serve.engine.sequence import Event, EventSink, FinishedEvent, FinishReason, GenerationRequest
-from tests.serve.conftest import HistoryBackend, Pass
+from tests.support.backends import HistoryBackend, Pass
 
 OnEnd = Callable[[GenerationRequest, FinishReason], None]
 OnTaken = Callable[[GenerationRequest | ScoringRequest], None]

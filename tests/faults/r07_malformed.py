@@ -24,7 +24,7 @@ from serve.app.grpc_log import quiet_grpc, quiet_grpc_tracebacks
 from tests.faults.hostile import PONG, called, knock, mutate, raw_connections
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of
-from tests.serve.conftest import HistoryBackend
+from tests.support.backends import HistoryBackend
 
 NUM_MESSAGES = {Size.CI: 350, Size.FULL: 10_000}
 NUM_GOOD = {Size.CI: 100, Size.FULL: 4_000}

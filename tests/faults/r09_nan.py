@@ -35,7 +35,7 @@ from tests.faults.faulty import quiet_log
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of
 from tests.faults.tiny import tiny_bundle
-from tests.serve.conftest import HistoryBackend
+from tests.support.backends import HistoryBackend
 
 NUM_REQUESTS = {Size.CI: 80, Size.FULL: 5000}
 NUM_ROUNDS = {Size.CI: 1, Size.FULL: 40}

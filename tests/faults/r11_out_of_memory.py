@@ -28,7 +28,7 @@ from tests.faults.answers import answers_of, codes_of
 from tests.faults.faulty import quiet_log
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of
-from tests.serve.conftest import HistoryBackend, Pass
+from tests.support.backends import HistoryBackend, Pass
 
 NUM_REQUESTS = {Size.CI: 40, Size.FULL: 2000}  # in each phase
 MAX_PASS_TOKENS = 16

@@ -29,7 +29,7 @@ from serve.client import AsyncClient
 from serve.engine.engine import Engine
 from serve.metrics.server_metrics import ServerMetrics
 from serve.pair.routing import Engines, Role, ServedModel
-from tests.serve.conftest import HistoryBackend, build_tokenizer
+from tests.support.backends import HistoryBackend, build_tokenizer
 
 T = TypeVar("T")
 Send = Callable[[AsyncClient, pb.GenerateRequest, Journal], Awaitable[None]]

@@ -35,7 +35,7 @@ from serve.metrics.server_metrics import ServerMetrics
 from serve.pair.routing import Engines, Role, ServedModel
 from tests.faults.paced import PacedBackend
 from tests.faults.rig import requests_of
-from tests.serve.conftest import build_tokenizer
+from tests.support.backends import build_tokenizer
 
 PASS_S = "FAULTS_PASS_S"
 MAX_MODEL_LEN = 64

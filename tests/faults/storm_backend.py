@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tests.serve.conftest import HistoryBackend
+from tests.support.backends import HistoryBackend
 
 MARK = 1
 """A prompt that begins with it is NaN from the length on that its second token says."""

@@ -27,7 +27,7 @@ from serve.rpc.credentials.tokens import new_token
 from tests.faults.r21_credentials import replace_file
 from tests.faults.storm_certificates import Certificates
 from tests.faults.storm_plan import Plan
-from tests.serve.conftest import build_tokenizer
+from tests.support.backends import build_tokenizer
 
 _HOST = "127.0.0.1"
 _FOUND_S = 10.0

@@ -25,7 +25,7 @@ from export.teacher.source import (
     special_token_ids,
     unpack_gguf,
 )
-from tests.model_folders import shard, write_model_folder
+from tests.support.model_folders import shard, write_model_folder
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # As the tokenizer of SmolLM2, this one has a token for an empty line: only a tokenizer that

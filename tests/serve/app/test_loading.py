@@ -30,7 +30,7 @@ from serve.metrics.server_metrics import ServerMetrics
 from serve.pair.routing import Role
 from serve.rpc.credentials.tokens import new_token
 from serve.rpc.replies import to_model
-from tests.manifests import manifest_of
+from tests.support.manifests import manifest_of
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from serve.client import Client, ControlClient
 
 SERVE_UNTIL_SIGNAL = """
 import asyncio, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-from conftest import Pair
+sys.path.insert(0, {root!r})
+from tests.support.pairs import Pair
 from serve.app.config import ServeConfig
 from serve.app.process import serve_until_signal
 
@@ -60,7 +60,6 @@ def serving_process(ready: Path, *, then: str = "", **settings: float) -> Iterat
     """Have a server run; `then` is what its process does last."""
     script = SERVE_UNTIL_SIGNAL.format(
         root=str(Path(__file__).parents[3]),
-        tests=str(Path(__file__).parent),
         settings={"ready_file": str(ready), **settings},
     )
     process = subprocess.Popen([sys.executable, "-W", "error", "-c", script + then])

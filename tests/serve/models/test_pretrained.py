@@ -27,8 +27,8 @@ from bundle.token_ids import TokenIds
 from estimators.divergence import exact_kl
 from serve.models.pretrained import load_pretrained, make_config
 from serve.models.torch_backend import TorchBackend
-from tests.model_folders import shard
-from tests.published_configs import PUBLISHED
+from tests.support.model_folders import shard
+from tests.support.published_configs import PUBLISHED
 
 ROOT = Path(__file__).parents[3]
 SIZES = {
