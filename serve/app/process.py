@@ -38,8 +38,8 @@ def serve(config: ServeConfig) -> None:
     check_listeners(config)
     quiet_grpc_tracebacks()
     metrics = ServerMetrics(CollectorRegistry())
-    # In a thread of its own, whose OpenMP pool ends with it: the engines' pools shall be the only
-    # ones, since pools that exceed the cores together stop spinning (docs/log.md).
+    # In a thread of its own, whose OpenMP pool ends with it: only the engines' pools may be left
+    # (docs/decisions/008-threads-that-wait.md).
     with ThreadPoolExecutor(max_workers=1) as loader:
         engines = loader.submit(build_engines, config, metrics).result()
     asyncio.run(serve_until_signal(engines, config, metrics))

@@ -4,9 +4,9 @@ A block is found by the hash of everything in front of it: two prompts share the
 common beginning. A whole prompt's last, shorter block also holds the logits behind it. Blocks that
 were not used for longest go first.
 
-Restored keys are the very bits that computing them would give (docs/log.md), so a hit changes the
-time of an answer and nothing else. That time is visible: only prompts with the same `cache_salt`
-share blocks.
+Restored keys are the very bits that computing them would give
+(docs/decisions/001-batch-invariance.md), so a hit changes the time of an answer and nothing else.
+That time is visible: only prompts with the same `cache_salt` share blocks.
 """
 
 from __future__ import annotations

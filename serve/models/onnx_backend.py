@@ -56,7 +56,8 @@ class OnnxBackend:
 
     The int8 kernels of the CPU take rows in pairs and round a lone last row differently. So that a
     sequence never depends on its neighbours, every product gets an even number of rows there: a
-    decode step of an odd batch runs one scratch row more, a prefill one column more (docs/log.md).
+    decode step of an odd batch runs one scratch row more, a prefill one column more
+    (docs/decisions/001-batch-invariance.md).
     `choose_kernels` finds out whether that is enough, or whether it takes a larger multiple.
 
     With `cuda_graphs` a decode step is padded to one of a few batch sizes, and its attention is

@@ -92,7 +92,8 @@ def session_options(
     """Return the options of a session over the graph of `path`, whose weights lie beside it.
 
     Threads go on spinning between steps unless the session `shares_cores` with another model, which
-    that would slow down. Alone, a step is 3 to 6 % faster with them awake (docs/log.md).
+    that would slow down. Alone, a step is 3 to 6 % faster with them awake
+    (docs/decisions/008-threads-that-wait.md).
     """
     options = ort.SessionOptions()
     num_cores = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
