@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bundle.errors import UserError
+from bundle.errors import UsageError, UserError
 from loadtest.flags import parse_config, with_config_flags
 from loadtest.progress import Reporter
-from serve.app.settings import SettingsError
 from serve.client.access import TlsCa, TlsCert, TlsKey, TokenFile, read_token, tls_of
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ def _find_max(
     config: RunConfig, credentials: Credentials, as_json: bool, may_overwrite: bool
 ) -> None:
     if not config.slo or config.arrival not in ("poisson", "constant"):
-        raise SettingsError("--find-max needs --slo, and --arrival poisson or constant")
+        raise UsageError("--find-max needs --slo, and --arrival poisson or constant")
     from loadtest import run
 
     found = run.find_max(config, credentials, Reporter(), may_overwrite=may_overwrite)
@@ -222,7 +221,7 @@ def gate(
     limits += [parse_limit("max", text) for text in upper or ()]
     limits += [parse_limit("max-regress", text) for text in max_regress or ()]
     if not limits:
-        raise SettingsError("a gate without limits holds nothing; give --min, --max, --max-regress")
+        raise UsageError("a gate without limits holds nothing; give --min, --max, --max-regress")
     broken = check(read_summary(folder), read_summary(baseline) if baseline else None, limits)
     reasons = [str(each) for each in broken]
     if as_json:

@@ -15,9 +15,9 @@ import typer
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
+from bundle.errors import UsageError
 from loadtest.config import RunConfig
-from serve.app.flags import METAVARS, with_parameters
-from serve.app.settings import SettingsError
+from tandem.flags import METAVARS, with_parameters
 
 # Sections of the help, each by its first field.
 SECTIONS = {
@@ -30,7 +30,7 @@ SECTIONS = {
 
 
 def parse_config(flags: Mapping[str, str | None]) -> RunConfig:
-    """Return the settings of a run; a flag that is None was not given. SettingsError."""
+    """Return the settings of a run; a flag that is None was not given. UsageError."""
     given = {
         name: [part.strip() for part in value.split(",")] if _is_list(name) else value
         for name, value in flags.items()
@@ -40,7 +40,7 @@ def parse_config(flags: Mapping[str, str | None]) -> RunConfig:
         return RunConfig.model_validate(given)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        raise SettingsError("\n".join(_explain(each, flags) for each in found)) from None
+        raise UsageError("\n".join(_explain(each, flags) for each in found)) from None
 
 
 def _explain(error: ErrorDetails, flags: Mapping[str, str | None]) -> str:

@@ -8,14 +8,14 @@ reported together and alike.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal, get_args, get_origin
 
 import typer
 
 from serve.app.config import ServeConfig
 from serve.app.settings import flag_of, is_collection, to_json, types_of
+from tandem.flags import METAVARS, with_parameters
 
 # Sections of the help and of docs/serve.md, each by its first field.
 SECTIONS = {
@@ -29,22 +29,11 @@ SECTIONS = {
     "tasks": "Answers, metrics, log",
     "drain_delay_s": "Shutdown",
 }
-METAVARS = {int: "INTEGER", float: "NUMBER", Path: "PATH", str: "TEXT"}
 
 
 def with_settings_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command's `**flags` be one flag for each field of ServeConfig, named alike."""
     return with_parameters(command, _settings_parameters())
-
-
-def with_parameters(
-    command: Callable[..., None], parameters: Iterable[inspect.Parameter]
-) -> Callable[..., None]:
-    """Let typer see these parameters in the place of a command's `**flags`."""
-    found = inspect.signature(command, eval_str=True).parameters.values()
-    own = [each for each in found if each.kind is not inspect.Parameter.VAR_KEYWORD]
-    vars(command)["__signature__"] = inspect.Signature([*own, *parameters])
-    return command
 
 
 def _settings_parameters() -> Iterator[inspect.Parameter]:

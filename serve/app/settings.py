@@ -25,7 +25,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from bundle.errors import UserError
+from bundle.errors import UsageError
 from bundle.yaml_file import parse_yaml
 from serve.app.config import ServeConfig
 from serve.pair.remote_address import is_remote
@@ -35,12 +35,6 @@ ENV_PREFIX = "TANDEM_"
 
 # YAML refuses these, or takes them for line ends; within quotes their escapes are read.
 _NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]")
-
-
-class SettingsError(UserError):
-    """One or more settings are wrong, a line each."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +63,7 @@ class Settings:
 def load_settings(
     flags: Mapping[str, str | bool | None], environ: Mapping[str, str], file: Path | None = None
 ) -> Settings:
-    """Return the settings of a server; a flag that is None was not given. SettingsError."""
+    """Return the settings of a server; a flag that is None was not given. UsageError."""
     given = {
         **(_of_file(file) if file is not None else {}),
         **_of_environment(environ),
@@ -79,7 +73,7 @@ def load_settings(
         config = ServeConfig.model_validate({name: item.value for name, item in given.items()})
     except ValidationError as error:
         found = error.errors(include_url=False)
-        raise SettingsError("\n".join(_explain(each, given) for each in found)) from None
+        raise UsageError("\n".join(_explain(each, given) for each in found)) from None
     return Settings(config, {name: item.origin for name, item in given.items()})
 
 
@@ -129,16 +123,16 @@ def _parsed_file(path: Path) -> dict[Any, Any]:
         is_toml = path.suffix == ".toml"
         parsed = tomllib.loads(data.decode("utf-8-sig")) if is_toml else parse_yaml(data).value
     except OSError as error:
-        raise SettingsError(f"--config {path} cannot be read: {error.strerror}") from None
+        raise UsageError(f"--config {path} cannot be read: {error.strerror}") from None
     except RecursionError:
-        raise SettingsError(f"--config {path} cannot be parsed: nested too deeply") from None
+        raise UsageError(f"--config {path} cannot be parsed: nested too deeply") from None
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise SettingsError(f"--config {path} cannot be parsed: {reason}") from None
+        raise UsageError(f"--config {path} cannot be parsed: {reason}") from None
     if parsed is None:  # nothing, or comments alone
         return {}
     if not isinstance(parsed, dict):
-        raise SettingsError(f"--config {path} holds {parsed!r}, not settings by their names")
+        raise UsageError(f"--config {path} holds {parsed!r}, not settings by their names")
     return parsed
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bundle.errors import UsageError
 from serve.app.config import ServeConfig
-from serve.app.settings import SettingsError, env_of, load_settings
+from serve.app.settings import env_of, load_settings
 
 NAMES = tuple(ServeConfig.model_fields)
 _YAML, _TOML, _ENVIRONMENT = range(3)
@@ -30,7 +31,7 @@ def check(data: bytes) -> None:
             else:
                 path.write_bytes(data[1:])
                 settings = load_settings({}, {}, path)
-        except SettingsError as error:
+        except UsageError as error:
             assert str(error).strip()
             return
         printed = Path(folder) / "printed.yaml"

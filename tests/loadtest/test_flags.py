@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import typer
 
+from bundle.errors import UsageError
 from loadtest.config import RunConfig
 from loadtest.flags import flag_of, parse_config, with_config_flags
-from serve.app.settings import SettingsError
 
 
 def options() -> dict[str, Any]:
@@ -72,7 +72,7 @@ def test_settings_that_are_not_given_have_their_defaults() -> None:
 def test_all_wrong_settings_are_told_by_their_flags(
     flags: dict[str, str | None], lines: list[str]
 ) -> None:
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(UsageError) as caught:
         parse_config(flags)
     told = str(caught.value).splitlines()
     assert len(told) == len(lines)
@@ -81,5 +81,5 @@ def test_all_wrong_settings_are_told_by_their_flags(
 
 
 def test_wrong_setting_is_told_as_it_was_given() -> None:
-    with pytest.raises(SettingsError, match=r"--rates: .*number.*, got '1,x'"):
+    with pytest.raises(UsageError, match=r"--rates: .*number.*, got '1,x'"):
         parse_config({"rates_rps": "1,x", "out": "run"})

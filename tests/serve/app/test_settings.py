@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from bundle.errors import UsageError
 from serve.app.config import ServeConfig
 from serve.app.flags import SECTIONS, default_of, metavar_of
-from serve.app.settings import Settings, SettingsError, env_of, load_settings
+from serve.app.settings import Settings, env_of, load_settings
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs/serve.md"
@@ -22,7 +23,7 @@ def load(
 
 
 def refusal(file: Path | None = None, environ: dict[str, str] | None = None, **flags: Any) -> str:
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(UsageError) as caught:
         load_settings({"bundle": "b"} | flags, environ or {}, file)
     assert caught.value.exit_code == 2
     return str(caught.value)
@@ -337,7 +338,5 @@ def test_example_of_the_docs_loads(tmp_path: Path) -> None:
 def test_setting_given_twice_in_a_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("bundle: b\nmax_num_seqs: 4\nmax_num_seqs: 5\n")
-    with pytest.raises(
-        SettingsError, match="line 3: 'max_num_seqs' is given twice, first on line 2"
-    ):
+    with pytest.raises(UsageError, match="line 3: 'max_num_seqs' is given twice, first on line 2"):
         load_settings({}, {}, file)
