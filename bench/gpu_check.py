@@ -51,13 +51,14 @@ from estimators.divergence import exact_kl
 from export.graph.half_precision import to_half
 from export.graph.onnx_graph import export_onnx, save_onnx
 from serve.engine.engine import Engine
-from serve.engine.sequence import Event, GenerationRequest, SamplingParams, TokenEvent
+from serve.engine.sequence import Event, GenerationRequest, TokenEvent
 from serve.engine.stats import EngineObserver
 from serve.models.backend import Backend
 from serve.models.onnx_backend import OnnxBackend
 from serve.models.onnx_session import make_session
 from serve.models.pretrained import load_pretrained
 from serve.models.torch_backend import TorchBackend
+from serve.sampling.params import SamplingParams
 
 logger = logging.getLogger(__name__)
 

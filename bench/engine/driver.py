@@ -18,15 +18,10 @@ from bench.prompts import PromptSource
 from bundle.model_config import read_model_config
 from serve.engine.engine import Engine
 from serve.engine.scoring import ScoredCompletion, ScoringRequest
-from serve.engine.sequence import (
-    Event,
-    FinishedEvent,
-    FinishReason,
-    GenerationRequest,
-    SamplingParams,
-)
+from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
 from serve.engine.stats import EngineObserver
 from serve.models.backend import Backend
+from serve.sampling.params import SamplingParams
 
 MAX_NUM_SEQS = 16
 

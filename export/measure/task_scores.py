@@ -20,15 +20,10 @@ from export.teacher.grading import Grade, SecondOpinion, ask_second_opinion, gra
 from export.teacher.sample import task_seed
 from export.teacher.tasks import Task
 from serve.engine.engine import Engine
-from serve.engine.sequence import (
-    Event,
-    FinishedEvent,
-    FinishReason,
-    GenerationRequest,
-    SamplingParams,
-)
+from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
 from serve.models.backend import Backend
 from serve.pair.answers.formats import starts_in_reasoning
+from serve.sampling.params import SamplingParams
 from serve.text.tokenizer import Tokenizer
 
 _USABLE = (FinishReason.STOP, FinishReason.LENGTH)

@@ -17,9 +17,10 @@ import torch
 from export.student.step import Example
 from export.teacher.accept import repeated_share
 from serve.engine.engine import Engine
-from serve.engine.sequence import Event, FinishedEvent, GenerationRequest, SamplingParams
+from serve.engine.sequence import Event, FinishedEvent, GenerationRequest
 from serve.models.backend import Backend
 from serve.models.torch_backend import TorchBackend
+from serve.sampling.params import SamplingParams
 from serve.text.real_tokens import EVERY_ROW, RealTokens
 
 COLLAPSE_SHARE = 0.5

@@ -20,15 +20,10 @@ from export.run.settings import ExportError, SampleConfig
 from export.student.step import Example
 from export.teacher.tasks import Task
 from serve.engine.engine import Engine
-from serve.engine.sequence import (
-    Event,
-    FinishedEvent,
-    FinishReason,
-    GenerationRequest,
-    SamplingParams,
-)
+from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
 from serve.errors import InvalidFieldError
 from serve.models.torch_backend import TorchBackend
+from serve.sampling.params import SamplingParams
 from serve.text.tokenizer import Tokenizer
 
 ROWS_NAME = "completions.jsonl"

@@ -18,15 +18,10 @@ from numpy.typing import NDArray
 
 from serve.engine.prefill import Prefiller, PromptEntry
 from serve.engine.prompt import TokenizedPrompt
-from serve.engine.sequence import (
-    Event,
-    FinishedEvent,
-    FinishReason,
-    GenerationRequest,
-    SamplingParams,
-)
+from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
 from serve.errors import EngineFailedError, EngineStoppedError
 from serve.models.backend import Backend
+from serve.sampling.params import SamplingParams
 from serve.sampling.sampler import token_logprobs
 from serve.sampling.softmax import argmax
 

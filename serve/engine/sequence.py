@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from serve.engine.prompt import TokenizedPrompt
+from serve.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     import torch
+
+    from serve.text.stop_strings import StopCheck
 
 
 class FinishReason(enum.Enum):
@@ -26,50 +29,6 @@ class FinishReason(enum.Enum):
     DEADLINE = "deadline"
     ERROR = "error"
     SHUTDOWN = "shutdown"
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How to draw completions. The service validates; see `serve.rpc.validation` for the bounds.
-
-    `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off.
-    """
-
-    num_samples: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    max_tokens: int = 128
-    min_tokens: int = 0
-    seed: int = 0
-    stop_token_ids: frozenset[int] = frozenset()
-    ignore_eos: bool = False
-    repetition_penalty: float = 1.0
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    @property
-    def is_truncated(self) -> bool:
-        """True when samples are not drawn from the distribution whose log-probability is reported.
-
-        Then a mean of k1, k2 or k3 over the samples is no estimate of the KL. Greedy decoding is
-        the extreme case: top-k with k = 1.
-        """
-        return (
-            self.is_greedy
-            or self.top_k > 0
-            or self.top_p < 1.0
-            or self.min_p > 0.0
-            or self.repetition_penalty != 1.0
-            or self.min_tokens > 0
-        )
-
-
-StopCheck = Callable[[list[int]], bool]
-"""Says whether the completion so far ends at a stop string (sees all completion token ids)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +174,22 @@ class Sequence:
     @property
     def client(self) -> str:
         return self.group.request.client
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        return self.group.request.prompt_token_ids
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.group.request.sampling
+
+    @property
+    def logprob_temperature(self) -> float:
+        return self.group.request.logprob_temperature
+
+    @property
+    def num_top_logprobs(self) -> int:
+        return self.group.request.num_top_logprobs
 
     @property
     def forced_token_ids(self) -> tuple[int, ...] | None:

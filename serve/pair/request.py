@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 
 from estimators.answers import ANSWER_FORMATS
-from serve.engine.sequence import SamplingParams
 from serve.pair.routing import Role, Route
+from serve.sampling.params import SamplingParams
 
 OTHER_TASK = "other"
 

@@ -17,7 +17,6 @@ from google.protobuf.message import DecodeError, Message
 from estimators.canonical import canonicalise
 from protos.tandem.v1 import control_pb2 as control_pb
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.engine.sequence import SamplingParams
 from serve.errors import FieldViolation, InvalidFieldError, TooManyTokensError
 from serve.pair.policy import TrafficPolicy
 from serve.pair.request import (
@@ -37,6 +36,7 @@ from serve.pair.routing import Role, Route
 from serve.rpc.checks import Checks, quoted
 from serve.rpc.compression import decompress
 from serve.rpc.decoding import MalformedMessageError, scan
+from serve.sampling.params import SamplingParams
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from serve.engine.sequence import Sequence
+from serve.sampling.params import SampledRow
 
 
 class LogitRules:
@@ -18,21 +18,21 @@ class LogitRules:
 
     def __init__(
         self,
-        sequences: SequenceOf[Sequence],
+        sequences: Sequence[SampledRow],
         eos_token_ids: frozenset[int],
         device: torch.device,
     ) -> None:
         self._penalized = [
-            _Penalized(row, sequence, sequence.group.request.sampling.repetition_penalty)
+            _Penalized(row, sequence, sequence.sampling.repetition_penalty)
             for row, sequence in enumerate(sequences)
-            if sequence.group.request.sampling.repetition_penalty != 1.0
+            if sequence.sampling.repetition_penalty != 1.0
         ]
         # Rows of (row, token id, penalty): float64 holds the ids exactly.
         self._seen = torch.empty(0, 3, dtype=torch.float64, device=device)
         self._shortest = [
             _Shortest(row, sequence, sampling.min_tokens, eos_token_ids | sampling.stop_token_ids)
             for row, sequence in enumerate(sequences)
-            if (sampling := sequence.group.request.sampling).min_tokens > 0
+            if (sampling := sequence.sampling).min_tokens > 0
         ]
 
     def are_due(self) -> bool:
@@ -69,14 +69,14 @@ class LogitRules:
 @dataclass(slots=True)
 class _Penalized:
     row: int
-    sequence: Sequence
+    sequence: SampledRow
     penalty: float
     is_prompt_taken: bool = False
     num_taken: int = 0
 
     def new_token_ids(self) -> list[int]:
         """Return the tokens of prompt and completion that were not taken before."""
-        prompt = self.sequence.group.request.prompt_token_ids
+        prompt = self.sequence.prompt_token_ids
         new = [] if self.is_prompt_taken else [*prompt]
         return new + self.sequence.token_ids[self.num_taken :]
 
@@ -88,7 +88,7 @@ class _Penalized:
 @dataclass(frozen=True, slots=True)
 class _Shortest:
     row: int
-    sequence: Sequence
+    sequence: SampledRow
     min_tokens: int
     stop_token_ids: frozenset[int]
 

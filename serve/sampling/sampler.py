@@ -9,14 +9,14 @@ draws from what filters keep.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from serve.engine.sequence import SamplingParams, Sequence
+from serve.sampling.params import SampledRow, SamplingParams
 from serve.sampling.penalties import LogitRules
 from serve.sampling.softmax import (
     BLOCK,
@@ -62,7 +62,7 @@ class RowParameters:
     `filters` are those of the `truncated_rows` `(R,)`; both None where nothing is truncated.
     """
 
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[SampledRow, ...]
     rules: LogitRules
     temperatures: torch.Tensor | None
     logprob_temperatures: torch.Tensor | None
@@ -73,16 +73,15 @@ class RowParameters:
     truncated_rows: torch.Tensor | None
     filters: Filters | None
     forced: tuple[tuple[int, tuple[int, ...]], ...]
-    max_top_logprobs: int
+    num_top_logprobs: tuple[int, ...]
 
     @classmethod
     def of(
-        cls, sequences: SequenceOf[Sequence], eos_token_ids: frozenset[int], device: torch.device
+        cls, sequences: Sequence[SampledRow], eos_token_ids: frozenset[int], device: torch.device
     ) -> RowParameters:
-        requests = [s.group.request for s in sequences]
-        params = [r.sampling for r in requests]
+        params = [s.sampling for s in sequences]
         temperatures = [p.temperature or 1.0 for p in params]
-        logprob_temperatures = [r.logprob_temperature for r in requests]
+        logprob_temperatures = [s.logprob_temperature for s in sequences]
         num_greedy = sum(p.is_greedy for p in params)
         is_mixed = 0 < num_greedy < len(params)
         truncated = [i for i, p in enumerate(params) if _has_filter(p)]
@@ -100,7 +99,7 @@ class RowParameters:
             truncated_rows=torch.tensor(truncated, device=device) if truncated else None,
             filters=Filters.of([params[i] for i in truncated], device) if truncated else None,
             forced=tuple((i, f) for i, s in enumerate(sequences) if (f := s.forced_token_ids)),
-            max_top_logprobs=max(r.num_top_logprobs for r in requests),
+            num_top_logprobs=tuple(s.num_top_logprobs for s in sequences),
         )
 
     def uniforms(self, device: torch.device) -> torch.Tensor:
@@ -122,7 +121,7 @@ def _has_filter(params: SamplingParams) -> bool:
     return is_filtered and not params.is_greedy
 
 
-def _divisors(temperatures: SequenceOf[float], device: torch.device) -> torch.Tensor | None:
+def _divisors(temperatures: Sequence[float], device: torch.device) -> torch.Tensor | None:
     if all(t == 1.0 for t in temperatures):
         return None
     return torch.tensor(temperatures, dtype=torch.float32, device=device)[:, None]
@@ -139,7 +138,7 @@ class Sampler:
         self._rows: RowParameters | None = None
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> SampledBatch:
+    def sample(self, logits: torch.Tensor, sequences: Sequence[SampledRow]) -> SampledBatch:
         """Draw the next token of each sequence from its row of `logits`, `(B, V)` float32.
 
         No row draws a stop token before its `min_tokens`.
@@ -159,7 +158,7 @@ class Sampler:
         """Let go of the last sequences, and of the logits that they hold."""
         self._rows = None
 
-    def _parameters(self, sequences: tuple[Sequence, ...], device: torch.device) -> RowParameters:
+    def _parameters(self, sequences: tuple[SampledRow, ...], device: torch.device) -> RowParameters:
         if self._rows is None or self._rows.sequences != sequences:
             self._rows = RowParameters.of(sequences, self._eos_token_ids, device)
         return self._rows
@@ -178,7 +177,7 @@ class Sampler:
 
 
 def sample(
-    logits: torch.Tensor, sequences: SequenceOf[Sequence], eos_token_ids: frozenset[int]
+    logits: torch.Tensor, sequences: Sequence[SampledRow], eos_token_ids: frozenset[int]
 ) -> SampledBatch:
     """Draw one token for each sequence; see `Sampler.sample`."""
     return Sampler(eos_token_ids).sample(logits, sequences)
@@ -193,8 +192,8 @@ def _sample(softmax: Softmax, on_basis: Softmax, rows: RowParameters) -> Sampled
         columns.append((token_ids == drawn.token_ids).double())
     if rows.num_greedy < len(rows.sequences):
         columns.append(_processed_logprobs(drawn, softmax, on_basis, logprobs, rows))
-    if rows.max_top_logprobs:
-        columns += _top_logprobs(on_basis, rows.max_top_logprobs)
+    if num_top := max(rows.num_top_logprobs):
+        columns += _top_logprobs(on_basis, num_top)
     # The one moment when the host waits for the device.
     return _batch(torch.stack(columns).tolist(), rows)
 
@@ -231,9 +230,8 @@ def _batch(columns: list[list[float]], rows: RowParameters) -> SampledBatch:
         logprobs,
         processed_logprobs,
         [math.isfinite(p) for p in logprobs],
-        [_pairs(top, s.group.request.num_top_logprobs)
-         for top, s in zip(tops, rows.sequences, strict=True)],
-    )  # fmt: skip
+        [_pairs(top, count) for top, count in zip(tops, rows.num_top_logprobs, strict=True)],
+    )
 
 
 def _pairs(top: tuple[float, ...], count: int) -> tuple[tuple[int, float], ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from serve.engine.sequence import SamplingParams
+from serve.sampling.params import SamplingParams
 
 # How many weights are put in order at first, on the CPU: one more than top_k = 1,024 needs to be
 # seen to be complete. A row whose filters leave more is ranked again, _RANKED_GROWTH times deeper.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from serve.engine.sequence import StopCheck
 from serve.text.tokenizer import Tokenizer
+
+StopCheck = Callable[[list[int]], bool]
+"""Says whether the completion so far ends at a stop string (sees all completion token ids)."""
 
 _REPLACEMENT = "\ufffd"
 

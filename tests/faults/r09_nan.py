@@ -21,15 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loadtest.ledger.journal import OK
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.engine.engine import Engine
-from serve.engine.sequence import (
-    Event,
-    FinishedEvent,
-    FinishReason,
-    GenerationRequest,
-    SamplingParams,
-)
+from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
 from serve.models.onnx_backend import OnnxBackend
 from serve.models.torch_backend import TorchBackend
+from serve.sampling.params import SamplingParams
 from tests.faults.answers import answers_of, codes_of
 from tests.faults.faulty import quiet_log
 from tests.faults.result import RowResult, Size

@@ -10,14 +10,9 @@ from typing import Any
 import torch
 
 from serve.engine.engine import Engine
-from serve.engine.sequence import (
-    Event,
-    FinishedEvent,
-    FinishReason,
-    GenerationRequest,
-    SamplingParams,
-)
+from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
 from serve.models.backend import Backend
+from serve.sampling.params import SamplingParams
 
 PACKAGES = ("torch", "transformers", "onnxruntime")
 

@@ -21,9 +21,10 @@ from export.graph.quantize import float_matmuls
 from export.run.settings import ExportError
 from export.student.prune import drop_layers
 from serve.engine.engine import Engine
-from serve.engine.sequence import Event, FinishedEvent, GenerationRequest, SamplingParams
+from serve.engine.sequence import Event, FinishedEvent, GenerationRequest
 from serve.models.onnx_backend import OnnxBackend
 from serve.models.torch_backend import TorchBackend, sliding_windows
+from serve.sampling.params import SamplingParams
 
 # Name -> nodes per layer. Biases, QK norms and windows tell their own stories.
 NODES_PER_LAYER = {

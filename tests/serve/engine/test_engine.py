@@ -22,7 +22,6 @@ from serve.engine.sequence import (
     FinishedEvent,
     FinishReason,
     GenerationRequest,
-    SamplingParams,
     TokenEvent,
     make_group,
     make_sequences,
@@ -30,6 +29,7 @@ from serve.engine.sequence import (
 from serve.engine.stats import EngineObserver
 from serve.engine.turns import StepArbiter
 from serve.errors import EngineFailedError, EngineStoppedError, QueueFullError
+from serve.sampling.params import SamplingParams
 from serve.sampling.sampler import sample
 
 PROMPT = (5, 6, 7)

@@ -10,7 +10,8 @@ import pytest
 from serve.engine.engine import Engine
 from serve.engine.prefill import PromptEntry
 from serve.engine.scoring import ScoringRequest
-from serve.engine.sequence import GenerationRequest, SamplingParams, Sequence, SequenceGroup
+from serve.engine.sequence import GenerationRequest, Sequence, SequenceGroup
+from serve.sampling.params import SamplingParams
 
 
 def held(prompt: tuple[int, ...]) -> list[Any]:

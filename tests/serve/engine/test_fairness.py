@@ -13,16 +13,10 @@ import torch
 
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.engine.engine import Engine
-from serve.engine.sequence import (
-    Event,
-    FinishedEvent,
-    FinishReason,
-    GenerationRequest,
-    SamplingParams,
-    TokenEvent,
-)
+from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest, TokenEvent
 from serve.models.backend import NUM_PREFILL_ROWS
 from serve.pair.routing import Role
+from serve.sampling.params import SamplingParams
 
 PROMPT = (5, 6, 7)
 LONG = tuple(range(10, 35))

@@ -16,15 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from serve.engine.engine import Engine
 from serve.engine.scoring import ScoringRequest
-from serve.engine.sequence import (
-    Event,
-    FinishedEvent,
-    FinishReason,
-    GenerationRequest,
-    SamplingParams,
-)
+from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
 from serve.models.kv_cache import KVCache
 from serve.models.torch_backend import TorchBackend
+from serve.sampling.params import SamplingParams
 
 VOCAB_SIZE = 60
 POISON = 59

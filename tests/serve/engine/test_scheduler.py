@@ -18,14 +18,9 @@ from serve.engine.scheduler import (
     RowMove,
     Scheduler,
 )
-from serve.engine.sequence import (
-    GenerationRequest,
-    SamplingParams,
-    Sequence,
-    make_group,
-    make_sequences,
-)
+from serve.engine.sequence import GenerationRequest, Sequence, make_group, make_sequences
 from serve.models.backend import NUM_PREFILL_ROWS
+from serve.sampling.params import SamplingParams
 
 
 class Budgeted(Scheduler):

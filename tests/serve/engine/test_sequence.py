@@ -9,13 +9,13 @@ import pytest
 from serve.engine.sequence import (
     FinishReason,
     GenerationRequest,
-    SamplingParams,
     Sequence,
-    StopCheck,
     Timings,
     make_group,
     make_sequences,
 )
+from serve.sampling.params import SamplingParams
+from serve.text.stop_strings import StopCheck
 
 EOS = frozenset({2})
 

@@ -6,14 +6,9 @@ from collections import Counter
 
 import pytest
 
-from serve.engine.sequence import (
-    GenerationRequest,
-    SamplingParams,
-    Sequence,
-    make_group,
-    make_sequences,
-)
+from serve.engine.sequence import GenerationRequest, Sequence, make_group, make_sequences
 from serve.engine.waiting import WaitingLines
+from serve.sampling.params import SamplingParams
 
 
 def samples(client: str, num_samples: int) -> list[Sequence]:

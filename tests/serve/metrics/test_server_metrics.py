@@ -18,13 +18,14 @@ from estimators.consensus import majority_vote
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.engine.engine import Engine
 from serve.engine.scoring import ScoringRequest
-from serve.engine.sequence import Event, FinishedEvent, GenerationRequest, SamplingParams
+from serve.engine.sequence import Event, FinishedEvent, GenerationRequest
 from serve.metrics.server_metrics import SHADOW_OUTCOMES, ServerMetrics
 from serve.pair.answers.agreement import Agreement, ReferenceKind
 from serve.pair.answers.equivalence import NoResult
 from serve.pair.request import Limits
 from serve.pair.routing import Role, ServedModel
 from serve.rpc.validation import validate_compare
+from serve.sampling.params import SamplingParams
 
 ROLES = {pb.ROLE_STUDENT: "student", pb.ROLE_TEACHER: "teacher"}
 # The table of design/api.md, literally: name, type, labels. `answers_undecided_total` is ours.

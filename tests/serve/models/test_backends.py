@@ -27,10 +27,11 @@ from transformers import (
 
 from serve.engine.engine import Engine
 from serve.engine.scoring import ScoringRequest, measure_noise_floor
-from serve.engine.sequence import FinishedEvent, GenerationRequest, SamplingParams
+from serve.engine.sequence import FinishedEvent, GenerationRequest
 from serve.models.onnx_backend import OnnxBackend
 from serve.models.onnx_session import make_session
 from serve.models.torch_backend import TorchBackend, check_supported, sliding_windows
+from serve.sampling.params import SamplingParams
 
 VOCAB_SIZE = 300
 MAX_MODEL_LEN = 48

@@ -9,11 +9,12 @@ import pytest
 
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.engine.scoring import ScoringRequest
-from serve.engine.sequence import FinishedEvent, FinishReason, GenerationRequest, SamplingParams
+from serve.engine.sequence import FinishedEvent, FinishReason, GenerationRequest
 from serve.errors import EngineFailedError
 from serve.pair.remote_messages import Answer, from_score, to_generate, to_score
 from serve.pair.request import Basis, Limits
 from serve.rpc.validation import validate_generate, validate_score
+from serve.sampling.params import SamplingParams
 
 LIMITS = Limits(max_model_len=64, vocab_size=100)
 SAMPLING = SamplingParams(

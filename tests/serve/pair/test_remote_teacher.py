@@ -20,11 +20,12 @@ from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import explain
 from serve.client.channel import Endpoint, Tls
 from serve.engine.scoring import ScoringRequest
-from serve.engine.sequence import FinishReason, GenerationRequest, SamplingParams
+from serve.engine.sequence import FinishReason, GenerationRequest
 from serve.pair.remote_address import RemoteAddress
 from serve.pair.remote_teacher import RemoteTeacher, teacher_of
 from serve.pair.routing import Engines, Role, ServedModel
 from serve.rpc.credentials.tokens import new_token
+from serve.sampling.params import SamplingParams
 
 SAMPLING = pb.SamplingParams(num_samples=3, seed=5, max_tokens=12)
 NOWHERE = "127.0.0.1:1"

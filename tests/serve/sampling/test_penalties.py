@@ -9,13 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.engine.sequence import (
-    GenerationRequest,
-    SamplingParams,
-    Sequence,
-    make_group,
-    make_sequences,
-)
+from serve.engine.sequence import GenerationRequest, Sequence, make_group, make_sequences
+from serve.sampling.params import SamplingParams
 from serve.sampling.penalties import LogitRules
 
 

@@ -10,13 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from serve.engine.sequence import (
-    GenerationRequest,
-    SamplingParams,
-    Sequence,
-    make_group,
-    make_sequences,
-)
+from serve.engine.sequence import GenerationRequest, Sequence, make_group, make_sequences
+from serve.sampling.params import SamplingParams
 from serve.sampling.sampler import SampledBatch, Sampler, sample, token_logprobs
 
 EOS = frozenset({2})

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.engine.sequence import SamplingParams
 from serve.sampling import truncation
+from serve.sampling.params import SamplingParams
 from serve.sampling.truncation import Filters, draw_truncated
 
 SETTINGS = st.builds(

@@ -20,9 +20,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from estimators.divergence import exact_kl
 from serve.engine.engine import Engine
 from serve.engine.scoring import ScoringRequest
-from serve.engine.sequence import FinishedEvent, GenerationRequest, SamplingParams
+from serve.engine.sequence import FinishedEvent, GenerationRequest
 from serve.models.onnx_backend import OnnxBackend
 from serve.models.torch_backend import TorchBackend
+from serve.sampling.params import SamplingParams
 from serve.text.real_tokens import ABSENT_LOGIT, EVERY_ROW, RealTokens
 
 NUM_ROWS, NUM_TOKENS, MISSING = 340, 300, (77, 250)
