@@ -6,9 +6,9 @@ STAMP  := $(VENV)/installed
 
 SHIPPED := tests/deploy tests/export tests/bundle tests/estimators tests/bench \
            tests/test_end_to_end.py tests/test_resume.py tests/test_padded_pair.py \
-           tests/test_hostile_folders.py tests/faults/test_loadtest_restarts.py \
-           $(wildcard tests/faults/test_r1[5-8]_controls.py) \
-           tests/faults/test_storm.py tests/faults/test_real_models.py
+           tests/test_hostile_folders.py tests/faults/server/test_loadtest_restarts.py \
+           $(wildcard tests/faults/*/test_r1[5-8]_controls.py) \
+           tests/faults/storm tests/faults/test_real_models.py
 
 .PHONY: demo loadtest test test-shipped test-served test-other-cpus check k8s-check format protos docs baseline
 

@@ -32,9 +32,9 @@ FOLDER = Path(__file__).parent
 
 
 def find_rows() -> dict[str, str]:
-    """Return the module of each row, by its name: "R1" → "tests.faults.r01_cancel"."""
-    found = sorted(path.stem for path in FOLDER.glob("r[0-9][0-9]_*.py"))
-    return {f"R{int(stem[1:3])}": f"tests.faults.{stem}" for stem in found}
+    """Return the module of each row, by its name: "R1" → "tests.faults.callers.r01_cancel"."""
+    found = sorted(FOLDER.glob("*/r[0-9][0-9]_*.py"), key=lambda path: path.stem)
+    return {f"R{int(p.stem[1:3])}": f"tests.faults.{p.parent.name}.{p.stem}" for p in found}
 
 
 def load(module: str) -> Row:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.faults import campaign, r12_no_gpu
+from tests.faults import campaign
+from tests.faults.bundles import r12_no_gpu
 from tests.faults.result import RowResult, Size
 
 FAST = "R12"
