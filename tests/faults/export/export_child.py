@@ -22,7 +22,7 @@ import yaml
 
 from export.pipeline import open_pipeline
 from export.record import record_run
-from export.run.recipe import load_config
+from export.recipe import load_config
 from tests.support.tiny_teacher import save_tiny_teacher
 from tests.test_resume import SETTINGS
 
@@ -74,7 +74,7 @@ def make_export(folder: Path, output_dir: Path, until: str = BUNDLE) -> Export:
     export = Export(folder / f"{output_dir.name}.yaml", output_dir, until)
     paths = {"teacher": teacher, "output_dir": output_dir, "cache_dir": folder / "cache"}
     settings = SETTINGS | {key: str(path) for key, path in paths.items()}
-    export.run.recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    export.recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
     export.log.touch()
     return export
 
@@ -86,9 +86,9 @@ def run_export(export: Export, on_stage: Callable[[str], None] = lambda stage: N
     """
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that it starts
-    config = load_config(export.run.recipe)
+    config = load_config(export.recipe)
     pipeline = open_pipeline(config, LogReporter(export.log, on_stage))
-    record_run(export.run.recipe, config, pipeline.teacher)
+    record_run(export.recipe, config, pipeline.teacher)
     if export.until == DISTILL:
         pipeline.run(pipeline.distilled)
     else:
