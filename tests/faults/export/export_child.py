@@ -22,7 +22,7 @@ import yaml
 
 from export.pipeline import open_pipeline
 from export.record import record_run
-from export.recipe import load_config
+from export.run.recipe import load_config
 from tests.support.tiny_teacher import save_tiny_teacher
 from tests.test_resume import SETTINGS
 
