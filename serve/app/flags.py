@@ -20,7 +20,7 @@ from tandem.flags import METAVARS, with_parameters
 # Sections of the help and of docs/serve.md, each by its first field.
 SECTIONS = {
     "bundle": "Models",
-    "teacher_timeout_s": "A teacher elsewhere",
+    "teacher_timeout_s": "Remote teacher",
     "host": "Listeners",
     "tls_cert": "Security",
     "max_num_seqs": "Engines",
