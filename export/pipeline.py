@@ -74,7 +74,7 @@ class Reporter(Protocol):
 def run_export(config: ExportConfig, reporter: Reporter, world: World | None = None) -> Path:
     """Run every stage that is not finished yet; returns the bundle's path.
 
-    GateError when no variant passes its gates; ExportError and TeacherError name what to mend.
+    GateError when no variant passes its gates; ExportError and TeacherError name what to fix.
     """
     return open_pipeline(config, reporter, world).package()
 

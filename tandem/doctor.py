@@ -333,7 +333,7 @@ def examine(folder: Path) -> Finding:
     try:
         described = _describe(folder)
     except UserError as error:
-        remedy = "mend what is named, or give another folder; nothing of this one was loaded"
+        remedy = "fix what is named, or give another folder; nothing of this one was loaded"
         return Finding("problem", one_line(str(folder)), str(error), remedy)
     return Finding("ok", one_line(str(folder)), described)
 

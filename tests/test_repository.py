@@ -50,6 +50,14 @@ def test_page_links_only_to_headings_and_files_that_exist(page: Path) -> None:
         assert not anchor or anchor in anchors(linked), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_page_runs_only_modules_that_exist(page: Path) -> None:
+    for module in re.findall(r"python -m ([\w.]+)", page.read_text(encoding="utf-8")):
+        path = ROOT / module.replace(".", "/")
+        is_module = path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+        assert is_module or not (ROOT / module.split(".")[0]).is_dir(), module
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_comments_name_only_pages_that_exist(room: str) -> None:
     sources = [path for path in (ROOT / room).rglob("*") if path.suffix in {"", ".py", ".yaml"}]

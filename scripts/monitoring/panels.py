@@ -47,7 +47,7 @@ OVERVIEW = (
     ),
     Panel(
         "Models up",
-        "Servers whose model takes work; a teacher elsewhere counts while it can be reached.",
+        "Servers whose model takes work; a remote teacher counts while it can be reached.",
         "short",
         ((f"sum by (role) (tandem_model_up{{{SELECTED}}})", "{{role}}"),),
         "stat",
@@ -358,7 +358,7 @@ SHADOWING = (
         ((f"tandem:shadows_lost:ratio_rate5m{{{SELECTED}}}", "{{job}}"),),
     ),
     Panel(
-        "Calls of a teacher elsewhere",
+        "Calls to the remote teacher",
         "By gRPC status; empty where the teacher runs in the same server.",
         "reqps",
         ((f"{_rate('tandem_remote_calls_total', 'rpc, code')} > 0", "{{rpc}} {{code}}"),),
