@@ -1,4 +1,4 @@
-"""`tandem serve`, `ask` and `token`: flags only. What they need is imported when they run."""
+"""`tandem serve` and `token`: flags only. What they need is imported when they run."""
 
 from __future__ import annotations
 
@@ -11,17 +11,6 @@ import typer
 
 from serve.app.flags import with_settings_flags
 from serve.app.settings import load_settings
-from serve.client.access import (
-    CONNECT_TIMEOUT_S,
-    ConnectTimeout,
-    TlsCa,
-    TlsCert,
-    TlsKey,
-    TokenFile,
-    read_target,
-    read_token,
-    tls_of,
-)
 
 
 @with_settings_flags
@@ -52,62 +41,6 @@ def serve(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     process.serve(settings.config)
-
-
-def ask(
-    prompt: Annotated[
-        str,
-        typer.Argument(help="The question; - reads it from stdin, -- stands before one with a -."),
-    ],
-    target: Annotated[
-        str, typer.Option(help="HOST:PORT or unix:/PATH of the server.")
-    ] = "127.0.0.1:50051",
-    num_samples: Annotated[int, typer.Option(help="Answers per model.")] = 1,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens per answer at most.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Repeats the draws of an earlier run.")] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="The right answer, for correctness and pass@k.")
-    ] = None,
-    answer_format: Annotated[
-        str | None,
-        typer.Option(help="last_number (default with --reference), boxed, choice, final_line."),
-    ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Send the text as it stands, not as a chat message.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the Compare response as JSON.")
-    ] = False,
-    timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the answers.")] = 300.0,
-    connect_timeout_s: ConnectTimeout = CONNECT_TIMEOUT_S,
-    token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-) -> None:
-    """Ask both models; show their answers side by side, coloured by divergence."""
-    target = read_target(target)
-    from serve.client.ask import Question, read_prompt, run
-
-    run(
-        target,
-        Question(
-            prompt=read_prompt(prompt),
-            num_samples=num_samples,
-            temperature=temperature,
-            max_tokens=max_tokens,
-            seed=seed,
-            reference=reference,
-            answer_format=answer_format,
-            is_raw=raw,
-        ),
-        as_json=as_json,
-        timeout_s=timeout_s,
-        connect_timeout_s=connect_timeout_s,
-        token=read_token(token_file),
-        tls=tls_of(tls_ca, tls_cert, tls_key),
-    )
 
 
 def token(

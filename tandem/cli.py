@@ -38,7 +38,7 @@ COMMANDS: Mapping[str, Command] = {
     "demo": Command("tandem.demo:demo", "Distil, export, serve and ask a real model."),
     "export": Command("export.cli:app", "Turn a teacher into a verified bundle."),
     "serve": Command("serve.cli:serve", "Serve a bundle's student, and its teacher, over gRPC."),
-    "ask": Command("serve.cli:ask", "Ask a server; show both models' answers side by side."),
+    "ask": Command("serve.client.ask:ask", "Ask a server; show both models' answers side by side."),
     "control": Command("serve.client.control:app", "See, steer, drain a server that runs."),
     "token": Command("serve.cli:token", "Make a credential for a client of a server."),
     "loadtest": Command("loadtest.cli:app", "Student against teacher under load: faster, worse?"),

@@ -122,7 +122,8 @@ def _wait_ready(server: subprocess.Popen[bytes], ready_file: Path, log: Path) ->
 
 def _ask_all(console: Any, address: str) -> Iterator[pb.CompareResponse]:
     from serve.client import Client
-    from serve.client.ask import Question, render
+    from serve.client.ask import Question
+    from serve.client.side_by_side import render
 
     questions = (
         Question("Explain why the sky is blue in two sentences.", temperature=0.0, max_tokens=80),
@@ -142,7 +143,7 @@ def _ask_all(console: Any, address: str) -> Iterator[pb.CompareResponse]:
         models = client.get_models()
         for question in questions:
             response = client.compare(question.to_request())
-            console.print(render(question, models, response))
+            console.print(render(question.prompt, models, response))
             yield response
 
 

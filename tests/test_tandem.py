@@ -142,7 +142,7 @@ def test_help_loads_neither_torch_nor_grpc() -> None:
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
-@pytest.mark.parametrize("module", ["tandem", "serve.models.onnx_session", "export.graph.int8"])
+@pytest.mark.parametrize("module", ["tandem.cli", "serve.models.onnx_session", "export.graph.int8"])
 def test_onnxruntime_sends_no_usage_data_unless_it_is_told_to(
     module: str, given: str | None, expected: str
 ) -> None:

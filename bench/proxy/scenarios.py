@@ -157,7 +157,7 @@ def killed_stream(site: Site) -> Iterator[Result]:
 def restarted_server(site: Site) -> Iterator[Result]:
     """Kill the only server that the clients know; it comes back as soon as it can.
 
-    With Compare, which gRPC repeats: `serve.client.retries` begins a Generate again
+    With Compare, which gRPC repeats: `serve.client.streams` begins a Generate again
     (docs/proxy.md).
     """
     faults_s, downs_s = [], []

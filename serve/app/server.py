@@ -40,11 +40,11 @@ from serve.pair.shadow import Shadows
 from serve.pair.tasks import running
 from serve.rpc import control as control_service
 from serve.rpc.calls import CallGuard
-from serve.rpc.compression import MAX_MESSAGE_BYTES
 from serve.rpc.control import ControlService, Lifecycle, check_policy
 from serve.rpc.credentials.tls import server_credentials
 from serve.rpc.credentials.tokens import TokenFile
-from serve.rpc.gate import OPEN, Gate, current_client, current_peer
+from serve.rpc.decoding import MAX_MESSAGE_BYTES
+from serve.rpc.gate import OPEN, CallGate, current_client, current_peer
 from serve.rpc.health import NAME as HEALTH_NAME
 from serve.rpc.health import Health
 from serve.rpc.inference import SERVICE_NAME, InferenceService
@@ -77,7 +77,7 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_connection_age_ms", 600_000),
     ("grpc.max_connection_age_grace_ms", 600_000),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.per_message_decompression", 0),  # it has no bound: serve.rpc.compression
+    ("grpc.per_message_decompression", 0),  # it has no bound: serve.rpc.decoding
 )
 
 
@@ -136,7 +136,7 @@ class Server:
         tokens = TokenFile(config.auth_tokens) if config.auth_tokens else None
         # One each: a client at its limit can still be helped over the control plane.
         self._gate, self._control_gate = (
-            Gate(
+            CallGate(
                 scopes,
                 tokens,
                 config.max_concurrent_per_peer,

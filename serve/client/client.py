@@ -33,8 +33,7 @@ from protos.tandem.v1 import control_pb2
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1.control_pb2_grpc import ControlServiceStub
 from protos.tandem.v1.inference_pb2_grpc import InferenceServiceStub
-from serve.client.channel import MAX_ATTEMPTS, Endpoint, Tls
-from serve.client.retries import Attempts, RetryBudget
+from serve.client.channel import MAX_ATTEMPTS, Attempts, Endpoint, RetryBudget, Tls
 from serve.client.streams import (
     AsyncGenerateStream,
     GenerateStream,

@@ -44,7 +44,7 @@ _NO_CONTROL = (
 Weight = Annotated[float | None, typer.Option(help="Part of the ROUTE_AUTO traffic, 0 or more.")]
 
 
-class Answer(NamedTuple):
+class Reply(NamedTuple):
     """What a command prints: the text, or with --json the message."""
 
     message: Message
@@ -76,20 +76,20 @@ def connect(
 
 def _command(
     check: Callable[..., None] = lambda **flags: None,
-) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
+) -> Callable[[Callable[..., Reply]], Callable[..., Reply]]:
     """Make commands of functions whose first parameter is the client, with `connect`'s flags.
 
     `check` is told a command's own flags before the server is asked anything.
     """
 
-    def decorate(call: Callable[..., Answer]) -> Callable[..., Answer]:
+    def decorate(call: Callable[..., Reply]) -> Callable[..., Reply]:
         _add(call, check)
         return call
 
     return decorate
 
 
-def _add(call: Callable[..., Answer], check: Callable[..., None]) -> None:
+def _add(call: Callable[..., Reply], check: Callable[..., None]) -> None:
     _, *own = inspect.signature(call, eval_str=True).parameters.values()
     shared = inspect.signature(connect, eval_str=True).parameters
 
@@ -111,17 +111,17 @@ def _add(call: Callable[..., Answer], check: Callable[..., None]) -> None:
 
 
 @_command()
-def status(control: ControlClient) -> Answer:
+def status(control: ControlClient) -> Reply:
     """Show what the server is doing."""
     found = control.status()
-    return Answer(found, describe_status(found))
+    return Reply(found, describe_status(found))
 
 
 @_command()
-def policy(control: ControlClient) -> Answer:
+def policy(control: ControlClient) -> Reply:
     """Show how requests are answered that leave the route to the server (ROUTE_AUTO)."""
     found = control.policy()
-    return Answer(found, describe_policy(found))
+    return Reply(found, describe_policy(found))
 
 
 def _check_change(expected_revision: int | None, **changes: float | None) -> None:
@@ -140,7 +140,7 @@ def set_policy(
     expected_revision: Annotated[
         int | None, typer.Option(help="Refuse if the policy is not at this revision any more.")
     ] = None,
-) -> Answer:
+) -> Reply:
     """Change the policy, until the server ends; what is not given stays as it is."""
     changed = control.set_policy(
         student_weight=student_weight,
@@ -148,23 +148,23 @@ def set_policy(
         shadow_rate=shadow_rate,
         expected_revision=expected_revision,
     )
-    return Answer(changed, describe_policy(changed))
+    return Reply(changed, describe_policy(changed))
 
 
 @_command()
-def drain(control: ControlClient) -> Answer:
+def drain(control: ControlClient) -> Reply:
     """End the server as SIGTERM does: what runs may end; this command does not wait for it."""
     control.drain()
-    return Answer(pb.DrainResponse(), "draining")
+    return Reply(pb.DrainResponse(), "draining")
 
 
 @_command()
 def abort(
     control: ControlClient, request_id: Annotated[str, typer.Argument(help="Its id.")]
-) -> Answer:
+) -> Reply:
     """End one running request: its call fails with the status CANCELLED."""
     control.abort(request_id)
-    return Answer(pb.AbortResponse(), f"aborted {request_id}")
+    return Reply(pb.AbortResponse(), f"aborted {request_id}")
 
 
 def describe_status(status: pb.GetStatusResponse) -> str:

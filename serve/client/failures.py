@@ -11,11 +11,11 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2  # type: ignore[import-untyped]
+from grpc_status import rpc_status  # type: ignore[import-untyped]
 
 from bundle.errors import one_line
 
-DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 
@@ -62,12 +62,9 @@ def _beside(fields: dict[str, str], text: str) -> str:
 
 def _details(error: grpc.RpcError, kind: Any) -> Iterator[Any]:
     """Yield the google.rpc details of a kind; none where something between mangled them."""
-    metadata: Any = error.trailing_metadata() or ()
-    for key, value in metadata:
-        if key != DETAILS_KEY:
-            continue
-        with suppress(DecodeError):
-            for each in status_pb2.Status.FromString(value).details:
-                detail = kind()
-                if each.Unpack(detail):
-                    yield detail
+    with suppress(DecodeError, ValueError):
+        status = rpc_status.from_call(error)
+        for each in status.details if status is not None else ():
+            detail = kind()
+            if each.Unpack(detail):
+                yield detail

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.client.retries import Attempts
+from serve.client.channel import Attempts
 from serve.errors import TandemError
 
 

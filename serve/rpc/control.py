@@ -14,7 +14,8 @@ from serve.pair.policy import TrafficPolicy
 from serve.pair.routing import Engines, Role, are_comparable
 from serve.rpc import replies
 from serve.rpc.calls import Call, CallGuard, Context, unary
-from serve.rpc.validation import parse, validate_abort, validate_set_policy
+from serve.rpc.decoding import parse
+from serve.rpc.validation import validate_abort, validate_set_policy
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ControlService"].full_name
 

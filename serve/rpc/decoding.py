@@ -1,24 +1,36 @@
-"""The wire format of protobuf, as far as a parsed message does not show it, or shows it too late.
+"""Bytes in, messages out, within bounds: `parse` is what every handler calls first.
+
+gRPC decompresses whatever comes and looks at the size then: 1 MiB of gzip took a server 1 GiB. With
+`grpc.per_message_decompression` off it hands over the bytes as they came, without saying so.
 
 A parser makes an object of every element, and two bytes are one: it took 4 MiB of them 0.1 s of the
-event loop. So messages are bounded on their bytes, before they are parsed.
+event loop. So messages are bounded on their bytes, before they are parsed; and of several members
+of one oneof, of which a parser keeps the last, the bytes alone show all.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import DecodeError, Message
 
-from serve.errors import InvalidFieldError, TandemError
+from serve.errors import FieldViolation, InvalidFieldError, TandemError
+
+AnyMessage = TypeVar("AnyMessage", bound=Message)
+
+MAX_MESSAGE_BYTES = 4 << 20
 
 # Fields of a message and of those within it; no request of ours has nearly as many.
 MAX_FIELDS = 4096
 # Of one list of numbers; an id of a prompt takes 1 to 5.
 MAX_LIST_BYTES = 1 << 20
 
+_GZIP, _ZLIB = b"\x1f\x8b", b"\x78"
+_GZIP_OR_ZLIB = zlib.MAX_WBITS | 32
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _NO_LIST = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 
@@ -29,6 +41,65 @@ class MalformedMessageError(TandemError):
     @classmethod
     def of(cls, descriptor: Any) -> MalformedMessageError:
         return cls(f"the request is not a valid {descriptor.full_name}")
+
+
+def parse(data: bytes, message_type: type[AnyMessage]) -> AnyMessage:
+    """Parse a request.
+
+    Raises:
+        MalformedMessageError: not a message of this type, text that is not UTF-8, or more than a
+            message may have when decompressed.
+        InvalidFieldError: there is too much to parse; or several members of one oneof were sent, of
+            which a parser keeps the last.
+    """
+    data = decompress(data)
+    present = scan(data, message_type.DESCRIPTOR)
+    try:
+        message = message_type.FromString(data)
+    except DecodeError:
+        raise MalformedMessageError.of(message_type.DESCRIPTOR) from None
+    _check_oneofs(present, message)
+    return message
+
+
+def _check_oneofs(present: frozenset[int], message: Message) -> None:
+    """Refuse several members of one oneof, by the numbers of all fields that came."""
+    for oneof in message.DESCRIPTOR.oneofs:
+        given = [field.name for field in oneof.fields if field.number in present]
+        if len(given) > 1:
+            text = f"{' and '.join(given)} are given together; must be exactly one of them"
+            raise InvalidFieldError(*(FieldViolation(name, text) for name in given))
+
+
+def decompress(data: bytes) -> bytes:
+    """Return a message as it was before the client compressed it, if it did: gzip or deflate.
+
+    No message is taken for compressed by chance: both formats end with a checksum, and no field's
+    tag begins as gzip does.
+
+    Raises:
+        MalformedMessageError: it has more than `MAX_MESSAGE_BYTES`.
+    """
+    if not data.startswith((_GZIP, _ZLIB)):
+        return data
+    decoder = zlib.decompressobj(_GZIP_OR_ZLIB)
+    try:
+        plain = decoder.decompress(data, MAX_MESSAGE_BYTES + 1)
+    except zlib.error:
+        return data
+    if len(plain) > MAX_MESSAGE_BYTES:
+        raise MalformedMessageError(
+            f"the request has more than {MAX_MESSAGE_BYTES} bytes when decompressed"
+        )
+    return plain if decoder.eof else data
+
+
+def decompress_or_keep(data: bytes) -> bytes:
+    """Do as `decompress`, but leave what is too large as it is, which no parser takes."""
+    try:
+        return decompress(data)
+    except MalformedMessageError:
+        return data
 
 
 def scan(data: bytes, descriptor: Any) -> frozenset[int]:

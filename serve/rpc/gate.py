@@ -22,8 +22,8 @@ from typing import Any, Literal, NoReturn, TypeAlias
 import grpc
 
 from serve.errors import QueueFullError
-from serve.rpc.compression import decompress_or_keep
 from serve.rpc.credentials.tokens import SCOPES, TokenFile
+from serve.rpc.decoding import decompress_or_keep
 from serve.rpc.statuses import Status, abort, status_of
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class _Peer:
         return f"client {self.name}" if self.name else f"host {self.host}"
 
 
-class Gate(grpc.aio.ServerInterceptor):
+class CallGate(grpc.aio.ServerInterceptor):
     """Authenticates the calls of a listener and bounds how many run per client.
 
     Handlers are coroutine functions or async generator functions. What gRPC refuses by itself does

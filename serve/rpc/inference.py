@@ -22,8 +22,9 @@ from serve.pair.coordinator import Coordinator
 from serve.pair.request import GenerationSpec, ScoreSpec
 from serve.rpc import replies
 from serve.rpc.calls import Call, CallGuard, Context, streaming, unary
+from serve.rpc.decoding import parse
 from serve.rpc.replay import Admit, Emit, Replays, Run, RunKey, admit_all
-from serve.rpc.validation import parse, validate_compare, validate_generate, validate_score
+from serve.rpc.validation import validate_compare, validate_generate, validate_score
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 

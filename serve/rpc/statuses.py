@@ -12,13 +12,10 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from google.rpc import (  # type: ignore[import-untyped]
-    code_pb2,
-    error_details_pb2,
-    status_pb2,
-)
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc_status import rpc_status  # type: ignore[import-untyped]
 
-from serve.client.failures import DETAILS_KEY, PUSHBACK_KEY
+from serve.client.failures import PUSHBACK_KEY
 from serve.errors import (
     AbortedError,
     DeadlineError,
@@ -73,20 +70,18 @@ class Status:
 
     def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         details = list(self.details)
-        metadata: list[tuple[str, str | bytes]] = []
+        pushback: tuple[tuple[str, str | bytes], ...] = ()
         if self.retry_after_s is not None:
             delay = Duration()
             delay.FromNanoseconds(round(self.retry_after_s * 1e9))
             details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-            metadata.append((PUSHBACK_KEY, str(round(self.retry_after_s * 1e3))))
-        if details:
-            status = status_pb2.Status(
-                code=code_pb2.Code.Value(self.code.name), message=self.message
-            )
-            for detail in details:
-                status.details.add().Pack(detail)
-            metadata.append((DETAILS_KEY, status.SerializeToString()))
-        return tuple(metadata)
+            pushback = ((PUSHBACK_KEY, str(round(self.retry_after_s * 1e3))),)
+        if not details:
+            return pushback
+        rich = status_pb2.Status(code=self.code.value[0], message=self.message)
+        for detail in details:
+            rich.details.add().Pack(detail)
+        return (*pushback, *rpc_status.to_status(rich).trailing_metadata)
 
 
 def status_of(error: Exception) -> Status:

@@ -10,14 +10,12 @@ import hashlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
-
-from google.protobuf.message import DecodeError, Message
+from typing import Any
 
 from estimators.canonical import canonicalise
 from protos.tandem.v1 import control_pb2 as control_pb
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.errors import FieldViolation, InvalidFieldError, TooManyTokensError
+from serve.errors import InvalidFieldError, TooManyTokensError
 from serve.pair.policy import TrafficPolicy
 from serve.pair.request import (
     OTHER_TASK,
@@ -34,51 +32,13 @@ from serve.pair.request import (
 )
 from serve.pair.routing import Role, Route
 from serve.rpc.checks import Checks, quoted
-from serve.rpc.compression import decompress
-from serve.rpc.decoding import MalformedMessageError, scan
 from serve.sampling.params import SamplingParams
-
-AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 WEIGHT = Range(0, 1e6)
 MAX_NAME_CHARS = 128
 CHAT_ROLES = ("system", "user", "assistant")
 # Of the seeds that are chosen here: a double, JavaScript's only number, keeps so many.
 _SEED_BITS = 53
-
-
-# From bytes
-
-
-def parse(data: bytes, message_type: type[AnyMessage]) -> AnyMessage:
-    """Parse a request.
-
-    Raises:
-        MalformedMessageError: not a message of this type, text that is not UTF-8, or more than a
-            message may have when decompressed.
-        InvalidFieldError: there is too much to parse; or several members of one oneof were sent, of
-            which a parser keeps the last.
-    """
-    data = decompress(data)
-    present = scan(data, message_type.DESCRIPTOR)
-    try:
-        message = message_type.FromString(data)
-    except DecodeError:
-        raise MalformedMessageError.of(message_type.DESCRIPTOR) from None
-    _check_oneofs(present, message)
-    return message
-
-
-def _check_oneofs(present: frozenset[int], message: Message) -> None:
-    """Refuse several members of one oneof, by the numbers of all fields that came."""
-    for oneof in message.DESCRIPTOR.oneofs:
-        given = [field.name for field in oneof.fields if field.number in present]
-        if len(given) > 1:
-            text = f"{' and '.join(given)} are given together; must be exactly one of them"
-            raise InvalidFieldError(*(FieldViolation(name, text) for name in given))
-
-
-# From messages
 
 
 def validate_generate(request: pb.GenerateRequest, limits: Limits) -> GenerationSpec:

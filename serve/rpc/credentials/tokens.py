@@ -30,7 +30,7 @@ _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
-class Client:
+class Identity:
     """Who a token belongs to, and the scopes that it opens."""
 
     name: str
@@ -39,7 +39,7 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    client: Client
+    client: Identity
     sha256: bytes
     line: int
 
@@ -64,7 +64,7 @@ class TokenFile:
             [path], partial(_read, path), min_interval_s=_MIN_INTERVAL_S, clock=clock
         )
 
-    def identify(self, token: str) -> Client | None:
+    def identify(self, token: str) -> Identity | None:
         """Return whose token it is; the time taken does not depend on which entry matches."""
         sha256 = _hash(token)
         found = None
@@ -111,14 +111,14 @@ def _parse(fields: list[str], line: int) -> _Entry:
     return _Entry(client, bytes.fromhex(sha256), line)
 
 
-def parse_client(name: str, scope_list: str) -> Client:
+def parse_client(name: str, scope_list: str) -> Identity:
     """Return the client of a line; ValueError says what name and scopes may be."""
     scopes = scope_list.split(",")
     if not _NAME.fullmatch(name):
         raise ValueError("a name is 1 to 64 of A-Z a-z 0-9 . _ @ -, the first a letter or digit")
     if not SCOPES.issuperset(scopes) or len(set(scopes)) < len(scopes):
         raise ValueError(f"scopes are {', '.join(sorted(SCOPES))}, each once, joined by commas")
-    return Client(name, frozenset(scopes))
+    return Identity(name, frozenset(scopes))
 
 
 def _check_distinct(entry: _Entry, others: list[_Entry]) -> None:

@@ -19,11 +19,11 @@ from serve.errors import EngineStoppedError, InvalidFieldError, QueueFullError, 
 from serve.pair.coordinator import Coordinator
 from serve.pair.routing import Role, are_comparable
 from serve.rpc.calls import Call, CallFailedError, CallGuard, Context, serialize, unary
+from serve.rpc.decoding import parse
 from serve.rpc.gate import request_slot
 from serve.rpc.statuses import Status, abort, status_of
 from serve.rpc.triton.models import NAME, VERSION, to_config, to_metadata, to_role
 from serve.rpc.triton.requests import FINAL, Inference, to_inference
-from serve.rpc.validation import parse
 
 SERVICE_NAME = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 MAX_REQUESTS_PER_STREAM = 64

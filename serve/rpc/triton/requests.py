@@ -18,7 +18,7 @@ from serve.errors import FieldViolation, InvalidFieldError, TooLargeError
 from serve.pair.routing import Role
 from serve.rpc.checks import shown
 from serve.rpc.triton.models import OUTPUTS, VERSION, to_role
-from serve.rpc.triton.settings import MAX_UINT32, PROMPTS, Settings, read_text, unknown_name
+from serve.rpc.triton.settings import MAX_UINT32, PROMPTS, InferSettings, read_text, unknown_name
 from serve.rpc.triton.tensors import Tensor, check_no_parameters, read_inputs, write_output
 
 _DEFAULT_OUTPUTS = ("output_ids", "text_output", "logprobs")
@@ -122,7 +122,7 @@ def to_inference(
     """
     role = to_role(source.model_name, source.model_version)
     tensors = read_inputs(source, max_elements)
-    settings = Settings(source, tensors)
+    settings = InferSettings(source, tensors)
     outputs = _outputs(source, settings)
     prompt, prefix = _prompt(tensors, settings)
     is_streamed = settings.get("stream", may_stream)
@@ -150,7 +150,7 @@ def to_inference(
     )
 
 
-def _outputs(source: oip.ModelInferRequest, settings: Settings) -> tuple[str, ...]:
+def _outputs(source: oip.ModelInferRequest, settings: InferSettings) -> tuple[str, ...]:
     if len(source.outputs) > len(OUTPUTS):
         raise InvalidFieldError.of(
             "outputs", f"has {len(source.outputs)} of them; there are only {', '.join(OUTPUTS)}"
@@ -166,7 +166,7 @@ def _outputs(source: oip.ModelInferRequest, settings: Settings) -> tuple[str, ..
     return tuple(names) if source.outputs else _DEFAULT_OUTPUTS
 
 
-def _prompt(tensors: Mapping[str, Tensor], settings: Settings) -> tuple[dict[str, Any], str]:
+def _prompt(tensors: Mapping[str, Tensor], settings: InferSettings) -> tuple[dict[str, Any], str]:
     """Return the prompt as a field of our request, and what of it goes into the text."""
     given = [name for name in PROMPTS if name in tensors]
     if len(given) != 1:

@@ -24,7 +24,7 @@ _MAX_LIST = 256  # more than any list of settings may have
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class InferSetting:
     """A named value: how it is described as a tensor, and how any of its forms is read.
 
     `read` takes what a parameter, an element of a tensor or a member of a JSON object holds, and
@@ -94,37 +94,37 @@ def _parse(text: str) -> Any:
 
 
 # Those of tandem.v1.SamplingParams; num_samples is always 1.
-SAMPLING: Mapping[str, Setting] = {
-    "temperature": Setting("FP32", _read_float),
-    "top_p": Setting("FP32", _read_float),
-    "top_k": Setting("INT32", _read_uint32),
-    "min_p": Setting("FP32", _read_float),
-    "max_tokens": Setting("INT32", _read_uint32),
-    "min_tokens": Setting("INT32", _read_uint32),
-    "seed": Setting("UINT64", _read_uint64),
-    "stop": Setting("BYTES", read_text, is_list=True),
-    "stop_token_ids": Setting("INT32", _read_uint32, is_list=True),
-    "ignore_eos": Setting("BOOL", _read_bool),
-    "repetition_penalty": Setting("FP32", _read_float),
+SAMPLING: Mapping[str, InferSetting] = {
+    "temperature": InferSetting("FP32", _read_float),
+    "top_p": InferSetting("FP32", _read_float),
+    "top_k": InferSetting("INT32", _read_uint32),
+    "min_p": InferSetting("FP32", _read_float),
+    "max_tokens": InferSetting("INT32", _read_uint32),
+    "min_tokens": InferSetting("INT32", _read_uint32),
+    "seed": InferSetting("UINT64", _read_uint64),
+    "stop": InferSetting("BYTES", read_text, is_list=True),
+    "stop_token_ids": InferSetting("INT32", _read_uint32, is_list=True),
+    "ignore_eos": InferSetting("BOOL", _read_bool),
+    "repetition_penalty": InferSetting("FP32", _read_float),
 }
 _SAMPLING_PARAMETERS = "sampling_parameters"
-AS_TENSORS: Mapping[str, Setting] = {
+AS_TENSORS: Mapping[str, InferSetting] = {
     **SAMPLING,
-    _SAMPLING_PARAMETERS: Setting("BYTES", read_text),
-    "stream": Setting("BOOL", _read_bool),
-    "exclude_input_in_output": Setting("BOOL", _read_bool),
+    _SAMPLING_PARAMETERS: InferSetting("BYTES", read_text),
+    "stream": InferSetting("BOOL", _read_bool),
+    "exclude_input_in_output": InferSetting("BOOL", _read_bool),
 }
-_AS_PARAMETERS: Mapping[str, Setting] = {
+_AS_PARAMETERS: Mapping[str, InferSetting] = {
     **AS_TENSORS,
-    "divergence": Setting("BOOL", _read_bool),
-    "request_id": Setting("BYTES", read_text),
-    "timeout": Setting("UINT64", _read_uint64),
-    "triton_enable_empty_final_response": Setting("BOOL", _read_bool),
+    "divergence": InferSetting("BOOL", _read_bool),
+    "request_id": InferSetting("BYTES", read_text),
+    "timeout": InferSetting("UINT64", _read_uint64),
+    "triton_enable_empty_final_response": InferSetting("BOOL", _read_bool),
 }
 PROMPTS = {"input_ids": "INT64", "text_input": "BYTES"}
 
 
-class Settings:
+class InferSettings:
     """What a request says besides its prompt, by name, and where it says it (`places`)."""
 
     def __init__(self, source: oip.ModelInferRequest, tensors: Mapping[str, Tensor]) -> None:
@@ -177,7 +177,7 @@ class Settings:
         for name, value in members.items():
             self._add(name, value, f"{path}.{shown(name)}", SAMPLING)
 
-    def _add(self, name: str, value: Any, path: str, known: Mapping[str, Setting]) -> None:
+    def _add(self, name: str, value: Any, path: str, known: Mapping[str, InferSetting]) -> None:
         if name not in known:
             raise unknown_name(path, known)
         if name in self._values:
@@ -200,7 +200,7 @@ def unknown_name(path: str, known: Iterable[str]) -> InvalidFieldError:
     return InvalidFieldError.of(path, f"is not known; must be one of {', '.join(known)}")
 
 
-def _read(setting: Setting, value: Any, path: str) -> Any:
+def _read(setting: InferSetting, value: Any, path: str) -> Any:
     if isinstance(value, bytes | str) and len(value) > _MAX_TEXT_BYTES:
         raise InvalidFieldError.of(
             path, f"has a length of {len(value)}; must have at most {_MAX_TEXT_BYTES}"

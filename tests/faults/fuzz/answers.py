@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 
 import grpc
 from google.protobuf.message import DecodeError
+from google.rpc import status_pb2
 
 from bundle.errors import UserError
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.client.failures import DETAILS_KEY, PUSHBACK_KEY, explain, retry_delay_s
-from serve.client.retries import Attempts, RetryBudget
+from serve.client.channel import Attempts, RetryBudget
+from serve.client.failures import PUSHBACK_KEY, explain, retry_delay_s
 from serve.engine.scoring import ScoringRequest
 from serve.engine.sequence import Event, FinishedEvent, FinishReason, TokenEvent
 from serve.errors import EngineFailedError, QueueFullError
@@ -21,6 +22,7 @@ from serve.pair.remote_teacher import teacher_of
 from serve.rpc.statuses import status_of
 
 NUM_SAMPLES, TIMEOUT_S = 2, 1e6
+DETAILS_KEY = "grpc-status-details-bin"
 SCORING = ScoringRequest(
     request_id="x", prompt_token_ids=(1,), completions=((2, 3), (4,)), temperature=1.0
 )
@@ -78,7 +80,11 @@ def models(data: bytes) -> None:
 
 
 def ended(data: bytes) -> None:
-    """Explain a call that ended with these details."""
+    """Explain a call that ended with these details; code and text are those of the call."""
+    with contextlib.suppress(DecodeError):
+        status = status_pb2.Status.FromString(data)
+        status.code, status.message = grpc.StatusCode.INVALID_ARGUMENT.value[0], "said"
+        data = status.SerializeToString()
     error = Ended(grpc.StatusCode.INVALID_ARGUMENT, DETAILS_KEY, data)
     assert all(line.isprintable() for line in explain(error).split("\n")), explain(error)
     delay_s = retry_delay_s(error)

@@ -17,13 +17,12 @@ from protos.tandem.v1 import inference_pb2 as pb
 from serve.errors import TandemError
 from serve.pair.policy import TrafficPolicy
 from serve.pair.request import Limits
-from serve.rpc.compression import MAX_MESSAGE_BYTES
+from serve.rpc.decoding import MAX_MESSAGE_BYTES, parse
 from serve.rpc.statuses import status_of
 from serve.rpc.triton.models import OUTPUTS, to_role
 from serve.rpc.triton.requests import to_inference
 from serve.rpc.triton.settings import AS_TENSORS, PROMPTS
 from serve.rpc.validation import (
-    parse,
     validate_abort,
     validate_compare,
     validate_generate,

@@ -11,9 +11,9 @@ from prometheus_client import Counter
 import serve.app.server
 import serve.rpc.calls
 import serve.rpc.checks
-import serve.rpc.validation
+import serve.rpc.decoding
 from serve.metrics.server_metrics import ServerMetrics
-from serve.rpc.credentials.tokens import Client, TokenFile
+from serve.rpc.credentials.tokens import Identity, TokenFile
 from serve.rpc.statuses import Status, abort
 from tests.faults.requests import r07_malformed, r08_parameters, r19_labels, r21_credentials
 from tests.faults.requests.corpus import cases
@@ -64,7 +64,7 @@ def test_error_of_the_server_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyError("of a bug")
         return data
 
-    monkeypatch.setattr(serve.rpc.validation, "decompress", broken)
+    monkeypatch.setattr(serve.rpc.decoding, "decompress", broken)
     assert "INTERNAL" in problems(r07_malformed)
 
 
@@ -82,7 +82,7 @@ def test_slow_and_wrong_refusals_are_found(monkeypatch: pytest.MonkeyPatch) -> N
         case for case in cases(64) if case.name in ("flood of messages", "temperature nan", "route")
     ]
     monkeypatch.setattr(r08_parameters, "cases", lambda max_model_len: chosen)
-    monkeypatch.setattr(serve.rpc.validation, "scan", lambda data, descriptor: frozenset())
+    monkeypatch.setattr(serve.rpc.decoding, "scan", lambda data, descriptor: frozenset())
     monkeypatch.setattr(serve.rpc.checks.Checks, "raise_if_any", lambda self: None)
     text = problems(r08_parameters)
     assert "ms until it was refused" in text
@@ -110,7 +110,7 @@ def test_label_of_the_client_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_token_that_is_not_looked_at_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    anyone = Client("anyone", frozenset({"inference"}))
+    anyone = Identity("anyone", frozenset({"inference"}))
     monkeypatch.setattr(TokenFile, "identify", lambda self, token: anyone)
     assert "wrong token: OK" in problems(r21_credentials)
 

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 from bundle.errors import UserError
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1 import inference_pb2_grpc
-from serve import cli
-from serve.client import Tls
+from serve.client import Tls, ask
 from serve.client.access import to_json
-from serve.client.ask import Question, coloured, legend, render, run
+from serve.client.ask import Question, run
+from serve.client.side_by_side import coloured, legend, render
 
 DIVERGENCE = pb.Divergence(k3_mean=0.3, k3_sum=0.6, num_tokens=2, per_token_k3=[0.01, 3.0])
 SAMPLE = pb.Sample(
@@ -45,7 +45,7 @@ MODELS = pb.GetModelsResponse(
 
 def rendered(response: pb.CompareResponse, width: int = 100, **settings: Any) -> str:
     console = Console(file=io.StringIO(), width=width, **settings)
-    console.print(render(Question("What is 2+2?"), MODELS, response))
+    console.print(render("What is 2+2?", MODELS, response))
     return str(console.file.getvalue())
 
 
@@ -150,7 +150,7 @@ def test_json_keeps_proto_names_and_zeros() -> None:
 
 def test_command_asks_a_server(live: Any) -> None:
     app = Typer()
-    app.command()(cli.ask)
+    app.command()(ask.ask)
     arguments = ["2+2", "--target", live.server.address, "--seed", "3", "--max-tokens", "9"]
     result = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
     response = json.loads(result.stdout)
@@ -203,12 +203,3 @@ def test_ctrl_c_cancels_the_call_and_exits_with_130() -> None:
     assert caught.value.code == 130
     assert service.is_cancelled.wait(60)
     server.stop(None).wait()
-
-
-def test_serve_names_the_flag_that_is_out_of_bounds() -> None:
-    app = Typer()
-    app.command()(cli.serve)
-    with pytest.raises(UserError, match=r"--max-num-seqs: .*greater than or equal to 1"):
-        CliRunner().invoke(app, ["--bundle", "x", "--max-num-seqs", "0"], catch_exceptions=False)
-    with pytest.raises(UserError, match="--insecure-listen"):
-        CliRunner().invoke(app, ["--bundle", "x", "--host", "0.0.0.0"], catch_exceptions=False)

@@ -13,7 +13,7 @@ CODE = grpc.StatusCode
 
 
 def failed(code: CODE, text: str, *details: Message) -> grpc.aio.AioRpcError:
-    status = status_pb2.Status()
+    status = status_pb2.Status(code=code.value[0], message=text)
     for detail in details:
         status.details.add().Pack(detail)
     trailers = grpc.aio.Metadata(("grpc-status-details-bin", status.SerializeToString()))

@@ -11,8 +11,7 @@ import pytest
 
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client
-from serve.client.channel import service_config
-from serve.client.retries import PAUSES_S, Attempts, RetryBudget
+from serve.client.channel import PAUSES_S, Attempts, RetryBudget, service_config
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 

@@ -12,9 +12,13 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.rpc.compression import MAX_MESSAGE_BYTES, decompress, decompress_or_keep
-from serve.rpc.decoding import MalformedMessageError
-from serve.rpc.validation import parse
+from serve.rpc.decoding import (
+    MAX_MESSAGE_BYTES,
+    MalformedMessageError,
+    decompress,
+    decompress_or_keep,
+    parse,
+)
 
 REQUEST = pb.GenerateRequest(prompt="x" * 200, sampling=pb.SamplingParams(max_tokens=2, seed=1))
 PLAIN = REQUEST.SerializeToString()

@@ -9,8 +9,7 @@ import pytest
 from protos.oip import grpc_service_pb2 as oip
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.errors import InvalidFieldError
-from serve.rpc.decoding import MAX_FIELDS, MAX_LIST_BYTES, MalformedMessageError, scan
-from serve.rpc.validation import parse
+from serve.rpc.decoding import MAX_FIELDS, MAX_LIST_BYTES, MalformedMessageError, parse, scan
 
 GENERATE, SCORE = pb.GenerateRequest.DESCRIPTOR, pb.ScoreRequest.DESCRIPTOR
 

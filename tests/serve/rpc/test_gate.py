@@ -22,7 +22,7 @@ from serve.rpc.credentials.tls import server_credentials
 from serve.rpc.credentials.tokens import TokenFile
 from serve.rpc.gate import (
     OPEN,
-    Gate,
+    CallGate,
     PeerLimitError,
     current_client,
     current_peer,
@@ -125,7 +125,7 @@ async def _client_of_task() -> str:
 class Gated:
     """A server behind a gate, and calls to it."""
 
-    def __init__(self, gate: Gate, echo: Echo, channel: grpc.Channel, rejected: list[str],
+    def __init__(self, gate: CallGate, echo: Echo, channel: grpc.Channel, rejected: list[str],
                  ended: list[Any]) -> None:  # fmt: skip
         self.gate, self.echo, self.channel = gate, echo, channel
         self.rejected, self.ended = rejected, ended
@@ -179,7 +179,7 @@ def gated(loop: asyncio.AbstractEventLoop) -> Any:
         **options: Any,
     ) -> Iterator[Gated]:
         echo, rejected, ended = Echo(), [], []
-        gate = Gate(
+        gate = CallGate(
             scopes,
             tokens,
             max_concurrent,
@@ -571,7 +571,7 @@ def test_rejections_are_logged_once_per_second_and_host(
 
 def test_hosts_that_are_remembered_for_the_log_are_bounded() -> None:
     now_s = 0.0
-    gate = Gate({}, None, 1, print, clock=lambda: now_s)
+    gate = CallGate({}, None, 1, print, clock=lambda: now_s)
     assert sum(gate._may_log(f"host {i}") for i in range(5000)) == 1024
     now_s = 1.0
     assert gate._may_log("host 0")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bundle.errors import UserError
-from serve.rpc.credentials.tokens import Client, TokenFile, new_token
+from serve.rpc.credentials.tokens import Identity, TokenFile, new_token
 
 
 def sha256(token: str) -> str:
@@ -26,8 +26,8 @@ def path(tmp_path: Path) -> Path:
 def test_token_identifies_its_client(path: Path) -> None:
     path.write_text(f"# who\n\nada  {A.upper()}\tinference,control  # hers\nbob {B} reflection\n")
     tokens = TokenFile(path)
-    assert tokens.identify("a") == Client("ada", frozenset({"inference", "control"}))
-    assert tokens.identify("b") == Client("bob", frozenset({"reflection"}))
+    assert tokens.identify("a") == Identity("ada", frozenset({"inference", "control"}))
+    assert tokens.identify("b") == Identity("bob", frozenset({"reflection"}))
 
 
 @pytest.mark.parametrize("token", ["", "c", "A", "a ", A, "ä", "a" * 10_000])
@@ -97,7 +97,7 @@ def test_rotated_token_counts_from_the_next_look_on(path: Path) -> None:
     assert tokens.identify("a") is not None
     now_s = 1.0
     assert tokens.identify("a") is None
-    assert tokens.identify("b") == Client("ada", frozenset({"control"}))
+    assert tokens.identify("b") == Identity("ada", frozenset({"control"}))
 
 
 def test_broken_new_file_keeps_the_old_clients(
