@@ -10,20 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu_check import (
-    CHECKS,
-    NO_CUDA,
-    TINY,
-    Bench,
-    CheckFailedError,
-    check_divergence,
-    check_placement,
-    compare_graphs,
-    main,
-    make_random_model,
-    refusal,
-    run_checks,
-)
+from bench.gpu_check.__main__ import CHECKS, NO_CUDA, main, run_checks
+from bench.gpu_check.machine import TINY, Bench, CheckFailedError, make_random_model
+from bench.gpu_check.parity import check_divergence, compare_graphs
+from bench.gpu_check.placement import check_placement, refusal
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 SKIPPED = {
@@ -105,7 +95,9 @@ def test_failing_check_is_recorded_and_the_rest_goes_on(bench: Bench, tmp_path: 
 def test_failed_check_makes_the_exit_status_1(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("bench.gpu_check.MAX_MEAN_KL", {"float32": 1, "float16": 1, "bfloat16": 0})
+    monkeypatch.setattr(
+        "bench.gpu_check.parity.MAX_MEAN_KL", {"float32": 1, "float16": 1, "bfloat16": 0}
+    )
     out = tmp_path / "results.json"
     arguments = ["--random", "tiny", "--device", "cpu", "--only"]
     assert main([*arguments, "parity_torch_bfloat16", "--out", str(out)]) == 1

@@ -1,0 +1,1 @@
+"""Does a GPU compute the right thing, in the right place, and how fast?"""
