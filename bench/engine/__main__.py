@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.engine.checks import decode, host_time, prefill, prefix, samples, scoring, slots
-from bench.engine.driver import QUICK, BundleModels, Prompts, Scale, Setting
+from bench.engine.driver import QUICK, BundleModels, CheckSetting, Prompts, Scale
 from bench.engine.measures import Measures, render
 from bench.engine.stress import long_context, mixed, soak
 from bench.engine.wire import ServerFlags, grpc_streaming, shadow
@@ -36,7 +36,7 @@ from serve.app.loading import find_teacher
 from serve.cpus import count_cpus
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "grpcio", "numpy")
-IN_PROCESS: Mapping[str, Callable[[Setting], Measures]] = {
+IN_PROCESS: Mapping[str, Callable[[CheckSetting], Measures]] = {
     "host_time": host_time,
     "decode": decode,
     "prefill": prefill,
@@ -48,7 +48,7 @@ IN_PROCESS: Mapping[str, Callable[[Setting], Measures]] = {
     "mixed": mixed,
     "soak": soak,
 }
-ON_THE_WIRE: Mapping[str, Callable[[Setting, ServerFlags], Measures]] = {
+ON_THE_WIRE: Mapping[str, Callable[[CheckSetting, ServerFlags], Measures]] = {
     "grpc": grpc_streaming,
     "shadow": shadow,
 }
@@ -101,7 +101,7 @@ def choose(only: Sequence[str]) -> list[str]:
 
 def make_setting(
     options: argparse.Namespace, manifest: Manifest, variant: str
-) -> tuple[Setting, ServerFlags]:
+) -> tuple[CheckSetting, ServerFlags]:
     """Return what the checks work with; UserError where there is no teacher to measure."""
     config = ServeConfig(bundle=options.bundle, teacher=options.teacher)
     teacher = find_teacher(config, manifest.teacher)
@@ -115,7 +115,7 @@ def make_setting(
     prompts = Prompts(_source(options.bundle, scale.long_prompt_tokens, options.seed))
     common = ("--variant", variant, "--device", options.device)
     flags = ServerFlags(options.bundle, common, ("--teacher", str(teacher)))
-    return Setting(models, prompts, scale, num_threads, options.seed), flags
+    return CheckSetting(models, prompts, scale, num_threads, options.seed), flags
 
 
 def _source(bundle: Path, max_tokens: int, seed: int) -> PromptSource:

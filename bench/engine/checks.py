@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from bench.engine.driver import Driver, Setting, Step, drawn, greedy
+from bench.engine.driver import CheckSetting, Driver, EngineStep, drawn, greedy
 from bench.engine.measures import Measures, Round, at_least, at_most
 from serve.engine.scoring import MAX_PATH_NOISE_NATS, measure_noise_floor
 from serve.engine.sequence import GenerationRequest, Sequence, make_group, make_sequences
@@ -20,7 +20,7 @@ SAMPLES_TARGET = at_most(1.3)
 SCORING_TARGET = at_least(6)
 
 
-def host_time(setting: Setting) -> Measures:
+def host_time(setting: CheckSetting) -> Measures:
     """Milliseconds of a decode step that are not the model, and those between the steps."""
     measures, scale = Measures(), setting.scale
     driver = setting.student()
@@ -46,7 +46,9 @@ def _add_host_time(current: Round, driver: Driver, batch: int, mode: str) -> Non
 
 
 @torch.no_grad()
-def _time_sampler(setting: Setting, driver: Driver, batch: int, sampling: SamplingParams) -> float:
+def _time_sampler(
+    setting: CheckSetting, driver: Driver, batch: int, sampling: SamplingParams
+) -> float:
     """Return the median seconds of a sampler call, each behind a real decode step."""
     prompts = setting.prompts.draw(batch, setting.scale.prompt_tokens)
     sequences = [_sequence(prompt, sampling) for prompt in prompts]
@@ -68,7 +70,7 @@ def _sequence(prompt: list[int], sampling: SamplingParams) -> Sequence:
     return sequence
 
 
-def decode(setting: Setting) -> Measures:
+def decode(setting: CheckSetting) -> Measures:
     """Step time and throughput by batch, student and teacher in turns."""
     measures, scale = Measures(), setting.scale
     drivers = {"student": setting.student(), "teacher": setting.teacher()}
@@ -91,7 +93,7 @@ def _decode_intervals(driver: Driver, prompts: list[list[int]], new_tokens: int)
     return [after.ended_s - before.ended_s for before, after in pairs]
 
 
-def prefill(setting: Setting) -> Measures:
+def prefill(setting: CheckSetting) -> Measures:
     """Prompt tokens per second until the first token, one prompt alone and several at once."""
     measures, scale = Measures(), setting.scale
     drivers = {"student": setting.student(), "teacher": setting.teacher()}
@@ -110,7 +112,7 @@ def prefill(setting: Setting) -> Measures:
     return measures
 
 
-def slots(setting: Setting) -> Measures:
+def slots(setting: CheckSetting) -> Measures:
     """Step time of one running sequence with 16 slots allocated over 1 slot."""
     measures, scale = Measures(), setting.scale
     drivers = {num_slots: setting.student(num_slots) for num_slots in (1, 16)}
@@ -125,7 +127,7 @@ def slots(setting: Setting) -> Measures:
     return measures
 
 
-def samples(setting: Setting) -> Measures:
+def samples(setting: CheckSetting) -> Measures:
     """Time to first token of all samples of one prompt over that of one sample."""
     measures, scale = Measures(), setting.scale
     driver = setting.student()
@@ -141,7 +143,7 @@ def samples(setting: Setting) -> Measures:
     return measures
 
 
-def scoring(setting: Setting) -> Measures:
+def scoring(setting: CheckSetting) -> Measures:
     """How many times faster the teacher scores samples of a prompt than it draws them."""
     measures, scale = Measures(), setting.scale
     driver = setting.teacher()
@@ -166,11 +168,11 @@ def scoring(setting: Setting) -> Measures:
     return measures
 
 
-def _model_s(steps: list[Step]) -> float:
+def _model_s(steps: list[EngineStep]) -> float:
     return sum(step.model_s for step in steps)
 
 
-def prefix(setting: Setting) -> Measures:
+def prefix(setting: CheckSetting) -> Measures:
     """Time to first token of a repeated prompt over the first time."""
     measures, scale = Measures(), setting.scale
     driver = setting.student()

@@ -115,7 +115,7 @@ class Prompts:
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class CheckSetting:
     """What a check in process works with. `num_threads` are torch's for a torch model."""
 
     models: Models
@@ -137,7 +137,7 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class EngineStep:
     """One step of an engine; it ended at `ended_s`, and `host_s` of `step_s` was not the model."""
 
     phase: str
@@ -155,19 +155,19 @@ class StepLog(EngineObserver):
     """Keeps the steps since the last `clear`."""
 
     def __init__(self) -> None:
-        self.steps: list[Step] = []
+        self.steps: list[EngineStep] = []
 
     def on_step(self, phase: str, batch_size: int, step_s: float, host_s: float) -> None:
-        self.steps.append(Step(phase, batch_size, step_s, host_s, time.perf_counter()))
+        self.steps.append(EngineStep(phase, batch_size, step_s, host_s, time.perf_counter()))
 
     def clear(self) -> None:
         self.steps.clear()
 
-    def decodes(self, batch_size: int) -> list[Step]:
+    def decodes(self, batch_size: int) -> list[EngineStep]:
         """Return the decode steps of exactly so many sequences."""
         return [s for s in self.steps if (s.phase, s.batch_size) == ("decode", batch_size)]
 
-    def decode_pairs(self, batch_size: int) -> list[tuple[Step, Step]]:
+    def decode_pairs(self, batch_size: int) -> list[tuple[EngineStep, EngineStep]]:
         """Return such steps that followed each other with nothing in between."""
         wanted = ("decode", batch_size)
         return [

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class MedianLimit:
     """A limit of issue #4 that the median keeps to."""
 
     limit: float
@@ -34,12 +34,12 @@ class Target:
         return f"{'≤' if self.is_upper else '≥'} {self.limit:g}"
 
 
-def at_most(limit: float) -> Target:
-    return Target(limit, is_upper=True)
+def at_most(limit: float) -> MedianLimit:
+    return MedianLimit(limit, is_upper=True)
 
 
-def at_least(limit: float) -> Target:
-    return Target(limit, is_upper=False)
+def at_least(limit: float) -> MedianLimit:
+    return MedianLimit(limit, is_upper=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Measure:
 
     name: str
     unit: str
-    target: Target | None
+    target: MedianLimit | None
     values: list[float] = field(default_factory=list)
 
     @property
@@ -79,7 +79,7 @@ class Measures:
     def __init__(self) -> None:
         self.by_name: dict[str, Measure] = {}
 
-    def add(self, name: str, unit: str, value: float, target: Target | None = None) -> None:
+    def add(self, name: str, unit: str, value: float, target: MedianLimit | None = None) -> None:
         self.by_name.setdefault(name, Measure(name, unit, target)).values.append(value)
 
     def rounds(self, num_rounds: int) -> Iterator[Round]:
@@ -96,7 +96,7 @@ class Round:
     number: int
     measures: Measures
 
-    def add(self, name: str, unit: str, value: float, target: Target | None = None) -> None:
+    def add(self, name: str, unit: str, value: float, target: MedianLimit | None = None) -> None:
         self.measures.add(name, unit, value, target)
 
     def order(self, sides: Sequence[T]) -> Sequence[T]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.engine.driver import Driver, Reader, Setting, drawn, greedy
+from bench.engine.driver import CheckSetting, Driver, Reader, drawn, greedy
 from bench.engine.measures import Measures, Round, at_least, at_most
 
 MIB = 2**20
@@ -22,7 +22,7 @@ MAX_GROWTH_SHARE = 0.05
 MAX_GROWTH_BYTES = 32 * MIB
 
 
-def long_context(setting: Setting) -> Measures:
+def long_context(setting: CheckSetting) -> Measures:
     """A long prompt alone and beside short streams, whose inter-token latency it may raise."""
     measures, scale = Measures(), setting.scale
     driver = setting.student(2 * NUM_SHORT_STREAMS, scale.long_model_len)
@@ -39,7 +39,7 @@ def long_context(setting: Setting) -> Measures:
 
 
 def _run_beside(
-    setting: Setting, driver: Driver, long_prompt: list[int]
+    setting: CheckSetting, driver: Driver, long_prompt: list[int]
 ) -> tuple[Reader, list[Reader]]:
     """Start short streams, and the long prompt when each of them has some tokens."""
     scale = setting.scale
@@ -71,7 +71,7 @@ def _add_latencies(current: Round, long: Reader, shorts: list[Reader]) -> None:
         current.add(f"short streams' p99 latency {name}", "ms", 1e3 * float(p99_s))
 
 
-def mixed(setting: Setting) -> Measures:
+def mixed(setting: CheckSetting) -> Measures:
     """Requests of mixed lengths, submitted at once: each ends once, with all of its tokens."""
     measures, scale = Measures(), setting.scale
     driver = setting.student()
@@ -99,7 +99,7 @@ def _is_whole(reader: Reader, num_wanted: int) -> bool:
 
 
 def _submit_mixed(
-    setting: Setting,
+    setting: CheckSetting,
     driver: Driver,
     rng: random.Random,
     num_requests: int,
@@ -117,7 +117,7 @@ def _submit_mixed(
     return readers, wanted
 
 
-def soak(setting: Setting) -> Measures:
+def soak(setting: CheckSetting) -> Measures:
     """Resident memory over many requests of mixed lengths, in waves; flat in the second half."""
     measures, scale = Measures(), setting.scale
     driver = setting.student()
@@ -138,7 +138,7 @@ def soak(setting: Setting) -> Measures:
     return measures
 
 
-def _soak(setting: Setting, driver: Driver) -> Iterator[tuple[int, bool]]:
+def _soak(setting: CheckSetting, driver: Driver) -> Iterator[tuple[int, bool]]:
     """Yield after each request how many have ended, and whether this one did so whole."""
     scale, rng = setting.scale, random.Random(f"{setting.seed}/soak")
     num_ended = 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.engine.driver import MAX_NUM_SEQS, Reader, Setting, drawn, make_request
+from bench.engine.driver import MAX_NUM_SEQS, CheckSetting, Reader, drawn, make_request
 from bench.engine.measures import Measures, Round, at_least, at_most
 from bench.engine.server import Stream, Wire, mean_step_s, student_request
 from serve.engine.engine import Engine
@@ -40,7 +40,7 @@ class ServerFlags:
 class EngineThread:
     """An engine on its own thread, as the server has it, with nothing between it and its caller."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: CheckSetting) -> None:
         backend = setting.models.student(MAX_NUM_SEQS, setting.scale.max_model_len)
         self._engine = Engine(backend, eos_token_ids=frozenset(), num_torch_threads=1)
         self._engine.start()
@@ -72,7 +72,7 @@ class _Waiter(Reader):
             self.has_ended.set()
 
 
-def grpc_streaming(setting: Setting, flags: ServerFlags) -> Measures:
+def grpc_streaming(setting: CheckSetting, flags: ServerFlags) -> Measures:
     """Tokens per second through gRPC, text included, over those of an engine in process."""
     measures, scale = Measures(), setting.scale
     engine = EngineThread(setting)
@@ -90,7 +90,7 @@ def grpc_streaming(setting: Setting, flags: ServerFlags) -> Measures:
 
 
 def _compare_once(
-    current: Round, setting: Setting, engine: EngineThread, wire: Wire, batch: int
+    current: Round, setting: CheckSetting, engine: EngineThread, wire: Wire, batch: int
 ) -> None:
     scale = setting.scale
     prompts = setting.prompts.draw(batch, scale.prompt_tokens)
@@ -116,7 +116,7 @@ def _wire_tokens_per_s(wire: Wire, prompts: Sequence[Sequence[int]], max_tokens:
     return sum(len(stream.token_times_s) for stream in streams) / seconds
 
 
-def shadow(setting: Setting, flags: ServerFlags) -> Measures:
+def shadow(setting: CheckSetting, flags: ServerFlags) -> Measures:
     """The student's inter-token latency with every request scored by the teacher over without.
 
     In a closed loop a stream goes on when its scores are there: then a lone stream never decodes
@@ -135,7 +135,7 @@ def shadow(setting: Setting, flags: ServerFlags) -> Measures:
 
 
 def _shadow_once(
-    current: Round, setting: Setting, wire: Wire, num_streams: int, waits: bool
+    current: Round, setting: CheckSetting, wire: Wire, num_streams: int, waits: bool
 ) -> None:
     label = f"{num_streams} {'closed loop' if waits else 'overlapping'}"
     percentiles: dict[bool, tuple[float, float]] = {}
@@ -151,7 +151,12 @@ def _shadow_once(
 
 
 def _run_streams(
-    current: Round, setting: Setting, wire: Wire, num_streams: int, waits: bool, is_shadowed: bool
+    current: Round,
+    setting: CheckSetting,
+    wire: Wire,
+    num_streams: int,
+    waits: bool,
+    is_shadowed: bool,
 ) -> list[Stream]:
     scale = setting.scale
     requests = [

@@ -17,7 +17,7 @@ RUNS_PER_TURN = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class SideTurn:
     """One side's measurement in one round; `kind` and `size` as in `Measurement`."""
 
     round: int
@@ -32,12 +32,12 @@ class Turn:
 
 def measure_round(
     round_number: int, workers: dict[str, Worker], source: PromptSource, results: Results
-) -> Iterator[Turn]:
+) -> Iterator[SideTurn]:
     """Measure what this round lacks, yielding after each turn.
 
     A side that fails is absent from then on and leaves `workers`.
     """
-    done = {Turn(m.round, m.side, m.kind, m.size) for m in results.measurements}
+    done = {SideTurn(m.round, m.side, m.kind, m.size) for m in results.measurements}
     for turn in shuffled_turns(round_number, list(workers), results.config):
         if turn in done or turn.side not in workers:
             continue
@@ -54,18 +54,18 @@ def measure_round(
         yield turn
 
 
-def shuffled_turns(round_number: int, sides: Sequence[str], config: Config) -> Iterator[Turn]:
+def shuffled_turns(round_number: int, sides: Sequence[str], config: Config) -> Iterator[SideTurn]:
     """Yield all turns of a round, kind after kind, so that the sides of a ratio are neighbours."""
     generator = random.Random(f"{config.seed}/{round_number}")
     kinds = _kinds(config)
     for kind, size in generator.sample(kinds, len(kinds)):
         for side in generator.sample(sides, len(sides)):
-            yield Turn(round_number, side, kind, size)
+            yield SideTurn(round_number, side, kind, size)
 
 
-def draw_prompts(source: PromptSource, turn: Turn, config: Config) -> list[list[list[int]]]:
+def draw_prompts(source: PromptSource, turn: SideTurn, config: Config) -> list[list[list[int]]]:
     """Return the prompts of each run: the same for every side, others in every kind and round."""
-    batches = [Turn(0, "", kind, size).batch for kind, size in _kinds(config)]
+    batches = [SideTurn(0, "", kind, size).batch for kind, size in _kinds(config)]
     before = sum(batches[: _kinds(config).index((turn.kind, turn.size))])
     first = RUNS_PER_TURN * (turn.round * sum(batches) + before)
     num_tokens = config.prompt_tokens if turn.kind == "decode" else turn.size
@@ -75,7 +75,7 @@ def draw_prompts(source: PromptSource, turn: Turn, config: Config) -> list[list[
     ]
 
 
-def _measure(worker: Worker, turn: Turn, source: PromptSource, config: Config) -> Measurement:
+def _measure(worker: Worker, turn: SideTurn, source: PromptSource, config: Config) -> Measurement:
     """Raises WorkerFailedError."""
     warm_up, short, long = draw_prompts(source, turn, config)
     # Two tokens: a prefill and a decode step of this very shape.

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from typing import IO, Any, Protocol
 
 
-class Runner(Protocol):
+class PeerModel(Protocol):
     """One loaded model. `generate` is what gets timed, so it does nothing else."""
 
     def generate(
@@ -43,7 +43,7 @@ class Runner(Protocol):
         ...
 
 
-def handle(runner: Runner, request: dict[str, Any]) -> dict[str, Any]:
+def handle(runner: PeerModel, request: dict[str, Any]) -> dict[str, Any]:
     """Answer one request to a loaded model."""
     if request["op"] == "generate":
         return {"seconds": timed_generate(runner, request["prompts"], request["max_tokens"])}
@@ -52,7 +52,7 @@ def handle(runner: Runner, request: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"op {request['op']!r} is none of load, generate, logits")
 
 
-def timed_generate(runner: Runner, prompts: list[list[int]], max_tokens: int) -> float:
+def timed_generate(runner: PeerModel, prompts: list[list[int]], max_tokens: int) -> float:
     """Return the seconds of a run; raises RuntimeError when it did not make all of its tokens."""
     started_s = time.perf_counter()
     completions = runner.generate(prompts, max_tokens)
@@ -63,7 +63,7 @@ def timed_generate(runner: Runner, prompts: list[list[int]], max_tokens: int) ->
     return seconds
 
 
-def write_logits(runner: Runner, chats: list[tuple[list[int], int]], path: str) -> int:
+def write_logits(runner: PeerModel, chats: list[tuple[list[int], int]], path: str) -> int:
     """Save the logits of all answers, one after the other, `(N, V)` float32; returns N."""
     import numpy as np
 
@@ -75,7 +75,7 @@ def write_logits(runner: Runner, chats: list[tuple[list[int], int]], path: str) 
 def serve(module_name: str, requests: IO[str], replies: IO[str]) -> None:
     """Answer requests until there are no more; the first one loads the model."""
     module = importlib.import_module(module_name)
-    runner: Runner | None = None
+    runner: PeerModel | None = None
     for line in requests:
         request = json.loads(line)
         if request["op"] == "load":

@@ -21,14 +21,14 @@ from pathlib import Path
 import numpy as np
 
 from bench.peers.machine import describe_machine
-from bench.proxy.load import Load
-from bench.proxy.scenarios import SCENARIOS, Plan, Site, start_site
+from bench.proxy.load import CallLoad
+from bench.proxy.scenarios import SCENARIOS, FaultPlan, Site, start_site
 
 BEFORE_S, AFTER_S = 1.0, 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ScenarioRow:
     """What a scenario came to; latencies in ms. What could not be counted is None."""
 
     scenario: str
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--only", choices=sorted(SCENARIOS), action="append")
     parser.add_argument("flags", nargs="*", help="further flags of tandem serve, behind --")
     options = parser.parse_args()
-    plan = Plan(options.num_kills, options.num_workers, options.max_tokens)
+    plan = FaultPlan(options.num_kills, options.num_workers, options.max_tokens)
     rows = []
     print(HEADER)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
@@ -81,22 +81,22 @@ def main() -> None:
     options.out.write_text(json.dumps(results | {"rows": [asdict(r) for r in rows]}, indent=1))
 
 
-def measure(site: Site, names: Sequence[str]) -> Iterator[Row]:
+def measure(site: Site, names: Sequence[str]) -> Iterator[ScenarioRow]:
     for name in names:
         for result in SCENARIOS[name](site):
             yield _row(result.name, result.load, result.faults_s, result.num_attempts, result.note)
 
 
 def _row(
-    scenario: str, load: Load, faults_s: Sequence[float], num_attempts: int | None, note: str
-) -> Row:
+    scenario: str, load: CallLoad, faults_s: Sequence[float], num_attempts: int | None, note: str
+) -> ScenarioRow:
     took_ms = np.array([1e3 * (o.ended_s - o.sent_s) for o in load.outcomes])
     is_near = [
         any(o.sent_s < fault_s + AFTER_S and o.ended_s > fault_s - BEFORE_S for fault_s in faults_s)
         for o in load.outcomes
     ]
     near_ms = took_ms[is_near]
-    return Row(
+    return ScenarioRow(
         scenario=scenario,
         num_faults=len(faults_s),
         num_calls=load.num_calls,

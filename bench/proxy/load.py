@@ -31,7 +31,7 @@ Tokens = tuple[pb.Role, int, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class WholeAnswer:
     """The samples that a call returned whole, and whether all of them have their divergence.
 
     `has_primary`: the one that the caller came for is among them.
@@ -42,7 +42,7 @@ class Answer:
     has_divergences: bool = False
 
     @classmethod
-    def of(cls, samples: Iterable[pb.Sample], role: pb.Role | None = None) -> Answer:
+    def of(cls, samples: Iterable[pb.Sample], role: pb.Role | None = None) -> WholeAnswer:
         """`role` is that of the primary sample; None: of any."""
         whole = [sample for sample in samples if sample.finish_reason in _FINISHED]
         return cls(
@@ -69,7 +69,7 @@ class Outcome:
     has_divergences: bool = False
 
 
-Ask = Callable[[Client, int], Answer]
+Ask = Callable[[Client, int], WholeAnswer]
 
 
 def generating(
@@ -77,14 +77,14 @@ def generating(
 ) -> Ask:
     """Return a Generate of one sample; unless streamed, its first response is its end."""
 
-    def ask(client: Client, seed: int) -> Answer:
+    def ask(client: Client, seed: int) -> WholeAnswer:
         request = pb.GenerateRequest(
             prompt=f"What is {seed} plus 4?",
             route=route,
             sampling=_sampling(max_tokens, seed),
             output=pb.OutputOptions(stream=is_streamed),
         )
-        return Answer.of(client.generate(request).result().samples)
+        return WholeAnswer.of(client.generate(request).result().samples)
 
     return ask
 
@@ -92,18 +92,18 @@ def generating(
 def comparing(max_tokens: int = 8) -> Ask:
     """Return a Compare, whose primary sample is the student's."""
 
-    def ask(client: Client, seed: int) -> Answer:
+    def ask(client: Client, seed: int) -> WholeAnswer:
         request = pb.CompareRequest(
             prompt=f"What is {seed} plus 4?", sampling=_sampling(max_tokens, seed)
         )
-        return Answer.of(client.compare(request).samples, pb.ROLE_STUDENT)
+        return WholeAnswer.of(client.compare(request).samples, pb.ROLE_STUDENT)
 
     return ask
 
 
-def list_models(client: Client, seed: int) -> Answer:
+def list_models(client: Client, seed: int) -> WholeAnswer:
     """Ask for what costs a server next to nothing."""
-    return Answer((), bool(client.get_models().models))
+    return WholeAnswer((), bool(client.get_models().models))
 
 
 def _sampling(max_tokens: int, seed: int) -> pb.SamplingParams:
@@ -122,7 +122,7 @@ def right_answers(target: str, *asks: Ask) -> Right:
     }
 
 
-class Load:
+class CallLoad:
     """Calls on threads of their own, during a `with` block, whose end waits for the last answers.
 
     `num_workers` call one after the other (closed loop), or calls come at `rate_rps`. A sample that
@@ -207,7 +207,7 @@ class Load:
             outcome = Outcome(sent_s, time.monotonic(), code, answer.has_divergences)
         self.outcomes.append(outcome)
 
-    def _judge(self, seed: int, answer: Answer) -> str:
+    def _judge(self, seed: int, answer: WholeAnswer) -> str:
         if any((seed, tokens) not in self._right for tokens in answer.samples):
             return "WRONG"
         return "OK" if answer.has_primary else "NO_ANSWER"

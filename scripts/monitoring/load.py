@@ -21,8 +21,8 @@ TASK = "sums"
 PAUSE_S = 0.2  # after a call that failed: the server restarts
 
 
-class Load:
-    """`with Load(address) as load:`; `load.ended` counts calls by status code."""
+class ShadowedLoad:
+    """`with ShadowedLoad(address) as load:`; `load.ended` counts calls by status code."""
 
     def __init__(self, address: str) -> None:
         self.ended: Counter[str] = Counter()

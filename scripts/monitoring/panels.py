@@ -14,7 +14,7 @@ RATE = "[$__rate_interval]"
 
 
 @dataclass(frozen=True, slots=True)
-class Panel:
+class GrafanaPanel:
     """One plot. `queries` are (PromQL, legend); `unit` is Grafana's name of it."""
 
     title: str
@@ -38,42 +38,42 @@ def _mean(metric: str, by: str) -> str:
 
 
 OVERVIEW = (
-    Panel(
+    GrafanaPanel(
         "Servers",
         "Servers that answer Prometheus.",
         "short",
         ((f"sum(up{{{SELECTED}}})", "up"),),
         "stat",
     ),
-    Panel(
+    GrafanaPanel(
         "Models up",
         "Servers whose model takes work; a remote teacher counts while it can be reached.",
         "short",
         ((f"sum by (role) (tandem_model_up{{{SELECTED}}})", "{{role}}"),),
         "stat",
     ),
-    Panel(
+    GrafanaPanel(
         "Failed calls",
         "Calls that failed through the server's fault; above 5 % TandemErrorsHigh fires.",
         "percentunit",
         ((f"tandem:requests_failed:ratio_rate5m{{{SELECTED}}}", "{{job}}"),),
         "stat",
     ),
-    Panel(
+    GrafanaPanel(
         "First tokens later than promised",
         "Of the last hour; the promise is 1 %, the thresholds are in the recording rules.",
         "percentunit",
         ((f"tandem:ttft_slow:ratio_rate1h{{{SELECTED}}}", "{{role}}"),),
         "stat",
     ),
-    Panel(
+    GrafanaPanel(
         "KL from the other model",
         "Mean k3 of the last 5 minutes: 0 is the same model. What is usual depends on the pair.",
         "nats/token",
         ((f'tandem:kl_nats:mean5m{{estimator="k3", {POLICY}}}', "{{policy}}, {{task}}"),),
         "stat",
     ),
-    Panel(
+    GrafanaPanel(
         "Alerts that fire",
         "By name; docs/runbook.md says what to do about each.",
         "short",
@@ -88,25 +88,25 @@ OVERVIEW = (
 )
 
 LATENCY = (
-    Panel(
+    GrafanaPanel(
         "Time to first token",
         "From a request's arrival to the first token of any sample, median and 95th percentile.",
         "s",
         _quantiles("tandem:ttft_seconds:quantile5m"),
     ),
-    Panel(
+    GrafanaPanel(
         "Between tokens",
         "From one token of a sample to the next: 1 over this is the speed that a reader sees.",
         "s",
         _quantiles("tandem:itl_seconds:quantile5m"),
     ),
-    Panel(
+    GrafanaPanel(
         "Whole request",
         "From arrival to a model's last scored sample, median and 95th percentile.",
         "s",
         _quantiles("tandem:request_seconds:quantile5m"),
     ),
-    Panel(
+    GrafanaPanel(
         "Wait in the queue",
         "From a request's arrival to its first prefill, 95th percentile.",
         "s",
@@ -118,7 +118,7 @@ LATENCY = (
             ),
         ),
     ),
-    Panel(
+    GrafanaPanel(
         "First tokens later than promised",
         "Short and long window of the fast-burning alert, and its line: 14.4 times the promise.",
         "percentunit",
@@ -128,7 +128,7 @@ LATENCY = (
             ("14.4 * (1 - scalar(tandem:slo_ttft:objective_ratio))", "alert"),
         ),
     ),
-    Panel(
+    GrafanaPanel(
         "Engine step",
         "Mean time of one pass of a model, and the part of it that is not the model.",
         "s",
@@ -140,20 +140,20 @@ LATENCY = (
 )
 
 THROUGHPUT = (
-    Panel(
+    GrafanaPanel(
         "Calls by status",
         "Calls per second by gRPC status; OK among them.",
         "reqps",
         ((f"tandem:requests:rate5m{{{SELECTED}}} > 0", "{{code}}"),),
         is_stacked=True,
     ),
-    Panel(
+    GrafanaPanel(
         "Tokens generated",
         "Tokens per second that each model sampled, those of shadows excluded: these only score.",
         "tokens/s",
         ((f"tandem:generation_tokens:rate5m{{{SELECTED}}}", "{{role}}"),),
     ),
-    Panel(
+    GrafanaPanel(
         "Samples running and waiting",
         "More waiting than running for 10 minutes fires TandemQueueGrowing.",
         "short",
@@ -162,19 +162,19 @@ THROUGHPUT = (
             (f"tandem:sequences_waiting:sum{{{SELECTED}}}", "{{role}} waiting"),
         ),
     ),
-    Panel(
+    GrafanaPanel(
         "Batch",
         "Sequences in the last step, mean over servers: the larger, the cheaper a token.",
         "short",
         ((f"avg by (role) (tandem_batch_size{{{SELECTED}}})", "{{role}}"),),
     ),
-    Panel(
+    GrafanaPanel(
         "Samples by their end",
         "stop and length are good ends; cancelled, deadline, error and shutdown are not.",
         "ops",
         ((_rate("tandem_samples_total", "role, finish_reason"), "{{role}} {{finish_reason}}"),),
     ),
-    Panel(
+    GrafanaPanel(
         "Refused, and tokens wasted",
         "Valid calls that were refused, and tokens of samples that did not end by themselves.",
         "ops",
@@ -183,7 +183,7 @@ THROUGHPUT = (
             (_rate("tandem_wasted_tokens_total", "role, reason"), "wasted: {{role}} {{reason}}"),
         ),
     ),
-    Panel(
+    GrafanaPanel(
         "KV cache",
         "Slots in use, and the part of the prompt tokens whose keys and values were there already.",
         "percentunit",
@@ -196,7 +196,7 @@ THROUGHPUT = (
             ),
         ),
     ),
-    Panel(
+    GrafanaPanel(
         "Draining and ledger",
         "Servers that take no new work, and work that a server lost count of: always 0.",
         "short",
@@ -208,19 +208,19 @@ THROUGHPUT = (
 )
 
 DIVERGENCE = (
-    Panel(
+    GrafanaPanel(
         "Mean k3, live",
         "GRPO's estimate of KL(policy || other model), nats per token; policy: whose samples.",
         "nats/token",
         ((f'tandem:kl_nats:mean5m{{estimator="k3", {POLICY}}}', "{{policy}} {{task}}"),),
     ),
-    Panel(
+    GrafanaPanel(
         "Mean exact KL",
         "Over the full vocabulary, of requests that ask for it; unbiased under any sampling.",
         "nats/token",
         ((f'tandem:kl_nats:mean5m{{estimator="exact", {POLICY}}}', "{{policy}} {{task}}"),),
     ),
-    Panel(
+    GrafanaPanel(
         "What TandemKlDrift sees",
         "The last half hour, the day before it, and the limit; no value below 2000 tokens.",
         "nats/token",
@@ -234,7 +234,7 @@ DIVERGENCE = (
             ("tandem:kl_k3:limit_nats", "limit"),
         ),
     ),
-    Panel(
+    GrafanaPanel(
         "Samples by their mean k3",
         "How the divergence spreads: a few bad answers, or all a little.",
         "short",
@@ -247,7 +247,7 @@ DIVERGENCE = (
         ),
         "heatmap",
     ),
-    Panel(
+    GrafanaPanel(
         "Same likeliest token, predicted acceptance",
         "Positions on which both models favour one token; part of the student's draft tokens that "
         "the teacher would accept.",
@@ -257,13 +257,13 @@ DIVERGENCE = (
             (f"tandem:predicted_acceptance:mean5m{{{TASK}}}", "acceptance, {{task}}"),
         ),
     ),
-    Panel(
+    GrafanaPanel(
         "Tokens without a finite estimate",
         "Part of the compared tokens; above 0.1 % TandemNonfiniteTokens fires.",
         "percentunit",
         ((f"tandem:divergence_nonfinite:ratio_rate5m{{{SELECTED}}}", "{{policy}}"),),
     ),
-    Panel(
+    GrafanaPanel(
         "What the estimates rest on",
         "Tokens compared per second, and samples whose k3 is biased: greedy, top-k, top-p.",
         "ops",
@@ -281,14 +281,14 @@ DIVERGENCE = (
 )
 
 CONSENSUS = (
-    Panel(
+    GrafanaPanel(
         "Votes by outcome",
         "Pairs of majority votes: same answer, another, no majority, or no answer at all.",
         "ops",
         ((_rate("tandem_consensus_total", "outcome", TASK), "{{outcome}}"),),
         is_stacked=True,
     ),
-    Panel(
+    GrafanaPanel(
         "Agreement",
         "Pairs with the same majority answer, of all pairs. The alert: 1h, the day before.",
         "percentunit",
@@ -301,13 +301,13 @@ CONSENSUS = (
             ),
         ),
     ),
-    Panel(
+    GrafanaPanel(
         "Share of the winner",
         "The majority's part of the votes, mean: 1 is unanimous.",
         "percentunit",
         ((_mean("tandem_consensus_vote_share", "role"), "{{role}}"),),
     ),
-    Panel(
+    GrafanaPanel(
         "Answers undecided",
         "Samples whose answer could not be judged: too slow, failed, or too many.",
         "ops",
@@ -316,13 +316,13 @@ CONSENSUS = (
 )
 
 PASS_AT_K = (
-    Panel(
+    GrafanaPanel(
         "pass@k",
         "Chance that one of k samples is right; against a gold answer or the teacher's majority.",
         "percentunit",
         ((f"tandem:pass_at_k:mean5m{{{TASK}}}", "{{role}} @{{k}} {{reference}} {{task}}"),),
     ),
-    Panel(
+    GrafanaPanel(
         "The teacher's lead",
         "Teacher minus student, last hour and the day before; above 10 points more fires "
         "TandemPassAtKDrop. No value below 200 prompts.",
@@ -335,7 +335,7 @@ PASS_AT_K = (
             ),
         ),
     ),
-    Panel(
+    GrafanaPanel(
         "Prompts judged",
         "Prompts per second that pass@k counts: how much the plots beside it rest on.",
         "ops",
@@ -344,26 +344,26 @@ PASS_AT_K = (
 )
 
 SHADOWING = (
-    Panel(
+    GrafanaPanel(
         "Shadows by outcome",
         "Answers that the other model scored behind the answer; all but compared are lost.",
         "ops",
         ((f"tandem:shadows:rate5m{{{SELECTED}}}", "{{outcome}}"),),
         is_stacked=True,
     ),
-    Panel(
+    GrafanaPanel(
         "Shadows lost",
         "Part that was dropped, late or failed; above 20 % TandemShadowsLost fires.",
         "percentunit",
         ((f"tandem:shadows_lost:ratio_rate5m{{{SELECTED}}}", "{{job}}"),),
     ),
-    Panel(
+    GrafanaPanel(
         "Calls to the remote teacher",
         "By gRPC status; empty where the teacher runs in the same server.",
         "reqps",
         ((f"{_rate('tandem_remote_calls_total', 'rpc, code')} > 0", "{{rpc}} {{code}}"),),
     ),
-    Panel(
+    GrafanaPanel(
         "Models served",
         "What each server runs; two manifests of one role are a rollout that has not ended.",
         "short",

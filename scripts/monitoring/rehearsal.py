@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-from scripts.monitoring.load import Load
+from scripts.monitoring.load import ShadowedLoad
 from scripts.monitoring.processes import (
     CheckError,
     Ports,
@@ -117,11 +117,11 @@ def rehearse(
         webhook = stack.enter_context(receiving())
         stack.enter_context(alertmanager(ports, webhook.url, folder))
         watcher = stack.enter_context(prometheus(ports, folder))
-        with serving(good, ports, folder), Load(f"127.0.0.1:{ports.grpc}"):
+        with serving(good, ports, folder), ShadowedLoad(f"127.0.0.1:{ports.grpc}"):
             meanwhile(ports)
             quiet_s = watch_quiet(watcher, webhook)
         swapped_s = time.monotonic()
-        with serving(damaged, ports, folder), Load(f"127.0.0.1:{ports.grpc}"):
+        with serving(damaged, ports, folder), ShadowedLoad(f"127.0.0.1:{ports.grpc}"):
             started_s = time.monotonic() - swapped_s
             wait_until(lambda: ALERT in watcher.firing(), DELIVERED_TIMEOUT_S, f"{ALERT} fires")
             fired_s = time.monotonic() - swapped_s

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench.engine import __main__ as engine
-from bench.engine.driver import QUICK, Driver, Step, StepLog, drawn, greedy
+from bench.engine.driver import QUICK, Driver, EngineStep, StepLog, drawn, greedy
 from bench.engine.graph import lengthen
 from bench.engine.measures import Measures, at_least, at_most, render
 from bench.engine.server import mean_step_s
@@ -162,7 +162,7 @@ def test_first_round_warms_up_and_orders_alternate() -> None:
 def test_only_decode_steps_that_followed_each_other_are_pairs() -> None:
     log = StepLog()
     kinds = [("decode", 2), ("decode", 2), ("prefill", 1), ("decode", 2), ("decode", 1)]
-    log.steps = [Step(*kind, 1.0, 0.25, number) for number, kind in enumerate(kinds)]
+    log.steps = [EngineStep(*kind, 1.0, 0.25, number) for number, kind in enumerate(kinds)]
     assert [(a.ended_s, b.ended_s) for a, b in log.decode_pairs(2)] == [(0, 1)]
     assert len(log.decodes(2)) == 3
     assert log.steps[0].model_s == 0.75

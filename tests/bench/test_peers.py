@@ -37,7 +37,7 @@ from bench.peers.environments import (
 )
 from bench.peers.machine import busy_cpu_s, describe_machine, process_cpu_s, watch_foreign_share
 from bench.peers.results import Config, Measurement, Results, SideRecord, read_results, resume
-from bench.peers.rounds import Turn, draw_prompts, measure_round, shuffled_turns
+from bench.peers.rounds import SideTurn, draw_prompts, measure_round, shuffled_turns
 from bench.peers.sides import FAMILIES, make_sides
 from bench.peers.table import derived, ratios, render
 from bench.plot import main as plot_main
@@ -227,9 +227,9 @@ def test_the_sides_of_a_kind_are_neighbours_in_an_order_that_changes() -> None:
 
 
 def test_prompts_have_the_length_of_their_kind() -> None:
-    runs = draw_prompts(SOURCE, Turn(0, "a", "prefill", 512), CONFIG)
+    runs = draw_prompts(SOURCE, SideTurn(0, "a", "prefill", 512), CONFIG)
     assert [[len(prompt) for prompt in run] for run in runs] == [[512], [512], [512]]
-    runs = draw_prompts(SOURCE, Turn(0, "a", "decode", 8), CONFIG)
+    runs = draw_prompts(SOURCE, SideTurn(0, "a", "decode", 8), CONFIG)
     assert [{len(prompt) for prompt in run} for run in runs] == [{64}] * 3
 
 

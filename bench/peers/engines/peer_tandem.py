@@ -18,7 +18,7 @@ PACKAGES = ("torch", "transformers", "onnxruntime")
 
 
 class TandemRunner:
-    """See `bench.peers.worker.Runner`. Works on the calling thread, as `Engine.run` does."""
+    """See `bench.peers.worker.PeerModel`. Works on the calling thread, as `Engine.run` does."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend

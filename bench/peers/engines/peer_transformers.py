@@ -12,7 +12,7 @@ PACKAGES = ("torch", "transformers")
 
 
 class TransformersRunner:
-    """See `bench.peers.worker.Runner`. Takes any model with transformers' `generate`."""
+    """See `bench.peers.worker.PeerModel`. Takes any model with transformers' `generate`."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

