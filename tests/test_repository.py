@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
-ROOMS = ("serve", "export", "loadtest", "bundle", "estimators", "bench", "scripts")
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+ROOMS = (
+    *("bench", "bundle", "estimators", "examples", "export", "k8s", "loadtest"),
+    *("protos", "scripts", "serve", "tandem", "tests"),
+)
 
 ELSEWHERE = ("runs/", "work/", "my/")
 """What a reader's own run or overlay holds: a load test's output, an export's stages."""
@@ -60,7 +63,9 @@ def test_page_runs_only_modules_that_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_comments_name_only_pages_that_exist(room: str) -> None:
-    sources = [path for path in (ROOT / room).rglob("*") if path.suffix in {"", ".py", ".yaml"}]
+    sources = [
+        path for path in (ROOT / room).rglob("*") if path.suffix in {"", ".proto", ".py", ".yaml"}
+    ]
     texts = [path.read_text(encoding="utf-8") for path in sources if path.is_file()]
     named = {name for text in texts for name in re.findall(r"docs/[\w./-]+?\.md", text)}
     assert {name for name in named if not (ROOT / name).is_file()} == set()
