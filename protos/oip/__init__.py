@@ -1,1 +1,1 @@
-"""The Open Inference Protocol: `grpc_service.proto` and its stubs (see `serve.open_inference`)."""
+"""The Open Inference Protocol: `grpc_service.proto` and its stubs (see `serve.rpc.triton`)."""
