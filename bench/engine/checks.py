@@ -9,8 +9,8 @@ import torch
 
 from bench.engine.driver import CheckSetting, Driver, EngineStep, drawn, greedy
 from bench.engine.measures import Measures, Round, at_least, at_most
-from serve.engine.scoring import MAX_PATH_NOISE_NATS, measure_noise_floor
 from serve.engine.sequence import GenerationRequest, Sequence, make_group, make_sequences
+from serve.models.noise import MAX_PATH_NOISE_NATS, measure_noise_floor
 from serve.sampling.params import SamplingParams
 from serve.sampling.sampler import Sampler
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from export.run.settings import ExportError
-from serve.models.torch_backend import check_supported
+from serve.models.architectures import check_supported
 
 _NODES_PER_LAYER = 11
 _OTHER_NODES = 11

@@ -37,7 +37,7 @@ from torch.onnx.utils import register_custom_op_symbolic, unregister_custom_op_s
 from transformers import AttentionMaskInterface
 
 from export.graph.architecture import check_exportable, expected_num_nodes
-from serve.models.torch_backend import sliding_windows
+from serve.models.architectures import sliding_windows
 
 OPSET = 18
 LOGIT_ROWS = "logit_rows"

@@ -40,8 +40,9 @@ from export.run.settings import ExportError
 from export.student.losses import exact_logprobs
 from export.student.step import Example
 from serve.engine.engine import Engine
-from serve.engine.scoring import MAX_PATH_NOISE_NATS, ScoringRequest, measure_noise_floor
+from serve.engine.scoring import ScoringRequest
 from serve.models.backend import Backend
+from serve.models.noise import MAX_PATH_NOISE_NATS, measure_noise_floor
 
 TEACHER, STUDENT = "teacher", "student"
 # Float32 logits of all models for one batch of prompts; beyond it batches get smaller.

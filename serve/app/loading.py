@@ -22,11 +22,11 @@ from bundle.verify import verify_bundle
 from serve.app.config import Device, ServeConfig
 from serve.cpus import count_cpus
 from serve.engine.engine import Engine
-from serve.engine.scoring import MAX_PATH_NOISE_NATS, NoiseFloor, measure_noise_floor
 from serve.engine.turns import StepArbiter
 from serve.errors import DeviceMissingError
 from serve.metrics.server_metrics import ServerMetrics
-from serve.pair.routing import Engines, Role, ServedModel
+from serve.models.noise import MAX_PATH_NOISE_NATS, NoiseFloor, measure_noise_floor
+from serve.pair.served import Engines, Role, ServedModel
 from serve.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

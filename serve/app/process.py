@@ -22,7 +22,7 @@ from serve.app.listeners import check_listeners
 from serve.app.loading import build_engines
 from serve.app.server import Server
 from serve.metrics.server_metrics import ServerMetrics
-from serve.pair.routing import Engines
+from serve.pair.served import Engines
 
 logger = logging.getLogger(__name__)
 

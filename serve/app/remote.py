@@ -17,7 +17,7 @@ from serve.client.failures import explain
 from serve.metrics.server_metrics import ServerMetrics
 from serve.pair.remote_address import RemoteAddress
 from serve.pair.remote_teacher import RemoteTeacher, teacher_of
-from serve.pair.routing import Role, ServedModel
+from serve.pair.served import Role, ServedModel
 
 logger = logging.getLogger(__name__)
 

@@ -29,13 +29,13 @@ from serve.http.server import MetricsServer
 from serve.metrics.series import begin_series
 from serve.metrics.server_metrics import ServerMetrics
 from serve.metrics.vllm_names import register_vllm_aliases
-from serve.pair.answers.agreement import Judge
 from serve.pair.answers.equivalence import AnswerWorker
 from serve.pair.answers.formats import compile_formats
+from serve.pair.answers.judge import Judge
 from serve.pair.coordinator import Coordinator
-from serve.pair.policy import TrafficPolicy
 from serve.pair.request import OTHER_TASK, Limits, Range
-from serve.pair.routing import Engines
+from serve.pair.routing import TrafficPolicy
+from serve.pair.served import Engines
 from serve.pair.shadow import Shadows
 from serve.pair.tasks import running
 from serve.rpc import control as control_service

@@ -47,8 +47,7 @@ from serve.engine.stats import EngineObserver
 from serve.engine.turns import StepArbiter
 from serve.engine.watchdog import StepWatch
 from serve.errors import EngineFailedError
-from serve.models.backend import Backend
-from serve.models.out_of_memory import is_out_of_memory
+from serve.models.backend import Backend, is_out_of_memory
 from serve.sampling.sampler import SampledBatch, Sampler
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,7 @@ import torch
 
 from serve.engine.prefix_cache import PrefixCache
 from serve.engine.prompt import TokenizedPrompt
-from serve.models.backend import Backend
-from serve.models.out_of_memory import is_out_of_memory
+from serve.models.backend import Backend, is_out_of_memory
 
 
 @dataclass(slots=True, eq=False)

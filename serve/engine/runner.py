@@ -15,8 +15,10 @@ from serve.engine.scheduler import Admission, LongPrompt, RowMove, Scheduler
 from serve.engine.scoring import ScoringJob
 from serve.engine.sequence import Sequence as Sample
 from serve.engine.sequence import SequenceGroup
-from serve.models.backend import NUM_PREFILL_ROWS, NUM_SCORING_ROWS, NUM_SPARE_ROWS, Backend
-from serve.models.out_of_memory import is_out_of_memory
+from serve.models.backend import (
+    Backend,
+    is_out_of_memory,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ class Runner:
 
     A pass that runs out of memory is tried once more: without the prefix cache, which lies in the
     same memory, and of prompts and scorings only half as much of one at a time. What a method
-    raises for want of memory (`serve.models.out_of_memory`) has changed nothing that others need.
+    raises for want of memory (`serve.models.backend`) has changed nothing that others need.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Runner:
 
         What a pass that failed, or whose logits nobody saw, has written may not be finite.
         """
-        self._tainted_rows.update(range(self._scheduler.max_num_seqs + NUM_SPARE_ROWS))
+        self._tainted_rows.update(range(self._backend.info.rows.num_rows))
 
     def _make_room(self) -> None:
         self.distrust_rows()
@@ -176,13 +178,12 @@ class Runner:
 
     def score(self, job: ScoringJob) -> bool:
         """Run a scoring request's next chunk; True when it is done."""
-        first_row = self._scheduler.max_num_seqs + 1 + NUM_PREFILL_ROWS
-        rows = range(first_row, first_row + NUM_SCORING_ROWS)
+        rows = self._backend.info.rows.scoring
         if not job.is_begun:
             for row in rows:
                 self._clean(row)
         self.try_twice(
-            lambda max_tokens: job.advance(self._prefiller, first_row, NUM_SCORING_ROWS, max_tokens)
+            lambda max_tokens: job.advance(self._prefiller, rows.start, len(rows), max_tokens)
         )
         if not job.is_finite:
             self._tainted_rows.update(rows)

@@ -24,7 +24,7 @@ from itertools import islice
 
 from serve.engine.sequence import Sequence, SequenceGroup
 from serve.engine.waiting import WaitingLines
-from serve.models.backend import NUM_PREFILL_ROWS
+from serve.models.backend import RowLayout
 
 # How many waiting requests that lack a row for a long prompt others may overtake in one step.
 MAX_OVERTAKEN = 64
@@ -144,8 +144,7 @@ class Scheduler:
         self.waiting = WaitingLines(self._share)
         self.prefilling: deque[LongPrompt] = deque()
         self.running: list[Sequence] = []
-        first_row = max_num_seqs + 1
-        self._free_rows = list(range(first_row, first_row + NUM_PREFILL_ROWS))
+        self._free_rows = list(RowLayout(max_num_seqs).prefill)
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         self.waiting.add(sequences)

@@ -15,9 +15,10 @@ import grpc
 from protos.oip import grpc_service_pb2
 from protos.tandem.v1 import control_pb2, inference_pb2
 from serve.metrics.server_metrics import ServerMetrics
-from serve.pair.answers.agreement import ConsensusOutcome
+from serve.pair.answers.judge import ConsensusOutcome
 from serve.pair.request import OTHER_TASK
-from serve.pair.routing import Engines, Route, are_comparable
+from serve.pair.routing import Route, are_comparable
+from serve.pair.served import Engines
 
 # What `serve.rpc.statuses` and `serve.rpc.gate` answer.
 CODES = (

@@ -16,11 +16,11 @@ from prometheus_client.registry import Collector
 
 from serve.engine.sequence import FinishReason
 from serve.engine.stats import EngineObserver
-from serve.pair.answers.agreement import Agreement
 from serve.pair.answers.equivalence import NoResult
+from serve.pair.answers.judge import Agreement
 from serve.pair.arm import SampleResult
 from serve.pair.divergence import SampleDivergence
-from serve.pair.routing import Role, ServedModel
+from serve.pair.served import Role, ServedModel
 
 _PREFIX = "tandem"
 # 0.5 ms (a small student decodes a token in a few) to 10 min.

@@ -1,12 +1,7 @@
 """The one thing an engine needs from a runtime: a forward pass over rows of a KV cache.
 
-Two runtimes implement it: `serve.models.torch_backend` and `serve.models.onnx_backend`. Rows are
-slots of a preallocated cache, `max_num_seqs` of them and `NUM_SPARE_ROWS` behind them:
-
-    0 .. b-1                      the sequences that decode, without gaps
-    b .. max_num_seqs             free; a decode step may overwrite them to pad its batch
-    then NUM_PREFILL_ROWS         long prompts on their way in, chunk by chunk
-    then NUM_SCORING_ROWS         completions that are being scored
+Two runtimes implement it: `serve.models.torch_backend` and `serve.models.onnx_backend`.
+`RowLayout` says what each row is for.
 """
 
 from __future__ import annotations
@@ -20,7 +15,40 @@ if TYPE_CHECKING:
 
 NUM_PREFILL_ROWS = 4
 NUM_SCORING_ROWS = 8
-NUM_SPARE_ROWS = 1 + NUM_PREFILL_ROWS + NUM_SCORING_ROWS
+# Of torch on the CPU, of onnxruntime's arena, of C++; only CUDA has a class for it.
+_NO_MEMORY = (
+    "can't allocate memory",
+    "failed to allocate memory",
+    "bad_alloc",
+    "bad allocation",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RowLayout:
+    """The rows of a preallocated KV cache.
+
+    Sequences that decode hold rows from 0 on, without gaps. The others, up to row `max_num_seqs`
+    included, are free: a decode step may overwrite them to pad its batch. Long prompts come in
+    chunk by chunk in the rows `prefill`, completions are scored in the rows `scoring`.
+
+    >>> RowLayout(16).prefill, RowLayout(16).scoring, RowLayout(16).num_rows
+    (range(17, 21), range(21, 29), 29)
+    """
+
+    max_num_seqs: int
+
+    @property
+    def prefill(self) -> range:
+        return range(self.max_num_seqs + 1, self.max_num_seqs + 1 + NUM_PREFILL_ROWS)
+
+    @property
+    def scoring(self) -> range:
+        return range(self.prefill.stop, self.prefill.stop + NUM_SCORING_ROWS)
+
+    @property
+    def num_rows(self) -> int:
+        return self.scoring.stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +69,13 @@ class ModelInfo:
     max_num_seqs: int
     batch_invariant: bool = False
 
+    @property
+    def rows(self) -> RowLayout:
+        return RowLayout(self.max_num_seqs)
+
 
 class Backend(Protocol):
-    """A model and its KV cache: rows of `max_model_len` tokens, laid out as above."""
+    """A model and its KV cache: rows of `max_model_len` tokens, laid out as `info.rows` says."""
 
     info: ModelInfo
 
@@ -105,3 +137,13 @@ def logit_rows(
     if logit_indices is None:
         logit_indices = [[len(ids) - 1] for ids in new_token_ids]
     return [row * num_columns + i for row, wanted in enumerate(logit_indices) for i in wanted]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Say whether a pass failed for want of memory, so that a smaller one may succeed."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return any(phrase in text for phrase in _NO_MEMORY)

@@ -6,16 +6,16 @@ that machine, with the model that is to be served.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
+import torch
 
 from serve.models.backend import Backend
 
-if TYPE_CHECKING:
-    import torch
+Way = TypeVar("Way")
 
 # Prompts in one block of keys, behind its end, and behind the second one
 # (`serve.models.block_attention`).
@@ -36,6 +36,19 @@ class _Sequence:
     @property
     def prompt(self) -> list[int]:
         return self.token_ids[:-1]
+
+
+def choose_way(backend: Backend, ways: Sequence[Way], take: Callable[[Way], None]) -> bool:
+    """Have a backend `take` the first way of computing that `is_batch_invariant`.
+
+    False: none of them is, and it has taken the first one, as none is better.
+    """
+    for way in ways:
+        take(way)
+        if is_batch_invariant(backend):
+            return True
+    take(ways[0])
+    return False
 
 
 def is_batch_invariant(backend: Backend) -> bool:

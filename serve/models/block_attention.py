@@ -16,8 +16,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from serve.models.llama import HeadShape
-from serve.models.slot_attention import SlotCache, round_up, visibility_mask
+from serve.models.architectures import HeadShape
+from serve.models.attention import (
+    RowsAttention,
+    SlotCache,
+    by_key_head,
+    filled_up,
+    round_up,
+    visibility_mask,
+)
 
 KEY_BLOCK = 128
 # Sizes of a query group, fastest first. Which of them a CPU's kernels compute alike in every
@@ -46,7 +53,7 @@ class _Chunk:
     biases: dict[int | None, Tensor]
 
 
-class BlockAttention:
+class BlockAttention(RowsAttention):
     """New tokens `(B, T)` behind `past_lengths` in the rows from `first_row` on.
 
     `num_new` of each row are real. `positions` `(B, T)` of the others may be any. The cache has a
@@ -64,29 +71,22 @@ class BlockAttention:
         num_new: Sequence[int],
         query_group: int,
     ) -> None:
-        self._cache, self._shape, self._windows = cache, shape, windows
-        self._batch, self._num_tokens = positions.shape
-        self._rows = torch.arange(first_row, first_row + self._batch)
-        self._positions = positions
+        self._num_tokens = positions.shape[1]
+        longest = min(max(past_lengths) + self._num_tokens, cache.all.shape[3])
+        super().__init__(cache, shape, first_row, positions, round_up(longest, KEY_BLOCK))
+        self._windows = windows
         self._slices = [
             (row, past, past + count)
             for row, (past, count) in enumerate(zip(past_lengths, num_new, strict=True), first_row)
-        ]
-        longest = min(max(past_lengths) + self._num_tokens, cache.all.shape[3])
-        stop = first_row + self._batch
-        self._cached = [
-            part.flatten(0, 1)
-            for part in cache.all[:, first_row:stop, :, : round_up(longest, KEY_BLOCK)].unbind(0)
         ]
         tokens_per_call = max(_MAX_QUERIES // shape.num_queries_per_key, 1)
         bounds = [*range(0, self._num_tokens, tokens_per_call), self._num_tokens]
         self._chunks = [self._chunk(*pair, query_group) for pair in pairwise(bounds)]
 
     def __call__(self, layer: int, heads: Tensor) -> Tensor:
-        """See `decoder.Attention`."""
         shape, batch, num_tokens = self._shape, self._batch, self._num_tokens
         self._write(layer, heads[: batch * num_tokens, shape.num_heads :])
-        # A lone token comes twice (`decoder.MIN_CPU_ROWS`).
+        # A lone token comes twice (`llama.MIN_CPU_ROWS`).
         heads = heads[: batch * num_tokens].reshape(batch, -1, shape.head_dim)
         parts = [self._attended(layer, chunk, heads) for chunk in self._chunks]
         attended = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -98,8 +98,8 @@ class BlockAttention:
         queries = heads.index_select(1, chunk.heads)
         queries = queries.view(batch * shape.num_kv_heads, 1, -1, shape.head_dim)
         keys, values = (
-            self._cached[index][:, : chunk.num_blocks * KEY_BLOCK].unflatten(1, (-1, KEY_BLOCK))
-            for index in (layer, self._cache.num_layers + layer)
+            cached.flatten(0, 1)[:, : chunk.num_blocks * KEY_BLOCK].unflatten(1, (-1, KEY_BLOCK))
+            for cached in self._keys_and_values(layer)
         )
         window = self._windows[layer]
         outputs, log_sums = _attend(
@@ -125,7 +125,7 @@ class BlockAttention:
         num_blocks = int(positions.max()) // KEY_BLOCK + 1
         num_queries = (stop - start) * shape.num_queries_per_key
         # The queries of one key head: all of its heads for one token, then for the next one.
-        query = torch.arange(round_up(num_queries, query_group)).clamp_max(num_queries - 1)
+        query = filled_up(num_queries, query_group)
         token = query // shape.num_queries_per_key
         head = query % shape.num_queries_per_key
         num_heads = shape.num_heads + 2 * shape.num_kv_heads
@@ -142,9 +142,7 @@ class BlockAttention:
         dtype = self._cache.all.dtype
         mask = visibility_mask(positions, num_blocks * KEY_BLOCK, window, dtype)
         by_block: Tensor = mask.unflatten(2, (num_blocks, KEY_BLOCK)).transpose(1, 2)
-        if len(by_block) == 1:
-            return by_block
-        return by_block.repeat_interleave(self._shape.num_kv_heads, 0)
+        return by_key_head(by_block, self._shape)
 
     def _write(self, layer: int, new: Tensor) -> None:
         tokens = self._cache.tokens[layer]

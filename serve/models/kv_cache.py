@@ -60,6 +60,28 @@ class KVCache:
                 part.zero_()
 
 
+class CachedRows:
+    """The part of `serve.models.backend.Backend` that is about the rows of its `cache` alone."""
+
+    cache: KVCache
+
+    def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
+        """See `Backend.copy_kv`."""
+        self.cache.copy_row(source_row, target_row, length)
+
+    def read_kv(self, row: int, start: int, stop: int) -> torch.Tensor:
+        """See `Backend.read_kv`."""
+        return self.cache.read(row, start, stop)
+
+    def write_kv(self, row: int, start: int, kv: torch.Tensor) -> None:
+        """See `Backend.write_kv`."""
+        self.cache.write(row, start, kv)
+
+    def scrub_kv(self, row: int, start: int = 0) -> None:
+        """See `Backend.scrub_kv`."""
+        self.cache.scrub(row, start)
+
+
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from serve.models.architectures import HeadShape
+
 Linear = Callable[[Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
 
@@ -28,24 +30,6 @@ Norm = Callable[[Tensor], Tensor]
 MIN_CPU_ROWS = 2
 # Numbers in the largest vector that torch's loops take at once, unrolled: 4 registers of 64 bytes.
 _MAX_VECTOR = 4 * 32
-
-
-@dataclass(frozen=True, slots=True)
-class HeadShape:
-    """How a packed projection divides into heads: queries, then keys, then values."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-    @property
-    def num_rotated(self) -> int:
-        """Queries and keys."""
-        return self.num_heads + self.num_kv_heads
-
-    @property
-    def num_queries_per_key(self) -> int:
-        return self.num_heads // self.num_kv_heads
 
 
 @dataclass(frozen=True, slots=True)

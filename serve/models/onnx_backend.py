@@ -12,24 +12,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime as ort
 import torch
-from numpy.typing import NDArray
 
 from bundle.model_config import read_model_config
-from serve.models.backend import NUM_SPARE_ROWS, ModelInfo, logit_rows
-from serve.models.batch_invariance import is_batch_invariant
+from serve.models.backend import ModelInfo, logit_rows
+from serve.models.batch_invariance import choose_way
 from serve.models.cuda_graphs import batch_bucket
-from serve.models.kv_cache import KVCache
-from serve.models.onnx_graph import LAST_POSITIONS, LOGIT_ROWS, TOTAL_LENGTH
+from serve.models.kv_cache import CachedRows, KVCache
+from serve.models.onnx_graph import TOTAL_LENGTH
 from serve.models.onnx_session import (
     NO_GRAPH,
+    BoundStep,
+    StepInputs,
     bind_tensor,
     check_provider,
     make_session,
@@ -38,9 +39,6 @@ from serve.models.onnx_session import (
 )
 from serve.text.real_tokens import EVERY_ROW, RealTokens
 
-# Of how many rows a product on the CPU may have to be a multiple, fastest first.
-_ROW_MULTIPLES = (2, 4, 8)
-
 _TORCH_TYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -48,7 +46,7 @@ _TORCH_TYPES = {
 }
 
 
-class OnnxBackend:
+class OnnxBackend(CachedRows):
     """See `serve.models.backend.Backend`. One instance serves one model from one thread.
 
     GroupQueryAttention takes several new tokens per row behind cached ones only for a single row;
@@ -64,6 +62,9 @@ class OnnxBackend:
     planned for rows of `max_model_len`: always the same kernels at the same addresses, which
     `prepare` records. On the CPU there is nothing to record, and the steps are the same.
     """
+
+    ROW_MULTIPLES: ClassVar[tuple[int, ...]] = (2, 4, 8)
+    """Of how many rows a product on the CPU may have to be a multiple, fastest first."""
 
     def __init__(
         self,
@@ -82,14 +83,6 @@ class OnnxBackend:
         self._session = session
         self._device = device
         self.stream = stream
-        past = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
-        _, num_kv_heads, _, head_dim = past[0].shape
-        self.cache = KVCache(
-            len(past) // 2,
-            (max_num_seqs + NUM_SPARE_ROWS, num_kv_heads, max_model_len + 1, head_dim),
-            _TORCH_TYPES[past[0].type],
-            device,
-        )
         self._num_rows: int = config["vocab_size"]
         self._real_tokens = real_tokens.within(self._num_rows)
         self.info = ModelInfo(
@@ -101,6 +94,14 @@ class OnnxBackend:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
         )
+        past = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
+        _, num_kv_heads, _, head_dim = past[0].shape
+        self.cache = KVCache(
+            len(past) // 2,
+            (self.info.rows.num_rows, num_kv_heads, max_model_len + 1, head_dim),
+            _TORCH_TYPES[past[0].type],
+            device,
+        )
         (logits,) = [o for o in session.get_outputs() if o.name == "logits"]
         self._logits_type = _TORCH_TYPES[logits.type]
         # Where a decode step's logits stay, also for graphs that have the address.
@@ -108,10 +109,10 @@ class OnnxBackend:
         self._logits = self._new_logits(0)
         self._total_length = np.ones((), dtype=np.int32)
         self._has_static_steps = cuda_graphs
-        self._row_multiple = _ROW_MULTIPLES[0] if device.type == "cpu" else 1
+        self._row_multiple = self.ROW_MULTIPLES[0] if device.type == "cpu" else 1
         self._padded_sizes = padded_sizes(max_num_seqs, self._row_multiple, cuda_graphs)
         self._graph_thread: int | None = None
-        self._decode_steps: dict[int, _Step] = {}
+        self._decode_steps: dict[int, BoundStep] = {}
         self._cache_binding = lru_cache(maxsize=4 * max_num_seqs)(self._bind_cache)
         self._options = run_options(NO_GRAPH)
         if stream is not None:
@@ -199,12 +200,8 @@ class OnnxBackend:
         """See `Backend.choose_kernels`."""
         if self._device.type != "cpu":
             return
-        for row_multiple in _ROW_MULTIPLES:
-            self._take_multiple(row_multiple)
-            if is_batch_invariant(self):
-                self.info = replace(self.info, batch_invariant=True)
-                return
-        self._take_multiple(_ROW_MULTIPLES[0])
+        holds = choose_way(self, self.ROW_MULTIPLES, self._take_multiple)
+        self.info = replace(self.info, batch_invariant=holds)
 
     def _take_multiple(self, row_multiple: int) -> None:
         self._row_multiple = row_multiple
@@ -223,22 +220,6 @@ class OnnxBackend:
         self._graph_thread = threading.get_ident()
         for num_rows in sorted(set(self._padded_sizes[1:]) if self._has_static_steps else ()):
             self.forward(0, [[0]] * num_rows, [1] * num_rows)
-
-    def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
-        """See `Backend.copy_kv`."""
-        self.cache.copy_row(source_row, target_row, length)
-
-    def read_kv(self, row: int, start: int, stop: int) -> torch.Tensor:
-        """See `Backend.read_kv`."""
-        return self.cache.read(row, start, stop)
-
-    def write_kv(self, row: int, start: int, kv: torch.Tensor) -> None:
-        """See `Backend.write_kv`."""
-        self.cache.write(row, start, kv)
-
-    def scrub_kv(self, row: int, start: int = 0) -> None:
-        """See `Backend.scrub_kv`."""
-        self.cache.scrub(row, start)
 
     # -- steps ------------------------------------------------------------------------------
 
@@ -266,12 +247,12 @@ class OnnxBackend:
             return logits
         return logits[logit_rows(new_token_ids, logit_indices, 1)]
 
-    def _new_decode_step(self, num_rows: int) -> _Step:
+    def _new_decode_step(self, num_rows: int) -> BoundStep:
         num_padded = self._padded_sizes[num_rows]
         if self._has_static_steps and num_padded > num_rows:
             step = self._decode_steps.get(num_padded) or self._new_decode_step(num_padded)
         else:
-            inputs = _StepInputs(num_padded, 1, num_padded, self._device)
+            inputs = StepInputs(num_padded, 1, num_padded, self._device)
             # A scratch row's logits are the last sequence's, lest they count where activations are
             # quantized by the largest of the batch.
             inputs.logit_rows[:] = [*range(num_rows), *[num_rows - 1] * (num_padded - num_rows)]
@@ -298,7 +279,7 @@ class OnnxBackend:
         wanted = wanted or [0]  # memory of no bytes cannot be bound
         if self._device.type == "cpu":
             wanted += wanted[-1:] * (-len(wanted) % self._row_multiple)
-        inputs = _StepInputs(num_rows, num_columns, len(wanted), self._device)
+        inputs = StepInputs(num_rows, num_columns, len(wanted), self._device)
         inputs.logit_rows[:] = wanted
         for row, (ids, past) in enumerate(zip(new_token_ids, past_lengths, strict=True)):
             inputs.input_ids[row, : len(ids)] = ids
@@ -319,7 +300,9 @@ class OnnxBackend:
                 return padded
         return num_columns + num_rows * num_columns % 2
 
-    def _run_step(self, step: _Step, total_length: int, options: ort.RunOptions) -> torch.Tensor:
+    def _run_step(
+        self, step: BoundStep, total_length: int, options: ort.RunOptions
+    ) -> torch.Tensor:
         """Run what is bound; return logits `(N, V)` float32."""
         self._total_length[...] = total_length
         step.inputs.upload()
@@ -347,12 +330,12 @@ class OnnxBackend:
         return binding
 
     def _bind_step(
-        self, binding: Any, inputs: _StepInputs, logits: torch.Tensor, options: ort.RunOptions
-    ) -> _Step:
+        self, binding: Any, inputs: StepInputs, logits: torch.Tensor, options: ort.RunOptions
+    ) -> BoundStep:
         for name, tensor in inputs.tensors.items():
             bind_tensor(binding.bind_input, name, tensor)
         bind_tensor(binding.bind_output, "logits", logits[None])
-        return _Step(binding, inputs, logits, options)
+        return BoundStep(binding, inputs, logits, options)
 
     @contextmanager
     def _ordered(self) -> Iterator[None]:
@@ -368,48 +351,6 @@ class OnnxBackend:
         with torch.cuda.stream(self.stream):
             yield
         callers.wait_stream(self.stream)
-
-
-class _StepInputs:
-    """What a step feeds besides the cache, one after the other in one piece of memory.
-
-    To be filled: `input_ids` `(B, T)` and `logit_rows` `(N,)`, int64, and `last_positions` `(B,)`,
-    int32: the position of each row's last token. `tensors` are the same by name, on the device.
-    """
-
-    def __init__(self, num_rows: int, num_columns: int, num_logits: int, device: torch.device):
-        sizes = (num_rows * num_columns, num_logits, (num_rows + 1) // 2)
-        self._host = torch.zeros(sum(sizes), dtype=torch.int64)
-        self._on_device = self._host if device.type == "cpu" else self._host.to(device)
-        ids, rows, positions = self._on_device.split(sizes)
-        self.tensors = {
-            "input_ids": ids.view(num_rows, num_columns),
-            LOGIT_ROWS: rows,
-            LAST_POSITIONS: positions.view(torch.int32)[:num_rows],
-        }
-        ids, rows, positions = self._host.split(sizes)
-        self.input_ids: NDArray[np.int64] = ids.view(num_rows, num_columns).numpy()
-        self.logit_rows: NDArray[np.int64] = rows.numpy()
-        self.last_positions: NDArray[np.int32] = positions.view(torch.int32)[:num_rows].numpy()
-
-    def upload(self) -> None:
-        """Bring what was filled in to the device; on the CPU it is there."""
-        if self._on_device is not self._host:
-            # A pinned copy each time, which torch keeps until it has arrived: the next step may
-            # fill the arrays before.
-            self._on_device.copy_(self._host.pin_memory(), non_blocking=True)
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A bound step, and those of its logits that are wanted. It keeps its inputs alive: the binding
-    has addresses only.
-    """
-
-    binding: Any
-    inputs: _StepInputs
-    logits: torch.Tensor
-    options: ort.RunOptions
 
 
 def padded_sizes(max_num_seqs: int, row_multiple: int, is_static: bool) -> tuple[int, ...]:

@@ -1,16 +1,19 @@
-"""onnxruntime sessions for serving: on one device, failing closed, bound by address."""
+"""onnxruntime sessions for serving: on one device, failing closed, and what a step binds to one."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto
 
-from serve.models.onnx_graph import check_cuda_types, serving_graph
+from serve.models.onnx_graph import LAST_POSITIONS, LOGIT_ROWS, check_cuda_types, serving_graph
 
 NO_GRAPH = -1
 
@@ -151,3 +154,45 @@ def bind_tensor(bind: Any, name: str, tensor: torch.Tensor) -> None:
         tuple(tensor.shape),
         tensor.data_ptr(),
     )
+
+
+class StepInputs:
+    """What a step feeds besides the cache, one after the other in one piece of memory.
+
+    To be filled: `input_ids` `(B, T)` and `logit_rows` `(N,)`, int64, and `last_positions` `(B,)`,
+    int32: the position of each row's last token. `tensors` are the same by name, on the device.
+    """
+
+    def __init__(self, num_rows: int, num_columns: int, num_logits: int, device: torch.device):
+        sizes = (num_rows * num_columns, num_logits, (num_rows + 1) // 2)
+        self._host = torch.zeros(sum(sizes), dtype=torch.int64)
+        self._on_device = self._host if device.type == "cpu" else self._host.to(device)
+        ids, rows, positions = self._on_device.split(sizes)
+        self.tensors = {
+            "input_ids": ids.view(num_rows, num_columns),
+            LOGIT_ROWS: rows,
+            LAST_POSITIONS: positions.view(torch.int32)[:num_rows],
+        }
+        ids, rows, positions = self._host.split(sizes)
+        self.input_ids: NDArray[np.int64] = ids.view(num_rows, num_columns).numpy()
+        self.logit_rows: NDArray[np.int64] = rows.numpy()
+        self.last_positions: NDArray[np.int32] = positions.view(torch.int32)[:num_rows].numpy()
+
+    def upload(self) -> None:
+        """Bring what was filled in to the device; on the CPU it is there."""
+        if self._on_device is not self._host:
+            # A pinned copy each time, which torch keeps until it has arrived: the next step may
+            # fill the arrays before.
+            self._on_device.copy_(self._host.pin_memory(), non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundStep:
+    """A bound step, and those of its logits that are wanted. It keeps its inputs alive: the binding
+    has addresses only.
+    """
+
+    binding: Any
+    inputs: StepInputs
+    logits: torch.Tensor
+    options: ort.RunOptions

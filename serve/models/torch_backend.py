@@ -1,7 +1,7 @@
 """A transformers model behind `serve.models.backend.Backend`.
 
 Transformers reads the model and knows its rotary angles; the steps are `serve.models.llama`'s, and
-how tokens attend is `serve.models.block_attention` on the CPU and `serve.models.slot_attention` on
+how tokens attend is `serve.models.block_attention` on the CPU and `serve.models.attention` on
 CUDA. Everything that depends on the version of transformers is in this file.
 """
 
@@ -15,19 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bundle.config_keys import SUPPORTED_MODEL_TYPES
 from bundle.model_folder import open_model_folder
-from bundle.rope import LAYER_TYPES, ROPE_TYPES
-from serve.models.backend import NUM_SPARE_ROWS, ModelInfo, logit_rows
-from serve.models.batch_invariance import is_batch_invariant
+from serve.models.architectures import check_supported, head_shape, sliding_windows
+from serve.models.attention import (
+    KEY_ALIGNMENT,
+    QUERY_ALIGNMENT,
+    ManyTokenAttention,
+    OneTokenAttention,
+    SlotCache,
+    round_up,
+)
+from serve.models.backend import ModelInfo, logit_rows
+from serve.models.batch_invariance import choose_way
 from serve.models.block_attention import KEY_BLOCK, QUERY_GROUPS, BlockAttention
 from serve.models.cuda_graphs import DecodeGraphs, cuda_capture
-from serve.models.kv_cache import KVCache
+from serve.models.kv_cache import CachedRows, KVCache
 from serve.models.llama import (
     Attention,
     Decoder,
     DecoderLayer,
-    HeadShape,
     Norm,
     decode_hidden,
     make_linear,
@@ -36,30 +42,17 @@ from serve.models.llama import (
     rotary_table,
 )
 from serve.models.pretrained import load_pretrained
-from serve.models.slot_attention import (
-    KEY_ALIGNMENT,
-    QUERY_ALIGNMENT,
-    ManyTokenAttention,
-    OneTokenAttention,
-    SlotCache,
-    round_up,
-)
 from serve.text.real_tokens import ABSENT_LOGIT, EVERY_ROW, RealTokens
-
-# What `serve.models.llama` would compute differently: key -> the values that it computes.
-_ALLOWED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "partial_rotary_factor": (None, 1.0),
-    "quantization_config": (None,),
-}
-
 
 # Ways of computing on the CPU, fastest first: the size of a query group, and the rows of a product
 # (`decoder.Decoder.row_group`). In the last one every product has one shape.
-_WAYS = (*((group, None) for group in QUERY_GROUPS), (QUERY_GROUPS[-1], 16))
+_WAYS: tuple[tuple[int, int | None], ...] = (
+    *((group, None) for group in QUERY_GROUPS),
+    (QUERY_GROUPS[-1], 16),
+)
 
 
-class TorchBackend:
+class TorchBackend(CachedRows):
     """See `serve.models.backend.Backend`. One instance serves one model from one thread."""
 
     def __init__(
@@ -89,7 +82,7 @@ class TorchBackend:
         )
         self.cache = KVCache(
             config.num_hidden_layers,
-            (max_num_seqs + NUM_SPARE_ROWS, shape.num_kv_heads, num_columns, shape.head_dim),
+            (self.info.rows.num_rows, shape.num_kv_heads, num_columns, shape.head_dim),
             model.dtype,
             device,
         )
@@ -101,7 +94,7 @@ class TorchBackend:
         self._graphs: DecodeGraphs | None = None
         if device.type == "cuda" and enable_cuda_graphs:
             self._graphs = DecodeGraphs(
-                self._decode, cuda_capture(device), self.info, max_num_keys=num_columns
+                self.decode, cuda_capture(device), self.info, max_num_keys=num_columns
             )
 
     @classmethod
@@ -117,7 +110,6 @@ class TorchBackend:
         real_tokens: RealTokens = EVERY_ROW,
     ) -> TorchBackend:
         """Load the model of a folder.
-
 
         Logits are those of `real_tokens`, of all rows of the head by default.
 
@@ -209,12 +201,13 @@ class TorchBackend:
             return self._graphs.decode(token_ids, past_lengths)
         num_keys = round_up(max(past_lengths) + 1, KEY_ALIGNMENT)
         tensors = torch.tensor([token_ids, past_lengths], device=self._device)
-        return self._decode(first_row, tensors[0], tensors[1], num_keys)
+        return self.decode(first_row, tensors[0], tensors[1], num_keys)
 
-    def _decode(
-        self, first_row: int, token_ids: Tensor, positions: Tensor, num_keys: int
-    ) -> Tensor:
-        """Run one token `(B,)` per row at `positions` `(B,)` over `num_keys` columns."""
+    def decode(self, first_row: int, token_ids: Tensor, positions: Tensor, num_keys: int) -> Tensor:
+        """Run one token `(B,)` per row at `positions` `(B,)` over `num_keys` columns; on CUDA.
+
+        This is what a CUDA graph captures.
+        """
         decoder = self._decoder
         attention = OneTokenAttention(
             self._slots, decoder.shape, decoder.windows, first_row, positions, num_keys
@@ -226,35 +219,15 @@ class TorchBackend:
         """See `Backend.choose_kernels`."""
         if self._on_cuda:
             return
-        for way in _WAYS:
-            self._take_way(*way)
-            if is_batch_invariant(self):
-                self.info = replace(self.info, batch_invariant=True)
-                return
-        self._take_way(*_WAYS[0])
+        holds = choose_way(self, _WAYS, self._take_way)
+        self.info = replace(self.info, batch_invariant=holds)
 
-    def _take_way(self, query_group: int, row_group: int | None) -> None:
-        self._query_group = query_group
+    def _take_way(self, way: tuple[int, int | None]) -> None:
+        self._query_group, row_group = way
         self._decoder = replace(self._decoder, row_group=row_group)
 
     def prepare(self) -> None:
         """See `Backend.prepare`: there is nothing to do, CUDA graphs are captured when needed."""
-
-    def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
-        """See `Backend.copy_kv`."""
-        self.cache.copy_row(source_row, target_row, length)
-
-    def read_kv(self, row: int, start: int, stop: int) -> torch.Tensor:
-        """See `Backend.read_kv`."""
-        return self.cache.read(row, start, stop)
-
-    def write_kv(self, row: int, start: int, kv: torch.Tensor) -> None:
-        """See `Backend.write_kv`."""
-        self.cache.write(row, start, kv)
-
-    def scrub_kv(self, row: int, start: int = 0) -> None:
-        """See `Backend.scrub_kv`."""
-        self.cache.scrub(row, start)
 
 
 def take_decoder(model: Any, num_positions: int, real_tokens: RealTokens) -> Decoder:
@@ -332,60 +305,6 @@ def _rotary(model: Any, num_positions: int) -> Tensor:
     rotary = type(model.model.rotary_emb)(config=model.config)
     cos, sin = rotary(torch.empty(0, dtype=model.dtype), torch.arange(num_positions)[None])
     return rotary_table(cos[0], sin[0]).to(model.lm_head.weight.device)
-
-
-def head_shape(config: Any) -> HeadShape:
-    """Return how many heads a model has, and of which size."""
-    head_dim = getattr(config, "head_dim", None)
-    return HeadShape(
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=head_dim or config.hidden_size // config.num_attention_heads,
-    )
-
-
-def check_supported(config: Any) -> None:
-    """Raise ValueError unless a row's logits depend on its own tokens and positions alone."""
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(
-            f"model type {config.model_type!r} is not supported; "
-            f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    other = set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES)
-    if other:
-        raise ValueError(
-            f"model type {config.model_type!r}: layer_types has {min(other)!r}; "
-            f"supported are {', '.join(LAYER_TYPES)}"
-        )
-    for key, allowed in _ALLOWED.items():
-        value = getattr(config, key, None)
-        if value not in allowed:
-            raise ValueError(
-                f"model type {config.model_type!r}: {key} is {value!r}, "
-                f"the decoder allows {allowed[-1]!r}"
-            )
-    scaling = getattr(config, "rope_scaling", None) or {}
-    rope_type = "mrope" if "mrope_section" in scaling else scaling.get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        raise ValueError(
-            f"model type {config.model_type!r}: rope_scaling is of type {rope_type!r}; "
-            f"supported are {', '.join(ROPE_TYPES)}"
-        )
-
-
-def sliding_windows(config: Any) -> tuple[int | None, ...]:
-    """Return how many keys a token sees in each layer, its own included; None: all.
-
-    As transformers' masks have it: Mistral's window holds for all layers, the others' for those
-    that `layer_types` names.
-    """
-    num_layers: int = config.num_hidden_layers
-    if config.model_type == "mistral":
-        is_sliding = [True] * num_layers
-    else:
-        layer_types = getattr(config, "layer_types", None) or ["full_attention"] * num_layers
-        is_sliding = [layer_type == "sliding_attention" for layer_type in layer_types]
-    return tuple(config.sliding_window if sliding else None for sliding in is_sliding)
 
 
 def _right_padded(rows: Sequence[Sequence[int]], multiple: int) -> Tensor:

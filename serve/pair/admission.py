@@ -12,7 +12,7 @@ from serve.errors import (
     NeverFitsError,
 )
 from serve.pair.request import GenerationSpec, Limits, Prompt, ScoreSpec
-from serve.pair.routing import ServedModel
+from serve.pair.served import ServedModel
 from serve.text.tokenizer import Tokenizer
 
 

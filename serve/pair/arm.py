@@ -28,7 +28,7 @@ from serve.engine.sequence import (
 from serve.errors import DeadlineError, EngineFailedError, EngineStoppedError, TandemError
 from serve.pair.divergence import SampleDivergence, compare, compare_exactly, score
 from serve.pair.request import GenerationSpec
-from serve.pair.routing import Role, ServedModel
+from serve.pair.served import Role, ServedModel
 from serve.text.stop_strings import CompletionText, StopChecker
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Chunk:
 class SampleResult:
     """One completion. `error` says why it has none, `divergence_error` why it has no divergence.
 
-    `answer` and `correct` are set by `serve.pair.answers.agreement`, which says when they are None.
+    `answer` and `correct` are set by `serve.pair.answers.judge`, which says when they are None.
     """
 
     role: Role

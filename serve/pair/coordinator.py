@@ -24,8 +24,8 @@ from serve.pair.admission import (
     tokenize,
     tokenize_completions,
 )
-from serve.pair.answers.agreement import Agreement, Case, Judge
 from serve.pair.answers.formats import starts_in_reasoning
+from serve.pair.answers.judge import Agreement, Case, Judge
 from serve.pair.arm import (
     ArmJob,
     ArmResult,
@@ -36,18 +36,16 @@ from serve.pair.arm import (
     run_second_arm,
 )
 from serve.pair.divergence import CompletionScore, score_with_models
-from serve.pair.policy import TrafficPolicy
 from serve.pair.request import GenerationSpec, Limits, Prompt, ScoreSpec
 from serve.pair.routing import (
-    Engines,
-    Role,
     Route,
-    ServedModel,
+    TrafficPolicy,
     are_comparable,
     check_comparable,
     choose_models,
     resolve_divergence,
 )
+from serve.pair.served import Engines, Role, ServedModel
 from serve.pair.shadow import Shadows
 from serve.pair.tasks import running
 from serve.text.tokenizer import Tokenizer

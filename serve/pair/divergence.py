@@ -17,7 +17,7 @@ from estimators import divergence as estimators
 from estimators.divergence import DivergenceSummary
 from serve.engine.scoring import ScoredCompletion, ScoringRequest
 from serve.errors import TandemError
-from serve.pair.routing import Role, ServedModel
+from serve.pair.served import Role, ServedModel
 from serve.pair.tasks import running
 
 FloatArray = NDArray[np.float64]

@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 
 from estimators.answers import ANSWER_FORMATS
-from serve.pair.routing import Role, Route
+from serve.pair.routing import Route
+from serve.pair.served import Role
 from serve.sampling.params import SamplingParams
 
 OTHER_TASK = "other"

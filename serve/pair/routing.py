@@ -1,4 +1,4 @@
-"""Which models answer a request, and which one scores the answers.
+"""Which models answer a request, which one scores the answers, and what is scored in the shadow.
 
 AUTO means the model that the traffic policy chose, or the one that is loaded alone. The samples
 of either model are scored by the other one, so the two must share a tokenizer.
@@ -7,29 +7,12 @@ of either model are scored by the other one, so the two must share a tokenizer.
 from __future__ import annotations
 
 import enum
+import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from serve.errors import ModelNotLoadedError, ModelsNotComparableError
-from serve.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from serve.engine.engine import Engine
-    from serve.engine.scoring import NoiseFloor
-    from serve.pair.remote_teacher import RemoteTeacher
-
-
-class Role(enum.Enum):
-    """A model's place in the pair; the value is its label in metrics."""
-
-    STUDENT = "student"
-    TEACHER = "teacher"
-
-    @property
-    def other(self) -> Role:
-        return Role.TEACHER if self is Role.STUDENT else Role.STUDENT
+from serve.errors import ModelsNotComparableError
+from serve.pair.served import Engines, Role, ServedModel
 
 
 class Route(enum.Enum):
@@ -42,72 +25,30 @@ class Route(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
-    """An engine, the tokenizer of its model, and where the model came from.
+class TrafficPolicy:
+    """Weights of the models (not both 0), and the share of shadowed requests, 0 to 1.
 
-    `noise` was measured when it was loaded; `backend_noise_nats` is the mean KL(the model in torch
-    and float32 || as it is served), measured when it was exported. `address` is that of the server
-    that answers for it, empty where it is loaded here.
+    Both draws follow from the request id: a request that is repeated meets the same model.
     """
 
-    role: Role
-    engine: Engine | RemoteTeacher
-    tokenizer: Tokenizer
-    bundle_id: str = ""
-    manifest_sha256: str = ""
-    noise: NoiseFloor | None = None
-    backend_noise_nats: float | None = None
-    address: str = ""
+    student_weight: float = 1.0
+    teacher_weight: float = 0.0
+    shadow_rate: float = 0.0
+    revision: int = 1
 
-    @property
-    def is_alive(self) -> bool:
-        return self.engine.load().is_alive
+    def choose_role(self, request_id: str) -> Role:
+        """Return the model that answers.
 
-
-@dataclass(frozen=True, slots=True)
-class Engines:
-    """The served models: one or both."""
-
-    student: ServedModel | None = None
-    teacher: ServedModel | None = None
-
-    @property
-    def loaded(self) -> tuple[ServedModel, ...]:
-        """The served models, the student first."""
-        return tuple(model for model in (self.student, self.teacher) if model is not None)
-
-    @property
-    def local(self) -> tuple[ServedModel, ...]:
-        """Those of them that run in this process: without them there is no server."""
-        return tuple(model for model in self.loaded if not model.address)
-
-    def get(self, role: Role) -> ServedModel:
-        """Return a model; ModelNotLoadedError when it is not loaded."""
-        for model in self.loaded:
-            if model.role is role:
-                return model
-        names = ", ".join(model.role.value for model in self.loaded)
-        raise ModelNotLoadedError(f"the {role.value} is not loaded here; loaded: {names}")
-
-    def start(self) -> None:
-        for model in self.loaded:
-            model.engine.start()
-
-    def watch(self) -> None:
-        """Have engines notice that they hang; see `Engine.watch`."""
-        for model in self.loaded:
-            model.engine.watch()
-
-    def stop(self, timeout_s: float | None = None) -> None:
-        """End everything that runs with SHUTDOWN and wait for the engines' threads.
-
-        All at once: one may hang in a step, and have the turn that another one waits for.
+        >>> policy = TrafficPolicy(student_weight=3, teacher_weight=1)
+        >>> sum(policy.choose_role(str(i)) is Role.STUDENT for i in range(1000))
+        765
         """
-        if not self.loaded:
-            return
-        with ThreadPoolExecutor(len(self.loaded)) as pool:
-            for stopping in [pool.submit(m.engine.stop, timeout_s) for m in self.loaded]:
-                stopping.result()
+        share = self.student_weight / (self.student_weight + self.teacher_weight)
+        return Role.STUDENT if _uniform("route", request_id) < share else Role.TEACHER
+
+    def wants_shadow(self, request_id: str) -> bool:
+        """Say whether the other model shall score the answer."""
+        return _uniform("shadow", request_id) < self.shadow_rate
 
 
 def choose_models(route: Route, engines: Engines, auto: Role) -> tuple[ServedModel, ...]:
@@ -166,3 +107,9 @@ def check_comparable(models: Sequence[ServedModel], *, exactly: bool) -> None:
         f"{second.role.value} {second.tokenizer.hash}), so there is no divergence between the "
         "models; set divergence.enabled to false"
     )
+
+
+def _uniform(purpose: str, request_id: str) -> float:
+    """Return a number in [0, 1) that depends on its arguments alone."""
+    digest = hashlib.sha256(f"{purpose}:{request_id}".encode()).digest()
+    return int.from_bytes(digest[:7], "big") / 2.0**56

@@ -16,7 +16,7 @@ from dataclasses import replace
 from serve.errors import DeadlineError, EngineStoppedError, QueueFullError
 from serve.metrics.server_metrics import ServerMetrics
 from serve.pair.arm import ArmJob, SampleResult, score_samples
-from serve.pair.routing import Role, ServedModel
+from serve.pair.served import Role, ServedModel
 
 logger = logging.getLogger(__name__)
 

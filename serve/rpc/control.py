@@ -10,8 +10,8 @@ import grpc
 from protos.tandem.v1 import control_pb2 as pb
 from serve.errors import ModelsNotComparableError, StalePolicyError
 from serve.pair.coordinator import Coordinator
-from serve.pair.policy import TrafficPolicy
-from serve.pair.routing import Engines, Role, are_comparable
+from serve.pair.routing import TrafficPolicy, are_comparable
+from serve.pair.served import Engines, Role
 from serve.rpc import replies
 from serve.rpc.calls import Call, CallGuard, Context, unary
 from serve.rpc.decoding import parse

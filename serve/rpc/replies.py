@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping
 from estimators.consensus import Vote
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.engine.scoring import ScoringRequest
-from serve.pair.answers.agreement import Agreement
+from serve.pair.answers.judge import Agreement
 from serve.pair.arm import ArmResult, Chunk, SampleResult, TopLogprobs
 from serve.pair.divergence import CompletionScore, SampleDivergence
 from serve.pair.remote_teacher import RemoteTeacher
 from serve.pair.request import Basis, DivergenceSpec, GenerationSpec, ScoreSpec
-from serve.pair.routing import Role, ServedModel
+from serve.pair.served import Role, ServedModel
 
 # Looked up once: a stream names its role with every token.
 _ROLES = {Role.STUDENT: pb.ROLE_STUDENT, Role.TEACHER: pb.ROLE_TEACHER}

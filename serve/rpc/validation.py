@@ -16,7 +16,6 @@ from estimators.canonical import canonicalise
 from protos.tandem.v1 import control_pb2 as control_pb
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.errors import InvalidFieldError, TooManyTokensError
-from serve.pair.policy import TrafficPolicy
 from serve.pair.request import (
     OTHER_TASK,
     AnswerMatch,
@@ -30,7 +29,8 @@ from serve.pair.request import (
     Range,
     ScoreSpec,
 )
-from serve.pair.routing import Role, Route
+from serve.pair.routing import Route, TrafficPolicy
+from serve.pair.served import Role
 from serve.rpc.checks import Checks, quoted
 from serve.sampling.params import SamplingParams
 

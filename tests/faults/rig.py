@@ -28,7 +28,7 @@ from serve.app.server import Server
 from serve.client import AsyncClient
 from serve.engine.engine import Engine
 from serve.metrics.server_metrics import ServerMetrics
-from serve.pair.routing import Engines, Role, ServedModel
+from serve.pair.served import Engines, Role, ServedModel
 from tests.support.backends import HistoryBackend, build_tokenizer
 
 T = TypeVar("T")

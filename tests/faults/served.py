@@ -32,7 +32,7 @@ from serve.app.process import serve_until_signal
 from serve.client import Client
 from serve.engine.engine import Engine
 from serve.metrics.server_metrics import ServerMetrics
-from serve.pair.routing import Engines, Role, ServedModel
+from serve.pair.served import Engines, Role, ServedModel
 from tests.faults.paced import PacedBackend
 from tests.faults.rig import requests_of
 from tests.support.backends import build_tokenizer

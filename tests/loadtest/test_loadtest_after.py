@@ -13,7 +13,7 @@ from loadtest.config import RunConfig
 from loadtest.scoring import score_samples
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient
-from serve.pair.routing import Role
+from serve.pair.served import Role
 
 PROMPT = Prompt("p", "2+3=")
 ROLES = {"student": pb.ROLE_STUDENT, "teacher": pb.ROLE_TEACHER}

@@ -10,7 +10,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
-from serve.models.backend import NUM_SPARE_ROWS, ModelInfo
+from serve.models.backend import ModelInfo, RowLayout
 from serve.text.tokenizer import Tokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -116,7 +116,7 @@ class HistoryBackend:
     def __init__(self, *, max_num_seqs: int = 4, max_model_len: int = 64) -> None:
         self.info = ModelInfo("fake", "cpu", "float32", 1, self.VOCAB_SIZE, max_model_len,
                               max_num_seqs)  # fmt: skip
-        self.rows: list[list[int]] = [[] for _ in range(max_num_seqs + NUM_SPARE_ROWS)]
+        self.rows: list[list[int]] = [[] for _ in range(RowLayout(max_num_seqs).num_rows)]
         self.calls: list[tuple[int, list[int], list[int]]] = []
         self.error: BaseException | None = None
         self.nan_after: int | None = None

@@ -17,7 +17,7 @@ from serve.client import Client, ControlClient
 from serve.engine.engine import Engine
 from serve.engine.turns import StepArbiter
 from serve.metrics.server_metrics import ServerMetrics
-from serve.pair.routing import Engines, Role, ServedModel
+from serve.pair.served import Engines, Role, ServedModel
 from serve.text.tokenizer import Tokenizer
 from tests.support.backends import EOS, TOKENIZER, FakeBackend, random_logits
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from protos.oip import grpc_service_pb2 as oip
 from serve.errors import ModelNotLoadedError
-from serve.pair.routing import Role
+from serve.pair.served import Role
 from serve.rpc.checks import quoted
 from serve.rpc.triton.settings import AS_TENSORS, PROMPTS
 

@@ -17,7 +17,8 @@ from protos.oip import grpc_service_pb2 as oip
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.errors import EngineStoppedError, InvalidFieldError, QueueFullError, StalledError
 from serve.pair.coordinator import Coordinator
-from serve.pair.routing import Role, are_comparable
+from serve.pair.routing import are_comparable
+from serve.pair.served import Role
 from serve.rpc.calls import Call, CallFailedError, CallGuard, Context, serialize, unary
 from serve.rpc.decoding import parse
 from serve.rpc.gate import request_slot

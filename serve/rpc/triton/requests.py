@@ -15,7 +15,7 @@ from typing import Any
 from protos.oip import grpc_service_pb2 as oip
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.errors import FieldViolation, InvalidFieldError, TooLargeError
-from serve.pair.routing import Role
+from serve.pair.served import Role
 from serve.rpc.checks import shown
 from serve.rpc.triton.models import OUTPUTS, VERSION, to_role
 from serve.rpc.triton.settings import MAX_UINT32, PROMPTS, InferSettings, read_text, unknown_name

@@ -22,8 +22,9 @@ from export.run.settings import ExportError
 from export.student.prune import drop_layers
 from serve.engine.engine import Engine
 from serve.engine.sequence import Event, FinishedEvent, GenerationRequest
+from serve.models.architectures import sliding_windows
 from serve.models.onnx_backend import OnnxBackend
-from serve.models.torch_backend import TorchBackend, sliding_windows
+from serve.models.torch_backend import TorchBackend
 from serve.sampling.params import SamplingParams
 
 # Name -> nodes per layer. Biases, QK norms and windows tell their own stories.

@@ -22,7 +22,7 @@ from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient
 from serve.engine.scoring import ScoringRequest
 from serve.engine.sequence import FinishReason, GenerationRequest
-from serve.pair.routing import ServedModel
+from serve.pair.served import ServedModel
 from tests.faults.paced import EngineWatch, PacedBackend
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, send

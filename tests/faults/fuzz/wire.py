@@ -15,7 +15,6 @@ from protos.oip import grpc_service_pb2 as oip
 from protos.tandem.v1 import control_pb2 as control
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.errors import TandemError
-from serve.pair.policy import TrafficPolicy
 from serve.pair.request import Limits
 from serve.rpc.decoding import MAX_MESSAGE_BYTES, parse
 from serve.rpc.statuses import status_of

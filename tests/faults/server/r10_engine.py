@@ -37,7 +37,7 @@ from serve.engine.engine import MAX_FAILED_STEPS, Engine
 from serve.engine.sequence import FinishReason
 from serve.engine.turns import StepArbiter
 from serve.metrics.server_metrics import ServerMetrics
-from serve.pair.routing import Role
+from serve.pair.served import Role
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of
 from tests.faults.server.faulty import (

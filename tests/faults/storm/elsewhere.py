@@ -22,7 +22,7 @@ from serve.engine.engine import Engine
 from serve.metrics.server_metrics import ServerMetrics
 from serve.pair.remote_address import RemoteAddress
 from serve.pair.remote_teacher import RemoteTeacher
-from serve.pair.routing import Engines, Role, ServedModel
+from serve.pair.served import Engines, Role, ServedModel
 from serve.rpc.credentials.tokens import new_token
 from tests.faults.requests.r21_credentials import replace_file
 from tests.faults.storm.certificates import Certificates

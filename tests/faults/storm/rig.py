@@ -12,7 +12,7 @@ from serve.client import AsyncClient
 from serve.client.channel import Endpoint
 from serve.engine.engine import Engine
 from serve.metrics.server_metrics import ServerMetrics
-from serve.pair.routing import Engines, Role
+from serve.pair.served import Engines, Role
 from serve.rpc.credentials.tokens import new_token
 from tests.faults.rig import Rig
 from tests.faults.storm.backend import StormBackend, Weather, break_sampling

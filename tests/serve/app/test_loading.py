@@ -24,10 +24,10 @@ from bundle.manifest import write_manifest
 from serve.app.config import ServeConfig
 from serve.app.loading import build_engines, choose_device
 from serve.app.server import initial_policy
-from serve.engine.scoring import NoiseFloor
 from serve.errors import DeviceMissingError
 from serve.metrics.server_metrics import ServerMetrics
-from serve.pair.routing import Role
+from serve.models.noise import NoiseFloor
+from serve.pair.served import Role
 from serve.rpc.credentials.tokens import new_token
 from serve.rpc.replies import to_model
 from tests.support.manifests import manifest_of

@@ -20,7 +20,7 @@ from serve.app.config import ServeConfig
 from serve.app.server import Server, initial_policy, limits_of
 from serve.engine.turns import StepArbiter
 from serve.engine.watchdog import StepWatch
-from serve.pair.routing import Role
+from serve.pair.served import Role
 from serve.rpc.inference import SERVICE_NAME
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

@@ -20,7 +20,7 @@ import pytest
 
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client, ControlClient
-from serve.pair.routing import Role
+from serve.pair.served import Role
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 TEXTS = [{"prompt": "12", "completion": "345"}, {"prompt": "6", "completion": "78"}]

@@ -15,7 +15,7 @@ from protos.tandem.v1 import inference_pb2 as pb
 from serve.engine.engine import Engine
 from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest, TokenEvent
 from serve.models.backend import NUM_PREFILL_ROWS
-from serve.pair.routing import Role
+from serve.pair.served import Role
 from serve.sampling.params import SamplingParams
 
 PROMPT = (5, 6, 7)

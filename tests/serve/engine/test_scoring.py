@@ -15,16 +15,15 @@ from serve.engine.prefix_cache import PrefixCache
 from serve.engine.prompt import TokenizedPrompt
 from serve.engine.scoring import (
     ForcedScores,
-    NoiseFloor,
     ScoredCompletion,
     ScoringJob,
     ScoringRequest,
     forced_request,
-    measure_noise_floor,
     scoring_error,
 )
 from serve.engine.sequence import FinishedEvent, FinishReason, Timings
 from serve.errors import EngineFailedError, EngineStoppedError
+from serve.models.noise import NoiseFloor, measure_noise_floor
 
 PROMPT = (5, 6, 7)
 COMPLETIONS = ((1, 2, 3, 4), (9,), (8, 8, 8), (3, 2))

@@ -12,7 +12,7 @@ from protos.oip import grpc_service_pb2 as oip
 from protos.oip.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.metrics.series import CODES
-from serve.pair.routing import Role
+from serve.pair.served import Role
 from serve.rpc import statuses
 
 Series = set[tuple[str, tuple[tuple[str, str], ...]]]

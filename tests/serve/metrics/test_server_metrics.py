@@ -20,10 +20,10 @@ from serve.engine.engine import Engine
 from serve.engine.scoring import ScoringRequest
 from serve.engine.sequence import Event, FinishedEvent, GenerationRequest
 from serve.metrics.server_metrics import SHADOW_OUTCOMES, ServerMetrics
-from serve.pair.answers.agreement import Agreement, ReferenceKind
 from serve.pair.answers.equivalence import NoResult
+from serve.pair.answers.judge import Agreement, ReferenceKind
 from serve.pair.request import Limits
-from serve.pair.routing import Role, ServedModel
+from serve.pair.served import Role, ServedModel
 from serve.rpc.validation import validate_compare
 from serve.sampling.params import SamplingParams
 

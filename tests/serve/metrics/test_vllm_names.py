@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve.engine.sequence import FinishReason, GenerationRequest
 from serve.metrics.server_metrics import ServerMetrics
 from serve.metrics.vllm_names import register_vllm_aliases
-from serve.pair.routing import Role
+from serve.pair.served import Role
 from serve.sampling.params import SamplingParams
 
 # vLLM's name: (type, our name).

@@ -26,11 +26,13 @@ from transformers import (
 )
 
 from serve.engine.engine import Engine
-from serve.engine.scoring import ScoringRequest, measure_noise_floor
+from serve.engine.scoring import ScoringRequest
 from serve.engine.sequence import FinishedEvent, GenerationRequest
+from serve.models.architectures import check_supported, sliding_windows
+from serve.models.noise import measure_noise_floor
 from serve.models.onnx_backend import OnnxBackend
 from serve.models.onnx_session import make_session
-from serve.models.torch_backend import TorchBackend, check_supported, sliding_windows
+from serve.models.torch_backend import TorchBackend
 from serve.sampling.params import SamplingParams
 
 VOCAB_SIZE = 300
@@ -259,11 +261,11 @@ def test_start_finds_a_way_that_holds(load: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("row_multiple", [2, 4, 8])
-def test_larger_multiples_of_rows_compute_the_same(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch, row_multiple: int
-) -> None:
-    monkeypatch.setattr("serve.models.onnx_backend._ROW_MULTIPLES", (row_multiple,))
-    backend = OnnxBackend.load(model_dir / "int8", device="cpu", num_threads=1, **LIMITS)
+def test_larger_multiples_of_rows_compute_the_same(model_dir: Path, row_multiple: int) -> None:
+    class Multiple(OnnxBackend):
+        ROW_MULTIPLES = (row_multiple,)
+
+    backend = Multiple.load(model_dir / "int8", device="cpu", num_threads=1, **LIMITS)
     whole = text(MAX_MODEL_LEN)
     expected = backend.forward(0, [whole], [0]).clone()
     backend.choose_kernels()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from serve.models.batch_invariance import is_batch_invariant
+from serve.models.batch_invariance import choose_way, is_batch_invariant
 from serve.models.torch_backend import TorchBackend
 
 # Widths that fill no vector, and heads of a size that a query group of 4 may be too small for.
@@ -81,6 +81,7 @@ class Leaking(TorchBackend):
     ) -> torch.Tensor:
         logits = super().forward(first_row, new_token_ids, past_lengths, logit_indices)
         kinds = {
+            "": False,
             "prefill": not any(past_lengths) and len(new_token_ids) > 1,
             "step": all(past_lengths) and len(new_token_ids) == 13,
             "chunk": all(past_lengths) and len(new_token_ids[0]) > 1,
@@ -91,35 +92,35 @@ class Leaking(TorchBackend):
         return logits
 
 
-@pytest.mark.parametrize("leaks_into", ["prefill", "step", "chunk"])
-def test_one_bit_is_found(leaks_into: str) -> None:
-    backend = load("odd", torch.float32)
+def leaking(kind: str) -> Leaking:
+    backend: Any = load("odd", torch.float32)
     backend.choose_kernels()
-    assert is_batch_invariant(backend)
     backend.__class__ = Leaking
-    backend.leaks_into = leaks_into  # type: ignore[attr-defined]
-    assert not is_batch_invariant(backend)
+    backend.leaks_into = kind
+    return cast(Leaking, backend)
 
 
-def test_first_way_that_holds_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend, tried = load("odd", torch.float32), []
-
-    def holds_at_the_third(_: Any) -> bool:
-        tried.append(1)
-        return len(tried) == 3
-
-    monkeypatch.setattr("serve.models.torch_backend.is_batch_invariant", holds_at_the_third)
-    backend.choose_kernels()
-    assert backend.info.batch_invariant
-    assert len(tried) == 3
+@pytest.mark.parametrize("leaks_into", ["prefill", "step", "chunk"])
+def test_is_batch_invariant_with_one_bit_changed_says_no(leaks_into: str) -> None:
+    assert is_batch_invariant(leaking(""))
+    assert not is_batch_invariant(leaking(leaks_into))
 
 
-def test_server_says_so_where_nothing_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = load("odd", torch.float32)
-    monkeypatch.setattr("serve.models.torch_backend.is_batch_invariant", lambda _: False)
-    backend.choose_kernels()
-    assert not backend.info.batch_invariant
-    assert backend._decoder.row_group is None  # the fastest way, as none is better
+@pytest.mark.parametrize(
+    ("kinds", "taken", "holds"),
+    [(["step", "chunk", ""], [0, 1, 2], True), (["step", "chunk"], [0, 1, 0], False)],
+)
+def test_choose_way_takes_the_first_that_holds_else_the_first_of_all(
+    kinds: list[str], taken: list[int], holds: bool
+) -> None:
+    backend, tried = leaking("step"), []
+
+    def take(way: int) -> None:
+        tried.append(way)
+        backend.leaks_into = kinds[way]
+
+    assert choose_way(backend, range(len(kinds)), take) is holds
+    assert tried == taken
 
 
 @pytest.mark.parametrize("max_model_len", [2, 3, 100])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from serve.models.architectures import HeadShape
 from serve.models.llama import (
-    HeadShape,
     in_row_groups,
     make_linear,
     make_norm,

@@ -18,7 +18,7 @@ from serve.engine.scheduler import MIN_CALM_STEPS
 from serve.engine.scoring import ScoringRequest
 from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
 from serve.errors import EngineFailedError, EngineStoppedError
-from serve.models.out_of_memory import is_out_of_memory
+from serve.models.backend import is_out_of_memory
 from serve.sampling.params import SamplingParams
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11), (12, 13), (14, 15, 16, 17, 18)]

@@ -24,7 +24,7 @@ from serve.pair.arm import (
 )
 from serve.pair.divergence import compare
 from serve.pair.request import Limits
-from serve.pair.routing import Role, ServedModel
+from serve.pair.served import Role, ServedModel
 from serve.rpc.validation import validate_generate
 from serve.text.tokenizer import Tokenizer
 

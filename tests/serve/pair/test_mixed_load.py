@@ -14,7 +14,7 @@ import pytest
 
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient
-from serve.pair.routing import Role
+from serve.pair.served import Role
 
 NUM_REQUESTS = 200
 KINDS = ("stream", "compare", "score", "cancel", "deadline")

@@ -23,7 +23,7 @@ from serve.engine.scoring import ScoringRequest
 from serve.engine.sequence import FinishReason, GenerationRequest
 from serve.pair.remote_address import RemoteAddress
 from serve.pair.remote_teacher import RemoteTeacher, teacher_of
-from serve.pair.routing import Engines, Role, ServedModel
+from serve.pair.served import Engines, Role, ServedModel
 from serve.rpc.credentials.tokens import new_token
 from serve.sampling.params import SamplingParams
 

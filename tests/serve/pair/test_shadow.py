@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.pair.routing import Role
+from serve.pair.served import Role
 
 SHADOWED = {"route": pb.ROUTE_AUTO, "divergence": pb.DivergenceOptions(enabled=False)}
 

@@ -12,7 +12,7 @@ import pytest
 from protos.tandem.v1 import control_pb2, control_pb2_grpc
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import violations
-from serve.pair.routing import Role
+from serve.pair.served import Role
 
 CODE = grpc.StatusCode
 

@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.pair.routing import Role
+from serve.pair.served import Role
 from serve.rpc.health import MAX_NAME_BYTES, Health
 
 UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN

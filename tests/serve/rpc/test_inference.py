@@ -16,7 +16,7 @@ from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import violations
 from serve.engine.engine import MAX_FAILED_STEPS
 from serve.engine.sequence import FinishReason
-from serve.pair.routing import Role
+from serve.pair.served import Role
 
 CODE = grpc.StatusCode
 MATH = pb.EvaluationOptions(answer_format="last_number")

@@ -16,7 +16,7 @@ from protos.oip import grpc_service_pb2, grpc_service_pb2_grpc
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.app.config import ServeConfig
 from serve.client import Client, ControlClient, Tls
-from serve.pair.routing import Role
+from serve.pair.served import Role
 from serve.rpc.credentials.tokens import new_token
 
 CODE = grpc.StatusCode

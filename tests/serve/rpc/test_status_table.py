@@ -21,7 +21,7 @@ import torch
 from protos.tandem.v1 import control_pb2, control_pb2_grpc
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client, retry_delay_s, violations
-from serve.pair.routing import Role
+from serve.pair.served import Role
 
 CODE = grpc.StatusCode
 NAN = float("nan")

@@ -7,7 +7,8 @@ import pytest
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.errors import InvalidFieldError, TooManyTokensError
 from serve.pair.request import Basis, Limits, Range
-from serve.pair.routing import Role, Route
+from serve.pair.routing import Route
+from serve.pair.served import Role
 from serve.rpc.decoding import MalformedMessageError
 from serve.rpc.validation import (
     parse,

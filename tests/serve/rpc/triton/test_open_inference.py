@@ -19,7 +19,7 @@ from protos.oip import grpc_service_pb2 as oip
 from protos.oip import grpc_service_pb2_grpc as oip_grpc
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.errors import ContextLengthError, InvalidFieldError, TooLargeError
-from serve.pair.routing import Role
+from serve.pair.served import Role
 from serve.rpc.triton.open_inference import MAX_REQUESTS_PER_STREAM
 from serve.rpc.triton.requests import to_inference
 

@@ -7,16 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from serve.models.block_attention import KEY_BLOCK, BlockAttention
-from serve.models.kv_cache import KVCache
-from serve.models.llama import Attention, HeadShape
-from serve.models.slot_attention import (
+from serve.models.architectures import HeadShape
+from serve.models.attention import (
     QUERY_ALIGNMENT,
     ManyTokenAttention,
     OneTokenAttention,
     SlotCache,
     visibility_mask,
 )
+from serve.models.block_attention import KEY_BLOCK, BlockAttention
+from serve.models.kv_cache import KVCache
+from serve.models.llama import Attention
 
 NUM_COLUMNS = 8 * KEY_BLOCK
 DTYPES = [torch.float32, torch.bfloat16]

@@ -15,12 +15,12 @@ from tokenizers import models
 
 from serve.engine.sequence import FinishReason
 from serve.pair.answers import equivalence
-from serve.pair.answers.agreement import Agreement, Case, Judge, ReferenceKind
 from serve.pair.answers.equivalence import AnswerWorker, Claim, NoResult, SymbolicUnavailableError
 from serve.pair.answers.formats import compile_formats, starts_in_reasoning
+from serve.pair.answers.judge import Agreement, Case, Judge, ReferenceKind
 from serve.pair.arm import ArmResult, SampleResult
 from serve.pair.request import AnswerMatch, EvaluationSpec
-from serve.pair.routing import Role
+from serve.pair.served import Role
 from serve.text.tokenizer import Tokenizer
 
 EQUALS = compile_formats({"equals": r"= *(\S+)", "hanging": "((a+)+$)"})

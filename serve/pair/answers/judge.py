@@ -21,7 +21,7 @@ from serve.pair.answers.classes import classify, matches
 from serve.pair.answers.equivalence import AnswerWorker, Claim, NoResult, Turn, check_available
 from serve.pair.arm import ArmResult, SampleResult
 from serve.pair.request import AnswerMatch, EvaluationSpec
-from serve.pair.routing import Role
+from serve.pair.served import Role
 
 
 class ReferenceKind(enum.Enum):
