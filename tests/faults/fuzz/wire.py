@@ -16,6 +16,7 @@ from protos.tandem.v1 import control_pb2 as control
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.errors import TandemError
 from serve.pair.request import Limits
+from serve.pair.routing import TrafficPolicy
 from serve.rpc.decoding import MAX_MESSAGE_BYTES, parse
 from serve.rpc.statuses import status_of
 from serve.rpc.triton.models import OUTPUTS, to_role
