@@ -16,11 +16,14 @@ from serve.app.settings import load_settings
 @with_settings_flags
 def serve(
     config: Annotated[
-        Path | None, typer.Option(help="YAML or TOML with settings, named as the flags below.")
+        Path | None,
+        typer.Option(help="File of settings, in YAML or TOML, named as the flags (default: none)."),
     ] = None,
     print_config: Annotated[
         bool,
-        typer.Option("--print-config", help="Print the settings in force, as a config file; end."),
+        typer.Option(
+            "--print-config", help="Print the settings in force, as a config file, and exit."
+        ),
     ] = False,
     **flags: str | bool | None,
 ) -> None:
@@ -44,9 +47,12 @@ def serve(
 
 
 def token(
-    name: Annotated[str, typer.Argument(help="The client that it is for.")],
+    name: Annotated[str, typer.Argument(help="Name of the client that it is for.")],
     scope: Annotated[
-        str, typer.Option(help="What it opens: inference, control, reflection; joined by commas.")
+        str,
+        typer.Option(
+            help="Scopes that it opens, joined by commas: inference, control, reflection."
+        ),
     ] = "inference",
 ) -> None:
     """Make a token: print it on stdout, and its line of the server's token file on stderr."""

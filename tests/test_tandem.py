@@ -3,7 +3,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import typer
@@ -139,6 +141,24 @@ def test_help_loads_neither_torch_nor_grpc() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def parameters_of(name: str) -> Iterator[tuple[Any, str]]:
+    """Yield every parameter of a command and its subcommands, with the help that it shows."""
+    left = [typer.main.get_command(tandem.cli.build_app([name])).commands[name]]  # type: ignore[attr-defined]
+    while left:
+        command = left.pop()
+        left += getattr(command, "commands", {}).values()
+        for each in command.params:
+            yield each, (each.get_help_record(typer.Context(command)) or ("", ""))[1]
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"export", "loadtest"}))
+def test_help_of_every_flag_is_a_sentence_with_its_default(name: str) -> None:
+    for each, shown in parameters_of(name):
+        assert (each.help or "").endswith("."), f"{each.opts}: {each.help}"
+        is_without = each.required or each.nargs < 0 or getattr(each, "is_flag", False)
+        assert is_without or "default" in shown, f"{each.opts}: {shown}"
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])

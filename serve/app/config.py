@@ -19,107 +19,131 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 class ServeConfig(BaseModel):
     """The settings of `tandem serve`; its flags are named alike."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    bundle: Path | None = Field(
-        default=None, description="folder of the bundle; required unless the teacher is alone"
-    )
-    teacher: Path | str | None = Field(
-        default=None,
-        description="folder, grpc://HOST:PORT, or grpc+unix:/PATH; none: the bundle's own",
-    )
-    no_teacher: bool = Field(default=False, description="the student alone")
-    no_student: bool = Field(default=False, description="the teacher alone, for other servers")
-    variant: str | None = Field(default=None, description="ONNX graph; none: the bundle's default")
-    student_backend: Backend = Field(default="onnx", description="runs the student")
-    teacher_backend: Backend = Field(default="torch", description="runs the teacher")
-    teacher_dtype: Dtype = Field(default="bfloat16", description="of its weights in torch")
-    device: Device = Field(default="auto", description="auto: CUDA where it is there")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of one step")
-
-    teacher_timeout_s: float = Field(
-        default=60.0, gt=0, description="of one scoring by a teacher elsewhere"
-    )
-    teacher_token_file: Path | None = Field(
-        default=None, description="its first line is the token for a teacher elsewhere"
-    )
-    teacher_tls_ca: Path | None = Field(
-        default=None, description="PEM that signs a teacher elsewhere; none: what gRPC trusts"
-    )
-    teacher_tls_cert: Path | None = Field(
-        default=None, description="PEM shown to a teacher elsewhere"
-    )
-    teacher_tls_key: Path | None = Field(default=None, description="PEM key of teacher_tls_cert")
-
-    host: str = Field(
-        default="127.0.0.1", description="where clients call: a name, an address, or unix:/PATH"
-    )
-    port: int = Field(default=50051, ge=0, le=65535, description="0 picks a free one")
-    control_host: str = Field(default="127.0.0.1", description="likewise of the control listener")
-    control_port: int = Field(default=50052, ge=0, le=65535, description="0 picks a free one")
-    metrics_host: str = Field(default="127.0.0.1", description="of /metrics and /healthz")
-    metrics_port: int = Field(default=9464, ge=0, le=65535, description="0 picks a free one")
-    insecure_listen: bool = Field(
-        default=False, description="allow an open address without TLS and credentials"
-    )
-    reflection: bool = Field(default=False, description="gRPC server reflection")
-    ready_file: Path | None = Field(
-        default=None, description="written as JSON with the addresses when ready"
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
 
-    tls_cert: Path | None = Field(default=None, description="PEM chain; read again as it changes")
-    tls_key: Path | None = Field(default=None, description="PEM key of tls_cert")
-    tls_client_ca: Path | None = Field(
-        default=None, description="PEM; clients must be signed by it"
-    )
-    auth_tokens: Path | None = Field(default=None, description="file of hashed tokens and scopes")
-    max_concurrent_per_peer: int = Field(default=256, ge=1, description="calls of one client")
+    bundle: Path | None = None
+    """Folder of the bundle (default: none; required unless the teacher is alone)."""
+    teacher: Path | str | None = None
+    """Teacher's folder, or grpc://HOST:PORT, grpcs://HOST:PORT, grpc+unix:/PATH of a remote teacher
+    (default: the folder that the bundle was made from)."""
+    no_teacher: bool = False
+    """Serve the student alone."""
+    no_student: bool = False
+    """Serve the teacher alone, for other servers."""
+    variant: str | None = None
+    """ONNX variant of the student (default: the bundle's)."""
+    student_backend: Backend = "onnx"
+    """Runtime of the student."""
+    teacher_backend: Backend = "torch"
+    """Runtime of the teacher."""
+    teacher_dtype: Dtype = "bfloat16"
+    """Type of the teacher's weights in torch."""
+    device: Device = "auto"
+    """Where the models run; auto is CUDA if present."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of one step (default: all that the process may use)."""
 
-    max_num_seqs: int = Field(default=16, ge=1, le=1024, description="samples running per model")
-    max_num_seqs_per_client: int | None = Field(
-        default=None, ge=1, description="of them for one client; none: all, until others wait"
-    )
-    max_model_len: int = Field(default=2048, ge=2, description="prompt and completion tokens")
-    max_waiting: int = Field(default=1024, ge=0, description="samples queued per model")
-    max_pass_tokens: int | None = Field(
-        default=None, ge=16, description="of a prefill or scoring pass; none: by the device"
-    )
-    prefix_cache_mib: int = Field(
-        default=256, ge=0, description="of earlier prompts' keys and values per model; 0: none"
-    )
-    max_step_s: float = Field(
-        default=120.0, gt=0, description="of one step of a model, which else counts as hung"
-    )
+    teacher_timeout_s: float = Field(default=60.0, gt=0)
+    """Limit of one scoring by the remote teacher, in seconds."""
+    teacher_token_file: Path | None = None
+    """File whose first line is the token for the remote teacher (default: no token)."""
+    teacher_tls_ca: Path | None = None
+    """PEM of the CA that signs the remote teacher's server (default: the CAs that gRPC trusts)."""
+    teacher_tls_cert: Path | None = None
+    """PEM chain that this server presents to the remote teacher (default: none)."""
+    teacher_tls_key: Path | None = None
+    """PEM key of teacher_tls_cert (default: none)."""
 
-    max_prompt_bytes: int = Field(default=1 << 20, ge=1, le=3 << 20, description="of a prompt")
-    max_num_samples: int = Field(default=64, ge=1, le=64, description="of a request")
-    max_completion_tokens: int | None = Field(
-        default=None, ge=1, description="bound of max_tokens; none: the context"
-    )
-    max_timeout_s: float = Field(default=600.0, gt=0, description="deadline of every call at most")
-    max_stall_s: float = Field(default=30.0, gt=0, description="until a client takes a response")
-    max_replays: int = Field(
-        default=1024, ge=0, description="answers kept for requests that come again by their id"
-    )
-    max_replay_mib: int = Field(default=16, ge=0, description="MiB of them")
-    replay_ttl_s: float = Field(default=120.0, ge=0, description="how long they are kept")
+    host: str = "127.0.0.1"
+    """Address for clients: a name, an IP address, or unix:/PATH."""
+    port: int = Field(default=50051, ge=0, le=65535)
+    """Port for clients; 0 picks a free one."""
+    control_host: str = "127.0.0.1"
+    """Address of the control plane: a name, an IP address, or unix:/PATH."""
+    control_port: int = Field(default=50052, ge=0, le=65535)
+    """Port of the control plane; 0 picks a free one."""
+    metrics_host: str = "127.0.0.1"
+    """Address of /metrics and /healthz: a name or an IP address."""
+    metrics_port: int = Field(default=9464, ge=0, le=65535)
+    """Port of /metrics and /healthz; 0 picks a free one."""
+    insecure_listen: bool = False
+    """Allow an address that other machines can reach without TLS and credentials."""
+    reflection: bool = False
+    """Let clients list services and messages: gRPC server reflection."""
+    ready_file: Path | None = None
+    """File to write as JSON, with the addresses, when the server accepts calls (default: none)."""
 
-    student_weight: float = Field(default=1.0, ge=0, le=1e6, description="of ROUTE_AUTO traffic")
-    teacher_weight: float = Field(default=0.0, ge=0, le=1e6, description="of ROUTE_AUTO traffic")
-    shadow_rate: float = Field(default=0.0, ge=0, le=1, description="scored behind the answer")
-    max_shadows: int = Field(default=32, ge=0, description="that wait or run; more are dropped")
-    shadow_timeout_s: float = Field(default=30.0, gt=0, description="then a shadow is given up")
+    tls_cert: Path | None = None
+    """PEM chain of this server, read again when it changes (default: no TLS)."""
+    tls_key: Path | None = None
+    """PEM key of tls_cert, read again when it changes (default: no TLS)."""
+    tls_client_ca: Path | None = None
+    """PEM of the CA that signs clients (default: clients need no certificate)."""
+    auth_tokens: Path | None = None
+    """File of hashed tokens and their scopes (default: clients need no token)."""
+    max_concurrent_per_peer: int = Field(default=256, ge=1)
+    """Concurrent calls of one client."""
 
-    tasks: frozenset[str] = Field(default=frozenset(), description="task labels in metrics")
-    answer_formats: dict[str, str] = Field(
-        default_factory=dict, description="name → regular expression; group 1 is the answer"
-    )
-    symbolic_timeout_s: float = Field(default=2.0, gt=0, description="of one comparison")
-    vllm_metrics: bool = Field(default=False, description="aliases named as vLLM names its metrics")
-    log_requests: bool = Field(default=False, description="a line per call: never its text")
+    max_num_seqs: int = Field(default=16, ge=1, le=1024)
+    """Max concurrent sequences of each model."""
+    max_num_seqs_per_client: int | None = Field(default=None, ge=1)
+    """Max concurrent sequences of one client (default: all, until others wait)."""
+    max_model_len: int = Field(default=2048, ge=2)
+    """Prompt and completion together, in tokens."""
+    max_waiting: int = Field(default=1024, ge=0)
+    """Samples that may wait for each model."""
+    max_pass_tokens: int | None = Field(default=None, ge=16)
+    """Tokens of one prefill or scoring pass (default: chosen by the device)."""
+    prefix_cache_mib: int = Field(default=256, ge=0)
+    """Keys and values of earlier prompts, per model, in MiB; 0 keeps none."""
+    max_step_s: float = Field(default=120.0, gt=0)
+    """Limit of one step of a model, which counts as hung beyond it, in seconds."""
 
-    drain_delay_s: float = Field(default=0.0, ge=0, description="not ready, but still serving")
-    drain_grace_s: float = Field(default=30.0, ge=0, description="running work may take")
+    max_prompt_bytes: int = Field(default=1 << 20, ge=1, le=3 << 20)
+    """Size of a prompt, in bytes."""
+    max_num_samples: int = Field(default=64, ge=1, le=64)
+    """Samples of one request."""
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    """Largest max_tokens of a request, in tokens (default: the context)."""
+    max_timeout_s: float = Field(default=600.0, gt=0)
+    """Longest deadline of a call, in seconds."""
+    max_stall_s: float = Field(default=30.0, gt=0)
+    """Time that a client may take to read a response, in seconds."""
+    max_replays: int = Field(default=1024, ge=0)
+    """Answers in the idempotency cache, for requests that come again with the same id."""
+    max_replay_mib: int = Field(default=16, ge=0)
+    """Memory of the idempotency cache, in MiB."""
+    replay_ttl_s: float = Field(default=120.0, ge=0)
+    """Time that an answer stays in the idempotency cache, in seconds."""
+
+    student_weight: float = Field(default=1.0, ge=0, le=1e6)
+    """Relative share of ROUTE_AUTO traffic that the student answers."""
+    teacher_weight: float = Field(default=0.0, ge=0, le=1e6)
+    """Relative share of ROUTE_AUTO traffic that the teacher answers."""
+    shadow_rate: float = Field(default=0.0, ge=0, le=1)
+    """Share of the answers that get shadow scoring by the other model, 0 to 1."""
+    max_shadows: int = Field(default=32, ge=0)
+    """Shadow scorings that wait or run; further ones are dropped and counted."""
+    shadow_timeout_s: float = Field(default=30.0, gt=0)
+    """Time after which a shadow scoring is given up, in seconds."""
+
+    tasks: frozenset[str] = frozenset()
+    """Labels of task in metrics; others count as other."""
+    answer_formats: dict[str, str] = Field(default_factory=dict)
+    """Additional answer formats: name → regular expression whose group 1 is the answer."""
+    symbolic_timeout_s: float = Field(default=2.0, gt=0)
+    """Limit of one symbolic comparison of answers, in seconds."""
+    vllm_metrics: bool = False
+    """Add metrics under vLLM's names."""
+    log_requests: bool = False
+    """Log one line per call, never prompts or answers."""
+
+    drain_delay_s: float = Field(default=0.0, ge=0)
+    """Time of serving on while not ready, at shutdown, in seconds."""
+    drain_grace_s: float = Field(default=30.0, ge=0)
+    """Time for running calls to finish after that, in seconds."""
 
     @property
     def teacher_address(self) -> RemoteAddress | None:

@@ -43,7 +43,7 @@ def _settings_parameters() -> Iterator[inspect.Parameter]:
         is_switch = field.annotation is bool
         option = typer.Option(
             _switch_of(name) if is_switch else flag_of(name),
-            help=field.description,
+            help=" ".join((field.description or "").split()),
             metavar=None if is_switch else metavar_of(name),
             show_default=default_of(name) or False,
             rich_help_panel=section,

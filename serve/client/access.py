@@ -31,20 +31,28 @@ _NO_GRPC = ("http1.x", "Failed parsing HTTP/2")
 # Of the call that is to say why there is no connection.
 _REASON_TIMEOUT_S = 1.0
 
-ConnectTimeout = Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a connection.")]
+ConnectTimeout = Annotated[
+    float, typer.Option(min=0.1, help="Time to wait for a connection, in seconds.")
+]
 CONNECT_TIMEOUT_S = 5.0
 
 TokenFile = Annotated[
-    Path | None, typer.Option("--token-file", help="The first line is the token.")
+    Path | None,
+    typer.Option("--token-file", help="File whose first line is the token (default: no token)."),
 ]
 TlsCa = Annotated[
-    Path | None, typer.Option("--tls-ca", help="PEM that signs the server; encrypts the call.")
+    Path | None,
+    typer.Option("--tls-ca", help="PEM of the CA that signs the server (default: no TLS)."),
 ]
 TlsCert = Annotated[
     Path | None,
-    typer.Option("--tls-cert", help="PEM of this client, where the server asks for it."),
+    typer.Option(
+        "--tls-cert", help="PEM chain of this client, if the server asks for one (default: none)."
+    ),
 ]
-TlsKey = Annotated[Path | None, typer.Option("--tls-key", help="PEM key of --tls-cert.")]
+TlsKey = Annotated[
+    Path | None, typer.Option("--tls-key", help="PEM key of --tls-cert (default: none).")
+]
 
 
 def read_token(path: Path | None, flag: str = "--token-file") -> str | None:

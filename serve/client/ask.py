@@ -46,18 +46,28 @@ def ask(
         typer.Argument(help="The question; - reads it from stdin, -- stands before one with a -."),
     ],
     target: Annotated[
-        str, typer.Option(help="HOST:PORT or unix:/PATH of the server.")
+        str, typer.Option(help="Server, as HOST:PORT or unix:/PATH.")
     ] = "127.0.0.1:50051",
     num_samples: Annotated[int, typer.Option(help="Answers per model.")] = 1,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens per answer at most.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Repeats the draws of an earlier run.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Sampling temperature; 0 is greedy (default: the server's)."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Largest answer, in tokens (default: the server's).")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed that repeats an earlier run (default: random).")
+    ] = None,
     reference: Annotated[
-        str | None, typer.Option(help="The right answer, for correctness and pass@k.")
+        str | None, typer.Option(help="Right answer, for correctness and pass@k (default: none).")
     ] = None,
     answer_format: Annotated[
         str | None,
-        typer.Option(help="last_number (default with --reference), boxed, choice, final_line."),
+        typer.Option(
+            help="How answers are read: last_number, boxed, choice, final_line (default: "
+            "last_number with --reference, else none)."
+        ),
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Send the text as it stands, not as a chat message.")
@@ -65,7 +75,9 @@ def ask(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the Compare response as JSON.")
     ] = False,
-    timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the answers.")] = 300.0,
+    timeout_s: Annotated[
+        float, typer.Option(help="Time to wait for the answers, in seconds.")
+    ] = 300.0,
     connect_timeout_s: ConnectTimeout = CONNECT_TIMEOUT_S,
     token_file: TokenFile = None,
     tls_ca: TlsCa = None,

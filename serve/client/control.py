@@ -41,7 +41,9 @@ _NO_CONTROL = (
     f"takes control, which is port {CONTROL_PORT} by default (--control-port)"
 )
 
-Weight = Annotated[float | None, typer.Option(help="Part of the ROUTE_AUTO traffic, 0 or more.")]
+Weight = Annotated[
+    float | None, typer.Option(help="Relative share of ROUTE_AUTO traffic (default: as it is).")
+]
 
 
 class Reply(NamedTuple):
@@ -54,13 +56,15 @@ class Reply(NamedTuple):
 @contextmanager
 def connect(
     target: Annotated[
-        str, typer.Option(help="HOST:PORT or unix:/PATH of the control listener.")
+        str, typer.Option(help="Control listener, as HOST:PORT or unix:/PATH.")
     ] = "127.0.0.1:50052",
     token_file: TokenFile = None,
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
-    timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 10.0,
+    timeout_s: Annotated[
+        float, typer.Option(help="Time to wait for the answer, in seconds.")
+    ] = 10.0,
     connect_timeout_s: ConnectTimeout = CONNECT_TIMEOUT_S,
 ) -> Iterator[ControlClient]:
     """Yield a client of the server that the flags name; UserError with its words if it refuses."""
@@ -135,10 +139,11 @@ def set_policy(
     student_weight: Weight = None,
     teacher_weight: Weight = None,
     shadow_rate: Annotated[
-        float | None, typer.Option(help="Part of the answers scored by the other model, 0 to 1.")
+        float | None,
+        typer.Option(help="Share of answers that get shadow scoring, 0 to 1 (default: as it is)."),
     ] = None,
     expected_revision: Annotated[
-        int | None, typer.Option(help="Refuse if the policy is not at this revision any more.")
+        int | None, typer.Option(help="Revision at which the policy must still be (default: any).")
     ] = None,
 ) -> Reply:
     """Change the policy, until the server ends; what is not given stays as it is."""
@@ -160,7 +165,7 @@ def drain(control: ControlClient) -> Reply:
 
 @_command()
 def abort(
-    control: ControlClient, request_id: Annotated[str, typer.Argument(help="Its id.")]
+    control: ControlClient, request_id: Annotated[str, typer.Argument(help="Id of the request.")]
 ) -> Reply:
     """End one running request: its call fails with the status CANCELLED."""
     control.abort(request_id)
