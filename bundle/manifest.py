@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Mapping
 from datetime import datetime
@@ -28,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 
+from bundle.atomic import write_atomically
 from bundle.errors import BundleError, one_line
 
 MANIFEST_NAME = "manifest.json"
@@ -298,15 +298,10 @@ def _first_violation(error: ValidationError) -> str:
 def write_manifest(bundle: Path, manifest: Manifest) -> Path:
     """Write `bundle/manifest.json` whole or not at all, and return its path."""
     path = bundle / MANIFEST_NAME
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{MANIFEST_NAME}.", dir=bundle)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+    with write_atomically(path) as partial:
+        with partial.open("wb") as file:
             file.write(seal(manifest.model_dump_json(indent=2).encode()))
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp makes it 0600; the server may be another user
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        partial.chmod(0o644)  # the server may be another user
     return path

@@ -19,12 +19,13 @@ from pathlib import Path
 from bundle.errors import UserError
 from bundle.token_ids import read_eos_token_ids
 from export.graph.architecture import check_head_dim
+from export.lengths import CountTokens, Windows, describe, find_long, without
 from export.record import find_template_date
-from export.run.settings import ExportConfig, ExportError
+from export.run.errors import ExportError
+from export.run.settings import ExportConfig
 from export.student.logits_cache import check_top_k
 from export.student.pretrained import check_rows, check_same_tokenizer
 from export.student.prune import check_removable
-from export.teacher.lengths import CountTokens, Windows, describe, find_long, without
 from export.teacher.source import TeacherFolder, find_teacher
 from export.teacher.task_sources import Loaded, read_tasks
 from serve.text.tokenizer import Tokenizer

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from export.run.errors import ConfigError, ExportError
 from export.run.recipe import Recipe, load_recipe
-from export.run.settings import ConfigError, ExportError
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,13 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from export.run.settings import (
-    FLOAT_VARIANT,
-    ExportConfig,
-    HalfVariant,
-    PhaseConfig,
-    WeightOnlyVariant,
-)
+from export.run.settings import ExportConfig
+from export.run.training import PhaseConfig
+from export.run.variants import FLOAT_VARIANT, HalfVariant, WeightOnlyVariant
 from export.student.logits_cache import estimate_bytes
 from export.teacher.sample import num_samples_of
 from export.teacher.tasks import Task

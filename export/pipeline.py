@@ -19,31 +19,32 @@ from typing import Any, Protocol
 
 import torch
 
+from bundle.atomic import write_atomically
 from bundle.hashing import hash_json
 from bundle.token_ids import read_eos_token_ids
 from export.checks import fitting_tasks
 from export.graph.parity import measure_in_fresh_process
 from export.publish.gates import PARITY_NAME, graph_size_bytes
 from export.record import find_template_date
+from export.run.files import read_json, write_json
 from export.run.processes import World
-from export.run.settings import FLOAT_VARIANT, ExportConfig, HalfVariant, WeightOnlyVariant
+from export.run.settings import ExportConfig
 from export.run.stages import Stage, StageRunner, StageSpec, fresh
+from export.run.variants import FLOAT_VARIANT, HalfVariant, WeightOnlyVariant
 from export.student.grid import BlockGrid
 from export.student.grid_training import load_grid_weights, save_grid_weights
 from export.student.logits_cache import LogitsCache, write_logits_cache
 from export.student.phases import Distillation, GridTraining, Text, linear_grids
 from export.student.pretrained import compression_warning, load_student
 from export.student.prune import Removal, drop_layers, rank_channels, rank_layers, shrink_mlp
-from export.student.step import Example
 from export.student.trainer import StepRecord, Trainer, Watch
 from export.teacher.accept import accept, read_accepted, write_accepted
+from export.teacher.examples import Example
 from export.teacher.grading import math_verify_version
 from export.teacher.model_files import (
     copy_tokenizer,
     load_model,
-    read_json,
     training_device,
-    write_json,
     write_variant_files,
 )
 from export.teacher.sample import ROWS_NAME, read_completions, sample_teacher
@@ -438,7 +439,7 @@ class Pipeline:
 
     def _export_graph(self, student_dir: Path, folder: Path) -> int:
         """Write the float graph of a student; returns how many positions it covers."""
-        from export.graph.onnx_graph import export_onnx
+        from export.graph.trace import export_onnx
 
         student = load_model(student_dir, torch.float32)
         positions: int = student.config.max_position_embeddings
@@ -465,9 +466,8 @@ class Pipeline:
             initial_path.parent.mkdir(exist_ok=True)
             weights = gptq_weights(self.path(self.exported), config, text.train)
             sizes = {n: student.get_submodule(n).out_features for n in grids}
-            partial = initial_path.with_suffix(".tmp")
-            save_grid_weights(partial, split_by_module(weights, sizes.__getitem__))
-            partial.replace(initial_path)
+            with write_atomically(initial_path) as partial:
+                save_grid_weights(partial, split_by_module(weights, sizes.__getitem__))
         self.world.wait()
         initial = load_grid_weights(initial_path) if config.method == "gptq" else {}
         training = GridTraining(

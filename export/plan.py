@@ -26,11 +26,12 @@ from export.estimates import (
     count_workload,
     size_from_name,
 )
+from export.run.model_specs import is_hub_id
 from export.run.settings import ExportConfig
 from export.status import StageStatus, format_bytes, format_seconds, read_status
 from export.student.prune import kept_mlp_width
 from export.teacher.grading import describe_comparison, math_verify_version
-from export.teacher.source import TeacherFolder, is_hub_id
+from export.teacher.source import TeacherFolder
 from export.teacher.tasks import Task
 
 _KEEP_MODELS = ("prune", "student", "distill", "onnx", "grid", "package")

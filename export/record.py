@@ -10,11 +10,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bundle.atomic import write_atomically
 from bundle.hashing import hash_file, hash_weights
 from bundle.manifest import TeacherReference
 from bundle.model_inputs import differing_inputs, hash_model_inputs
+from export.run.errors import ExportError
 from export.run.files import writing_to
-from export.run.settings import ExportConfig, ExportError, JsonlSource
+from export.run.settings import ExportConfig, JsonlSource
 from export.teacher.source import TeacherFolder
 from serve.text.chat_template import process_date
 
@@ -95,11 +97,11 @@ def record_run(
         template_date=find_template_date(config.output_dir),
         config=config,
     )
-    partial = config.output_dir / f"{RECORD_NAME}.tmp"
-    with writing_to(partial):
+    path = config.output_dir / RECORD_NAME
+    with writing_to(path):
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        partial.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        partial.replace(config.output_dir / RECORD_NAME)
+        with write_atomically(path) as partial:
+            partial.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return record
 
 

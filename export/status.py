@@ -11,8 +11,9 @@ from rich.table import Table
 from bundle.errors import BundleError
 from bundle.manifest import StageRecord, load_manifest
 from export.pipeline import Pipeline
-from export.run.settings import FLOAT_VARIANT, ExportConfig, WeightOnlyVariant
+from export.run.settings import ExportConfig
 from export.run.stages import StageSpec, StageState, format_summary
+from export.run.variants import FLOAT_VARIANT, WeightOnlyVariant
 from export.student.checkpoint import Checkpoints
 from export.teacher.sample import ROWS_NAME, num_samples_of
 from export.teacher.source import TeacherFolder, find_teacher

@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bundle.model_config import read_model_config
 from bundle.model_folder import open_model_folder
 from export.graph.half_precision import to_half
-from export.graph.onnx_graph import export_onnx, save_onnx
+from export.graph.surgery import save_onnx
+from export.graph.trace import export_onnx
 from serve.models.backend import Backend
 from serve.models.onnx_backend import OnnxBackend
 from serve.models.pretrained import load_pretrained

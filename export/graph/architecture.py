@@ -1,10 +1,10 @@
-"""Which decoders `export.graph.onnx_graph` computes exactly, and how many nodes each takes."""
+"""Which decoders `export.graph.trace` computes exactly, and how many nodes each takes."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from export.run.settings import ExportError
+from export.run.errors import ExportError
 from serve.models.architectures import check_supported
 
 _NODES_PER_LAYER = 11

@@ -15,8 +15,9 @@ import torch
 from onnxruntime import InferenceSession, SessionOptions
 from onnxruntime.quantization import CalibrationDataReader
 
-from export.run.settings import ExportError, StaticVariant, WeightOnlyVariant
-from export.student.step import Example
+from export.run.errors import ExportError
+from export.run.variants import StaticVariant, WeightOnlyVariant
+from export.teacher.examples import Example
 
 Feed = dict[str, np.ndarray]
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import onnx
 from onnx import helper, numpy_helper
 
-from export.run.settings import ExportError
+from export.run.errors import ExportError
 from export.student.grid import BlockGrid, GridWeight, pack, unpack
 
 

@@ -10,7 +10,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from export.run.settings import ExportError
+from export.run.errors import ExportError
 
 _HALF_TYPES = {
     "float16": (TensorProto.FLOAT16, torch.float16),

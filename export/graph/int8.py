@@ -18,9 +18,9 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from export.graph.onnx_graph import LOGIT_ROWS, load_untied, save_onnx
-from export.run.settings import DynamicVariant, StaticVariant
-from export.student.step import Example
+from export.graph.surgery import LOGIT_ROWS, load_untied, save_onnx
+from export.run.variants import DynamicVariant, StaticVariant
+from export.teacher.examples import Example
 
 
 def quantize_dynamic(source: Path, target: Path, config: DynamicVariant) -> onnx.ModelProto:

@@ -25,16 +25,11 @@ from onnx import numpy_helper
 from export.graph.grid_graph import matmul_weight, matmuls_by_input, replace_matmuls
 from export.graph.half_precision import to_half
 from export.graph.int8 import quantize_dynamic, quantize_static, quiet
-from export.graph.onnx_graph import load_untied, save_onnx
-from export.run.settings import (
-    DynamicVariant,
-    ExportError,
-    HalfVariant,
-    StaticVariant,
-    WeightOnlyVariant,
-)
+from export.graph.surgery import load_untied, save_onnx
+from export.run.errors import ExportError
+from export.run.variants import DynamicVariant, HalfVariant, StaticVariant, WeightOnlyVariant
 from export.student.grid import BlockGrid, GridWeight
-from export.student.step import Example
+from export.teacher.examples import Example
 
 _QUANTIZED_OPS = (
     "MatMulNBits",
@@ -45,7 +40,7 @@ _QUANTIZED_OPS = (
     "QuantizeLinear",
     "DequantizeLinear",
 )
-# What the graph computes in one product: `export.graph.onnx_graph`.
+# What the graph computes in one product: `export.graph.trace`.
 _PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
 

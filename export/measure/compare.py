@@ -32,7 +32,7 @@ from estimators.bootstrap import (
 from estimators.pass_at_k import pass_at_k
 from export.measure.held_out import STUDENT, TEACHER
 from export.publish.select import SPEED_METRIC
-from export.run.settings import ExportError
+from export.run.errors import ExportError
 
 Unit = Literal["nats per token", "share", "tokens/s", "bytes"]
 TASK_SETTINGS = ("num_samples", "temperature", "max_tokens")

@@ -36,9 +36,9 @@ from numpy.typing import NDArray
 
 from bundle.hashing import hash_json
 from estimators.bootstrap import Interval, bootstrap_ratio
-from export.run.settings import ExportError
+from export.run.errors import ExportError
 from export.student.losses import exact_logprobs
-from export.student.step import Example
+from export.teacher.examples import Example
 from serve.engine.engine import Engine
 from serve.engine.scoring import ScoringRequest
 from serve.models.backend import Backend

@@ -20,10 +20,11 @@ from export.measure.memory import measure_peak_bytes
 from export.measure.speed import PROMPT_TOKENS, race, tandem_contender, transformers_contender
 from export.measure.task_scores import TaskEvaluation, choose_tasks, evaluate_tasks
 from export.publish.gates import SUMMARY_NAME, TORCH, TRANSFORMERS
+from export.run.files import write_json
 from export.student.on_policy import AnswerSettings
-from export.student.step import Example
 from export.teacher.accept import read_accepted
-from export.teacher.model_files import load_model, write_json
+from export.teacher.examples import Example
+from export.teacher.model_files import load_model
 
 if TYPE_CHECKING:
     from export.pipeline import Pipeline

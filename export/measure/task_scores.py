@@ -15,7 +15,8 @@ from bundle.hashing import hash_json
 from estimators.bootstrap import Estimate, bootstrap_mean
 from estimators.consensus import majority_vote, vote_correctness
 from estimators.pass_at_k import pass_at_k
-from export.run.settings import EvaluateConfig, ExportError
+from export.run.errors import ExportError
+from export.run.settings import EvaluateConfig
 from export.teacher.grading import Grade, SecondOpinion, ask_second_opinion, grade
 from export.teacher.sample import task_seed
 from export.teacher.tasks import Task

@@ -11,11 +11,12 @@ from typing import Any
 import onnx
 
 from bundle.manifest import Evaluation, Gate, Variant
-from export.graph.onnx_graph import DATA_FILE, OPSET
 from export.graph.quantize import float_matmuls, quantized_node_counts
+from export.graph.surgery import DATA_FILE, OPSET
 from export.measure.held_out import STUDENT, TEACHER
-from export.run.settings import FLOAT_VARIANT, ExportConfig, WeightOnlyVariant
-from export.teacher.model_files import read_json
+from export.run.files import read_json
+from export.run.settings import ExportConfig
+from export.run.variants import FLOAT_VARIANT, WeightOnlyVariant
 
 TRANSFORMERS, TORCH = "teacher_transformers", "teacher_torch"
 PARITY_NAME, SUMMARY_NAME = "parity.json", "summary.json"

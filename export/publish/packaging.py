@@ -14,9 +14,8 @@ from export.publish.report import write_report
 from export.publish.report_data import collect_report
 from export.publish.select import GateError, choose_default
 from export.publish.verify import verify_bundle_deep
-from export.run.files import writing_to
+from export.run.files import read_json, writing_to
 from export.run.stages import fresh
-from export.teacher.model_files import read_json
 
 if TYPE_CHECKING:
     from export.pipeline import Pipeline

@@ -30,11 +30,11 @@ from export.publish.report import (
     TaskScores,
 )
 from export.publish.select import pareto_front
-from export.run.settings import FLOAT_VARIANT
+from export.run.files import read_json
+from export.run.variants import FLOAT_VARIANT
 from export.student.phases import HELD_OUT_NAME
 from export.teacher.accept import SUMMARY_NAME as ACCEPT_NAME
 from export.teacher.grading import SecondOpinion
-from export.teacher.model_files import read_json
 
 if TYPE_CHECKING:
     from export.pipeline import Pipeline

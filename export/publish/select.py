@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from bundle.manifest import Gate, Variant
-from export.run.settings import ExportError, SelectConfig
+from export.run.errors import ExportError
+from export.run.settings import SelectConfig
 
 SPEED_METRIC, KL_METRIC = "decode_tokens_per_s", "kl_to_teacher"
 

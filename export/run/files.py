@@ -1,17 +1,19 @@
-"""A disk that is full, as an error that says where: writers say it in many ways, most without."""
+"""JSON files, and a disk that is full: an error that says where, which most writers do not."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from export.run.settings import ExportError
+from export.run.errors import ExportError
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 _NOT_ALLOWED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
@@ -69,3 +71,11 @@ def _free(folder: Path) -> str:
     existing = next(path for path in folders if os.path.exists(path))  # noqa: PTH110
     free = os.statvfs(existing)
     return f"{free.f_bavail * free.f_frsize / 2**20:.1f} MiB free"
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from export.run.settings import ExportError
+from export.run.errors import ExportError
 
 # NFS servers give up a lost client's locks after 90 s.
 MAX_WAIT_S = 100.0

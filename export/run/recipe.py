@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from bundle.yaml_file import YamlDocument, YamlError, parse_yaml
-from export.run.settings import ConfigError, ContradictionError, ExportConfig, Fault, JsonlSource
-from export.teacher.source import ALLOWED_SPECS, is_hub_id, is_wheel
+from export.run.errors import ConfigError, ContradictionError, Fault
+from export.run.model_specs import ALLOWED_SPECS, is_hub_id, is_wheel
+from export.run.settings import ExportConfig, JsonlSource
 
 
 @dataclass(frozen=True, slots=True)

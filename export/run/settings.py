@@ -6,60 +6,30 @@ option reruns that stage and what follows, and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
     Field,
     JsonValue,
-    Tag,
     model_validator,
 )
 
-from bundle.errors import UserError
 from bundle.manifest import VariantName
-
-FLOAT_VARIANT = "fp32"
-
-
-class ExportError(UserError):
-    """An export cannot go on; the text says why and what to do."""
+from export.run.errors import ContradictionError, Fault
+from export.run.training import DistillConfig, Section
+from export.run.variants import FLOAT_VARIANT, VariantConfig, WeightOnlyVariant
 
 
-class ConfigError(ExportError):
-    """A recipe is wrong; a line for each fault names the key, its value and what is allowed."""
-
-    exit_code = 2
-
-
-Fault = tuple[str, str]
-"""A dotted key of a recipe and what is wrong with it."""
-
-
-class ContradictionError(ValueError):
-    """Options that are right by themselves cannot go together."""
-
-    def __init__(self, faults: Sequence[Fault]) -> None:
-        super().__init__("; ".join(f"{key} {text}" for key, text in faults))
-        self.faults = tuple(faults)
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class BuiltinSource(_Section):
+class BuiltinSource(Section):
     """The built-in task set (`export.teacher.tasks`); `families` keeps only those."""
 
     kind: Literal["builtin"] = "builtin"
     families: tuple[str, ...] | None = None
 
 
-class JsonlSource(_Section):
+class JsonlSource(Section):
     """Prompts of the user's own: one JSON object per line (`export.teacher.task_rows`)."""
 
     kind: Literal["jsonl"]
@@ -69,7 +39,7 @@ class JsonlSource(_Section):
     )
 
 
-class ReasoningGymSource(_Section):
+class ReasoningGymSource(Section):
     """Generated tasks of the package reasoning-gym (extra `reasoning-gym`)."""
 
     kind: Literal["reasoning_gym"]
@@ -84,7 +54,7 @@ TaskSource = Annotated[
 ]
 
 
-class TasksConfig(_Section):
+class TasksConfig(Section):
     """Which prompts: every source, cut to so many of each split."""
 
     sources: tuple[TaskSource, ...] = Field(default=(BuiltinSource(),), min_length=1)
@@ -96,7 +66,7 @@ class TasksConfig(_Section):
     )
 
 
-class SampleConfig(_Section):
+class SampleConfig(Section):
     """How the teacher answers; `max_num_seqs` completions at a time.
 
     Prompts whose answer can be checked get `num_verifiable_samples`, so that rejection sampling
@@ -113,7 +83,7 @@ class SampleConfig(_Section):
     max_model_len: int = Field(default=1024, gt=1)
 
 
-class AcceptConfig(_Section):
+class AcceptConfig(Section):
     """Which completions are trained on (`export.teacher.accept`; DeepSeek-R1, 2.3.3)."""
 
     require_correct: bool = Field(default=True, description="where the answer can be checked")
@@ -137,7 +107,7 @@ class AcceptConfig(_Section):
         return self
 
 
-class CacheConfig(_Section):
+class CacheConfig(Section):
     """The teacher's logits on disk (`export.student.logits_cache`), for students that follow."""
 
     kind: Literal["none", "dense", "top_k", "random_sampling"] = "none"
@@ -146,7 +116,7 @@ class CacheConfig(_Section):
     seed: int = 0
 
 
-class PruneConfig(_Section):
+class PruneConfig(Section):
     """How a student is cut out of the teacher (`export.student.prune`)."""
 
     num_removed_layers: int = Field(default=4, ge=0)
@@ -158,153 +128,11 @@ class PruneConfig(_Section):
     )
 
 
-class LossConfig(_Section):
-    """α·T²·D(teacher_T, student_T) + (1 − α)·CE, plus matching terms (`export.student.losses`)."""
-
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    jsd_beta: float = Field(default=0.5, gt=0, lt=1, description="weight of the teacher in jsd")
-    alpha: float = Field(default=0.5, ge=0, le=1, description="0: plain fine-tuning on text")
-    temperature: float = Field(default=2.0, gt=0)
-    hidden_weight: float = Field(default=0.0, ge=0, description="hidden-state matching")
-    attention_weight: float = Field(default=0.0, ge=0, description="attention-map matching, nats")
-
-
-class PhaseConfig(LossConfig):
-    """One phase of training: whose text, which loss, which optimizer settings."""
-
-    data: Literal["teacher", "student"] = Field(
-        default="teacher", description="whose completions; student: on-policy"
-    )
-    teacher_logits: Literal["live", "cache"] = "live"
-    num_epochs: int = Field(default=1, gt=0)
-    learning_rate: float = Field(default=3e-4, gt=0)
-    warmup_share: float = Field(default=0.05, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    tokens_per_step: int = Field(default=1024, gt=0)
-    tokens_per_micro_batch: int = Field(default=2048, gt=0)
-    num_prompts_per_round: int = Field(
-        default=64, gt=0, description="on-policy: prompts answered between two updates of the text"
-    )
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _check_sources(self) -> PhaseConfig:
-        if self.data == "student" and self.teacher_logits == "cache":
-            raise ValueError("teacher_logits 'cache' has no logits of what the student samples")
-        if self.teacher_logits == "cache" and (self.hidden_weight or self.attention_weight):
-            raise ValueError("teacher_logits 'cache' has neither hidden states nor attention maps")
-        return self
-
-
-class DistillConfig(_Section):
-    """The phases of training, one after the other."""
-
-    phases: tuple[PhaseConfig, ...] = Field(default=(PhaseConfig(),), min_length=1)
-    freeze_shared_layers: bool = Field(
-        default=False,
-        description="keep the embedding, the head and the layers below the first removed one as "
-        "the teacher has them; they then run once for both models",
-    )
-    checkpoint_every_s: float = Field(
-        default=120.0, gt=0, description="seconds between checkpoints"
-    )
-
-
-class GridConfig(_Section):
-    """Integer codes of `bits`, `block_size` of them to a scale."""
-
-    bits: Literal[4, 8]
-    block_size: Literal[16, 32, 64, 128, 256]
-
-
-LinearName = Literal["qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-
-
-class WeightOnlyVariant(GridConfig):
-    """MatMulNBits: blocks of integer weights that share a scale (`export.graph.quantize`)."""
-
-    method: Literal["rtn", "hqq", "gptq"] = "rtn"
-    overrides: dict[LinearName, GridConfig] = Field(
-        default={}, description="another grid for some linear layers"
-    )
-    accuracy_level: int = Field(default=4, ge=0, le=4, description="4: int8 activations")
-    symmetric: bool = True
-    num_calibration_texts: int = Field(default=64, gt=0, description="for gptq")
-    train: PhaseConfig | None = Field(
-        default=None, description="quantization-aware distillation from the float student"
-    )
-
-    def grid_of(self, linear: str) -> GridConfig:
-        """Return the grid of the linear layers of that name."""
-        return self.overrides.get(linear, self)  # type: ignore[call-overload,no-any-return]
-
-    @model_validator(mode="after")
-    def _check_train(self) -> WeightOnlyVariant:
-        if self.train and (self.method == "hqq" or not self.symmetric):
-            raise ValueError("train: only symmetric rtn and gptq grids can be trained on")
-        if self.train and self.train.data == "student":
-            raise ValueError("train.data: the text is the teacher's; give 'teacher'")
-        if self.train and self.train.teacher_logits == "cache":
-            raise ValueError("train.teacher_logits: the float student is the teacher; give 'live'")
-        for key in ("hidden_weight", "attention_weight"):
-            if self.train and getattr(self.train, key):
-                raise ValueError(
-                    f"train.{key} is {getattr(self.train, key)}: training on a grid matches logits "
-                    "alone; set it to 0"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _check_hqq(self) -> WeightOnlyVariant:
-        if self.method == "hqq" and 8 in (self.bits, *(g.bits for g in self.overrides.values())):
-            raise ValueError("bits 8: method 'hqq' has 4 bits only; choose rtn or gptq for 8")
-        return self
-
-
-class DynamicVariant(_Section):
-    """int8 weights and activations by optimum's ORTQuantizer, ranges found at run time."""
-
-    method: Literal["dynamic"]
-    per_channel: bool = True
-
-
-class StaticVariant(_Section):
-    """QDQ int8, activation ranges calibrated on the teacher's answers."""
-
-    method: Literal["static"]
-    per_channel: bool = True
-    calibration: Literal["minmax", "entropy", "percentile"] = "minmax"
-    num_calibration_texts: int = Field(default=16, gt=0)
-
-
-class HalfVariant(_Section):
-    """The float graph in half precision, for CUDA; the head stays in float32."""
-
-    method: Literal["float16", "bfloat16"]
-
-
-def _method(value: Any) -> Any:
-    """Return the tag of the class that describes a variant; pydantic names unknown ones."""
-    method = value.get("method", "rtn") if isinstance(value, dict) else getattr(value, "method", "")
-    tags = {"hqq": "rtn", "gptq": "rtn", "bfloat16": "float16"}
-    return tags.get(method, method) if isinstance(method, str) else ""
-
-
-VariantConfig = Annotated[
-    Annotated[WeightOnlyVariant, Tag("rtn")]
-    | Annotated[DynamicVariant, Tag("dynamic")]
-    | Annotated[StaticVariant, Tag("static")]
-    | Annotated[HalfVariant, Tag("float16")],
-    Discriminator(_method),
-]
-
-
-class OnnxConfig(_Section):
+class OnnxConfig(Section):
     max_model_len: int = Field(default=2048, gt=1, description="positions of the rotary tables")
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     """The measurements: held-out text, sampled answers to tasks, and timed decoding."""
 
     max_num_seqs: int = Field(default=16, gt=0)
@@ -325,7 +153,7 @@ class EvaluateConfig(_Section):
         return self
 
 
-class GatesConfig(_Section):
+class GatesConfig(Section):
     """What each hop may cost: mean KL in nats per token; logits as they are."""
 
     onnx_kl: float = Field(default=1e-6, ge=0)
@@ -339,7 +167,7 @@ class GatesConfig(_Section):
     student_kl: float = Field(default=0.40, ge=0, description="KL(teacher ‖ student), held out")
 
 
-class SelectConfig(_Section):
+class SelectConfig(Section):
     """How the default is chosen of variants that passed gates (`export.publish.select`)."""
 
     rule: Literal["fastest", "lowest_kl", "knee"] = "fastest"
@@ -348,7 +176,7 @@ class SelectConfig(_Section):
     )
 
 
-class ExportConfig(_Section):
+class ExportConfig(Section):
     """A whole run. `teacher` takes what `export.teacher.source.resolve_teacher` takes."""
 
     teacher: str
@@ -364,10 +192,12 @@ class ExportConfig(_Section):
     prune: PruneConfig = PruneConfig()
     distill: DistillConfig = DistillConfig()
     onnx: OnnxConfig = OnnxConfig()
-    variants: dict[VariantName, VariantConfig] = {
-        "int8": WeightOnlyVariant(bits=8, block_size=128),
-        "int4": WeightOnlyVariant(bits=4, block_size=32),
-    }
+    variants: dict[VariantName, VariantConfig] = Field(
+        default={
+            "int8": WeightOnlyVariant(bits=8, block_size=128),
+            "int4": WeightOnlyVariant(bits=4, block_size=32),
+        }
+    )
     evaluate: EvaluateConfig = EvaluateConfig()
     gates: GatesConfig = GatesConfig()
     select: SelectConfig = SelectConfig()

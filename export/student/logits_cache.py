@@ -21,10 +21,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from bundle.atomic import write_atomically
 from bundle.hashing import hash_json
-from export.run.settings import CacheConfig, ExportError
+from export.run.errors import ExportError
+from export.run.settings import CacheConfig
 from export.student.losses import RandomTargets, SparseTargets, Targets
-from export.student.step import Example, collate
+from export.teacher.examples import Example, collate, micro_batches
 from serve.text.real_tokens import EVERY_ROW, RealTokens
 
 INDEX_NAME = "index.json"
@@ -242,9 +244,8 @@ def _begin(folder: Path, index: CacheIndex) -> CacheIndex:
                 f"{_settings(index)}: remove it, or write to another folder"
             )
         return found
-    partial = path.with_suffix(".partial")
-    partial.write_text(index.model_dump_json(indent=2) + "\n")
-    partial.replace(path)
+    with write_atomically(path) as partial:
+        partial.write_text(index.model_dump_json(indent=2) + "\n")
     return index
 
 
@@ -292,7 +293,7 @@ def _write_shard(
 ) -> None:
     """Write one shard: of (number, example) pairs, encoded example by example."""
     by_number: dict[int, Rows] = {}
-    for batch in _batches(examples):
+    for batch in micro_batches(examples, _MAX_BATCH_TOKENS, lambda numbered: len(numbered[1])):
         hidden = _completion_hidden(teacher, [example for _, example in batch])
         for (number, _), states in zip(batch, hidden, strict=True):
             generator = torch.Generator().manual_seed(index.cache.seed * 1_000_003 + number)
@@ -300,20 +301,8 @@ def _write_shard(
                 encode(real_tokens.cut(teacher.lm_head(part)), index.cache, generator)
                 for part in states.split(_NUM_SLICE_ROWS)
             )
-    partial = path.with_suffix(".partial")
-    save_file(_concatenate(by_number[number] for number, _ in examples), partial)
-    partial.replace(path)
-
-
-def _batches(examples: Sequence[tuple[int, Example]]) -> Iterator[list[tuple[int, Example]]]:
-    """Yield the examples in batches of similar length, at most so many tokens with padding."""
-    batch: list[tuple[int, Example]] = []
-    for item in sorted(examples, key=lambda numbered: len(numbered[1])):
-        if batch and len(item[1]) * (len(batch) + 1) > _MAX_BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(item)
-    yield batch
+    with write_atomically(path) as partial:
+        save_file(_concatenate(by_number[number] for number, _ in examples), partial)
 
 
 def _completion_hidden(teacher: Any, batch: Sequence[Example]) -> tuple[torch.Tensor, ...]:

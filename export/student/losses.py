@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 import torch
 from torch.nn import functional as F
 
-from export.run.settings import ExportError
+from export.run.errors import ExportError
 from serve.text.real_tokens import EVERY_ROW, RealTokens
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from export.student.step import Example
 from export.teacher.accept import repeated_share
+from export.teacher.examples import Example
 from serve.engine.engine import Engine
 from serve.engine.sequence import Event, FinishedEvent, GenerationRequest
 from serve.models.backend import Backend

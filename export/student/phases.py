@@ -12,15 +12,19 @@ from typing import Any
 
 import torch
 
+from bundle.atomic import write_atomically
+from export.run.errors import ExportError
 from export.run.processes import World
-from export.run.settings import DistillConfig, ExportError, PhaseConfig, SampleConfig
+from export.run.settings import SampleConfig
+from export.run.training import DistillConfig, PhaseConfig
 from export.student.grid import BlockGrid, GridWeight
 from export.student.grid_training import GridParameters, untie_head
 from export.student.logits_cache import LogitsCache
 from export.student.matching import LayerMap, Matching
 from export.student.on_policy import AnswerSettings, answer, repetition
-from export.student.step import CachedPair, Example, Forward, Pair, measure_kl
+from export.student.step import CachedPair, Forward, Pair, measure_kl
 from export.student.trainer import PlainParameters, TrainingPhase
+from export.teacher.examples import Example
 from serve.text.real_tokens import EVERY_ROW, RealTokens
 
 # Prompts answered greedily to see whether the student still speaks.
@@ -61,9 +65,8 @@ class HeldOutLog:
         """Measure and write value `number`, unless it is there already."""
         if len(self.forward_kl) <= number:
             self.forward_kl.append(measure())
-            partial = self.path.with_suffix(".tmp")
-            partial.write_text(json.dumps(self.forward_kl))
-            partial.replace(self.path)
+            with write_atomically(self.path) as partial:
+                partial.write_text(json.dumps(self.forward_kl))
 
 
 class Distillation:
@@ -187,9 +190,8 @@ class Distillation:
             )
             prompts = round_prompts(self._text.prompts, phase, round_index)
             answers = answer(self.student, prompts, settings, self._real_tokens)
-            partial = path.with_suffix(".tmp")
-            partial.write_text(json.dumps([asdict(example) for example in answers]))
-            partial.replace(path)
+            with write_atomically(path) as partial:
+                partial.write_text(json.dumps([asdict(example) for example in answers]))
         self._world.wait()
         return [
             Example(tuple(raw["prompt_token_ids"]), tuple(raw["completion_token_ids"]))

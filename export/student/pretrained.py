@@ -9,7 +9,7 @@ import torch
 
 from bundle.model_config import read_model_config
 from bundle.model_folder import open_model_folder
-from export.run.settings import ExportError
+from export.run.errors import ExportError
 from serve.models.pretrained import load_pretrained
 from serve.text.tokenizer import Tokenizer
 from serve.text.tokenizer_equality import tokenizer_difference

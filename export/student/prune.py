@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from export.run.settings import ExportError, PruneConfig
+from export.run.errors import ExportError
+from export.run.settings import PruneConfig
 from export.student.losses import forward_kl
-from export.student.step import Example, collate
+from export.teacher.examples import Example, collate
 from serve.text.real_tokens import EVERY_ROW, RealTokens
 
 MLP_WIDTH_MULTIPLE = 32
-"""So that blocks of 16 and 32 (`export.run.settings.WeightOnlyVariant`) divide down_proj evenly."""
+"""So that blocks of 16 and 32 (`export.run.variants.WeightOnlyVariant`) divide down_proj evenly."""
 
 
 @dataclass(frozen=True, slots=True)

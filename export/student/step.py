@@ -5,7 +5,6 @@ tokens of the whole step, over all processes. Head and loss run in slices of pos
 logits over a large vocabulary never exist for more than `HEAD_SLICE` tokens. bfloat16 autocast
 over float32 weights unless told otherwise; softmax and loss in float32.
 
-Right padding needs no mask: attention is causal, and only completion positions enter the loss.
 `export.student.trainer` has the loop around this.
 """
 
@@ -22,26 +21,16 @@ from torch import nn
 
 from export.run.processes import World
 from export.student.losses import DistillationLoss, LossSums, Targets, forward_kl
+from export.teacher.examples import Example, collate, micro_batches
 from serve.text.real_tokens import EVERY_ROW, RealTokens
 
 if TYPE_CHECKING:
-    from export.run.settings import PhaseConfig
+    from export.run.training import PhaseConfig
     from export.student.logits_cache import LogitsCache
     from export.student.matching import Matching, MatchingSums
 
 HEAD_SLICE = 256
 _MEASURED_TOKENS = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A prompt and a completion of it, EOS included where the model emitted it."""
-
-    prompt_token_ids: tuple[int, ...]
-    completion_token_ids: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.prompt_token_ids) + len(self.completion_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +278,7 @@ def measure_kl(
     device = next(forward.student.parameters()).device
     total, num_tokens = 0.0, 0
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        for batch in _micro_batches(list(examples), _MEASURED_TOKENS):
+        for batch in micro_batches(examples, _MEASURED_TOKENS, len):
             input_ids, positions, labels = (t.to(device) for t in collate(batch))
             outputs = forward(batch, input_ids, positions)
             for part, target in zip(outputs.hidden.split(HEAD_SLICE), outputs.targets, strict=True):
@@ -298,24 +287,6 @@ def measure_kl(
                 total += float(forward_kl(student, real_tokens.cut(target)).sum())
             num_tokens += len(labels)
     return total / num_tokens
-
-
-def collate(batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return input ids `(B, T)`, flat positions `(N,)` that predict completions, labels `(N,)`.
-
-    The positions come from lengths, never from token values: the pad id may equal the EOS id.
-    """
-    width = max(map(len, batch)) - 1
-    rows: list[list[int]] = []
-    positions: list[int] = []
-    labels: list[int] = []
-    for row, example in enumerate(batch):
-        token_ids = [*example.prompt_token_ids, *example.completion_token_ids]
-        start = row * width + len(example.prompt_token_ids) - 1
-        positions += range(start, start + len(example.completion_token_ids))
-        labels += example.completion_token_ids
-        rows.append(token_ids[:-1] + [0] * (width - len(token_ids) + 1))
-    return torch.tensor(rows), torch.tensor(positions), torch.tensor(labels)
 
 
 def plan_steps(
@@ -336,17 +307,7 @@ def plan_steps(
             num_tokens = 0
         steps[-1].append(example)
         num_tokens += len(example.completion_token_ids)
-    return [list(_micro_batches(step, phase.tokens_per_micro_batch)) for step in steps]
-
-
-def _micro_batches(step: list[Example], max_tokens: int) -> Iterator[list[Example]]:
-    batch: list[Example] = []
-    for example in sorted(step, key=len):
-        if batch and len(example) * (len(batch) + 1) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(example)
-    yield batch
+    return [list(micro_batches(step, phase.tokens_per_micro_batch, len)) for step in steps]
 
 
 def schedule(progress: float, warmup_share: float) -> float:

@@ -18,18 +18,11 @@ from typing import Any, Protocol
 import torch
 
 from export.run.processes import World
-from export.run.settings import PhaseConfig
+from export.run.training import PhaseConfig
 from export.student.checkpoint import Checkpoints
 from export.student.on_policy import COLLAPSE_SHARE
-from export.student.step import (
-    Example,
-    Forward,
-    Objective,
-    StepSums,
-    accumulate,
-    plan_steps,
-    schedule,
-)
+from export.student.step import Forward, Objective, StepSums, accumulate, plan_steps, schedule
+from export.teacher.examples import Example
 from serve.text.real_tokens import EVERY_ROW, RealTokens
 
 

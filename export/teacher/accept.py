@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from export.run.settings import AcceptConfig, ExportError
+from export.run.errors import ExportError
+from export.run.settings import AcceptConfig
 from export.teacher.grading import Grade, SecondOpinion, ask_second_opinion, grade
 from export.teacher.sample import ROWS_NAME, Completion, read_completions, write_completions
 from export.teacher.tasks import Task

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from bundle.token_ids import TokenIds, one_or_list, read_token_ids
-from export.run.settings import ExportError
+from export.run.errors import ExportError
+from export.run.files import read_json, write_json
 from serve.text.tokenizer_files import (
     CONFIG_NAME,
     DEFAULT_TEMPLATE,
@@ -114,11 +115,3 @@ def genai_config(config: Mapping[str, Any], ids: TokenIds) -> dict[str, Any]:
             "past_present_share_buffer": True,
         },
     }
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 
+from bundle.atomic import write_atomically
 from bundle.hashing import hash_json
 from bundle.token_ids import read_eos_token_ids
-from export.run.settings import ExportError, SampleConfig
-from export.student.step import Example
+from export.run.errors import ExportError
+from export.run.settings import SampleConfig
+from export.teacher.examples import Example
 from export.teacher.tasks import Task
 from serve.engine.engine import Engine
 from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
@@ -111,9 +113,8 @@ def read_completions(path: Path) -> list[Completion]:
 
 def write_completions(path: Path, rows: Iterable[Completion]) -> None:
     """Write all rows at once, by rename."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    with write_atomically(path) as partial:
+        partial.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), "utf-8")
 
 
 def _generate(

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 from bundle.errors import one_line
 from estimators.answers import ANSWER_FORMATS, extract
 from estimators.canonical import canonicalise, is_same
-from export.run.settings import ExportError
+from export.run.errors import ExportError
 from export.teacher.chats import Number, read_chat
 from export.teacher.tasks import Split, Task, Turn, normalise_prompt, prompt_id, split_of
 

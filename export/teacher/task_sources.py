@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from estimators.answers import extract
 from estimators.canonical import canonicalise
+from export.run.errors import ExportError
 from export.run.settings import (
     BuiltinSource,
-    ExportError,
     JsonlSource,
     ReasoningGymSource,
     TasksConfig,

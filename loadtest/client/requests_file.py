@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from bundle.atomic import write_atomically
 from bundle.errors import UserError
 from loadtest.client.records import RequestRecord
 
@@ -29,11 +30,9 @@ def write_requests(path: Path, records: Iterable[RequestRecord]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    scratch = path.with_suffix(".new")
     try:
-        with scratch.open("wb") as file:
+        with write_atomically(path) as partial, partial.open("wb") as file:
             file.writelines(map(_to_line, records))
-        scratch.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 

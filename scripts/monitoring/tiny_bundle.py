@@ -30,7 +30,8 @@ from bundle.manifest import (
 )
 from bundle.model_inputs import hash_model_inputs
 from bundle.verify import list_entries
-from export.graph.onnx_graph import export_onnx, save_onnx
+from export.graph.surgery import save_onnx
+from export.graph.trace import export_onnx
 from export.teacher.model_files import copy_tokenizer, write_variant_files
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -143,7 +143,7 @@ class OnnxBackend(CachedRows):
 
         Raises RuntimeError when `device` is cuda and onnxruntime cannot use it, and ValueError
         when `max_model_len` exceeds what the graph's rotary tables cover, when the graph is not
-        one that `export.graph.onnx_graph` wrote, or is one that CUDA has no kernels for.
+        one that `export.graph.trace` wrote, or is one that CUDA has no kernels for.
         """
         config = read_model_config(variant_dir).settings
         limit = config["max_position_embeddings"]

@@ -17,7 +17,7 @@ TOTAL_LENGTH = "tandem.total_length"
 
 
 def serving_graph(path: Path) -> onnx.ModelProto:
-    """Return the graph that `export.graph.onnx_graph` wrote: without weights, with other inputs.
+    """Return the graph that `export.graph.trace` wrote: without weights, with other inputs.
 
     `tandem.last_positions`, int32 `(B,)`, and `tandem.total_length`, int32 `()` in host memory,
     stand in for `attention_mask`; `logit_rows` must be fed, and `logits` is `(1, N, V)`.

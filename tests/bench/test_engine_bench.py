@@ -32,7 +32,7 @@ def bundle(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """The tiny teacher as its own student, its float graph, and some text."""
     from transformers import AutoModelForCausalLM
 
-    from export.graph.onnx_graph import export_onnx
+    from export.graph.trace import export_onnx
 
     folder = tmp_path_factory.mktemp("bench") / "bundle"
     graph, student = folder / "onnx" / "fp32", folder / "student"

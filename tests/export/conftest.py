@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from export.graph.quantize import WeightOnly
-from export.student.step import Example
+from export.teacher.examples import Example
 from tests.support.random_models import (
     PLAIN,
     Exported,

@@ -17,10 +17,11 @@ import tandem.cli
 from bundle.errors import UserError
 from export.checks import check_room, check_run
 from export.pipeline import Pipeline
+from export.run.errors import ExportError
+from export.run.files import read_json, write_json
 from export.run.recipe import load_recipe
-from export.run.settings import ExportError
 from export.status import QuietReporter
-from export.teacher.model_files import TOKENIZER_FILES, read_json, write_json
+from export.teacher.model_files import TOKENIZER_FILES
 
 LONG = "word " * 300
 SETTINGS: dict[str, Any] = {

@@ -19,7 +19,7 @@ from export import cli
 from export.cli import ConsoleReporter
 from export.pipeline import Pipeline
 from export.publish.select import GateError
-from export.run.settings import ExportError
+from export.run.errors import ExportError
 
 SETTINGS: dict[str, Any] = {
     "tasks": {"max_train": 8, "max_test": 2},

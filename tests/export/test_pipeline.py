@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bundle.manifest import TeacherReference
 from export.pipeline import Pipeline, open_pipeline
+from export.run.files import read_json, write_json
 from export.run.settings import ExportConfig
 from export.student.phases import HELD_OUT_NAME
-from export.teacher.model_files import TOKENIZER_FILES, read_json, write_json
+from export.teacher.model_files import TOKENIZER_FILES
 from export.teacher.source import TeacherFolder
 
 TEACHER = TeacherFolder(

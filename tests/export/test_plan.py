@@ -25,12 +25,14 @@ from export.estimates import (
 )
 from export.pipeline import Pipeline
 from export.plan import count_pruned, make_plan, print_plan
-from export.run.settings import ExportConfig, ExportError
+from export.run.errors import ExportError
+from export.run.model_specs import TeacherError
+from export.run.settings import ExportConfig
 from export.run.stages import StageState
 from export.status import QuietReporter, StageStatus, read_status, render_status, stage_names
 from export.student.prune import drop_layers, rank_channels, shrink_mlp
 from export.teacher.grading import describe_comparison, math_verify_version
-from export.teacher.source import TeacherError, resolve_teacher
+from export.teacher.source import resolve_teacher
 from export.teacher.task_sources import load_tasks
 
 MACHINE = Machine(matmul_flops_per_s=1e9)

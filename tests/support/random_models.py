@@ -22,9 +22,10 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from export.graph.onnx_graph import export_onnx, load_untied, save_onnx
 from export.graph.quantize import WeightOnly, quantize_weights
-from export.student.step import Example
+from export.graph.surgery import load_untied, save_onnx
+from export.graph.trace import export_onnx
+from export.teacher.examples import Example
 from export.teacher.model_files import write_variant_files
 
 VOCAB_SIZE = 97

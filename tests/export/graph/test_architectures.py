@@ -14,11 +14,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
+from export.graph import surgery
 from export.graph.architecture import check_exportable, expected_num_nodes, head_size
-from export.graph.onnx_graph import DATA_FILE, export_onnx
 from export.graph.parity import measure
 from export.graph.quantize import float_matmuls
-from export.run.settings import ExportError
+from export.graph.surgery import DATA_FILE
+from export.graph.trace import export_onnx
+from export.run.errors import ExportError
 from export.student.prune import drop_layers
 from serve.engine.engine import Engine
 from serve.engine.sequence import Event, FinishedEvent, GenerationRequest
@@ -253,11 +255,9 @@ def test_fusions_never_hold_the_weights(
     make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They copy the whole model, which protobuf does by serialising it: 2 GB at most."""
-    from export.graph import onnx_graph
-
-    fuse, sizes = onnx_graph._fuse, []
+    fuse, sizes = surgery.fuse_norms, []
     monkeypatch.setattr(
-        onnx_graph, "_fuse", lambda model: sizes.append(model.ByteSize()) or fuse(model)
+        surgery, "fuse_norms", lambda model: sizes.append(model.ByteSize()) or fuse(model)
     )
     export_onnx(make_model("llama"), tmp_path, max_model_len=64)
     assert sizes[0] < 60_000 < (tmp_path / DATA_FILE).stat().st_size

@@ -20,7 +20,7 @@ from export.graph.gptq import (
     signal_weighted_scales,
 )
 from export.graph.quantize import gptq_weights
-from export.run.settings import WeightOnlyVariant
+from export.run.variants import WeightOnlyVariant
 from export.student.grid import (
     BlockGrid,
     GridWeight,
@@ -28,7 +28,7 @@ from export.student.grid import (
     encode,
     round_to_nearest,
 )
-from export.student.step import Example
+from export.teacher.examples import Example
 
 
 def correlated_layer(num_outputs: int = 24, num_inputs: int = 96) -> tuple[torch.Tensor, ...]:

@@ -15,7 +15,7 @@ from export.graph.grid_graph import (
     replace_matmuls,
 )
 from export.graph.quantize import WeightOnly, float_matmuls, quantize_weights
-from export.run.settings import ExportError
+from export.run.errors import ExportError
 from export.student.grid import BlockGrid, GridWeight, round_to_nearest
 
 

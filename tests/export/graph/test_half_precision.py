@@ -14,8 +14,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from export.graph.half_precision import to_half
-from export.graph.onnx_graph import LOGIT_ROWS
-from export.run.settings import ExportError
+from export.graph.surgery import LOGIT_ROWS
+from export.run.errors import ExportError
 
 NUM_LAYERS = 5
 BODY, HEAD = "/model/layers.0/mlp/down_proj/MatMul", "/lm_head/MatMul"

@@ -9,8 +9,8 @@ import pytest
 from onnx import numpy_helper
 
 from export.graph import parity
-from export.graph.onnx_graph import save_onnx
 from export.graph.parity import measure, measure_in_fresh_process
+from export.graph.surgery import save_onnx
 
 
 def test_float_graph_computes_what_torch_computes(exported: Any) -> None:

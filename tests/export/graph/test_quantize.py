@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 from bundle.hashing import hash_file
 from export.graph.calibration import text_feeds
 from export.graph.grid_graph import read_grid_weights
-from export.graph.onnx_graph import LOGIT_ROWS, export_onnx, load_untied
 from export.graph.quantize import (
     WeightOnly,
     float_matmuls,
@@ -28,17 +27,19 @@ from export.graph.quantize import (
     quantized_node_counts,
     split_by_module,
 )
-from export.run.settings import (
+from export.graph.surgery import LOGIT_ROWS, load_untied
+from export.graph.trace import export_onnx
+from export.run.errors import ExportError
+from export.run.settings import GatesConfig
+from export.run.variants import (
     DynamicVariant,
-    ExportError,
-    GatesConfig,
     GridConfig,
     HalfVariant,
     StaticVariant,
     WeightOnlyVariant,
 )
 from export.student.grid import BlockGrid, GridWeight, round_to_nearest
-from export.student.step import Example
+from export.teacher.examples import Example
 from serve.models.onnx_backend import OnnxBackend
 
 NUM_LAYERS = 5

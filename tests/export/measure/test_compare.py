@@ -24,7 +24,8 @@ from estimators.bootstrap import bootstrap_mean_difference, bootstrap_ratio_diff
 from export.measure.compare import Comparison, Row, compare_bundles, render
 from export.measure.held_out import Agreement, HeldOut, Interval, PromptRecord
 from export.measure.task_scores import TaskEvaluation, TaskResult
-from export.run.settings import EvaluateConfig, ExportError
+from export.run.errors import ExportError
+from export.run.settings import EvaluateConfig
 
 NUM_PROMPTS = 20
 SIZES = np.arange(5, 5 + NUM_PROMPTS)

@@ -14,8 +14,8 @@ from estimators.bootstrap import bootstrap_ratio
 from estimators.divergence import exact_kl
 from export.measure import held_out as module
 from export.measure.held_out import Agreement, HeldOut, evaluate
-from export.run.settings import ExportError
-from export.student.step import Example
+from export.run.errors import ExportError
+from export.teacher.examples import Example
 from serve.models.backend import ModelInfo
 from serve.models.onnx_backend import OnnxBackend
 from serve.models.torch_backend import TorchBackend

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from export.graph.onnx_graph import DATA_FILE
+from export.graph.surgery import DATA_FILE
 from export.measure.memory import measure_peak_bytes
 
 # What a process with the same modules varies by from run to run.

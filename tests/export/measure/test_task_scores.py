@@ -18,7 +18,8 @@ from export.measure.task_scores import (
     choose_tasks,
     evaluate_tasks,
 )
-from export.run.settings import EvaluateConfig, ExportError
+from export.run.errors import ExportError
+from export.run.settings import EvaluateConfig
 from export.teacher.grading import Grade
 from export.teacher.sample import task_seed
 from export.teacher.tasks import GymEntry, Task, builtin_tasks

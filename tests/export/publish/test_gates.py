@@ -21,13 +21,11 @@ from export.publish.gates import (
     read_summary,
     task_values,
 )
-from export.run.settings import (
+from export.run.settings import ExportConfig, GatesConfig, SampleConfig
+from export.run.training import PhaseConfig
+from export.run.variants import (
     DynamicVariant,
-    ExportConfig,
-    GatesConfig,
     HalfVariant,
-    PhaseConfig,
-    SampleConfig,
     StaticVariant,
     VariantConfig,
     WeightOnlyVariant,

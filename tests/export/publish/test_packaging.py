@@ -21,8 +21,8 @@ from export.publish.gates import SUMMARY_NAME
 from export.publish.packaging import REPORT_NAME, _put_in_place
 from export.publish.report_data import collect_report
 from export.publish.select import GateError
+from export.run.files import read_json
 from export.run.settings import ExportConfig
-from export.teacher.model_files import read_json
 
 SETTINGS: dict[str, Any] = {
     "tasks": {"max_train": 8, "max_test": 4},

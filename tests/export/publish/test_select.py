@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from bundle.manifest import Gate, Variant
 from export.publish.select import GateError, choose_default, pareto_front
-from export.run.settings import ExportError, SelectConfig
+from export.run.errors import ExportError
+from export.run.settings import SelectConfig
 
 
 def variant(tokens_per_s: float, kl: float, measured: float | None = 0.0) -> Variant:

@@ -19,12 +19,13 @@ from torch import distributed
 from transformers import LlamaForCausalLM
 
 from export.run.processes import World
-from export.run.settings import PhaseConfig
 from export.run.stages import StageRunner, StageSpec
+from export.run.training import PhaseConfig
 from export.student.grid import BlockGrid
 from export.student.phases import GridTraining, Text, linear_grids
-from export.student.step import Example, Pair
+from export.student.step import Pair
 from export.student.trainer import Log, PlainParameters, Trainer, TrainingPhase
+from export.teacher.examples import Example
 
 # Micro-batches of one example, two to a step, and a last step of one: rank 1 has nothing to do.
 PHASE = PhaseConfig(

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from export.run.errors import ConfigError
 from export.run.recipe import load_config, load_recipe
-from export.run.settings import ConfigError, JsonlSource
+from export.run.settings import JsonlSource
 
 PATHS = "teacher: models/mine\noutput_dir: out\n"
 

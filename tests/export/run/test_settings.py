@@ -6,16 +6,13 @@ from typing import Any
 import pytest
 import yaml
 
+from export.run.errors import ConfigError
 from export.run.recipe import load_config
-from export.run.settings import (
-    BuiltinSource,
-    ConfigError,
+from export.run.settings import BuiltinSource, ExportConfig, JsonlSource, ReasoningGymSource
+from export.run.variants import (
     DynamicVariant,
-    ExportConfig,
     GridConfig,
     HalfVariant,
-    JsonlSource,
-    ReasoningGymSource,
     StaticVariant,
     WeightOnlyVariant,
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from export.run.settings import PhaseConfig
+from export.run.training import PhaseConfig
 from export.student.grid import BlockGrid, GridWeight, round_to_nearest
 from export.student.grid_training import (
     GridParameters,
@@ -16,8 +16,9 @@ from export.student.grid_training import (
     save_grid_weights,
     untie_head,
 )
-from export.student.step import Example, Pair
+from export.student.step import Pair
 from export.student.trainer import Trainer, TrainingPhase
+from export.teacher.examples import Example
 
 MakeModel = Callable[..., Any]
 MakeExamples = Callable[..., list[Example]]

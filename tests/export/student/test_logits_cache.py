@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from export.run.settings import CacheConfig, ExportError
+from export.run.errors import ExportError
+from export.run.settings import CacheConfig
 from export.student.logits_cache import (
     INDEX_NAME,
     LogitsCache,
@@ -27,7 +28,7 @@ from export.student.losses import (
     Targets,
     forward_kl,
 )
-from export.student.step import Example, collate
+from export.teacher.examples import Example, collate
 from serve.text.real_tokens import RealTokens
 
 VOCAB_SIZE = 97

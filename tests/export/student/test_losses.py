@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from estimators.divergence import exact_kl, jensen_shannon
-from export.run.settings import ExportError
+from export.run.errors import ExportError
 from export.student.losses import (
     DistillationLoss,
     RandomTargets,

@@ -17,7 +17,7 @@ from export.student.matching import (
     relative_squared_error,
 )
 from export.student.prune import drop_layers
-from export.student.step import Example, collate
+from export.teacher.examples import Example, collate
 
 MakeModel = Callable[..., Any]
 MakeExamples = Callable[..., list[Example]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from export.student.on_policy import COLLAPSE_SHARE, AnswerSettings, answer, repetition
-from export.student.step import Example
+from export.teacher.examples import Example
 from serve.text.real_tokens import RealTokens
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13), (20, 21)]

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from export.run.errors import ExportError
 from export.run.processes import World
-from export.run.settings import CacheConfig, DistillConfig, ExportError, PhaseConfig, SampleConfig
+from export.run.settings import CacheConfig, SampleConfig
+from export.run.training import DistillConfig, PhaseConfig
 from export.student.grid import BlockGrid
 from export.student.logits_cache import write_logits_cache
 from export.student.phases import (
@@ -23,8 +25,9 @@ from export.student.phases import (
     round_prompts,
 )
 from export.student.prune import drop_layers, shrink_mlp
-from export.student.step import CachedPair, Example
+from export.student.step import CachedPair
 from export.student.trainer import Trainer
+from export.teacher.examples import Example
 from serve.text.real_tokens import EVERY_ROW, RealTokens
 
 MakeModel = Callable[..., Any]

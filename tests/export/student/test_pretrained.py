@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from bundle.errors import ModelFolderError
-from export.run.settings import ExportError
+from export.run.errors import ExportError
 from export.student.pretrained import compression_warning, load_student
 
 NUM_TOKENS = 512  # of the tiny teacher's tokenizer

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from export.run.settings import ExportError, PruneConfig
+from export.run.errors import ExportError
+from export.run.settings import PruneConfig
 from export.student.losses import exact_forward_kl
 from export.student.prune import (
     check_removable,
@@ -18,7 +19,7 @@ from export.student.prune import (
     rank_layers,
     shrink_mlp,
 )
-from export.student.step import Example
+from export.teacher.examples import Example
 from serve.text.real_tokens import RealTokens
 
 MakeModel = Callable[..., Any]

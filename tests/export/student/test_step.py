@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.run.settings import CacheConfig, ExportError, PhaseConfig
+from export.run.errors import ExportError
+from export.run.settings import CacheConfig
+from export.run.training import PhaseConfig
 from export.student import step as distill
 from export.student.logits_cache import write_logits_cache
 from export.student.losses import DistillationLoss, exact_forward_kl
@@ -18,16 +20,15 @@ from export.student.matching import LayerMap, Matching
 from export.student.prune import drop_layers
 from export.student.step import (
     CachedPair,
-    Example,
     Forward,
     Objective,
     Pair,
     accumulate,
-    collate,
     measure_kl,
     plan_steps,
     schedule,
 )
+from export.teacher.examples import Example, collate
 from serve.text.real_tokens import RealTokens
 
 MakeModel = Callable[..., Any]

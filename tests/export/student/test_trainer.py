@@ -16,13 +16,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from export.run.processes import World
-from export.run.settings import DistillConfig, PhaseConfig, SampleConfig
+from export.run.settings import SampleConfig
+from export.run.training import DistillConfig, PhaseConfig
 from export.student import phases as phases_module
 from export.student.grid import BlockGrid
 from export.student.phases import Distillation, GridTraining, Text, linear_grids
 from export.student.prune import drop_layers
-from export.student.step import Example, Pair, schedule
+from export.student.step import Pair, schedule
 from export.student.trainer import Log, PlainParameters, Trainer, TrainingPhase, Watch
+from export.teacher.examples import Example
 from serve.text.real_tokens import EVERY_ROW
 
 MakeModel = Callable[..., Any]

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from export.run.settings import AcceptConfig, ExportError
+from export.run.errors import ExportError
+from export.run.settings import AcceptConfig
 from export.teacher.accept import (
     REASONS,
     Accepted,

@@ -8,15 +8,9 @@ import pytest
 import torch
 
 from bundle.token_ids import TokenIds
-from export.run.settings import ExportError
-from export.teacher.model_files import (
-    copy_tokenizer,
-    genai_config,
-    load_model,
-    read_json,
-    write_json,
-    write_variant_files,
-)
+from export.run.errors import ExportError
+from export.run.files import read_json, write_json
+from export.teacher.model_files import copy_tokenizer, genai_config, load_model, write_variant_files
 
 LLAMA = {
     "vocab_size": 49152,

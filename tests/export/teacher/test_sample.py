@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from export.run.settings import ExportError, SampleConfig
+from export.run.errors import ExportError
+from export.run.settings import SampleConfig
 from export.teacher import sample
 from export.teacher.sample import (
     ROWS_NAME,

@@ -14,17 +14,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from bundle.errors import ModelFolderError
 from bundle.hashing import hash_file
 from export.run.files import DiskError
-from export.teacher.source import (
-    TeacherError,
-    build_once,
-    build_tokenizer,
-    convert_gguf,
-    find_teacher,
-    read_metadata,
-    resolve_teacher,
-    special_token_ids,
-    unpack_gguf,
-)
+from export.run.model_specs import TeacherError
+from export.teacher.gguf import build_tokenizer, convert_gguf, read_metadata, special_token_ids
+from export.teacher.source import build_once, find_teacher, resolve_teacher, unpack_gguf
 from tests.support.model_folders import shard, write_model_folder
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from export.run.settings import ExportError, JsonlSource, TasksConfig
+from export.run.errors import ExportError
+from export.run.settings import JsonlSource, TasksConfig
 from export.teacher.task_rows import TaskRowsError, read_rows
 from export.teacher.task_sources import Loaded, load_jsonl, read_tasks
 from export.teacher.tasks import Task, normalise_prompt, prompt_id, split_of

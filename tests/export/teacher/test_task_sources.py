@@ -10,13 +10,8 @@ from typing import Any
 
 import pytest
 
-from export.run.settings import (
-    BuiltinSource,
-    ExportError,
-    JsonlSource,
-    ReasoningGymSource,
-    TasksConfig,
-)
+from export.run.errors import ExportError
+from export.run.settings import BuiltinSource, JsonlSource, ReasoningGymSource, TasksConfig
 from export.teacher.task_sources import is_entry_solved, load_tasks, scorer_version
 from export.teacher.tasks import Task, builtin_tasks, normalise_prompt, split_of
 

@@ -7,7 +7,7 @@ import importlib
 for _name in (
     "onnxruntime",
     "transformers.models.llama.modeling_llama",
-    "export.graph.onnx_graph",
+    "export.graph.trace",
     "export.publish.packaging",
     "export.graph.quantize",
     "tests.faults.export.export_child",

@@ -50,8 +50,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama, and its graphs in `onnx/` and `int8/`."""
     import onnx
 
-    from export.graph.onnx_graph import export_onnx, save_onnx
     from export.graph.quantize import WeightOnly, quantize_weights
+    from export.graph.surgery import save_onnx
+    from export.graph.trace import export_onnx
 
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)

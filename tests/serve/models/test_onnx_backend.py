@@ -45,8 +45,9 @@ Rows = list[list[int]]
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama's graphs: `fp32/`, `int8/`, `float16/`, `bfloat16/`, and `half_logits/`."""
     from export.graph.half_precision import to_half
-    from export.graph.onnx_graph import export_onnx, save_onnx
     from export.graph.quantize import WeightOnly, quantize_weights
+    from export.graph.surgery import save_onnx
+    from export.graph.trace import export_onnx
 
     folder = tmp_path_factory.mktemp("graphs")
     torch.manual_seed(0)

@@ -61,8 +61,9 @@ def loud_model(*, is_tied: bool) -> Any:
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import onnx
 
-    from export.graph.onnx_graph import export_onnx, save_onnx
     from export.graph.quantize import WeightOnly, quantize_weights
+    from export.graph.surgery import save_onnx
+    from export.graph.trace import export_onnx
 
     folder = tmp_path_factory.mktemp("loud")
     loud_model(is_tied=False).save_pretrained(folder)

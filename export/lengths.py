@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from export.measure.speed import PROMPT_TOKENS
-from export.run.settings import ExportConfig, ExportError
+from export.run.errors import ExportError
+from export.run.settings import ExportConfig
 from export.teacher.task_sources import Loaded
 from export.teacher.tasks import Task
 from serve.errors import InvalidFieldError

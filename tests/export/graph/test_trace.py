@@ -13,7 +13,8 @@ import torch
 from onnx import numpy_helper
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from export.graph.onnx_graph import DATA_FILE, OPSET, check_node_count, export_onnx, load_untied
+from export.graph.surgery import DATA_FILE, OPSET, check_node_count, load_untied
+from export.graph.trace import export_onnx
 
 NUM_LAYERS = 5
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35]
@@ -118,7 +119,7 @@ def test_graph_with_too_many_nodes_is_refused(exported: Any) -> None:
 def test_fusion_that_does_not_take_fails_the_export(
     make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.graph.onnx_graph._fuse", lambda model: model)
+    monkeypatch.setattr("export.graph.surgery.fuse_norms", lambda model: model)
     with pytest.raises(RuntimeError, match="a fusion did not take"):
         export_onnx(make_model(), tmp_path, max_model_len=64)
 
