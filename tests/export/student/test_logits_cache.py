@@ -232,7 +232,7 @@ def test_killed_writing_keeps_finished_shards_and_ends_in_the_same_bytes(
     killed = tmp_path / "killed"
     with pytest.raises(KilledError):
         write(killed, teacher, examples, config, progress=kill)
-    (killed / "shard-00001.partial").write_bytes(b"half a shard")
+    (killed / "shard-00001.safetensors.partial").write_bytes(b"half a shard")
     (finished,) = killed.glob("*.safetensors")
     inode = finished.stat().st_ino
     # A later version may cut shards elsewhere: the begun cache goes on as it began.
