@@ -27,16 +27,16 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from loadtest.client.records import Phase, Prompt
-from loadtest.client.runner import Runner, new_event_loop
+from loadtest.client.runner import LoadRunner, new_event_loop
 from loadtest.client.targets import TandemTarget
 from loadtest.config import RunConfig
+from loadtest.records import DatasetPrompt, Phase
 from loadtest.workload.schedule import Schedule, plan
 from protos.tandem.v1 import inference_pb2 as pb
 
 MAX_CPU_SHARE = 0.8
 MAX_LAG_MS = 1.0
-_PROMPT = Prompt("sum", "What is 17 + 25? Give the number only.", "42", "last_number")
+_PROMPT = DatasetPrompt("sum", "What is 17 + 25? Give the number only.", "42", "last_number")
 _NUM_CLOSED = 32
 
 
@@ -67,15 +67,15 @@ def measure(config: RunConfig) -> list[dict[str, Any]]:
     return rows
 
 
-async def _run(config: RunConfig, schedule: Schedule) -> Runner:
+async def _run(config: RunConfig, schedule: Schedule) -> LoadRunner:
     target = TandemTarget(config, {_PROMPT.prompt_id: _PROMPT})
-    runner = Runner(target, time.monotonic() + 0.1)
+    runner = LoadRunner(target, time.monotonic() + 0.1)
     await runner.run(schedule.blocks)
     await target.close()
     return runner
 
 
-def _row(config: RunConfig, schedule: Schedule, runner: Runner, load: float) -> dict[str, Any]:
+def _row(config: RunConfig, schedule: Schedule, runner: LoadRunner, load: float) -> dict[str, Any]:
     """Return medians over the blocks of a load: others may use the machine during some."""
     blocks = [b for b in schedule.blocks if b.load == load and b.phase is Phase.MEASURED]
     seen = [_measure_block(runner, block.index) for block in blocks]
@@ -86,7 +86,7 @@ def _row(config: RunConfig, schedule: Schedule, runner: Runner, load: float) -> 
     return {"arrival": config.arrival, "load": load, "num_blocks": len(blocks), **row}
 
 
-def _measure_block(runner: Runner, index: int) -> dict[str, float]:
+def _measure_block(runner: LoadRunner, index: int) -> dict[str, float]:
     records = [record for record in runner.records if record.plan.block == index]
     assert all(record.is_ok for record in records), next(r for r in records if not r.is_ok)
     answering_s = max(r.ended_s for r in records) - min(r.sent_s for r in records)

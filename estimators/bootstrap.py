@@ -17,6 +17,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from estimators.estimate import Estimate
+
 Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]
 """Takes column sums over clusters, `(..., C)`, and returns the estimate of each, `(...)`."""
@@ -24,25 +26,6 @@ Statistic = Callable[[Array], Array]
 _NORMAL = NormalDist()
 # Sums of the same clusters in other numbers differ by this much, relatively, by rounding alone.
 _ROUNDING = 1e-12
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A confidence interval, both ends included."""
-
-    low: float
-    high: float
-
-    def excludes(self, value: float) -> bool:
-        return not self.low <= value <= self.high
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A number and its confidence interval; None where the data cannot show any spread."""
-
-    value: float
-    interval: Interval | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +58,7 @@ def bootstrap_mean(values: ArrayLike, resampling: Resampling = DEFAULT) -> Estim
     >>> bootstrap_mean([0.0, 1.0, 1.0, 0.0, 1.0, 1.0]).value
     0.6666666666666666
     >>> bootstrap_mean([0.4])
-    Estimate(value=0.4, interval=None)
+    Estimate(value=0.4, low=None, high=None, n=1)
     >>> bootstrap_mean([])
     Traceback (most recent call last):
         ...
@@ -165,13 +148,13 @@ def _bootstrap(clusters: Array, statistic: Statistic, resampling: Resampling) ->
     counts = rng.multinomial(num_clusters, shares, size=resampling.num_resamples)
     replicates = statistic(counts @ clusters)
     if np.ptp(replicates) <= _ROUNDING * np.abs(replicates).max():
-        return Estimate(estimate, None)
+        return Estimate(estimate, n=num_clusters)
     levels = np.array([(1 - resampling.confidence) / 2, (1 + resampling.confidence) / 2])
     if resampling.method == "bca":
         jackknife = statistic(clusters.sum(0) - clusters)
         levels = _bca_levels(levels, replicates, estimate, jackknife)
     low, high = np.quantile(replicates, levels)
-    return Estimate(estimate, Interval(float(low), float(high)))
+    return Estimate(estimate, float(low), float(high), num_clusters)
 
 
 def _bca_levels(levels: Array, replicates: Array, estimate: float, jackknife: Array) -> Array:

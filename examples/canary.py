@@ -11,27 +11,24 @@ import argparse
 import signal
 import sys
 import time
-from urllib.request import urlopen
 
 import grpc
-from prometheus_client.parser import text_string_to_metric_families
 
+from bundle.errors import UserError
+from loadtest.server_metrics import scrape
 from serve.client import ControlClient, explain
 
 ENDINGS = (signal.SIGINT, signal.SIGTERM)
-WANTED = {"estimator": "k3", "policy": "student"}.items()
 
 
 def scored(url: str) -> tuple[float, float]:
     """Return the nats and the number of the student's tokens since the server's start."""
-    totals = dict.fromkeys(("nats_sum", "tokens"), 0.0)
-    with urlopen(url, timeout=5) as page:
-        families = list(text_string_to_metric_families(page.read().decode()))
-    for sample in (sample for family in families for sample in family.samples):
-        name = sample.name.removeprefix("tandem_divergence_").removesuffix("_total")
-        if name in totals and sample.labels.items() >= WANTED:
-            totals[name] += sample.value
-    return totals["nats_sum"], totals["tokens"]
+    found = scrape(url)
+    nats, tokens = (
+        found.total(f"tandem_divergence_{name}_total", estimator="k3", policy="student")
+        for name in ("nats_sum", "tokens")
+    )
+    return nats, tokens
 
 
 def mean_k3(url: str, min_tokens: int, timeout_s: float) -> float:
@@ -95,5 +92,5 @@ if __name__ == "__main__":
         main()
     except grpc.RpcError as error:
         sys.exit(explain(error))
-    except OSError as error:
+    except UserError as error:
         sys.exit(f"cannot read the metrics: {error}")

@@ -10,7 +10,7 @@ import typer
 
 from bundle.errors import UsageError, UserError
 from loadtest.flags import parse_config, with_config_flags
-from loadtest.progress import Reporter
+from loadtest.progress import ProgressReporter
 from serve.client.access import TlsCa, TlsCert, TlsKey, TokenFile, read_token, tls_of
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _run(config: RunConfig, credentials: Credentials, as_json: bool, may_overwri
     from loadtest.analysis.summary import read_summary, to_json
     from loadtest.report.summary_text import describe_excess
 
-    folder = run.run(config, credentials, Reporter(), may_overwrite=may_overwrite)
+    folder = run.run(config, credentials, ProgressReporter(), may_overwrite=may_overwrite)
     summary = read_summary(folder)
     if as_json:
         _print_json({"out": str(folder), "summary": json.loads(to_json(summary))})
@@ -103,7 +103,7 @@ def _find_max(
         raise UsageError("--find-max needs --slo, and --arrival poisson or constant")
     from loadtest import run
 
-    found = run.find_max(config, credentials, Reporter(), may_overwrite=may_overwrite)
+    found = run.find_max(config, credentials, ProgressReporter(), may_overwrite=may_overwrite)
     if as_json:
         _print_json(json.loads((config.out / "find_max.json").read_text(encoding="utf-8")))
     else:

@@ -15,7 +15,7 @@ from pathlib import Path
 from bundle.errors import UserError
 from loadtest.client.targets import Credentials
 from loadtest.config import RunConfig
-from loadtest.progress import Reporter
+from loadtest.progress import ProgressReporter
 from loadtest.run import run
 from tandem.demo import serving
 
@@ -53,7 +53,7 @@ def run_demo(bundle: Path, out: Path) -> Path:
             warmup_s=5.0,
             slo="ttft_p95=0.5,itl_p95=0.1",
         )
-        return run(config, Credentials(), Reporter())
+        return run(config, Credentials(), ProgressReporter())
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from typing import Any
 
 from bundle.errors import UserError
 from loadtest.analysis.summary import SUMMARY_FILE
-from loadtest.client.records import RequestRecord
 from loadtest.client.requests_file import REQUESTS_FILE, part_files, read_parts, read_requests
+from loadtest.records import RequestRecord
 
 RUN_FILE = "run.json"
 FIND_MAX_FILE = "find_max.json"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 OnProgress = Callable[[float, float], None]
 
 
-class Reporter:
+class ProgressReporter:
     """Tells people what a run does. `say` a line, or `track` what is done by and by."""
 
     def __init__(self) -> None:

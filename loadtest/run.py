@@ -25,19 +25,19 @@ import grpc
 from google.protobuf.json_format import MessageToDict
 
 from bundle.errors import UserError
-from loadtest.client.records import Phase, Prompt, RequestRecord
+from loadtest.analysis.cross_check import cross_check
 from loadtest.client.requests_file import REQUESTS_FILE, part_files, write_requests
 from loadtest.client.targets import Credentials
 from loadtest.client.workers import LoadResult, Progress, run_load
 from loadtest.config import RunConfig
 from loadtest.folder import FIND_MAX_FILE, RUN_FILE, make_folder, write_json
-from loadtest.gauges import ServerWatch
-from loadtest.progress import Reporter
+from loadtest.progress import ProgressReporter
+from loadtest.records import DatasetPrompt, Phase, RequestRecord
 from loadtest.scoring import score_samples
-from loadtest.server_metrics import cross_check
+from loadtest.server_metrics import ServerWatch
 from loadtest.slo import Slo, Tally, parse_slo
 from loadtest.sum_up import sum_up
-from loadtest.verdicts.find_max import MaxRate, Search, Step
+from loadtest.verdicts.find_max import MaxRate, RateStep, Search
 from loadtest.verdicts.find_max import find_max as search_max
 from loadtest.workload.dataset import load_prompts
 from loadtest.workload.schedule import Schedule, plan
@@ -49,7 +49,11 @@ _PACKAGES = ("tandem", "grpcio", "numpy")
 
 
 def run(
-    config: RunConfig, credentials: Credentials, reporter: Reporter, *, may_overwrite: bool = False
+    config: RunConfig,
+    credentials: Credentials,
+    reporter: ProgressReporter,
+    *,
+    may_overwrite: bool = False,
 ) -> Path:
     """Run a load test and return its folder.
 
@@ -105,7 +109,11 @@ def _keep(folder: Path, records: Sequence[RequestRecord]) -> None:
 
 
 def find_max(
-    config: RunConfig, credentials: Credentials, reporter: Reporter, *, may_overwrite: bool = False
+    config: RunConfig,
+    credentials: Credentials,
+    reporter: ProgressReporter,
+    *,
+    may_overwrite: bool = False,
 ) -> dict[str, MaxRate]:
     """Search each arm's highest rate that meets the SLO, from the lowest of the rates on.
 
@@ -120,7 +128,7 @@ def find_max(
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     _models(config, credentials, reporter)
     found: dict[str, MaxRate] = {}
-    steps: dict[str, list[Step]] = {arm: [] for arm in config.arms}
+    steps: dict[str, list[RateStep]] = {arm: [] for arm in config.arms}
 
     def write() -> None:
         write_json(config.out / FIND_MAX_FILE, _found(config, found, steps))
@@ -140,7 +148,7 @@ def find_max(
 
         return measure
 
-    def on_step(arm: str, step: Step) -> None:
+    def on_step(arm: str, step: RateStep) -> None:
         reporter.say(f"{arm} at {step.rate_rps:g} requests/s: {step.verdict.value}")
         steps[arm].append(step)
         write()
@@ -153,7 +161,7 @@ def find_max(
 
 
 def _found(
-    config: RunConfig, found: Mapping[str, MaxRate], steps: Mapping[str, Sequence[Step]]
+    config: RunConfig, found: Mapping[str, MaxRate], steps: Mapping[str, Sequence[RateStep]]
 ) -> dict[str, Any]:
     """Return find_max.json: the highest rates of the arms that are done, and all steps so far."""
     rates = {
@@ -179,7 +187,7 @@ def _read_slo(config: RunConfig) -> Slo:
 
 
 def _facts(
-    config: RunConfig, schedule: Schedule, credentials: Credentials, reporter: Reporter
+    config: RunConfig, schedule: Schedule, credentials: Credentials, reporter: ProgressReporter
 ) -> dict[str, Any]:
     return {
         "command": ["tandem", *sys.argv[1:]],
@@ -208,7 +216,7 @@ def _versions() -> dict[str, str]:
 
 
 def _models(
-    config: RunConfig, credentials: Credentials, reporter: Reporter
+    config: RunConfig, credentials: Credentials, reporter: ProgressReporter
 ) -> list[dict[str, Any]]:
     """Wait for the server, and return what it says of its models, where it speaks our protocol."""
     try:
@@ -231,10 +239,10 @@ def _models(
 
 def _load(
     config: RunConfig,
-    prompts: Mapping[str, Prompt],
+    prompts: Mapping[str, DatasetPrompt],
     schedule: Schedule,
     credentials: Credentials,
-    reporter: Reporter,
+    reporter: ProgressReporter,
     on_start: Callable[[float], None] = _ignore,
     folder: Path | None = None,
 ) -> LoadResult:
@@ -255,7 +263,7 @@ def _load(
 
 
 @contextmanager
-def _watching(config: RunConfig, reporter: Reporter) -> Iterator[ServerWatch | None]:
+def _watching(config: RunConfig, reporter: ProgressReporter) -> Iterator[ServerWatch | None]:
     """Read the server's metrics around and during the block, if there is anywhere to read them."""
     if config.metrics_url is None:
         yield None
@@ -275,10 +283,10 @@ def _watching(config: RunConfig, reporter: Reporter) -> Iterator[ServerWatch | N
 
 def _score(
     config: RunConfig,
-    prompts: Mapping[str, Prompt],
+    prompts: Mapping[str, DatasetPrompt],
     records: Sequence[RequestRecord],
     credentials: Credentials,
-    reporter: Reporter,
+    reporter: ProgressReporter,
 ) -> str:
     """Set the records' divergences; returns why there are none, or not all, or ""."""
     if config.divergence == "none":

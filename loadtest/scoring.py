@@ -8,8 +8,8 @@ from typing import TypeGuard
 
 import grpc
 
-from loadtest.client.records import Phase, Prompt, RequestRecord, SampleRecord
 from loadtest.config import RunConfig
+from loadtest.records import DatasetPrompt, Phase, RequestRecord, SampleRecord
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient, explain
 
@@ -21,7 +21,7 @@ _NUM_CONCURRENT = 4
 async def score_samples(
     client: AsyncClient,
     config: RunConfig,
-    prompts: Mapping[str, Prompt],
+    prompts: Mapping[str, DatasetPrompt],
     records: Sequence[RequestRecord],
     on_progress: Callable[[int, int], None],
 ) -> str:
@@ -61,7 +61,7 @@ def _is_scorable(record: RequestRecord) -> bool:
 
 
 async def _score(
-    client: AsyncClient, config: RunConfig, prompt: Prompt, record: RequestRecord
+    client: AsyncClient, config: RunConfig, prompt: DatasetPrompt, record: RequestRecord
 ) -> None:
     """Score one request's samples under both models, at the temperature they were drawn at."""
     samples = [sample for sample in record.samples if sample.token_ids]

@@ -1,39 +1,41 @@
-"""What the server counted beside what the client saw: two scrapes of /metrics and the records.
+"""A server's metrics as it is asked for them: once, or while a load goes on.
 
-The server's histogram of times to the first token has one value per request, of the first of its
-samples, from its arrival there. So the client's is taken from when it was sent, not from when it
-was due.
+What a scrape says is held against the client's records by `loadtest.analysis.cross_check`.
 """
 
 from __future__ import annotations
 
-import bisect
 import http.client
-import math
+import time
 import urllib.request
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from threading import Event, Thread
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from bundle.errors import UserError
-from loadtest.client.records import RequestRecord
 
-_TTFT = "tandem_time_to_first_token_seconds_bucket"
-_REQUESTS = "tandem_requests_total"
+# How often the server is asked during a load: a scrape takes it 5 to 30 ms.
+INTERVAL_S = 2.0
+_TIMEOUT_S = 10.0
+_GAUGES = {
+    "waiting": "tandem_sequences_waiting",
+    "running": "tandem_sequences_running",
+    "batch": "tandem_batch_size",
+}
 # Counters: they fall where the server began anew, and nowhere else.
 _COUNTERS = ("_total", "_bucket", "_count")
-_TIMEOUT_S = 10.0
 
 Labels = frozenset[tuple[str, str]]
+Series = Mapping[tuple[str, Labels], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
     """All samples of a text exposition, by name and labels."""
 
-    values: Mapping[tuple[str, Labels], float]
+    values: Series
 
     def of(self, name: str, **labels: str) -> dict[Labels, float]:
         """Return the series of a name that have these labels."""
@@ -44,66 +46,28 @@ class Scrape:
             if series == name and wanted <= found
         }
 
-
-@dataclass(frozen=True, slots=True)
-class QuantileCheck:
-    """A quantile of the time to the first token: the client's, and the server's bucket of it."""
-
-    arm: str
-    quantile: float
-    client_s: float
-    server_low_s: float
-    server_high_s: float
-    num_buckets_apart: int
-    count: int
-
-    @property
-    def agrees(self) -> bool:
-        return self.num_buckets_apart <= 1
-
-
-@dataclass(frozen=True, slots=True)
-class CountCheck:
-    """Requests of one arm by how they ended, at the client and at the server."""
-
-    arm: str
-    client: dict[str, int]
-    server: dict[str, int]
-
-    @property
-    def agrees(self) -> bool:
-        return self.client == self.server
-
-
-@dataclass(frozen=True, slots=True)
-class CrossCheck:
-    """Whether client and server saw the same run."""
-
-    ttft: tuple[QuantileCheck, ...]
-    counts: tuple[CountCheck, ...]
-
-    @property
-    def agrees(self) -> bool:
-        return all(c.agrees for c in self.ttft) and all(c.agrees for c in self.counts)
+    def total(self, name: str, **labels: str) -> float:
+        """Return the sum of the series of a name that have these labels; 0 without any."""
+        return sum(self.of(name, **labels).values())
 
 
 def scrape(url: str) -> Scrape:
     """Read a server's metrics; UserError when they cannot be had."""
     hint = "write http://HOST:PORT/metrics"
     if not url.startswith(("http://", "https://")):
-        raise UserError(f"--metrics-url {url}: {hint}")
+        raise UserError(f"{url}: {hint}")
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as reply:
             page = reply.read()
     except (OSError, ValueError, http.client.HTTPException) as error:
         told = str(getattr(error, "reason", error)) or type(error).__name__
-        raise UserError(f"--metrics-url {url}: {told}; {hint}") from None
+        raise UserError(f"{url}: {told}; {hint}") from None
     try:
         found = parse(page.decode("utf-8"))
     except ValueError:
         found = Scrape({})
     if not any(name.startswith("tandem_") for name, _ in found.values):
-        raise UserError(f"--metrics-url {url}: no Tandem metrics are there; {hint}")
+        raise UserError(f"{url}: no Tandem metrics are there; {hint}")
     return found
 
 
@@ -133,73 +97,70 @@ def parse(text: str) -> Scrape:
     )
 
 
-def cross_check(
-    before: Scrape, after: Scrape, records: Sequence[RequestRecord], arms: Iterable[str]
-) -> CrossCheck:
-    """Compare two scrapes with everything that was sent between them, warm-up included.
+class ServerWatch:
+    """Reads a server's metrics before a load, during it on a thread of its own, and behind it.
 
-    Nobody else may have used the server meanwhile.
+    `timeline` has the gauges by role, `before` and `after` are the first and the last scrape; the
+    latter is None where the metrics were gone. `notes` say what went wrong with the server.
     """
-    ttft: list[QuantileCheck] = []
-    counts = []
-    for arm in arms:
-        mine = [record for record in records if record.plan.arm == arm]
-        ttft += _check_ttft(arm, before, after, mine)
-        counts.append(_check_counts(arm, before, after, mine))
-    return CrossCheck(tuple(ttft), tuple(counts))
 
+    def __init__(self, url: str, read: Callable[[str], Scrape] = scrape) -> None:
+        """Read the metrics. UserError: they cannot be had."""
+        self.timeline: dict[str, list[dict[str, float]]] = {}
+        self.after: Scrape | None = None
+        self.is_restarted = False
+        self.notes: list[str] = []
+        self._url, self._read = url, read
+        try:
+            self.before = self._last = read(url)
+        except UserError as error:
+            raise UserError(f"--metrics-url {error}") from None
+        self._start_s: float | None = None
+        self._num_failed = 0
+        self._is_over = Event()
+        self._thread = Thread(target=self._read_on, name="gauges", daemon=True)
 
-def _check_counts(
-    arm: str, before: Scrape, after: Scrape, records: Sequence[RequestRecord]
-) -> CountCheck:
-    server: Counter[str] = Counter()
-    for sign, found in ((1, after), (-1, before)):
-        for labels, value in found.of(_REQUESTS, rpc="Generate", route=arm).items():
-            server[dict(labels)["code"]] += sign * round(value)
-    client = Counter(record.status for record in records)
-    return CountCheck(arm, dict(client), {code: n for code, n in server.items() if n})
+    def set_start(self, start_s: float) -> None:
+        """Tell when the run's clock began, on `time.monotonic`."""
+        self._start_s = start_s
 
+    def start(self) -> None:
+        self._thread.start()
 
-def _check_ttft(
-    arm: str, before: Scrape, after: Scrape, records: Sequence[RequestRecord]
-) -> list[QuantileCheck]:
-    """Check the median and the 95th percentile, where there are requests with tokens."""
-    times_s = sorted(
-        record.ttft_s + record.start_s - record.sent_s
-        for record in records
-        if record.ttft_s is not None
-    )
-    edges, cumulative = _histogram(arm, before, after)
-    if not times_s or not cumulative or not cumulative[-1]:
-        return []
-    return [_check_quantile(arm, q, times_s, edges, cumulative) for q in (0.5, 0.95)]
+    def stop(self) -> None:
+        """Read the metrics a last time."""
+        self._is_over.set()
+        self._thread.join()
+        try:
+            self.after = self.look()
+        except UserError as error:
+            self.notes.append(f"the server's metrics were gone behind the load: {error}")
+        if self._num_failed:
+            self.notes.append(
+                f"the server's metrics could not be read {self._num_failed} times during the load"
+            )
 
+    def look(self) -> Scrape:
+        """Read the metrics, and note a server that began anew. UserError: they cannot be had."""
+        found = self._read(self._url)
+        if why := why_restarted(self._last, found):
+            self.is_restarted = True
+            self.notes.append(f"the server began anew during the load: {why}")
+        self._last = found
+        return found
 
-def _histogram(arm: str, before: Scrape, after: Scrape) -> tuple[list[float], list[float]]:
-    """Return upper edges in seconds, the last one infinite, and counts up to each."""
-    old = {dict(labels)["le"]: n for labels, n in before.of(_TTFT, role=arm).items()}
-    new = {dict(labels)["le"]: n for labels, n in after.of(_TTFT, role=arm).items()}
-    grown = sorted((float(le), count - old.get(le, 0.0)) for le, count in new.items())
-    return [edge for edge, _ in grown], [count for _, count in grown]
+    def _read_on(self) -> None:
+        while not self._is_over.wait(INTERVAL_S):
+            try:
+                found = self.look()
+            except UserError:
+                self._num_failed += 1
+                continue
+            if self._start_s is not None:
+                self._take(found, time.monotonic() - self._start_s)
 
-
-def _check_quantile(
-    arm: str,
-    quantile: float,
-    times_s: Sequence[float],
-    edges: Sequence[float],
-    cumulative: Sequence[float],
-) -> QuantileCheck:
-    """Compare by nearest rank: the rank-th smallest of either side."""
-    client_s = times_s[math.ceil(quantile * len(times_s)) - 1]
-    server = bisect.bisect_left(cumulative, math.ceil(quantile * cumulative[-1]))
-    client = bisect.bisect_left(edges, client_s)
-    return QuantileCheck(
-        arm=arm,
-        quantile=quantile,
-        client_s=client_s,
-        server_low_s=edges[server - 1] if server else 0.0,
-        server_high_s=edges[server],
-        num_buckets_apart=abs(server - client),
-        count=len(times_s),
-    )
+    def _take(self, found: Scrape, time_s: float) -> None:
+        for labels in found.of(_GAUGES["running"]):
+            role = dict(labels)["role"]
+            values = {name: found.total(metric, role=role) for name, metric in _GAUGES.items()}
+            self.timeline.setdefault(role, []).append({"time_s": time_s, **values})

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from loadtest.client.records import RequestRecord
+from loadtest.records import RequestRecord
 
 Metric = Literal["ttft", "itl", "tpot", "e2e"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -16,7 +16,7 @@ _OBJECTIVE = re.compile(rf"({'|'.join(METRICS)})_p([0-9]+(?:\.[0-9]+)?)=([^=]+)"
 
 
 @dataclass(frozen=True, slots=True)
-class Objective:
+class LatencyObjective:
     """`percentile` percent of the requests (of the tokens, for itl) take at most `limit_s`."""
 
     metric: Metric
@@ -52,7 +52,7 @@ class Objective:
 class Tally:
     """How many of the offered requests met one objective."""
 
-    objective: Objective
+    objective: LatencyObjective
     num_good: int
     num_offered: int
 
@@ -61,7 +61,7 @@ class Tally:
 class Slo:
     """All objectives of a run; none: nothing is promised."""
 
-    objectives: tuple[Objective, ...]
+    objectives: tuple[LatencyObjective, ...]
 
     def is_good(self, record: RequestRecord) -> bool:
         """Return whether a request counts for goodput: OK and within every limit."""
@@ -98,7 +98,7 @@ def parse_slo(text: str) -> Slo:
     return Slo(objectives)
 
 
-def _parse_objective(piece: str) -> Objective:
+def _parse_objective(piece: str) -> LatencyObjective:
     match = _OBJECTIVE.fullmatch(piece)
     if match is None:
         raise ValueError(
@@ -109,7 +109,7 @@ def _parse_objective(piece: str) -> Objective:
     percentile = float(match[2])
     if not 50 <= percentile <= 99.9:
         raise ValueError(f"slo {piece!r}: percentiles are p50 to p99.9")
-    return Objective(metric, percentile, _parse_limit_s(piece, match[3]))
+    return LatencyObjective(metric, percentile, _parse_limit_s(piece, match[3]))
 
 
 def _parse_limit_s(piece: str, text: str) -> float:

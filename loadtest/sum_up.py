@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from bundle.errors import UserError
 from loadtest.analysis.analysis import summarize
 from loadtest.analysis.summary import SUMMARY_FILE, Summary, to_json
-from loadtest.client.records import Phase, RequestRecord
 from loadtest.client.requests_file import REQUESTS_FILE, write_requests
 from loadtest.client.runner import BlockCost
 from loadtest.config import RunConfig
 from loadtest.folder import RUN_FILE, SUMMARY_TEXT_FILE, read_records, read_run, write_text
+from loadtest.records import Phase, RequestRecord
 from loadtest.report.report import write_report
 from loadtest.report.summary_text import to_markdown
 

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bundle.errors import UserError
+from loadtest.server_metrics import Series, scrape
 
 if TYPE_CHECKING:
     from protos.tandem.v1 import inference_pb2 as pb
@@ -63,7 +63,7 @@ def demo(
     _show_bundle(console, bundle)
     with serving(bundle) as ready:
         responses = list(_ask_all(console, ready["address"]))
-        metrics = scrape(ready["metrics_url"])
+        metrics = scrape(ready["metrics_url"]).values
     _show_metrics(console, metrics)
     differences = compare_with_responses(metrics, responses)
     if differences:
@@ -186,21 +186,6 @@ def _show_bundle(console: Any, bundle: Path) -> None:
 
 
 # -- metrics against answers ----------------------------------------------------------------------
-
-Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-
-def scrape(url: str) -> Series:
-    """Return every sample of a Prometheus page, by name and labels."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    with urllib.request.urlopen(url, timeout=10) as page:
-        text = page.read().decode()
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
 
 
 def _show_metrics(console: Any, metrics: Series) -> None:

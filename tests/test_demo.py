@@ -1,29 +1,18 @@
 from __future__ import annotations
 
 import contextlib
-import http.server
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bundle.errors import UserError
+from loadtest.server_metrics import Scrape
 from protos.tandem.v1 import inference_pb2 as pb
 from tandem import demo
-from tandem.demo import _outcome, compare_with_responses, expected_metrics, scrape, serving
-
-PAGE = b"""\
-# HELP tandem_samples_total Samples by how they ended.
-# TYPE tandem_samples_total counter
-tandem_samples_total{role="student",finish_reason="stop"} 3.0
-tandem_samples_total{role="student",finish_reason="length"} 1.0
-# HELP tandem_draining 1 while the server takes no new work.
-# TYPE tandem_draining gauge
-tandem_draining 0.0
-"""
+from tandem.demo import _outcome, compare_with_responses, expected_metrics, serving
 
 
 def sample(role: int, num_tokens: int, k3_sum: float, **fields: Any) -> pb.Sample:
@@ -189,33 +178,6 @@ def test_model_without_a_vote_makes_no_outcome() -> None:
 # --- the metrics page
 
 
-@pytest.fixture
-def url() -> Iterator[str]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(PAGE)
-
-        def log_message(self, format: str, *arguments: Any) -> None:
-            """Requests are not news."""
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/metrics"
-        server.shutdown()
-        thread.join()
-
-
-def test_scrape_reads_every_sample_by_name_and_labels(url: str) -> None:
-    assert scrape(url) == {
-        series("samples_total", role="student", finish_reason="stop"): 3.0,
-        series("samples_total", role="student", finish_reason="length"): 1.0,
-        series("draining"): 0.0,
-    }
-
-
 def test_demo_fails_when_the_metrics_are_not_what_the_answers_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,7 +187,7 @@ def test_demo_fails_when_the_metrics_are_not_what_the_answers_said(
     monkeypatch.setattr(demo, "_show_bundle", lambda console, bundle: None)
     monkeypatch.setattr(demo, "serving", lambda bundle: contextlib.nullcontext(ready))
     monkeypatch.setattr(demo, "_ask_all", lambda console, address: make_responses()[:1])
-    monkeypatch.setattr(demo, "scrape", lambda url: make_metrics())
+    monkeypatch.setattr(demo, "scrape", lambda url: Scrape(make_metrics()))
     with pytest.raises(UserError, match=r"not what the answers said: .*tandem_consensus_total"):
         demo.demo()
     assert "tandem_pass_at_k_sum_total{" in capsys.readouterr().out

@@ -13,10 +13,10 @@ from typing import Any
 
 import grpc
 
+from loadtest.server_metrics import Series, scrape
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1.inference_pb2_grpc import InferenceServiceStub
 from serve.client import CHANNEL_OPTIONS
-from tandem.demo import Series, scrape
 
 
 @dataclass(slots=True)
@@ -95,7 +95,7 @@ class Wire:
         return self._runner.run(run())
 
     def scrape(self) -> Series:
-        return scrape(self._ready["metrics_url"])
+        return scrape(self._ready["metrics_url"]).values
 
     async def _loop(
         self, requests: Sequence[pb.GenerateRequest], waits_for_scores: bool

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tandem.demo import Series, scrape
+from loadtest.server_metrics import Series, scrape
 
 ENVOY_CONFIG = Path(__file__).parents[2] / "k8s" / "overlays" / "canary" / "envoy.yaml"
 READY_TIMEOUT_S = 60.0
@@ -78,7 +78,7 @@ class TandemProcess:
         return self._process.wait(timeout_s)
 
     def metrics(self) -> Series:
-        return scrape(json.loads(self._ready.read_text())["metrics_url"])
+        return scrape(json.loads(self._ready.read_text())["metrics_url"]).values
 
     def count_calls(self, **labels: str) -> int:
         """Return how many calls with these labels have ended here since the start."""

@@ -24,11 +24,10 @@ from rich.table import Table
 from bundle.manifest import Manifest, load_manifest
 from bundle.model_inputs import differing_inputs
 from estimators.bootstrap import (
-    Estimate,
-    Interval,
     bootstrap_mean_difference,
     bootstrap_ratio_difference,
 )
+from estimators.estimate import Estimate
 from estimators.pass_at_k import pass_at_k
 from export.measure.held_out import STUDENT, TEACHER
 from export.publish.select import SPEED_METRIC
@@ -222,7 +221,7 @@ def _row(both: _Both, model: str, metric: _Metric, paired: Estimate | None = Non
     a, b = metric.read(both.a), metric.read(both.b)
     difference = None
     if a is not None and b is not None:
-        difference = paired or Estimate(b.value - a.value, None)
+        difference = paired or Estimate(b.value - a.value)
     return Row(model, metric.name, metric.unit, metric.is_lower_better, a, b, difference)
 
 
@@ -322,7 +321,9 @@ def _task_estimate(measured: _Measured, model: str, *path: str) -> Estimate | No
 def _estimate(value: float | None, interval: Mapping[str, float] | None = None) -> Estimate | None:
     if value is None:
         return None
-    return Estimate(value, None if interval is None else Interval(**interval))
+    if interval is None:
+        return Estimate(value)
+    return Estimate(value, interval["low"], interval["high"])
 
 
 # --- text

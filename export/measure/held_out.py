@@ -35,7 +35,8 @@ import torch
 from numpy.typing import NDArray
 
 from bundle.hashing import hash_json
-from estimators.bootstrap import Interval, bootstrap_ratio
+from estimators.bootstrap import bootstrap_ratio
+from estimators.estimate import Interval
 from export.run.errors import ExportError
 from export.student.losses import exact_logprobs
 from export.teacher.examples import Example

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bundle.hashing import hash_json
-from estimators.bootstrap import Estimate, bootstrap_mean
+from estimators.bootstrap import bootstrap_mean
 from estimators.consensus import majority_vote, vote_correctness
+from estimators.estimate import Estimate
 from estimators.pass_at_k import pass_at_k
 from export.run.errors import ExportError
 from export.run.settings import EvaluateConfig
@@ -295,6 +296,11 @@ def _result(task: Task, completions: Sequence[TaskCompletion]) -> TaskResult:
 def _scores_to_json(scores: TaskScores) -> dict[str, Any]:
     return {
         "num_prompts": scores.num_prompts,
-        "pass_at_k": {str(k): asdict(estimate) for k, estimate in scores.pass_at_k.items()},
-        "majority_at_n": asdict(scores.majority_at_n),
+        "pass_at_k": {str(k): _to_json(estimate) for k, estimate in scores.pass_at_k.items()},
+        "majority_at_n": _to_json(scores.majority_at_n),
     }
+
+
+def _to_json(estimate: Estimate) -> dict[str, Any]:
+    interval = estimate.interval
+    return {"value": estimate.value, "interval": asdict(interval) if interval else None}

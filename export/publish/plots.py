@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.transforms import Bbox
 
-from export.publish.svg import (
+from report.svg import (
     BLUE,
     GREEN,
     GREY,

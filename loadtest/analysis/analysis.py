@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from estimators.estimate import Estimate
 from loadtest.analysis.metrics import RATIOS
 from loadtest.analysis.percentiles import (
     Clustered,
@@ -16,9 +17,9 @@ from loadtest.analysis.percentiles import (
 )
 from loadtest.analysis.quality import Pair, agreement_share, correctness_p, differences, quality
 from loadtest.analysis.statistics import ratio_of_ratios, wilson
-from loadtest.analysis.summary import Cell, Comparison, Distribution, Estimate, Summary, Validity
-from loadtest.client.records import Phase, RequestRecord
+from loadtest.analysis.summary import ArmComparison, Cell, Distribution, Summary, Validity
 from loadtest.config import RunConfig
+from loadtest.records import Phase, RequestRecord
 from loadtest.slo import parse_slo
 
 if TYPE_CHECKING:
@@ -106,12 +107,12 @@ def summarize_cell(
 
 def compare_arms(
     config: RunConfig, a: Sequence[RequestRecord], b: Sequence[RequestRecord]
-) -> Comparison | None:
+) -> ArmComparison | None:
     """Return how a compares with b at one load, over the pairs both ended OK; None without any."""
     pairs = pair_up(a, b)
     if not pairs:
         return None
-    return Comparison(
+    return ArmComparison(
         load=pairs[0][0].plan.load,
         arm_a=pairs[0][0].plan.arm,
         arm_b=pairs[0][1].plan.arm,

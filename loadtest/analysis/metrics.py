@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from loadtest.analysis.summary import Cell, Comparison, Distribution, Estimate, Quality, Summary
+from estimators.estimate import Estimate
+from loadtest.analysis.summary import ArmComparison, Cell, Distribution, Quality, Summary
 
 LATENCIES = ("ttft", "itl", "tpot", "e2e")
 PERCENTILES = ("p50", "p90", "p95", "p99")
@@ -88,7 +89,7 @@ def _of_quality(quality: Quality | None) -> Iterator[tuple[str, Estimate | None]
         yield f"pass@{k}", estimate
 
 
-def _of_comparison(comparison: Comparison) -> Iterator[tuple[str, Estimate | None]]:
+def _of_comparison(comparison: ArmComparison) -> Iterator[tuple[str, Estimate | None]]:
     for name, estimate in comparison.ratios.items():
         yield f"speedup_{name}", estimate
     for name, estimate in comparison.differences.items():

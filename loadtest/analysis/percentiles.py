@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from estimators.estimate import Estimate
 from loadtest.analysis.statistics import Array, draws, number_clusters, percentile_interval
-from loadtest.analysis.summary import Distribution, Estimate, Histogram
+from loadtest.analysis.summary import Distribution, Histogram
 
 PERCENTILES = (50, 90, 95, 99)
 

@@ -13,6 +13,7 @@ from itertools import chain
 
 from estimators.bootstrap import Resampling
 from estimators.consensus import Vote, agreement, majority_vote, vote_correctness
+from estimators.estimate import Estimate
 from estimators.pass_at_k import pass_at_k
 from loadtest.analysis.percentiles import log_histogram
 from loadtest.analysis.statistics import (
@@ -21,8 +22,8 @@ from loadtest.analysis.statistics import (
     clustered_share,
     mcnemar_p,
 )
-from loadtest.analysis.summary import Estimate, Quality
-from loadtest.client.records import RequestRecord, SampleRecord
+from loadtest.analysis.summary import Quality
+from loadtest.records import RequestRecord, SampleRecord
 
 Pair = tuple[RequestRecord, RequestRecord]
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
 from estimators import bootstrap
-from loadtest.analysis.summary import Estimate
+from estimators.estimate import Estimate
 
 Array = NDArray[np.float64]
 
@@ -85,10 +86,7 @@ def clustered_ratio(
     """
     above, below = sums(numerators, clusters), sums(denominators, clusters)
     found = bootstrap.bootstrap_ratio(above, below, resampling)
-    n = round(below.sum())
-    if found.interval is None:
-        return Estimate(found.value, None, None, n)
-    return Estimate(found.value, found.interval.low, found.interval.high, n)
+    return replace(found, n=round(below.sum()))
 
 
 def clustered_share(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:

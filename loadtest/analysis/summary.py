@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from bundle.errors import UserError
+from estimators.estimate import Estimate
 
 SUMMARY_FILE = "summary.json"
 
@@ -22,19 +23,6 @@ _OUTCOMES = {
     "DEADLINE_EXCEEDED": "deadline",
     "CANCELLED": "cancelled",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A number, its interval and the count of values behind it.
-
-    `low` and `high` are None together, where the data cannot show any spread (one prompt).
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-    n: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +98,7 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class ArmComparison:
     """Two arms on the same requests at one load.
 
     `ratios` say how many times as fast a is: of times b/a, of `output_tokens_per_s` (a request's
@@ -153,7 +141,7 @@ class Summary:
     validity: Validity
     num_errors: int
     cells: tuple[Cell, ...]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[ArmComparison, ...]
     cross_check: dict[str, object] | None = None
     is_interrupted: bool = False
     notes: tuple[str, ...] = ()

@@ -19,7 +19,6 @@ import numpy as np
 from bundle.errors import UserError
 from estimators.answers import ANSWER_FORMATS, extract, is_correct
 from estimators.canonical import canonicalise
-from loadtest.client.records import PlannedRequest, Prompt, RequestRecord, SampleRecord
 from loadtest.client.targets import (
     CHECK_TIMEOUT_S,
     INCOMPLETE,
@@ -30,6 +29,7 @@ from loadtest.client.targets import (
     to_failure,
 )
 from loadtest.config import RunConfig
+from loadtest.records import DatasetPrompt, PlannedRequest, RequestRecord, SampleRecord
 from protos.oip import grpc_service_pb2 as oip
 from protos.oip.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from serve.client.channel import Endpoint
@@ -61,7 +61,7 @@ class OipTarget:
     def __init__(
         self,
         config: RunConfig,
-        prompts: Mapping[str, Prompt],
+        prompts: Mapping[str, DatasetPrompt],
         credentials: Credentials = Credentials(),  # noqa: B008 - frozen
     ) -> None:
         """Connect at the first call; OSError and ValueError as `serve.client.channel.Endpoint`."""
@@ -250,7 +250,7 @@ def _to_failure(message: str) -> RequestFailedError:
     return RequestFailedError("UNKNOWN", message)
 
 
-def _judge(sample: SampleRecord, prompt: Prompt) -> None:
+def _judge(sample: SampleRecord, prompt: DatasetPrompt) -> None:
     """Extract and judge the answer as a Tandem server does."""
     sample.answer = canonicalise(extract(sample.text, prompt.answer_format))
     if prompt.reference_answer is not None and prompt.answer_format != "none":

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from bundle.atomic import write_atomically
 from bundle.errors import UserError
-from loadtest.client.records import RequestRecord
+from loadtest.records import RequestRecord
 
 REQUESTS_FILE = "requests.jsonl"
 _PARTS = "requests.*.part.jsonl"

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from loadtest.client.records import PlannedRequest, RequestRecord
-from loadtest.client.targets import RequestFailedError, Target
+from loadtest.client.targets import LoadTarget, RequestFailedError
+from loadtest.records import PlannedRequest, RequestRecord
 from loadtest.workload.schedule import Block
 
 
@@ -68,7 +68,7 @@ class Pauses:
         self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
 
 
-class Runner:
+class LoadRunner:
     """Runs blocks against a target; `records` and `costs` grow while it does.
 
     `start_s` is the run's start on the running loop's clock: that is `time.monotonic`, which all
@@ -78,7 +78,7 @@ class Runner:
 
     def __init__(
         self,
-        target: Target,
+        target: LoadTarget,
         start_s: float,
         process: int = 0,
         keep: Callable[[Sequence[RequestRecord]], None] = lambda records: None,

@@ -13,8 +13,8 @@ from typing import Protocol
 import grpc
 
 from bundle.errors import UserError
-from loadtest.client.records import PlannedRequest, Prompt, RequestRecord, SampleRecord
 from loadtest.config import RunConfig
+from loadtest.records import DatasetPrompt, PlannedRequest, RequestRecord, SampleRecord
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient, IncompleteStreamError, Tls, explain
 
@@ -45,7 +45,7 @@ class RequestFailedError(Exception):
         self.text = text
 
 
-class Target(Protocol):
+class LoadTarget(Protocol):
     """A server; lives on one event loop."""
 
     async def check(self) -> None:
@@ -70,7 +70,7 @@ class TandemTarget:
     def __init__(
         self,
         config: RunConfig,
-        prompts: Mapping[str, Prompt],
+        prompts: Mapping[str, DatasetPrompt],
         credentials: Credentials = Credentials(),
     ) -> None:
         """Connect at the first call; OSError and ValueError as `AsyncClient`."""

@@ -22,11 +22,11 @@ from typing import Any
 
 from bundle.errors import UserError
 from loadtest.client.oip_target import OipTarget
-from loadtest.client.records import Prompt, RequestRecord
 from loadtest.client.requests_file import keeping, part_file, read_parts
-from loadtest.client.runner import BlockCost, Runner, new_event_loop
-from loadtest.client.targets import Credentials, TandemTarget, Target
+from loadtest.client.runner import BlockCost, LoadRunner, new_event_loop
+from loadtest.client.targets import Credentials, LoadTarget, TandemTarget
 from loadtest.config import RunConfig
+from loadtest.records import DatasetPrompt, RequestRecord
 from loadtest.workload.schedule import Block
 
 # From the last process's readiness to the run's start.
@@ -35,7 +35,7 @@ _REPORT_INTERVAL_S = 0.5
 _END_TIMEOUT_S = 5.0
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = "it was interrupted: a part of its load is missing"
-_TARGETS: Mapping[str, Callable[..., Target]] = {"tandem": TandemTarget, "oip": OipTarget}
+_TARGETS: Mapping[str, Callable[..., LoadTarget]] = {"tandem": TandemTarget, "oip": OipTarget}
 
 
 class ClientFailedError(UserError):
@@ -71,7 +71,7 @@ class _Job:
     """What a client process is told; `part` is the file for its records, if any."""
 
     config: RunConfig
-    prompts: Mapping[str, Prompt]
+    prompts: Mapping[str, DatasetPrompt]
     credentials: Credentials
     blocks: Sequence[Block]
     process: int
@@ -80,7 +80,7 @@ class _Job:
 
 def run_load(
     config: RunConfig,
-    prompts: Mapping[str, Prompt],
+    prompts: Mapping[str, DatasetPrompt],
     blocks: Sequence[Block],
     on_progress: Callable[[Progress], None],
     credentials: Credentials = Credentials(),  # noqa: B008 - frozen
@@ -128,8 +128,8 @@ def partition(blocks: Sequence[Block], process: int, num_processes: int) -> list
 
 
 def open_target(
-    config: RunConfig, prompts: Mapping[str, Prompt], credentials: Credentials
-) -> Target:
+    config: RunConfig, prompts: Mapping[str, DatasetPrompt], credentials: Credentials
+) -> LoadTarget:
     """Return the server of `config`; UserError for credentials that cannot be used."""
     try:
         return _TARGETS[config.protocol](config, prompts, credentials)
@@ -291,7 +291,7 @@ async def _run(connection: Connection, job: _Job) -> None:
         await target.check()
         connection.send(None)
         with keeping(job.part) as keep:
-            runner = Runner(target, connection.recv(), job.process, keep)
+            runner = LoadRunner(target, connection.recv(), job.process, keep)
             reports = asyncio.create_task(_report(connection, runner))
             is_interrupted = await _run_until_told(connection, runner, job.blocks)
         reports.cancel()
@@ -302,7 +302,9 @@ async def _run(connection: Connection, job: _Job) -> None:
         await target.close()
 
 
-async def _run_until_told(connection: Connection, runner: Runner, blocks: Sequence[Block]) -> bool:
+async def _run_until_told(
+    connection: Connection, runner: LoadRunner, blocks: Sequence[Block]
+) -> bool:
     """Return whether the parent stopped it, or ended itself."""
     load = asyncio.create_task(runner.run(blocks))
     loop = asyncio.get_running_loop()
@@ -319,12 +321,12 @@ async def _run_until_told(connection: Connection, runner: Runner, blocks: Sequen
     return load.cancelled()
 
 
-async def _report(connection: Connection, runner: Runner) -> None:
+async def _report(connection: Connection, runner: LoadRunner) -> None:
     while True:
         await asyncio.sleep(_REPORT_INTERVAL_S)
         with suppress(ConnectionError):  # the parent is gone, which ends the load
             connection.send(_progress(runner))
 
 
-def _progress(runner: Runner) -> Progress:
+def _progress(runner: LoadRunner) -> Progress:
     return Progress(runner.elapsed_s, len(runner.records), runner.num_ended, runner.num_failed)

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from export.publish.svg import (
+from report.svg import (
     BLUE,
     GREEN,
     PURPLE,
@@ -63,7 +63,7 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
-class Panel:
+class CurvePanel:
     """One frame of a plot; several share a legend. `x_ticks` none: wherever they fit."""
 
     title: str
@@ -75,7 +75,7 @@ class Panel:
 
 
 @dataclass(frozen=True, slots=True)
-class Histogram:
+class ArmHistogram:
     """Counts of an arm in bins; `edges` is one longer than `counts`."""
 
     arm: str
@@ -89,7 +89,7 @@ class HistogramPanel:
 
     title: str
     x_name: str
-    histograms: tuple[Histogram, ...]
+    histograms: tuple[ArmHistogram, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +117,10 @@ def arm_styles(arms: Sequence[str]) -> dict[str, ArmStyle]:
     }
 
 
-def draw_curves(svg_name: str, panels: Sequence[Panel], styles: Mapping[str, ArmStyle]) -> str:
+def draw_curves(svg_name: str, panels: Sequence[CurvePanel], styles: Mapping[str, ArmStyle]) -> str:
     """Draw the panels side by side, at most MAX_COLUMNS in a row."""
 
-    def paint(axes: Any, panel: Panel) -> None:
+    def paint(axes: Any, panel: CurvePanel) -> None:
         axes.set_ylabel(panel.y_name)
         for curve in panel.curves:
             _paint_curve(axes, curve, styles, line_style_of(panel.curves, curve))

@@ -15,12 +15,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from loadtest.analysis.summary import Cell, Comparison, Distribution, Summary, read_summary
-from loadtest.client.records import RequestRecord
+from loadtest.analysis.summary import ArmComparison, Cell, Distribution, Summary, read_summary
 from loadtest.client.requests_file import REQUESTS_FILE, read_requests
 from loadtest.config import RunConfig
 from loadtest.flags import flag_of
 from loadtest.folder import REPORT_FILE, read_run, write_text
+from loadtest.records import RequestRecord
 from loadtest.report import report_text
 from loadtest.report.plots import arm_styles
 from loadtest.report.report_plots import (
@@ -57,7 +57,7 @@ LATENCIES: tuple[tuple[str, Callable[[Cell], Distribution]], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class HeadlineFinding:
     """One line of the headline: what was compared, the number with its interval, its meaning."""
 
     name: str
@@ -73,7 +73,7 @@ class Headline:
     arm_b: str
     loads: tuple[float, ...]
     num_pairs: tuple[int, ...]
-    rows: tuple[tuple[str, tuple[Finding | None, ...]], ...]
+    rows: tuple[tuple[str, tuple[HeadlineFinding | None, ...]], ...]
 
 
 def write_report(folder: Path) -> Path:
@@ -133,7 +133,7 @@ def headlines(result: Summary) -> list[Headline]:
     ]
 
 
-def _headline(result: Summary, comparisons: Sequence[Comparison]) -> Headline:
+def _headline(result: Summary, comparisons: Sequence[ArmComparison]) -> Headline:
     columns = [{f.name: f for f in findings(result, each)} for each in comparisons]
     names = dict.fromkeys(name for column in columns for name in column)
     return Headline(
@@ -145,10 +145,10 @@ def _headline(result: Summary, comparisons: Sequence[Comparison]) -> Headline:
     )
 
 
-def findings(result: Summary, comparison: Comparison) -> list[Finding]:
+def findings(result: Summary, comparison: ArmComparison) -> list[HeadlineFinding]:
     """Return what the comparison of two arms at one load came to: speed first, then quality."""
     speeds = [
-        Finding(
+        HeadlineFinding(
             _SPEEDS.get(name, name),
             report_text.show_ratio(ratio),
             report_text.judge(ratio, 1.0, "faster", "slower"),
@@ -156,7 +156,7 @@ def findings(result: Summary, comparison: Comparison) -> list[Finding]:
         for name, ratio in comparison.ratios.items()
     ]
     differences = [
-        Finding(
+        HeadlineFinding(
             name,
             report_text.show_points(difference),
             report_text.judge(difference, 0.0, "better", "worse"),
@@ -166,23 +166,27 @@ def findings(result: Summary, comparison: Comparison) -> list[Finding]:
     return speeds + differences + _closeness(result, comparison)
 
 
-def _closeness(result: Summary, comparison: Comparison) -> list[Finding]:
+def _closeness(result: Summary, comparison: ArmComparison) -> list[HeadlineFinding]:
     """Return how alike the two arms are; not measured is a finding, too."""
     a, b = comparison.arm_a, comparison.arm_b
     cell = result.cell(a, comparison.load)
     quality = cell.quality if cell else None
     p = comparison.mcnemar_p
-    judged = [] if comparison.differences else [Finding("pass@k", report_text.NOT_MEASURED, "")]
+    judged = (
+        [] if comparison.differences else [HeadlineFinding("pass@k", report_text.NOT_MEASURED, "")]
+    )
     return [
         *judged,
-        *([] if p is None else [Finding("McNemar's p of being right", f"{p:.3g}", "")]),
-        Finding("same majority answer", report_text.show_share_estimate(comparison.agreement), ""),
-        Finding(
+        *([] if p is None else [HeadlineFinding("McNemar's p of being right", f"{p:.3g}", "")]),
+        HeadlineFinding(
+            "same majority answer", report_text.show_share_estimate(comparison.agreement), ""
+        ),
+        HeadlineFinding(
             f"exact KL({a} ‖ {b}), nats per token",
             report_text.show_estimate(quality.exact_kl if quality else None),
             "",
         ),
-        Finding(
+        HeadlineFinding(
             f"k3 estimate of KL({a} ‖ {b}), nats per token",
             report_text.show_estimate(quality.k3 if quality else None),
             "",

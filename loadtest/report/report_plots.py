@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from loadtest.analysis.summary import Cell, Distribution, Estimate, Summary
+from estimators.estimate import Estimate
+from loadtest.analysis.summary import Cell, Distribution, Summary
 from loadtest.analysis.summary import Histogram as Bins
-from loadtest.client.records import RequestRecord
+from loadtest.records import RequestRecord
 from loadtest.report.plots import (
+    ArmHistogram,
     ArmStyle,
     Curve,
-    Histogram,
+    CurvePanel,
     HistogramPanel,
-    Panel,
     ParetoPoint,
     Point,
     draw_curves,
@@ -102,10 +103,10 @@ def _kl_to_teacher(cell: Cell) -> Ends | None:
     return _ends(cell.quality.exact_kl or cell.quality.k3) if cell.quality else None
 
 
-def _latency_panels(summary: Summary) -> list[Panel]:
+def _latency_panels(summary: Summary) -> list[CurvePanel]:
     """Return a panel per latency with the arms' p50 and p95 over load, in ms."""
     return [
-        Panel(title, _load_name(summary), "ms", curves, summary.loads, (0.0, None))
+        CurvePanel(title, _load_name(summary), "ms", curves, summary.loads, (0.0, None))
         for title, distribution in LATENCIES
         if (curves := _percentile_curves(summary, distribution))
     ]
@@ -123,14 +124,16 @@ def _percentile_curves(
     )
 
 
-def _goodput_panels(summary: Summary) -> list[Panel]:
+def _goodput_panels(summary: Summary) -> list[CurvePanel]:
     curves = tuple(_curve(summary, arm, lambda cell: cell.goodput, 100) for arm in arms_of(summary))
     return [
-        Panel("", _load_name(summary), "good, % of offered", curves, summary.loads, (-3.0, 103.0))
+        CurvePanel(
+            "", _load_name(summary), "good, % of offered", curves, summary.loads, (-3.0, 103.0)
+        )
     ]
 
 
-def _position_panels(summary: Summary) -> list[Panel]:
+def _position_panels(summary: Summary) -> list[CurvePanel]:
     def curve(cell: Cell) -> Curve:
         positions = cell.quality.k3_by_position if cell.quality else ()
         return Curve(cell.arm, _points(enumerate(positions, start=1)))
@@ -138,7 +141,7 @@ def _position_panels(summary: Summary) -> list[Panel]:
     return _panels_per_load(summary, "token of the answer", f"k3, {NATS}", curve)
 
 
-def _pass_panels(summary: Summary) -> list[Panel]:
+def _pass_panels(summary: Summary) -> list[CurvePanel]:
     def curve(cell: Cell) -> Curve:
         estimates = cell.quality.pass_at_k if cell.quality else {}
         return Curve(cell.arm, _points(sorted(estimates.items()), 100))
@@ -153,12 +156,12 @@ def _panels_per_load(
     y_name: str,
     curve: Callable[[Cell], Curve],
     ticks: Sequence[float] = (),
-) -> list[Panel]:
+) -> list[CurvePanel]:
     panels = []
     for load in summary.loads:
         curves = tuple(curve(cell) for cell in summary.cells if cell.load == load)
         title = load_label(summary, load)
-        panels.append(Panel(title, x_name, y_name, curves, tuple(ticks), (0.0, None)))
+        panels.append(CurvePanel(title, x_name, y_name, curves, tuple(ticks), (0.0, None)))
     return [panel for panel in panels if any(curve.points for curve in panel.curves)]
 
 
@@ -197,7 +200,7 @@ def _histogram_panels(
     for load in summary.loads:
         found = [(cell.arm, bins(cell)) for cell in summary.cells if cell.load == load]
         histograms = tuple(
-            Histogram(arm, _log_edges(of.edges, factor), of.counts)
+            ArmHistogram(arm, _log_edges(of.edges, factor), of.counts)
             for arm, of in found
             if of is not None and any(of.counts)
         )

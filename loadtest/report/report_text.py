@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from loadtest.analysis.summary import Estimate
+from estimators.estimate import Estimate
 
 NOT_MEASURED = "not measured"
 NBSP = "\N{NO-BREAK SPACE}"  # between a number and its unit

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from loadtest.analysis.summary import Cell, Comparison, Estimate, Summary
+from estimators.estimate import Estimate
+from loadtest.analysis.summary import ArmComparison, Cell, Summary
 
 _PERCENTILES = ("p50", "p90", "p95", "p99")
 _OUTCOMES = {
@@ -66,7 +67,7 @@ def describe_excess(summary: Summary) -> str:
     return f"{describe_failures(summary)}; --max-failure-rate {allowed:g} allows fewer"
 
 
-def describe_comparison(found: Comparison, is_closed: bool) -> Iterator[str]:
+def describe_comparison(found: ArmComparison, is_closed: bool) -> Iterator[str]:
     """Yield the lines of one comparison, its heading first."""
     a, b = found.arm_a, found.arm_b
     unit = "requests at a time (closed loop)" if is_closed else "requests/s"

@@ -16,16 +16,16 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from export.publish.svg import GREY, draw_svg, shorten
-from loadtest.client.records import Phase, RequestRecord
+from loadtest.records import Phase, RequestRecord
 from loadtest.report.plots import ArmStyle, Curve, Point, add_legend, line_style_of
+from report.svg import GREY, draw_svg, shorten
 
 NUM_BINS = 600
 MIN_TURN_SHARE = 0.005  # of the run: a turn of one request would not be seen
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class ArmTurn:
     """A stretch of time, in seconds, in which an arm was sent requests."""
 
     arm: str
@@ -54,14 +54,14 @@ class Gauge:
     batch: float
 
 
-def turns_of(records: Iterable[RequestRecord]) -> list[Turn]:
+def turns_of(records: Iterable[RequestRecord]) -> list[ArmTurn]:
     """Return each arm's turns, from the first request due to the last, in order of time."""
     starts: defaultdict[tuple[str, int, Phase], list[float]] = defaultdict(list)
     for record in records:
         plan = record.plan
         starts[plan.arm, plan.block, plan.phase].append(record.start_s)
     turns = [
-        Turn(arm, min(times), max(times), phase is Phase.WARMUP)
+        ArmTurn(arm, min(times), max(times), phase is Phase.WARMUP)
         for (arm, _, phase), times in starts.items()
     ]
     return sorted(turns, key=lambda turn: turn.start_s)
@@ -126,7 +126,7 @@ def latest_sends(records: Iterable[RequestRecord], bin_s: float) -> tuple[Point,
 
 def draw_timeline(
     tracks: Sequence[Track],
-    turns: Sequence[Turn],
+    turns: Sequence[ArmTurn],
     loads: Sequence[tuple[float, str]],
     styles: Mapping[str, ArmStyle],
 ) -> str:
@@ -167,7 +167,7 @@ def _gauge_curves(gauges: Sequence[Gauge], quantities: Sequence[str]) -> tuple[C
 
 def _paint_turns(
     axes: Any,
-    turns: Sequence[Turn],
+    turns: Sequence[ArmTurn],
     loads: Sequence[tuple[float, str]],
     styles: Mapping[str, ArmStyle],
 ) -> None:
@@ -197,7 +197,7 @@ def _paint_track(axes: Any, track: Track, styles: Mapping[str, ArmStyle]) -> Non
 
 
 def _legend(
-    tracks: Sequence[Track], turns: Sequence[Turn], styles: Mapping[str, ArmStyle]
+    tracks: Sequence[Track], turns: Sequence[ArmTurn], styles: Mapping[str, ArmStyle]
 ) -> list[Any]:
     drawn = {curve.arm for track in tracks for curve in track.curves}
     handles: list[Any] = [

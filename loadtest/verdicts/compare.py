@@ -13,12 +13,13 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from bundle.errors import UserError
+from estimators.estimate import Estimate
 from loadtest.analysis.analysis import compare_arms
 from loadtest.analysis.metrics import metrics_of
-from loadtest.analysis.summary import Comparison, Estimate, Summary, read_summary
-from loadtest.client.records import Phase, RequestRecord
+from loadtest.analysis.summary import ArmComparison, Summary, read_summary
 from loadtest.client.requests_file import REQUESTS_FILE, read_requests
 from loadtest.config import RunConfig
+from loadtest.records import Phase, RequestRecord
 from loadtest.report.summary_text import describe_comparison, describe_failures, show_estimate
 from loadtest.verdicts.gate import regression
 
@@ -34,7 +35,7 @@ class NotComparableError(UserError):
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class MetricChange:
     """One number of both runs. `worse_share` as `gate.regression`: below 0 it got better."""
 
     arm: str
@@ -58,8 +59,8 @@ class RunComparison:
     is_closed: bool
     warnings: tuple[str, ...]
     differing: tuple[str, ...]
-    changes: tuple[Change, ...]
-    pairs: tuple[Comparison, ...]
+    changes: tuple[MetricChange, ...]
+    pairs: tuple[ArmComparison, ...]
 
 
 def compare_runs(before: Path, after: Path, *, is_forced: bool = False) -> RunComparison:
@@ -130,7 +131,7 @@ def _warnings(name: str, summary: Summary) -> Iterator[str]:
         yield f"{name}: {note}"
 
 
-def _changes(first: Summary, second: Summary) -> Iterator[Change]:
+def _changes(first: Summary, second: Summary) -> Iterator[MetricChange]:
     """Yield what both runs have measured."""
     known = metrics_of(first)
     for (arm, load), found in metrics_of(second).items():
@@ -140,10 +141,10 @@ def _changes(first: Summary, second: Summary) -> Iterator[Change]:
                 continue
             # No share can be taken of nothing.
             worse = regression(metric, before.value, after.value) if before.value else None
-            yield Change(arm, load, metric, before, after, worse)
+            yield MetricChange(arm, load, metric, before, after, worse)
 
 
-def _pairs(before: Path, after: Path, summary: Summary) -> Iterator[Comparison]:
+def _pairs(before: Path, after: Path, summary: Summary) -> Iterator[ArmComparison]:
     config = RunConfig.model_validate(summary.config)
     earlier, later = (read_requests(folder / REQUESTS_FILE) for folder in (before, after))
     for cell in summary.cells:
@@ -162,7 +163,7 @@ def _of(records: list[RequestRecord], arm: str, load: float) -> list[RequestReco
     ]
 
 
-def _row(change: Change) -> str:
+def _row(change: MetricChange) -> str:
     worse = change.worse_share
     verdict = "" if not worse else f"{abs(worse):.1%} {'worse' if worse > 0 else 'better'}"
     values = f"{show_estimate(change.before)} | {show_estimate(change.after)}"

@@ -17,7 +17,7 @@ Measure = Callable[[float, int], Sequence[Tally]]
 """Takes a rate in requests per second and how often it was measured before; its tallies."""
 
 
-class Verdict(enum.Enum):
+class RateVerdict(enum.Enum):
     """Whether a rate meets the SLO."""
 
     MEETS = "meets"
@@ -49,11 +49,11 @@ class Search:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class RateStep:
     """One rate and what came of it, over all its measurements."""
 
     rate_rps: float
-    verdict: Verdict
+    verdict: RateVerdict
     num_measurements: int
     tallies: tuple[Tally, ...]
 
@@ -67,11 +67,11 @@ class MaxRate:
 
     meets_rps: float | None
     fails_rps: float | None
-    steps: tuple[Step, ...]
+    steps: tuple[RateStep, ...]
 
 
 def find_max(
-    measure: Measure, search: Search, on_step: Callable[[Step], None] = lambda step: None
+    measure: Measure, search: Search, on_step: Callable[[RateStep], None] = lambda step: None
 ) -> MaxRate:
     """Return the highest rate whose objectives are all met.
 
@@ -81,12 +81,12 @@ def find_max(
     Raises:
         ValueError: `measure` returned no tally, or none with requests.
     """
-    steps: list[Step] = []
+    steps: list[RateStep] = []
 
     def meets(rate_rps: float) -> bool:
         steps.append(_step(measure, rate_rps, search.max_repeats))
         on_step(steps[-1])
-        return steps[-1].verdict is Verdict.MEETS
+        return steps[-1].verdict is RateVerdict.MEETS
 
     low, high = _bracket(meets, search)
     while low is not None and high is not None and high - low > search.relative_width * low:
@@ -98,7 +98,7 @@ def find_max(
     return MaxRate(low, high, tuple(steps))
 
 
-def judge(tallies: Sequence[Tally]) -> Verdict:
+def judge(tallies: Sequence[Tally]) -> RateVerdict:
     """Return whether all objectives are met for sure, one is missed for sure, or neither.
 
     Raises:
@@ -107,26 +107,26 @@ def judge(tallies: Sequence[Tally]) -> Verdict:
     if not tallies or not all(tally.num_offered for tally in tallies):
         raise ValueError("no request was offered under an SLO: there is nothing to judge")
     verdicts = [_judge(tally) for tally in tallies]
-    if Verdict.FAILS in verdicts:
-        return Verdict.FAILS
-    return Verdict.UNDECIDED if Verdict.UNDECIDED in verdicts else Verdict.MEETS
+    if RateVerdict.FAILS in verdicts:
+        return RateVerdict.FAILS
+    return RateVerdict.UNDECIDED if RateVerdict.UNDECIDED in verdicts else RateVerdict.MEETS
 
 
-def _judge(tally: Tally) -> Verdict:
+def _judge(tally: Tally) -> RateVerdict:
     estimate = wilson(tally.num_good, tally.num_offered)
     assert estimate.low is not None and estimate.high is not None
     if estimate.low >= tally.objective.share:
-        return Verdict.MEETS
-    return Verdict.FAILS if estimate.high < tally.objective.share else Verdict.UNDECIDED
+        return RateVerdict.MEETS
+    return RateVerdict.FAILS if estimate.high < tally.objective.share else RateVerdict.UNDECIDED
 
 
-def _step(measure: Measure, rate_rps: float, max_repeats: int) -> Step:
+def _step(measure: Measure, rate_rps: float, max_repeats: int) -> RateStep:
     tallies = tuple(measure(rate_rps, 0))
     repeat = 0
-    while (verdict := judge(tallies)) is Verdict.UNDECIDED and repeat < max_repeats:
+    while (verdict := judge(tallies)) is RateVerdict.UNDECIDED and repeat < max_repeats:
         repeat += 1
         tallies = tuple(map(_add, tallies, measure(rate_rps, repeat)))
-    return Step(rate_rps, verdict, repeat + 1, tallies)
+    return RateStep(rate_rps, verdict, repeat + 1, tallies)
 
 
 def _add(a: Tally, b: Tally) -> Tally:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bundle.errors import UserError
+from estimators.estimate import Estimate
 from loadtest.analysis.metrics import Place, is_higher_better, is_known, known_names, metrics_of
-from loadtest.analysis.summary import Estimate, Summary
+from loadtest.analysis.summary import Summary
 from loadtest.report.summary_text import describe_excess
 
 Kind = Literal["min", "max", "max-regress"]

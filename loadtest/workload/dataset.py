@@ -10,15 +10,15 @@ import numpy as np
 from bundle.errors import UserError
 from export.teacher.task_sources import load_jsonl as load_jsonl
 from export.teacher.tasks import Task, builtin_tasks
-from loadtest.client.records import Prompt
 from loadtest.config import BUILTIN, RunConfig
+from loadtest.records import DatasetPrompt
 
 _SYNTHETIC = "synthetic:"
 _LENGTHS = re.compile(r"([1-9]\d{0,5})x([1-9]\d{0,5})")
 _WORD = re.compile(r"\b[a-z]{2,}\b")
 
 
-def load_prompts(config: RunConfig) -> list[Prompt]:
+def load_prompts(config: RunConfig) -> list[DatasetPrompt]:
     """Return `config.max_prompts` prompts of the dataset at most, its first ones.
 
     * `builtin`: the verifiable tasks of the test split, which no student was trained on.
@@ -48,16 +48,16 @@ def _path_of(dataset: str) -> Path:
     return path
 
 
-def _to_prompt(task: Task) -> Prompt:
+def _to_prompt(task: Task) -> DatasetPrompt:
     if task.turns:
         raise UserError(
             f"task {task.task_id} of the dataset is a chat of several turns; a load test sends "
             "single prompts"
         )
-    return Prompt(task.task_id, task.prompt, task.answer, task.answer_format)
+    return DatasetPrompt(task.task_id, task.prompt, task.answer, task.answer_format)
 
 
-def _synthetic(config: RunConfig) -> list[Prompt]:
+def _synthetic(config: RunConfig) -> list[DatasetPrompt]:
     lengths = _LENGTHS.fullmatch(config.dataset.removeprefix(_SYNTHETIC))
     if lengths is None:
         raise UserError(
@@ -68,7 +68,7 @@ def _synthetic(config: RunConfig) -> list[Prompt]:
     words = sorted({word for task in builtin_tasks() for word in _WORD.findall(task.prompt)})
     rng = np.random.default_rng(config.seed)
     return [
-        Prompt(
+        DatasetPrompt(
             prompt_id=f"synthetic-{index}",
             text=" ".join(rng.choice(words, size=num_words)),
             max_tokens=num_tokens,

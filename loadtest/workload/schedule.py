@@ -21,8 +21,8 @@ import numpy as np
 
 from bundle.errors import UserError
 from bundle.hashing import hash_json
-from loadtest.client.records import Phase, PlannedRequest, Prompt
 from loadtest.config import RunConfig
+from loadtest.records import DatasetPrompt, Phase, PlannedRequest
 from loadtest.workload.arrivals import arrival_times, read_trace
 
 # How long the list is that the workers of a closed loop draw from: more than they can send.
@@ -81,7 +81,7 @@ class Schedule:
         return self.blocks[-1].end_s
 
 
-def plan(config: RunConfig, prompts: Sequence[Prompt]) -> Schedule:
+def plan(config: RunConfig, prompts: Sequence[DatasetPrompt]) -> Schedule:
     """Return when what is sent. UserError: the trace is broken, or a load sends nothing."""
     assert prompts, "a dataset has at least one prompt"
     rounds = [
@@ -159,7 +159,7 @@ def _stretch(
 
 
 def _plan_rounds(
-    config: RunConfig, stretch: _Stretch, prompts: Sequence[Prompt]
+    config: RunConfig, stretch: _Stretch, prompts: Sequence[DatasetPrompt]
 ) -> Iterator[_Round]:
     """Yield the rounds of a stretch: blocks of equal length, `config.block_s` at most."""
     num_rounds = math.ceil(stretch.length_s / config.block_s)
@@ -189,7 +189,7 @@ def _cut(times_s: Sequence[float], block_s: float, num_rounds: int) -> list[list
     return rounds
 
 
-def _deal(prompts: Sequence[Prompt], rng: np.random.Generator) -> Iterator[str]:
+def _deal(prompts: Sequence[DatasetPrompt], rng: np.random.Generator) -> Iterator[str]:
     """Yield ids without end, shuffled anew when all were dealt: each is asked as often."""
     while True:
         for index in rng.permutation(len(prompts)):
@@ -235,7 +235,7 @@ def _lay_out(config: RunConfig, rounds: Sequence[_Round]) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-def _hash(config: RunConfig, prompts: Sequence[Prompt], blocks: Sequence[Block]) -> str:
+def _hash(config: RunConfig, prompts: Sequence[DatasetPrompt], blocks: Sequence[Block]) -> str:
     return hash_json(
         {
             "prompts": [asdict(prompt) for prompt in prompts],

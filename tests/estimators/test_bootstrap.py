@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 
 from estimators.bootstrap import (
-    Estimate,
-    Interval,
     Resampling,
     bootstrap_mean,
     bootstrap_mean_difference,
     bootstrap_ratio,
     bootstrap_ratio_difference,
 )
+from estimators.estimate import Estimate, Interval
 
 PERCENTILE = Resampling(method="percentile")
 
@@ -97,13 +96,13 @@ def test_ratio_difference_is_b_minus_a_on_the_same_prompts():
 
 @pytest.mark.parametrize("values", [[0.4], [0.0, 0.0, 0.0]])
 def test_without_spread_there_is_no_interval(values):
-    assert bootstrap_mean(values) == Estimate(values[0], None)
+    assert bootstrap_mean(values) == Estimate(values[0], n=len(values))
 
 
 def test_difference_from_itself_is_zero_without_interval():
     a, sizes = normal_values(9), np.arange(1, 10)
-    assert bootstrap_mean_difference(a, a) == Estimate(0.0, None)
-    assert bootstrap_ratio_difference(a, sizes, a, sizes) == Estimate(0.0, None)
+    assert bootstrap_mean_difference(a, a) == Estimate(0.0, n=len(a))
+    assert bootstrap_ratio_difference(a, sizes, a, sizes) == Estimate(0.0, n=len(a))
 
 
 def test_one_ratio_in_clusters_of_all_sizes_is_no_spread():

@@ -12,11 +12,12 @@ import pytest
 
 import loadtest
 import tandem.cli
-from loadtest.analysis.summary import Cell, Distribution, Estimate, Summary, Validity, to_json
+from estimators.estimate import Estimate
+from loadtest.analysis.summary import Cell, Distribution, Summary, Validity, to_json
 from loadtest.client.requests_file import REQUESTS_FILE, write_requests
 from loadtest.client.targets import Credentials
 from loadtest.config import RunConfig
-from loadtest.progress import Reporter
+from loadtest.progress import ProgressReporter
 from loadtest.verdicts.find_max import MaxRate
 
 Main = Callable[..., tuple[int, str, str]]
@@ -48,7 +49,11 @@ class Pipeline:
         self.rate = MaxRate(4.0, 4.5, ())
 
     def run(
-        self, config: RunConfig, credentials: Credentials, reporter: Reporter, may_overwrite: bool
+        self,
+        config: RunConfig,
+        credentials: Credentials,
+        reporter: ProgressReporter,
+        may_overwrite: bool,
     ) -> Path:
         self.config, self.credentials = config, credentials
         write_run(config.out, self.validity, statuses=self.statuses, asked=config)
@@ -56,7 +61,11 @@ class Pipeline:
         return config.out
 
     def find_max(
-        self, config: RunConfig, credentials: Credentials, reporter: Reporter, may_overwrite: bool
+        self,
+        config: RunConfig,
+        credentials: Credentials,
+        reporter: ProgressReporter,
+        may_overwrite: bool,
     ) -> dict[str, MaxRate]:
         self.config, self.credentials = config, credentials
         config.out.mkdir()

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from loadtest.client.records import Phase, PlannedRequest
 from loadtest.config import RunConfig
+from loadtest.records import Phase, PlannedRequest
 
 
 @pytest.mark.parametrize(

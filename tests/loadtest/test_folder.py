@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from bundle.errors import UserError
-from loadtest.client.records import Phase, PlannedRequest, RequestRecord
 from loadtest.client.requests_file import keeping, part_file, part_files, read_parts
 from loadtest.folder import make_folder, read_records, read_run, write_json
+from loadtest.records import Phase, PlannedRequest, RequestRecord
 
 
 def record(number: int) -> RequestRecord:

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from bundle.errors import UserError
-from loadtest.gauges import ServerWatch
-from loadtest.server_metrics import Scrape, parse
+from loadtest.server_metrics import Scrape, ServerWatch, parse
 
 
 def reading(*pages: str | None) -> Callable[[str], Scrape]:
@@ -19,7 +18,7 @@ def reading(*pages: str | None) -> Callable[[str], Scrape]:
     def read(url: str) -> Scrape:
         page = next(left)
         if page is None:
-            raise UserError("--metrics-url: nobody is there")
+            raise UserError("http://x: nobody is there")
         return parse(page)
 
     return read
@@ -59,11 +58,11 @@ def test_metrics_that_are_gone_are_said() -> None:
     watch = watched("tandem_x_total 3", None)
     assert watch.after is None and not watch.is_restarted
     (note,) = watch.notes
-    assert note.startswith("the server's metrics were gone behind the load: --metrics-url: nobody")
+    assert note.startswith("the server's metrics were gone behind the load: http://x: nobody")
 
 
 def test_metrics_must_be_there_before_the_load() -> None:
-    with pytest.raises(UserError, match="nobody is there"):
+    with pytest.raises(UserError, match="--metrics-url http://x: nobody is there"):
         ServerWatch("http://x", reading(None))
 
 
@@ -76,7 +75,7 @@ tandem_batch_size{role="student"} 3
 
 
 def test_gauges_are_summed_by_role(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loadtest.gauges.INTERVAL_S", 0.0)
+    monkeypatch.setattr("loadtest.server_metrics.INTERVAL_S", 0.0)
     num_reads = threading.Semaphore(0)
 
     def read(url: str) -> Scrape:

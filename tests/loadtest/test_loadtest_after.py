@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from loadtest.client.records import Phase, PlannedRequest, Prompt, RequestRecord, SampleRecord
 from loadtest.config import RunConfig
+from loadtest.records import DatasetPrompt, Phase, PlannedRequest, RequestRecord, SampleRecord
 from loadtest.scoring import score_samples
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient
 from serve.pair.served import Role
 
-PROMPT = Prompt("p", "2+3=")
+PROMPT = DatasetPrompt("p", "2+3=")
 ROLES = {"student": pb.ROLE_STUDENT, "teacher": pb.ROLE_TEACHER}
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from loadtest.progress import Reporter
+from loadtest.progress import ProgressReporter
 
 
 class Terminal(io.StringIO):
@@ -14,7 +14,7 @@ class Terminal(io.StringIO):
 
 
 def test_log_has_a_line_per_tenth(capsys: pytest.CaptureFixture[str]) -> None:
-    with Reporter().track("load") as on_progress:
+    with ProgressReporter().track("load") as on_progress:
         for done in range(101):
             on_progress(done, 100)
     printed = capsys.readouterr()
@@ -25,7 +25,7 @@ def test_log_has_a_line_per_tenth(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_log_skips_the_tenths_that_were_never_seen(capsys: pytest.CaptureFixture[str]) -> None:
-    with Reporter().track("score") as on_progress:
+    with ProgressReporter().track("score") as on_progress:
         for done in range(1, 4):
             on_progress(done, 3)
         on_progress(3, 3)
@@ -37,7 +37,7 @@ def test_log_skips_the_tenths_that_were_never_seen(capsys: pytest.CaptureFixture
 
 
 def test_nothing_to_do_is_done(capsys: pytest.CaptureFixture[str]) -> None:
-    with Reporter().track("score") as on_progress:
+    with ProgressReporter().track("score") as on_progress:
         on_progress(0, 0)
     assert "score: 100 %" in capsys.readouterr().err
 
@@ -46,7 +46,7 @@ def test_terminal_has_a_bar_that_gives_its_cursor_back(monkeypatch: pytest.Monke
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    with Reporter().track("load") as on_progress:
+    with ProgressReporter().track("load") as on_progress:
         on_progress(1, 2)
         on_progress(2, 2)
     shown = terminal.getvalue()

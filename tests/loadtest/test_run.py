@@ -13,11 +13,11 @@ import pytest
 
 from bundle.errors import UserError
 from loadtest import run as run_module
-from loadtest.client.records import Phase, PlannedRequest, RequestRecord, SampleRecord
 from loadtest.client.targets import Credentials
 from loadtest.client.workers import LoadResult
 from loadtest.config import RunConfig
-from loadtest.progress import Reporter
+from loadtest.progress import ProgressReporter
+from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
 
 
 def records_of(status: str) -> list[RequestRecord]:
@@ -38,7 +38,7 @@ def test_ctrl_c_ends_the_scoring_and_nothing_else(
 
     monkeypatch.setattr(run_module, "score_samples", interrupted)
     config = RunConfig(out=tmp_path, target="127.0.0.1:1")
-    assert run_module._score(config, {}, [], Credentials(), Reporter()) == "interrupted"
+    assert run_module._score(config, {}, [], Credentials(), ProgressReporter()) == "interrupted"
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         monkeypatch.setattr(run_module, "run_load", lambda *given: next(left))
         config = RunConfig(out=tmp_path / "max", arms=("student",), slo="ttft_p95=1")
         with pytest.raises(UserError) as caught:
-            run_module.find_max(config, Credentials(), Reporter())
+            run_module.find_max(config, Credentials(), ProgressReporter())
         found: dict[str, Any] = json.loads((config.out / "find_max.json").read_text())
         return {"error": str(caught.value), **found}
 

@@ -6,8 +6,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from bundle.errors import UserError
-from loadtest.client.records import Phase, PlannedRequest, RequestRecord, SampleRecord
-from loadtest.server_metrics import cross_check, parse, scrape, why_restarted
+from loadtest.analysis.cross_check import cross_check
+from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
+from loadtest.server_metrics import parse, scrape, why_restarted
 from serve.http.server import MetricsServer
 
 EDGES = ("0.1", "0.2", "0.5", "+Inf")
@@ -89,7 +90,7 @@ def test_run_without_tokens_has_no_quantiles() -> None:
     ],
 )
 def test_metrics_that_cannot_be_had_are_an_error(url: str, told: str) -> None:
-    with pytest.raises(UserError, match=f"^--metrics-url {url}{told}"):
+    with pytest.raises(UserError, match=f"^{url}{told}"):
         scrape(url)
 
 
@@ -107,6 +108,12 @@ def test_page_without_our_metrics_is_an_error(path: str, told: str) -> None:
     with pytest.raises(UserError, match=f"{told}; write http://HOST:PORT/metrics"):
         scrape(server.url.replace("/metrics", path))
     server.stop()
+
+
+def test_scrape_has_every_series_by_name_and_labels() -> None:
+    found = parse('x_total{role="a",kind="b"} 3\nx_total{role="a",kind="c"} 1\ny 0\n')
+    assert found.of("x_total", kind="b") == {frozenset({("role", "a"), ("kind", "b")}): 3.0}
+    assert found.total("x_total", role="a") == 4 and len(found.values) == 3
 
 
 def test_counter_that_fell_tells_a_server_that_began_anew() -> None:

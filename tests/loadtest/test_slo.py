@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loadtest.client.records import Phase, PlannedRequest, RequestRecord, SampleRecord
-from loadtest.slo import Objective, Slo, Tally, parse_slo
+from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
+from loadtest.slo import LatencyObjective, Slo, Tally, parse_slo
 
 
 def record(*token_times_s: float, status: str = "OK") -> RequestRecord:
@@ -23,10 +23,10 @@ def is_met(text: str, request: RequestRecord) -> bool:
 
 def test_slo_is_parsed() -> None:
     assert parse_slo("ttft_p95=0.2,itl_p50=0.02, e2e_p99.9=5,tpot_p90=1e-2").objectives == (
-        Objective("ttft", 95, 0.2),
-        Objective("itl", 50, 0.02),
-        Objective("e2e", 99.9, 5.0),
-        Objective("tpot", 90, 0.01),
+        LatencyObjective("ttft", 95, 0.2),
+        LatencyObjective("itl", 50, 0.02),
+        LatencyObjective("e2e", 99.9, 5.0),
+        LatencyObjective("tpot", 90, 0.01),
     )
     assert parse_slo(" ") == Slo(())
 

@@ -21,8 +21,9 @@ from bundle.manifest import (
     write_manifest,
 )
 from estimators.bootstrap import bootstrap_mean_difference, bootstrap_ratio_difference
+from estimators.estimate import Interval
 from export.measure.compare import Comparison, Row, compare_bundles, render
-from export.measure.held_out import Agreement, HeldOut, Interval, PromptRecord
+from export.measure.held_out import Agreement, HeldOut, PromptRecord
 from export.measure.task_scores import TaskEvaluation, TaskResult
 from export.run.errors import ExportError
 from export.run.settings import EvaluateConfig

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from bundle.errors import UserError
-from loadtest.client.records import Phase, PlannedRequest, RequestRecord, SampleRecord
 from loadtest.client.requests_file import read_requests, write_requests
 from loadtest.ledger.journal import read_journal
 from loadtest.ledger.ledger import check as check_ledger
 from loadtest.ledger.ledger import render
+from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
 from loadtest.workload.arrivals import read_trace
 from loadtest.workload.dataset import load_jsonl
 from serve.client.access import read_token

@@ -19,9 +19,9 @@ import pytest
 import tandem.cli
 from bench.proxy.processes import free_port
 from loadtest.analysis.summary import read_summary
-from loadtest.client.records import RequestRecord
 from loadtest.client.requests_file import part_files, read_parts, read_requests
-from loadtest.gauges import ServerWatch
+from loadtest.records import RequestRecord
+from loadtest.server_metrics import ServerWatch
 from tests.faults.served import running
 from tests.faults.tiny import tiny_student
 

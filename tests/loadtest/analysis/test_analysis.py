@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from estimators.estimate import Estimate
 from loadtest.analysis.analysis import compare_arms, pair_up, summarize, summarize_cell
 from loadtest.analysis.statistics import wilson
-from loadtest.analysis.summary import Cell, Estimate, Summary, from_json, to_json
-from loadtest.client.records import Phase, PlannedRequest, RequestRecord, SampleRecord
+from loadtest.analysis.summary import Cell, Summary, from_json, to_json
 from loadtest.client.runner import BlockCost
 from loadtest.config import RunConfig
+from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
 
 CONFIG = RunConfig(out=Path("out"), duration_s=10.0, slo="ttft_p95=0.2,itl_p50=0.1")
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from estimators.estimate import Estimate
 from loadtest.analysis.percentiles import (
     Clustered,
     distribution,
@@ -15,7 +16,6 @@ from loadtest.analysis.percentiles import (
     quantile_estimate,
     quantile_ratio,
 )
-from loadtest.analysis.summary import Estimate
 
 
 def each_its_own(values: list[float]) -> Clustered:

@@ -14,7 +14,7 @@ from loadtest.analysis.quality import (
     quality,
 )
 from loadtest.analysis.statistics import wilson
-from loadtest.client.records import Phase, PlannedRequest, RequestRecord, SampleRecord
+from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
 
 RIGHT = "4"
 

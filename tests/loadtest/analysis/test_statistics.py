@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from estimators.estimate import Estimate
 from loadtest.analysis.statistics import (
     clustered_difference,
     clustered_ratio,
@@ -13,7 +14,6 @@ from loadtest.analysis.statistics import (
     ratio_of_ratios,
     wilson,
 )
-from loadtest.analysis.summary import Estimate
 
 
 @pytest.mark.parametrize(

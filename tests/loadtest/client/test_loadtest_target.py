@@ -14,12 +14,12 @@ from bundle.errors import UserError
 from estimators.answers import extract
 from estimators.canonical import canonicalise
 from loadtest.client.oip_target import OipTarget
-from loadtest.client.records import Phase, PlannedRequest, Prompt, RequestRecord
-from loadtest.client.targets import RequestFailedError, TandemTarget, Target
+from loadtest.client.targets import LoadTarget, RequestFailedError, TandemTarget
 from loadtest.config import RunConfig
+from loadtest.records import DatasetPrompt, Phase, PlannedRequest, RequestRecord
 from protos.tandem.v1 import inference_pb2 as pb
 
-PROMPT = Prompt("sum", "1+1=", reference_answer="2", answer_format="last_number")
+PROMPT = DatasetPrompt("sum", "1+1=", reference_answer="2", answer_format="last_number")
 TARGETS = {"tandem": TandemTarget, "oip": OipTarget}
 
 
@@ -40,8 +40,8 @@ def config_of(live: Any, **settings: Any) -> RunConfig:
     )
 
 
-async def exchange(config: RunConfig, arm: str, prompt: Prompt = PROMPT) -> RequestRecord:
-    target: Target = TARGETS[config.protocol](config, {prompt.prompt_id: prompt})
+async def exchange(config: RunConfig, arm: str, prompt: DatasetPrompt = PROMPT) -> RequestRecord:
+    target: LoadTarget = TARGETS[config.protocol](config, {prompt.prompt_id: prompt})
     plan = PlannedRequest(0, arm, 1.0, 0, 0, prompt.prompt_id, 7, Phase.MEASURED, 0.0)
     record = RequestRecord(plan, sent_s=time.monotonic())
     try:
@@ -100,6 +100,6 @@ def test_refused_request_says_which_field(live: Any, run: Any, config: RunConfig
 
 
 def test_prompt_that_ignores_eos_gets_its_length(run: Any, config: RunConfig) -> None:
-    prompt = Prompt("long", "1+1=", max_tokens=60, ignore_eos=True)
+    prompt = DatasetPrompt("long", "1+1=", max_tokens=60, ignore_eos=True)
     record = run(exchange(config, "student", prompt))
     assert [len(sample.token_ids) for sample in record.samples] == [60, 60]

@@ -15,16 +15,16 @@ import pytest
 
 from bundle.errors import UserError
 from loadtest.client.oip_target import OipTarget
-from loadtest.client.records import Phase, PlannedRequest, Prompt, RequestRecord
 from loadtest.client.targets import RequestFailedError
 from loadtest.config import RunConfig
+from loadtest.records import DatasetPrompt, Phase, PlannedRequest, RequestRecord
 from protos.oip import grpc_service_pb2 as oip
 from protos.oip import grpc_service_pb2_grpc as oip_grpc
 
 PROMPTS = {
-    "sum": Prompt("sum", "2 + 2 =", reference_answer="4", answer_format="last_number"),
-    "long": Prompt("long", "Once", max_tokens=4, ignore_eos=True),
-    "odd": Prompt("odd", "?", answer_format="house_style"),
+    "sum": DatasetPrompt("sum", "2 + 2 =", reference_answer="4", answer_format="last_number"),
+    "long": DatasetPrompt("long", "Once", max_tokens=4, ignore_eos=True),
+    "odd": DatasetPrompt("odd", "?", answer_format="house_style"),
 }
 Tensor = oip.ModelMetadataResponse.TensorMetadata
 Reply = oip.ModelStreamInferResponse

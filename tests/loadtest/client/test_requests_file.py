@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bundle.errors import UserError
-from loadtest.client.records import Phase, PlannedRequest, RequestRecord, SampleRecord
 from loadtest.client.requests_file import read_requests, write_requests
+from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
 
 
 def record(number: int, per_token_k3: list[float]) -> RequestRecord:

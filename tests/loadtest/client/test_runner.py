@@ -12,10 +12,10 @@ from typing import Any
 import grpc
 import pytest
 
-from loadtest.client.records import Phase, PlannedRequest, Prompt, RequestRecord
-from loadtest.client.runner import Pauses, Runner, new_event_loop
+from loadtest.client.runner import LoadRunner, Pauses, new_event_loop
 from loadtest.client.targets import Clock, RequestFailedError, TandemTarget
 from loadtest.config import RunConfig
+from loadtest.records import DatasetPrompt, Phase, PlannedRequest, RequestRecord
 from loadtest.workload.schedule import Block
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1 import inference_pb2_grpc
@@ -84,8 +84,8 @@ def block(
     return Block(0, load, "student", start_s, end_s, Phase.MEASURED, requests)
 
 
-async def load(answer: Answer, *blocks: Block) -> Runner:
-    runner = Runner(FakeTarget(answer), asyncio.get_running_loop().time() + 0.05)
+async def load(answer: Answer, *blocks: Block) -> LoadRunner:
+    runner = LoadRunner(FakeTarget(answer), asyncio.get_running_loop().time() + 0.05)
     await runner.run(blocks)
     return runner
 
@@ -129,8 +129,10 @@ class Stalling(inference_pb2_grpc.InferenceServiceServicer):
 
 
 async def send(target: str, start_s: float, requests: Block) -> list[RequestRecord]:
-    tandem = TandemTarget(RunConfig(target=target, out=Path("unused")), {"p": Prompt("p", "?")})
-    runner = Runner(tandem, start_s)
+    tandem = TandemTarget(
+        RunConfig(target=target, out=Path("unused")), {"p": DatasetPrompt("p", "?")}
+    )
+    runner = LoadRunner(tandem, start_s)
     await runner.run([requests])
     await tandem.close()
     return runner.records
@@ -185,8 +187,8 @@ def test_cancelled_load_keeps_its_records(run: Any) -> None:
     async def endless(record: RequestRecord) -> None:
         await asyncio.sleep(60 * record.plan.number)
 
-    async def cancel() -> Runner:
-        runner = Runner(FakeTarget(endless), asyncio.get_running_loop().time())
+    async def cancel() -> LoadRunner:
+        runner = LoadRunner(FakeTarget(endless), asyncio.get_running_loop().time())
         task = asyncio.create_task(runner.run([block([0.0, 0.05, 9.0], end_s=10)]))
         await asyncio.sleep(0.2)
         task.cancel()
@@ -293,7 +295,7 @@ def test_ended_requests_are_kept_behind_each_block(run: Any) -> None:
         await asyncio.sleep(0.25 if record.plan.number == 1 else 0.01)
 
     async def keep() -> None:
-        runner = Runner(
+        runner = LoadRunner(
             FakeTarget(slow), asyncio.get_running_loop().time(),
             keep=lambda records: kept.append([record.plan.number for record in records]),
         )  # fmt: skip
@@ -332,9 +334,9 @@ def test_cost_is_the_share_of_a_core(run: Any) -> None:
     async def busy(record: RequestRecord) -> None:
         used_s[0] += 0.1
 
-    async def measure() -> Runner:
+    async def measure() -> LoadRunner:
         start_s = asyncio.get_running_loop().time()
-        runner = Runner(FakeTarget(busy), start_s, cpu_time_s=lambda: used_s[0])
+        runner = LoadRunner(FakeTarget(busy), start_s, cpu_time_s=lambda: used_s[0])
         await runner.run([block([0.0], end_s=0.4), block([], start_s=0.5, end_s=0.6)])
         return runner
 

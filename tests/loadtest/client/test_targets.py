@@ -14,16 +14,16 @@ import grpc
 import pytest
 
 from bundle.errors import UserError
-from loadtest.client.records import Phase, PlannedRequest, Prompt, RequestRecord
 from loadtest.client.targets import Credentials, RequestFailedError, TandemTarget
 from loadtest.config import RunConfig
+from loadtest.records import DatasetPrompt, Phase, PlannedRequest, RequestRecord
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1 import inference_pb2_grpc
 
 CODE = grpc.StatusCode
 PROMPTS = {
-    "sum": Prompt("sum", "2 + 2 =", reference_answer="4", answer_format="last_number"),
-    "tale": Prompt("tale", "Once", max_tokens=3, ignore_eos=True),
+    "sum": DatasetPrompt("sum", "2 + 2 =", reference_answer="4", answer_format="last_number"),
+    "tale": DatasetPrompt("tale", "Once", max_tokens=3, ignore_eos=True),
 }
 USAGE = pb.GenerateResponse(
     usage=pb.Usage(roles=[pb.RoleUsage(role=pb.ROLE_STUDENT, prompt_tokens=9)])

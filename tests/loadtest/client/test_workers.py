@@ -14,7 +14,6 @@ import grpc
 import pytest
 
 from bundle.errors import UserError
-from loadtest.client.records import Phase, PlannedRequest, Prompt
 from loadtest.client.requests_file import part_files
 from loadtest.client.targets import Credentials
 from loadtest.client.workers import (
@@ -27,11 +26,12 @@ from loadtest.client.workers import (
     run_load,
 )
 from loadtest.config import RunConfig
+from loadtest.records import DatasetPrompt, Phase, PlannedRequest
 from loadtest.workload.schedule import Block, plan
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1 import inference_pb2_grpc
 
-PROMPTS = {"p": Prompt("p", "?")}
+PROMPTS = {"p": DatasetPrompt("p", "?")}
 
 
 class Prompted(inference_pb2_grpc.InferenceServiceServicer):

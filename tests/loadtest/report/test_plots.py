@@ -6,13 +6,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from export.publish.svg import BLUE, VERMILION
 from loadtest.report.plots import (
     MAX_MARKED_POINTS,
+    ArmHistogram,
     Curve,
-    Histogram,
+    CurvePanel,
     HistogramPanel,
-    Panel,
     ParetoPoint,
     Point,
     arm_styles,
@@ -20,6 +19,7 @@ from loadtest.report.plots import (
     draw_histograms,
     draw_pareto,
 )
+from report.svg import BLUE, VERMILION
 
 SVG = "{http://www.w3.org/2000/svg}"
 LINK = "{http://www.w3.org/1999/xlink}href"
@@ -44,7 +44,9 @@ def curve(arm: str, values: dict[float, float], quantity: str = "") -> Curve:
 
 
 def draw(*curves: Curve, ticks: tuple[float, ...] = ()) -> str:
-    return draw_curves("plot", [Panel("title", "load", "ms", curves, ticks, (0.0, None))], STYLES)
+    return draw_curves(
+        "plot", [CurvePanel("title", "load", "ms", curves, ticks, (0.0, None))], STYLES
+    )
 
 
 def numbers(svg: str) -> list[float]:
@@ -140,8 +142,8 @@ def test_histogram_shows_shares_and_leaves_empty_ones_out() -> None:
         "1 rps",
         "ms",
         (
-            Histogram("student", (1.0, 10.0, 100.0), (100, 300)),
-            Histogram("teacher", (1.0, 10.0, 100.0), (0, 0)),
+            ArmHistogram("student", (1.0, 10.0, 100.0), (100, 300)),
+            ArmHistogram("teacher", (1.0, 10.0, 100.0), (0, 0)),
         ),
     )
     svg = draw_histograms("itl", [panel], STYLES)

@@ -17,21 +17,21 @@ from typing import Any
 import pytest
 
 from bundle.errors import UserError
+from estimators.estimate import Estimate
 from loadtest.analysis.summary import (
+    ArmComparison,
     Cell,
-    Comparison,
     Distribution,
-    Estimate,
     Histogram,
     Quality,
     Summary,
     Validity,
     to_json,
 )
-from loadtest.client.records import Phase, PlannedRequest, RequestRecord, SampleRecord
 from loadtest.client.requests_file import write_requests
 from loadtest.config import RunConfig
 from loadtest.flags import flag_of, parse_config
+from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
 from loadtest.report.report import (
     command_of,
     findings,
@@ -168,8 +168,8 @@ def make_cell(arm: str, load: float, records: list[RequestRecord]) -> Cell:
     )
 
 
-def make_comparison(load: float) -> Comparison:
-    return Comparison(
+def make_comparison(load: float) -> ArmComparison:
+    return ArmComparison(
         load=load,
         arm_a="student",
         arm_b="teacher",

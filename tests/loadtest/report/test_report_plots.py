@@ -5,15 +5,8 @@ from typing import Any
 
 import pytest
 
-from loadtest.analysis.summary import (
-    Cell,
-    Distribution,
-    Estimate,
-    Histogram,
-    Quality,
-    Summary,
-    Validity,
-)
+from estimators.estimate import Estimate
+from loadtest.analysis.summary import Cell, Distribution, Histogram, Quality, Summary, Validity
 from loadtest.report.plots import arm_styles
 from loadtest.report.report_plots import (
     KL_TO_TEACHER,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from loadtest.analysis.summary import Estimate
+from estimators.estimate import Estimate
 from loadtest.report.report_text import (
     NOT_MEASURED,
     judge,

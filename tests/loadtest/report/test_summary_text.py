@@ -6,15 +6,8 @@ import dataclasses
 
 import pytest
 
-from loadtest.analysis.summary import (
-    Cell,
-    Comparison,
-    Distribution,
-    Estimate,
-    Quality,
-    Summary,
-    Validity,
-)
+from estimators.estimate import Estimate
+from loadtest.analysis.summary import ArmComparison, Cell, Distribution, Quality, Summary, Validity
 from loadtest.report.summary_text import describe_failures, to_markdown
 
 NOTHING = Distribution(0, None, None, None, None, None)
@@ -26,7 +19,7 @@ CELL = Cell(
     "student", 2.0, 40, {"OK": 40}, TTFT, NOTHING, NOTHING, NOTHING, None,
     3.9, 120.0, None, QUALITY,
 )  # fmt: skip
-COMPARISON = Comparison(
+COMPARISON = ArmComparison(
     2.0, "student", "teacher", 38,
     ratios={"ttft_p50": Estimate(3.1, 2.9, 3.3, 30)},
     differences={"pass@1": Estimate(-0.05, -0.09, 0.01, 38)},

@@ -5,12 +5,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from loadtest.client.records import Phase, PlannedRequest, RequestRecord
+from loadtest.records import Phase, PlannedRequest, RequestRecord
 from loadtest.report.plots import Point, arm_styles
 from loadtest.report.timeline import (
     NUM_BINS,
+    ArmTurn,
     Gauge,
-    Turn,
     draw_timeline,
     in_flight,
     latest_sends,
@@ -64,8 +64,8 @@ def test_turn_lasts_from_the_first_request_due_to_the_last() -> None:
         record(4.1, 8.5, due_s=4, phase=Phase.WARMUP),
     ]
     assert turns_of(records) == [
-        Turn("student", 2, 4, is_warmup=True),
-        Turn("teacher", 9, 9),
+        ArmTurn("student", 2, 4, is_warmup=True),
+        ArmTurn("teacher", 9, 9),
     ]
 
 
@@ -102,7 +102,7 @@ def test_rows_are_those_that_there_is_data_for(due_s: float | None, gauges: list
 
 def test_timeline_names_loads_arms_and_what_the_server_said() -> None:
     records = [record(1, 2, due_s=1), record(6, 7, due_s=6, block=1, arm="teacher")]
-    warm_up = Turn("student", 0.0, 0.5, is_warmup=True)
+    warm_up = ArmTurn("student", 0.0, 0.5, is_warmup=True)
     gauges = [Gauge("student", 0.5 * i, i, 2 * i, i) for i in range(9)]
     svg = draw_timeline(
         tracks_of(records, gauges),

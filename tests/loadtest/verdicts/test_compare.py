@@ -12,9 +12,9 @@ from bundle.errors import UserError
 from loadtest.analysis.analysis import summarize
 from loadtest.analysis.summary import SUMMARY_FILE, read_summary
 from loadtest.analysis.summary import to_json as summary_to_json
-from loadtest.client.records import Phase, PlannedRequest, RequestRecord, SampleRecord
 from loadtest.client.requests_file import REQUESTS_FILE, write_requests
 from loadtest.config import RunConfig
+from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
 from loadtest.verdicts.compare import NotComparableError, compare_runs, to_json, to_text
 
 

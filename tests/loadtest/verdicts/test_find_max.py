@@ -8,10 +8,18 @@ import math
 import numpy as np
 import pytest
 
-from loadtest.slo import Objective, Tally
-from loadtest.verdicts.find_max import MaxRate, Measure, Search, Step, Verdict, find_max, judge
+from loadtest.slo import LatencyObjective, Tally
+from loadtest.verdicts.find_max import (
+    MaxRate,
+    Measure,
+    RateStep,
+    RateVerdict,
+    Search,
+    find_max,
+    judge,
+)
 
-TTFT = Objective("ttft", 95, 0.2)
+TTFT = LatencyObjective("ttft", 95, 0.2)
 
 
 def sharp(limit_rps: float) -> Measure:
@@ -43,16 +51,16 @@ def test_search_ends_at_its_bounds() -> None:
 
 
 def test_objective_missed_for_sure_decides_over_one_that_is_met() -> None:
-    e2e = Objective("e2e", 50, 1.0)
-    assert judge([Tally(TTFT, 500, 500), Tally(e2e, 500, 500)]) is Verdict.MEETS
-    assert judge([Tally(TTFT, 500, 500), Tally(e2e, 100, 500)]) is Verdict.FAILS
-    assert judge([Tally(TTFT, 9, 10), Tally(e2e, 500, 500)]) is Verdict.UNDECIDED
+    e2e = LatencyObjective("e2e", 50, 1.0)
+    assert judge([Tally(TTFT, 500, 500), Tally(e2e, 500, 500)]) is RateVerdict.MEETS
+    assert judge([Tally(TTFT, 500, 500), Tally(e2e, 100, 500)]) is RateVerdict.FAILS
+    assert judge([Tally(TTFT, 9, 10), Tally(e2e, 500, 500)]) is RateVerdict.UNDECIDED
 
 
 def test_judge_by_hand() -> None:
     """All of n good: Wilson's low end is n / (n + 3.8415), above 0.95 from n = 73."""
-    assert judge([Tally(TTFT, 72, 72)]) is Verdict.UNDECIDED
-    assert judge([Tally(TTFT, 73, 73)]) is Verdict.MEETS
+    assert judge([Tally(TTFT, 72, 72)]) is RateVerdict.UNDECIDED
+    assert judge([Tally(TTFT, 73, 73)]) is RateVerdict.MEETS
 
 
 def test_too_few_requests_prolong_and_counts_add_up() -> None:
@@ -62,10 +70,12 @@ def test_too_few_requests_prolong_and_counts_add_up() -> None:
         calls.append((rate_rps, repeat))
         return [Tally(TTFT, 30, 30)]
 
-    seen: list[Step] = []
+    seen: list[RateStep] = []
     found = find_max(measure, Search(start_rps=1, max_rps=1), seen.append)
     assert calls == [(1, 0), (1, 1), (1, 2)]
-    assert found.steps == (Step(1, Verdict.MEETS, 3, (Tally(TTFT, 90, 90),)),) == tuple(seen)
+    assert (
+        found.steps == (RateStep(1, RateVerdict.MEETS, 3, (Tally(TTFT, 90, 90),)),) == tuple(seen)
+    )
 
 
 def test_rate_that_stays_undecided_is_not_met() -> None:
@@ -74,7 +84,7 @@ def test_rate_that_stays_undecided_is_not_met() -> None:
         Search(start_rps=1, min_rps=1, max_repeats=2),
     )
     assert (found.meets_rps, found.fails_rps) == (None, 1)
-    assert found.steps[0].verdict is Verdict.UNDECIDED
+    assert found.steps[0].verdict is RateVerdict.UNDECIDED
     assert found.steps[0].tallies == (Tally(TTFT, 57, 60),)
 
 

@@ -7,16 +7,9 @@ import math
 
 import pytest
 
+from estimators.estimate import Estimate
 from loadtest.analysis.metrics import is_higher_better, metrics_of
-from loadtest.analysis.summary import (
-    Cell,
-    Comparison,
-    Distribution,
-    Estimate,
-    Quality,
-    Summary,
-    Validity,
-)
+from loadtest.analysis.summary import ArmComparison, Cell, Distribution, Quality, Summary, Validity
 from loadtest.verdicts.gate import Kind, LimitError, check, parse_limit, regression
 
 NOTHING = Distribution(0, None, None, None, None, None)
@@ -40,7 +33,7 @@ def cell(arm: str, load: float, ttft_p95: float, pass_at_1: float | None = 0.25)
 def summary(
     *cells: Cell,
     is_valid: bool = True,
-    comparisons: tuple[Comparison, ...] = (),
+    comparisons: tuple[ArmComparison, ...] = (),
     max_failure_rate: float = 1.0,
 ) -> Summary:
     validity = Validity(is_valid, () if is_valid else ("it was late",), 0.0, 0.1)
@@ -178,8 +171,8 @@ def test_regression_by_hand(metric: str, before: float, now: float, expected: fl
 
 def test_comparisons_are_metrics_of_their_first_arm_the_worst_of_several() -> None:
     comparisons = tuple(
-        Comparison(1.0, "student", arm, 9, {"ttft_p50": exactly(speed)}, {"pass@1": exactly(-0.1)},
-                   None, agreement)
+        ArmComparison(1.0, "student", arm, 9, {"ttft_p50": exactly(speed)},
+                      {"pass@1": exactly(-0.1)}, None, agreement)
         for arm, speed, agreement in (("teacher", 3.0, exactly(0.8)), ("old", 2.0, None))
     )  # fmt: skip
     found = metrics_of(summary(cell("student", 1.0, 0.2), comparisons=comparisons))

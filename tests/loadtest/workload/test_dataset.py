@@ -11,12 +11,12 @@ from bundle.errors import UserError
 from estimators.answers import ANSWER_FORMATS
 from estimators.canonical import canonicalise
 from export.teacher.tasks import builtin_tasks
-from loadtest.client.records import Prompt
 from loadtest.config import RunConfig
+from loadtest.records import DatasetPrompt
 from loadtest.workload.dataset import load_prompts
 
 
-def load(dataset: str | Path, **settings: Any) -> list[Prompt]:
+def load(dataset: str | Path, **settings: Any) -> list[DatasetPrompt]:
     return load_prompts(RunConfig(out=Path("run"), dataset=str(dataset), **settings))
 
 
@@ -54,9 +54,9 @@ def test_file_is_read_whatever_the_split_of_its_rows(tmp_path: Path) -> None:
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     assert load(path) == [
-        Prompt("sum", "What is 2 + 3?", "5", "last_number"),
-        Prompt("colour", "Name a colour."),
-        Prompt("bird", "Name a bird."),
+        DatasetPrompt("sum", "What is 2 + 3?", "5", "last_number"),
+        DatasetPrompt("colour", "Name a colour."),
+        DatasetPrompt("bird", "Name a bird."),
     ]
     assert [prompt.prompt_id for prompt in load(path, max_prompts=2)] == ["sum", "colour"]
 

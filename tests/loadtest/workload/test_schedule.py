@@ -10,11 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bundle.errors import UserError
-from loadtest.client.records import Phase, PlannedRequest, Prompt
 from loadtest.config import RunConfig
+from loadtest.records import DatasetPrompt, Phase, PlannedRequest
 from loadtest.workload.schedule import Block, Schedule, plan
 
-PROMPTS = [Prompt(f"p{index}", f"What is {index} + 1?", str(index + 1)) for index in range(7)]
+PROMPTS = [
+    DatasetPrompt(f"p{index}", f"What is {index} + 1?", str(index + 1)) for index in range(7)
+]
 
 
 def make_config(**changes: Any) -> RunConfig:
@@ -197,7 +199,7 @@ def test_hash_changes_with_what_is_sent(changes: dict[str, Any]) -> None:
 
 
 def test_hash_changes_with_the_text_of_a_prompt() -> None:
-    other = [Prompt("p0", "What is 1 + 0?", "1"), *PROMPTS[1:]]
+    other = [DatasetPrompt("p0", "What is 1 + 0?", "1"), *PROMPTS[1:]]
     assert plan(make_config(), other).sha256 != make_plan().sha256
 
 

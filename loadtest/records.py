@@ -17,7 +17,7 @@ class Phase(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class DatasetPrompt:
     """One prompt of a dataset, sent as a user message.
 
     `reference_answer` is canonical under `estimators.canonical.canonicalise`; `answer_format` names

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 
-from export.publish.svg import (
+from report.svg import (
     MAX_NAME_LETTERS,
     draw_svg,
     inline_svg,
