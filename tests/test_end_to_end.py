@@ -23,9 +23,10 @@ from bundle.verify import verify_bundle
 from estimators.divergence import k1, k2, k3
 from export.pipeline import run_export
 from export.run.recipe import load_config
+from loadtest.server_metrics import scrape
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client, violations
-from tandem.demo import compare_with_responses, demo, scrape, serving
+from tandem.demo import compare_with_responses, demo, serving
 
 SETTINGS: dict[str, Any] = {
     "tasks": {"max_train": 32, "max_test": 6},
@@ -357,7 +358,7 @@ def test_ask_prints_the_response_as_json(live: Live, capsys: pytest.CaptureFixtu
 
 
 def test_metrics_are_what_the_responses_said(live: Live, response: pb.CompareResponse) -> None:
-    metrics = scrape(live.metrics_url)
+    metrics = scrape(live.metrics_url).values
     assert compare_with_responses(metrics, live.responses) == []
     assert compare_with_responses(metrics, live.responses[1:]) != []
 
