@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import typer
 
-from scripts.monitoring.tiny_bundle import make_tiny_bundle
 from tandem import doctor
 from tandem.doctor import Environment, Finding, diagnose, gather, render
 from tests.support.model_folders import TINY, write_model_folder
+from tests.support.tiny_bundle import make_tiny_bundle
 
 HEALTHY = Environment(
     python_version="3.11.7",

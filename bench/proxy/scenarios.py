@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from bench.proxy.load import Ask, CallLoad, Right, comparing, generating, list_models, right_answers
-from bench.proxy.processes import ENVOY_CONFIG, EnvoyProcess, TandemProcess
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client
+from tests.support.processes import ENVOY_CONFIG, EnvoyProcess, TandemProcess
 
 AS_SHIPPED, HALF = (90, 10), (50, 50)
 CALM_S = 3.0  # before a fault, and behind it

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.proxy.processes import TandemProcess
 from bundle.manifest import write_manifest
 from tests.support.manifests import manifest_of
+from tests.support.processes import TandemProcess
 
 SMALL = ("--device", "cpu", "--threads", "1", "--max-model-len", "128")
 

@@ -8,7 +8,7 @@ import pytest
 
 from scripts.monitoring.processes import missing_tools
 from scripts.monitoring.rehearsal import QUIET_S, rehearse
-from scripts.monitoring.tiny_bundle import damage_bundle, make_tiny_bundle
+from tests.support.tiny_bundle import damage_bundle, make_tiny_bundle
 
 MISSING = missing_tools()
 

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import yaml
 
-from bench.proxy.processes import find_envoy
 from scripts.k8s import objects, render
 from scripts.k8s.objects import Object, Rendered, component_of, container_of, pod_of, ports_of
 from serve.addresses import is_loopback
@@ -25,6 +24,7 @@ from serve.app.config import ServeConfig
 from serve.app.server import MAX_CLOSE_S
 from serve.app.settings import load_settings
 from serve.client.channel import MAX_ATTEMPTS, service_config
+from tests.support.processes import find_envoy
 
 ROOT = Path(__file__).resolve().parents[2]
 KUBECTL = shutil.which("kubectl") or str(ROOT / ".cache/k8s-tools/bin/kubectl")

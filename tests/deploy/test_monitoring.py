@@ -32,8 +32,8 @@ from scripts.monitoring.expressions import (
 )
 from scripts.monitoring.processes import CheckError, Prometheus, shorten, wait_until
 from scripts.monitoring.rehearsal import ALERT, Webhook, receiving, watch_quiet
-from scripts.monitoring.tiny_bundle import damage_bundle, make_tiny_bundle
 from serve.metrics.server_metrics import ServerMetrics
+from tests.support.tiny_bundle import damage_bundle, make_tiny_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "k8s" / "monitoring"

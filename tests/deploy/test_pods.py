@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,7 @@ from scripts.k8s import objects
 from scripts.k8s.objects import Object, Rendered, component_of, container_of
 from serve.client import Client, Tls
 from serve.rpc.credentials.tokens import new_token
+from tests.support.polling import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 KUBECTL = shutil.which("kubectl") or str(ROOT / ".cache/k8s-tools/bin/kubectl")
@@ -81,13 +81,6 @@ def is_ok(url: str) -> bool:
             return bool(response.status == 200)
     except urllib.error.HTTPError:
         return False
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    until_s = time.monotonic() + PATIENCE_S
-    while not is_so():
-        assert time.monotonic() < until_s, "it took too long"
-        time.sleep(0.02)
 
 
 @pytest.fixture

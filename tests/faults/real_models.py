@@ -18,11 +18,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.proxy.processes import TandemProcess
 from loadtest.ledger.journal import Journal, read_journal
 from loadtest.ledger.ledger import Ledger, check, render
 from tests.faults.caller import Caller
 from tests.faults.served import running
+from tests.support.processes import TandemProcess
 
 _NUM_CALLERS = 2
 

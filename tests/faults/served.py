@@ -24,7 +24,6 @@ import torch
 from prometheus_client import Gauge
 
 import tandem.cli
-from bench.proxy.processes import TandemProcess
 from loadtest.ledger.journal import OK
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.app.config import ServeConfig
@@ -36,6 +35,7 @@ from serve.pair.served import Engines, Role, ServedModel
 from tests.faults.paced import PacedBackend
 from tests.faults.rig import requests_of
 from tests.support.backends import build_tokenizer
+from tests.support.processes import TandemProcess
 
 PASS_S = "FAULTS_PASS_S"
 MAX_MODEL_LEN = 64

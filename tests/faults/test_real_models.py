@@ -8,9 +8,8 @@ import pytest
 
 from loadtest.ledger.journal import read_journal
 from loadtest.ledger.ledger import Fault, Ledger, check
-from scripts.monitoring.tiny_bundle import MAX_MODEL_LEN, damage_bundle
 from tests.faults import real_models
-from tests.faults.tiny import tiny_bundle
+from tests.support.tiny_bundle import MAX_MODEL_LEN, damage_bundle, shared_tiny_bundle
 
 SECONDS = 2.0
 
@@ -24,7 +23,7 @@ def run(folder: Path, bundle: Path, *flags: str) -> Ledger:
 @pytest.fixture(scope="module")
 def onnx_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ledger, Path]:
     folder = tmp_path_factory.mktemp("onnx")
-    return run(folder, tiny_bundle()), folder
+    return run(folder, shared_tiny_bundle()), folder
 
 
 def test_answers_among_others_are_those_alone(onnx_run: tuple[Ledger, Path]) -> None:
@@ -34,13 +33,13 @@ def test_answers_among_others_are_those_alone(onnx_run: tuple[Ledger, Path]) -> 
 
 
 def test_answers_of_torch_are_those_alone(tmp_path: Path) -> None:
-    ledger = run(tmp_path, tiny_bundle(), "--student-backend", "torch")
+    ledger = run(tmp_path, shared_tiny_bundle(), "--student-backend", "torch")
     assert ledger.violations == []
     assert ledger.codes["OK"] > 0 and ledger.num_compared > 0
 
 
 def test_another_model_is_found(tmp_path: Path, onnx_run: tuple[Ledger, Path]) -> None:
-    run(tmp_path, damage_bundle(tiny_bundle(), tmp_path / "bundle"))
+    run(tmp_path, damage_bundle(shared_tiny_bundle(), tmp_path / "bundle"))
     _, folder = onnx_run
     journals = (
         read_journal([tmp_path / "callers.jsonl"]),

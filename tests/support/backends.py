@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import tokenizers
 import torch
@@ -21,17 +22,40 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(chat_template: str | None = CHAT_TEMPLATE, extra: str = "") -> Tokenizer:
-    """Byte-level: ids 0..2 are special, then one token per byte, and `extra` if given."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
-    raw = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+ALPHABET = {
+    token: i
+    for i, token in enumerate([*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+}
+"""Of each token its id: 0..2 are special, then one token per byte."""
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """Return a byte-level tokenizer of `ALPHABET`, without merges."""
+    raw = tokenizers.Tokenizer(models.BPE(vocab=ALPHABET, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     raw.add_special_tokens(SPECIAL_TOKENS)
+    return raw
+
+
+def build_tokenizer(chat_template: str | None = CHAT_TEMPLATE, extra: str = "") -> Tokenizer:
+    """Return the tokenizer of bytes, with `extra` as one more token if given."""
+    raw = byte_tokenizer()
     if extra:
         raw.add_tokens([extra])
     return Tokenizer(raw, chat_template, {"bos_token": SPECIAL_TOKENS[1]})
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """Write the tokenizer of bytes as transformers saves one."""
+    from transformers import PreTrainedTokenizerFast
+
+    end, start = SPECIAL_TOKENS[EOS], SPECIAL_TOKENS[1]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=byte_tokenizer(), bos_token=start, eos_token=end, pad_token=end
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
 
 
 TOKENIZER = build_tokenizer()

@@ -250,8 +250,8 @@ def _doctor_line(folder: Path) -> tuple[int, str]:
 
 def try_all(root: Path) -> dict[str, dict[str, Any]]:
     """Return for each kind and command the exit code, the text, and what it did meanwhile."""
-    from scripts.monitoring.tiny_bundle import make_tiny_bundle
     from tests.faults.bundles.damage import relist
+    from tests.support.tiny_bundle import make_tiny_bundle
 
     intact = make_tiny_bundle(root / "intact")
     shutil.copytree(intact.parent / "teacher", root / OUTSIDE)

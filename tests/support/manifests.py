@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bundle.hashing import hash_weights
+from bundle.hashing import hash_file, hash_weights
 from bundle.manifest import (
     Evaluation,
     Gate,
@@ -15,6 +15,7 @@ from bundle.manifest import (
     TeacherReference,
     Variant,
 )
+from bundle.model_folder import open_model_folder
 from bundle.model_inputs import hash_model_inputs
 from bundle.verify import list_entries
 
@@ -37,15 +38,15 @@ def manifest_of(
         created_at=datetime(2026, 1, 2, tzinfo=UTC),
         tandem_version="0",
         files=list_entries(folder),
-        tokenizer_sha256="0" * 64,
-        chat_template_sha256="0" * 64,
+        tokenizer_sha256=_hash(folder / "student" / "tokenizer.json"),
+        chat_template_sha256=_hash(folder / "student" / "chat_template.jinja"),
         teacher=TeacherReference(
             source="tiny",
             weights_sha256=weights_sha256,
             inputs=hash_model_inputs(teacher),
             local_path=str(teacher) if is_teacher_local else None,
             architecture="llama",
-            num_parameters=1,
+            num_parameters=open_model_folder(teacher, has_tokenizer=False).num_parameters,
             dtype="float32",
         ),
         student=StudentInfo(num_parameters=1, num_layers=1, kept_layers=(0,), dtype="float32"),
@@ -65,3 +66,7 @@ def manifest_of(
         default_variant=variant,
         metrics=Evaluation(num_prompts=0, num_samples=1, k=(), temperature=0, seed=0, values={}),
     )
+
+
+def _hash(path: Path) -> str:
+    return hash_file(path) if path.exists() else "0" * 64

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.faults.bundles.damage import BACKENDS, Copies, relist, why_refused
 from tests.faults.result import RowResult, Size
-from tests.faults.tiny import tiny_bundle
+from tests.support.tiny_bundle import shared_tiny_bundle
 
 EXIT_CODE = 3
 MAX_S = 120.0
@@ -55,7 +55,7 @@ def run(size: Size) -> RowResult:
 
 def unloadable_bundle(folder: Path) -> Path:
     """Return a bundle whose hashes are right and whose models no runtime can read."""
-    bundle = Copies(tiny_bundle(), folder).make()
+    bundle = Copies(shared_tiny_bundle(), folder).make()
     for name in MODELS:
         (bundle / name).write_bytes(b"no model")
     relist(bundle, *MODELS)

@@ -21,10 +21,9 @@ from typing import Any
 
 from bundle.hashing import hash_folder
 from bundle.manifest import MANIFEST_NAME
-from scripts.monitoring.tiny_bundle import damage_bundle
 from tests.faults.bundles.damage import Copies, edit_manifest, relist, why_refused
 from tests.faults.result import RowResult, Size
-from tests.faults.tiny import tiny_bundle
+from tests.support.tiny_bundle import damage_bundle, shared_tiny_bundle
 
 NUM_BUNDLES = {Size.CI: 60, Size.FULL: 240}
 NUM_COMMANDS = {Size.CI: 1, Size.FULL: 12}
@@ -223,7 +222,7 @@ def run(size: Size) -> RowResult:
     result = RowResult("R15", "corrupted bundles")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        copies = Copies(tiny_bundle(), folder)
+        copies = Copies(shared_tiny_bundle(), folder)
         before = hash_folder(copies.source)
         others = Others(damage_bundle(copies.source, folder / "other"))
         _demand_taken(result, copies)

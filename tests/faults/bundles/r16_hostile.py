@@ -20,7 +20,7 @@ from tests.faults.bundles.damage import BACKENDS, Backend, Copies, why_refused
 from tests.faults.bundles.hostile_bundles import OUTSIDE, Attack, attacks
 from tests.faults.bundles.watched_folder import WatchedFolder
 from tests.faults.result import RowResult, Size
-from tests.faults.tiny import tiny_bundle
+from tests.support.tiny_bundle import shared_tiny_bundle
 
 MAX_START_S = 60
 ARCHIVE_NAMES = (
@@ -35,7 +35,7 @@ def run(size: Size) -> RowResult:
     result = RowResult("R16", "path traversal and symlinks in names")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        copies = Copies(tiny_bundle(), folder)
+        copies = Copies(shared_tiny_bundle(), folder)
         outside = folder / OUTSIDE
         shutil.copytree(copies.source, outside)
         (outside / "secret").write_bytes(b"0" * 4096)

@@ -29,7 +29,7 @@ from tests.faults.export.export_child import (
 )
 from tests.faults.export.small_disk import SmallDisk
 from tests.faults.result import RowResult, Size
-from tests.faults.tiny import tiny_bundle
+from tests.support.tiny_bundle import shared_tiny_bundle
 
 ROOM_BYTES = 1 << 30
 RUN = ""  # from the start of the command on: finished stages do not begin again
@@ -93,7 +93,7 @@ def run(size: Size) -> RowResult:
         folder = Path(name)
         report = folder / "report.json"
         old = folder / "old"
-        shutil.copytree(tiny_bundle(), old)
+        shutil.copytree(shared_tiny_bundle(), old)
         code = finish(start(fill_disk, folder, old, report, PLANS[size]))
         if code != 0:
             result.problems.append(f"the export's process ended with {code}: {_read(report)}")

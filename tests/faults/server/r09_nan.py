@@ -29,8 +29,8 @@ from tests.faults.answers import answers_of, codes_of
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of
 from tests.faults.server.faulty import quiet_log
-from tests.faults.tiny import tiny_bundle
 from tests.support.backends import HistoryBackend
+from tests.support.tiny_bundle import shared_tiny_bundle
 
 NUM_REQUESTS = {Size.CI: 80, Size.FULL: 5000}
 NUM_ROUNDS = {Size.CI: 1, Size.FULL: 40}
@@ -133,7 +133,7 @@ def _real_backends(size: Size) -> Iterator[RealBackend]:
         model = LlamaForCausalLM(config).eval().to(dtype)
         yield TorchBackend.take(model, device="cpu", **limits)
     if size is Size.FULL:
-        graph = tiny_bundle() / "onnx" / "fp32"
+        graph = shared_tiny_bundle() / "onnx" / "fp32"
         yield OnnxBackend.load(graph, device="cpu", num_threads=1, **limits)
 
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from bench.proxy.processes import TandemProcess
 from loadtest.ledger.journal import OK, Journal, read_journal
 from loadtest.ledger.ledger import WHOLE, check
 from protos.tandem.v1 import inference_pb2 as pb
@@ -29,7 +28,8 @@ from tests.faults.calls import Outcome, call_in_turns, codes, quiet_collector
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import requests_of
 from tests.faults.served import running
-from tests.faults.tiny import tiny_student
+from tests.support.processes import TandemProcess
+from tests.support.tiny_bundle import tiny_student
 
 NUM_RUNS = {Size.CI: 2, Size.FULL: 50}
 NUM_CLIENTS = 16

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.proxy.processes import ENVOY_CONFIG, EnvoyProcess, TandemProcess, find_envoy
 from loadtest.ledger.journal import Journal, read_journal
 from loadtest.ledger.ledger import check
 from protos.tandem.v1 import inference_pb2 as pb
@@ -28,6 +27,7 @@ from tests.faults.calls import Outcome, call_in_turns, codes, quiet_collector
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import requests_of
 from tests.faults.served import ServedProcess, holdings, leaks
+from tests.support.processes import ENVOY_CONFIG, EnvoyProcess, TandemProcess, find_envoy
 
 NUM_KILLS = {Size.CI: 1, Size.FULL: 30}
 NUM_CLIENTS = 16

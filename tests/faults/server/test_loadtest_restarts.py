@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,13 +16,14 @@ from typing import Any
 import pytest
 
 import tandem.cli
-from bench.proxy.processes import free_port
 from loadtest.analysis.summary import read_summary
 from loadtest.client.requests_file import part_files, read_parts, read_requests
 from loadtest.records import RequestRecord
 from loadtest.server_metrics import ServerWatch
 from tests.faults.served import running
-from tests.faults.tiny import tiny_student
+from tests.support.polling import wait_until
+from tests.support.processes import free_port
+from tests.support.tiny_bundle import tiny_student
 
 ROOT = Path(__file__).parents[3]
 PATIENCE_S = 300.0
@@ -54,10 +54,7 @@ class Scene:
 
     def wait_for(self, is_so: Callable[[list[RequestRecord]], bool]) -> None:
         """Return when this holds of the records on disk."""
-        until_s = time.monotonic() + PATIENCE_S
-        while not is_so(read_parts(part_files(self.out))):
-            assert time.monotonic() < until_s, "it never came to pass"
-            time.sleep(0.05)
+        wait_until(lambda: is_so(read_parts(part_files(self.out))), PATIENCE_S)
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.proxy.processes import TandemProcess
 from tests.faults.calls import Outcome
 from tests.faults.result import RowResult, Size
 from tests.faults.server import r13_drain
 from tests.faults.server.r13_drain import DRAIN_DELAY_S, LONG_GRACE_S, Drain, judge
-from tests.faults.tiny import tiny_student
+from tests.support.processes import TandemProcess
+from tests.support.tiny_bundle import tiny_student
 
 
 def impatient(number: int, folder: Path) -> TandemProcess:
