@@ -15,7 +15,7 @@ SHIPPED := tests/deploy tests/export tests/bundle tests/estimators tests/bench \
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --progress-bar off --upgrade pip
-	$(BIN)/pip install --progress-bar off --quiet -c constraints.txt -e '.[cpu,dev]'
+	$(BIN)/pip install --progress-bar off --quiet -c constraints.txt -e '.[all,cpu,dev]'
 	touch $@
 
 demo: $(STAMP)

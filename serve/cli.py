@@ -1,4 +1,4 @@
-"""`tandem serve` and `token`: flags only. What they need is imported when they run."""
+"""`tandem serve`: flags only. What it needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -44,24 +44,3 @@ def serve(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     process.serve(settings.config)
-
-
-def token(
-    name: Annotated[str, typer.Argument(help="Name of the client that it is for.")],
-    scope: Annotated[
-        str,
-        typer.Option(
-            help="Scopes that it opens, joined by commas: inference, control, reflection."
-        ),
-    ] = "inference",
-) -> None:
-    """Make a token: print it on stdout, and its line of the server's token file on stderr."""
-    from serve.rpc.credentials.tokens import new_token, parse_client
-
-    try:
-        parse_client(name, scope)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    secret, sha256 = new_token()
-    typer.echo(secret)
-    typer.echo(f"{name} {sha256} {scope}", err=True)

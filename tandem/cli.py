@@ -1,7 +1,8 @@
 """The one command: `tandem export | serve | ask | control | token | loadtest | demo | doctor`.
 
 Only the package of the command that was asked for is imported, so that help is instant and a
-broken GPU library does not keep `tandem doctor` from saying so.
+broken GPU library does not keep `tandem doctor` from saying so. A command whose role is not
+installed says in one line what to install.
 
 Exit codes: 0 done, 1 an expected error (one line on stderr), 2 wrong usage or a wrong recipe, 3
 what was asked for cannot be had: for `export` a gate failed, for `serve` the device is not there,
@@ -25,24 +26,35 @@ import typer
 
 from bundle.errors import UserError
 from serve.errors import TandemError
+from tandem.roles import CLIENT, install_command
+
+OWN_PACKAGES = {"bundle", "estimators", "export", "loadtest", "protos", "report", "serve", "tandem"}
 
 
 class Command(NamedTuple):
-    """Where a command lives, and the line that `tandem --help` shows for it."""
+    """Where a command lives, the line that `tandem --help` shows for it, the role it needs."""
 
     target: str
     summary: str
+    role: str = CLIENT
 
 
 COMMANDS: Mapping[str, Command] = {
-    "demo": Command("tandem.demo:demo", "Distil, export, serve and ask a real model."),
-    "export": Command("export.cli:app", "Turn a teacher into a verified bundle."),
-    "serve": Command("serve.cli:serve", "Serve a bundle's student, and its teacher, over gRPC."),
+    "demo": Command("tandem.demo:demo", "Distil, export, serve and ask a real model.", "export"),
+    "export": Command("export.cli:app", "Turn a teacher into a verified bundle.", "export"),
+    "serve": Command(
+        "serve.cli:serve", "Serve a bundle's student, and its teacher, over gRPC.", "serve"
+    ),
     "ask": Command("serve.client.ask:ask", "Ask a server; show both models' answers side by side."),
     "control": Command("serve.client.control:app", "See, steer, drain a server that runs."),
-    "token": Command("serve.cli:token", "Make a credential for a client of a server."),
-    "loadtest": Command("loadtest.cli:app", "Student against teacher under load: faster, worse?"),
-    "doctor": Command("tandem.doctor:doctor", "Say what is wrong with this installation."),
+    "token": Command(
+        "serve.rpc.credentials.cli:token", "Make a credential for a client of a server."
+    ),
+    "loadtest": Command(
+        "loadtest.cli:app", "Student against teacher under load: faster, worse?", "loadtest"
+    ),
+    # Only the folders that it is given need more than a client has.
+    "doctor": Command("tandem.doctor:doctor", "Say what is wrong with this installation.", "serve"),
 }
 
 
@@ -55,13 +67,17 @@ def build_app(arguments: Sequence[str], commands: Mapping[str, Command] = COMMAN
         pretty_exceptions_enable=False,
     )
     app.callback()(_global_options)
-    asked = next((word for word in arguments if not word.startswith("-")), None)
+    asked = _asked(arguments)
     for name, command in commands.items():
         if name == asked:
             _mount(app, name, command)
         else:
             app.command(name, help=command.summary)(_not_asked)
     return app
+
+
+def _asked(arguments: Sequence[str]) -> str | None:
+    return next((word for word in arguments if not word.startswith("-")), None)
 
 
 def _mount(app: typer.Typer, name: str, command: Command) -> None:
@@ -82,7 +98,7 @@ def _print_version(is_asked: bool) -> None:
         try:
             typer.echo(f"tandem {version('tandem')}")
         except PackageNotFoundError:
-            typer.echo("tandem, not installed: run `pip install -e '.[cpu]'`")
+            typer.echo(f"tandem, not installed: {install_command(CLIENT)}")
         raise typer.Exit
 
 
@@ -109,6 +125,14 @@ def main(
     except (UserError, TandemError) as error:
         print(f"tandem: {error}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, UserError) else 1)
+    except ModuleNotFoundError as error:
+        name = (error.name or "tandem").partition(".")[0]
+        if name in OWN_PACKAGES:
+            raise
+        asked = _asked(words) or ""
+        needed = f"{asked} needs {name}, which is not installed"
+        print(f"tandem: {needed}: {install_command(commands[asked].role)}", file=sys.stderr)
+        sys.exit(1)
 
 
 def with_text_behind_dashes(words: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """`tandem doctor`: what is wrong with this installation, and what to do about it.
 
-`gather` looks at the machine, `diagnose` judges what it saw; only the first touches anything.
+`tandem.installation` looks at the machine, `diagnose` judges what it saw and touches nothing.
 `examine` judges a bundle or a model's folder that is named, and loads nothing of it.
 """
 
@@ -8,14 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
-import os
-import platform
-import re
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping
-from importlib import metadata
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,10 +19,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from bundle.errors import UserError, one_line
+from bundle.errors import UsageError, UserError, one_line
+from tandem.installation import RUNTIMES, Environment, gather
+from tandem.roles import CLIENT, ROLES, install_command
 
-ROOT = Path(__file__).parents[1]
-REINSTALL = "pip install -c constraints.txt -e '.[cpu]'"
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 MIN_MEMORY_BYTES = 4 * 2**30
 
@@ -43,25 +37,6 @@ class Finding:
     subject: str
     message: str
     remedy: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Environment:
-    """What `diagnose` judges. Package names are canonical ("optimum-onnx")."""
-
-    python_version: str
-    requires_python: str
-    requirements: tuple[str, ...]
-    packages: Mapping[str, str]
-    dependencies: Mapping[str, tuple[str, ...]]  # what each installed package says it needs
-    import_errors: Mapping[str, str]
-    stubs_grpcio_version: str
-    cpu_model: str
-    cpu_flags: tuple[str, ...]
-    num_cores: int
-    memory_bytes: int
-    cuda_devices: tuple[str, ...]
-    execution_providers: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +68,15 @@ BAD_PAIRS = (
 # --- judging -------------------------------------------------------------------------------------
 
 
-def diagnose(environment: Environment) -> list[Finding]:
-    """Return every finding, in the order in which they are worth reading."""
+def diagnose(environment: Environment, required: Sequence[str] = (CLIENT,)) -> list[Finding]:
+    """Return every finding, in the order in which they are worth reading.
+
+    A role that is not installed is a problem if it is `required`, and else a note.
+    """
     return [
         *_check_python(environment),
-        *_check_requirements(environment),
+        *_check_roles(environment, {CLIENT, *required}),
+        *_check_versions(environment),
         *_check_onnxruntime(environment),
         *_check_pairs(environment),
         *_check_stubs(environment),
@@ -117,35 +96,57 @@ def _check_python(environment: Environment) -> Iterator[Finding]:
         yield Finding("problem", "python", f"{found} is not {allowed}", remedy)
 
 
-def _check_requirements(environment: Environment) -> Iterator[Finding]:
-    for requirement in filter(_applies, map(Requirement, environment.requirements)):
+def _check_roles(environment: Environment, required: Collection[str]) -> Iterator[Finding]:
+    for role in environment.requirements:
+        missing = _missing(environment, role)
+        if not missing:
+            yield Finding("ok", f"role {role}", "installed")
+        else:
+            level: Level = "problem" if role in required else "note"
+            message = f"is not installed; missing: {', '.join(missing)}"
+            yield Finding(level, f"role {role}", message, install_command(role))
+
+
+def _missing(environment: Environment, role: str) -> list[str]:
+    needed = (Requirement(text).name for text in environment.requirements[role])
+    return [name for name in needed if canonicalize_name(name) not in environment.packages]
+
+
+def _check_versions(environment: Environment) -> Iterator[Finding]:
+    for requirement in _wanted(environment):
         name = canonicalize_name(requirement.name)
         found = environment.packages.get(name)
         if found is None:
-            yield Finding("problem", name, f"is missing (needs {requirement})", REINSTALL)
-        elif not _is_within(found, str(requirement.specifier)):
-            yield Finding("problem", name, f"{found} is not {requirement.specifier}", REINSTALL)
-        else:
+            continue
+        if _is_within(found, str(requirement.specifier)):
             yield Finding("ok", name, found)
+        else:
+            remedy = f"pip install '{requirement}'"
+            yield Finding("problem", name, f"{found} is not {requirement.specifier}", remedy)
+
+
+def _wanted(environment: Environment) -> list[Requirement]:
+    """Return what any role needs, each requirement once."""
+    texts = (text for role in environment.requirements.values() for text in role)
+    return [Requirement(text) for text in dict.fromkeys(texts)]
 
 
 def _check_onnxruntime(environment: Environment) -> Iterator[Finding]:
-    names = ("onnxruntime", "onnxruntime-gpu")
-    installed = [name for name in names if name in environment.packages]
+    installed = sorted(RUNTIMES & environment.packages.keys())
     if len(installed) == 2:
         yield Finding(
             "problem",
             "onnxruntime",
             "onnxruntime and onnxruntime-gpu are both installed and overwrite one another's files",
-            "pip uninstall -y onnxruntime onnxruntime-gpu, then install '.[cpu]' or '.[gpu]'",
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then install 'tandem[cpu]' or '[gpu]'",
         )
-    elif not installed:
-        remedy = "pip install -c constraints.txt -e '.[cpu]' (or '.[gpu]')"
-        yield Finding("problem", "onnxruntime", "is missing: no student can be served", remedy)
-    else:
+    elif installed:
         providers = ", ".join(environment.execution_providers) or "none"
         found = environment.packages[installed[0]]
         yield Finding("ok", installed[0], f"{found}, execution providers: {providers}")
+    elif not _missing(environment, "serve"):
+        remedy = "pip install 'tandem[cpu]' (or 'tandem[gpu]', never both)"
+        yield Finding("problem", "onnxruntime", "is missing: no student can be served", remedy)
 
 
 def _check_pairs(environment: Environment) -> Iterator[Finding]:
@@ -170,7 +171,7 @@ def _check_stubs(environment: Environment) -> Iterator[Finding]:
 
 def _check_dependents(environment: Environment) -> Iterator[Finding]:
     """Other packages in this environment (vllm, tensorflow …) that pin what Tandem needs."""
-    ours = {canonicalize_name(Requirement(text).name) for text in environment.requirements}
+    ours = {canonicalize_name(requirement.name) for requirement in _wanted(environment)}
     for dependent, texts in sorted(environment.dependencies.items()):
         for requirement in filter(_applies, _parse(texts)):
             name = canonicalize_name(requirement.name)
@@ -181,7 +182,7 @@ def _check_dependents(environment: Environment) -> Iterator[Finding]:
                 and not _is_within(found, str(requirement.specifier))
             ):
                 message = f"needs {name}{requirement.specifier}, installed is {found}"
-                remedy = f"give {dependent} a virtual environment of its own, or: {REINSTALL}"
+                remedy = f"give {dependent} a virtual environment of its own"
                 yield Finding("problem", dependent, message, remedy)
 
 
@@ -207,12 +208,14 @@ def _check_hardware(environment: Environment) -> Iterator[Finding]:
 
 
 def _check_cuda(environment: Environment) -> Iterator[Finding]:
+    if "torch" not in environment.packages:
+        return
     if not environment.cuda_devices:
         yield Finding("ok", "cuda", "no device seen by torch; everything runs on the CPU")
         return
     yield Finding("ok", "cuda", ", ".join(environment.cuda_devices))
     if "CUDAExecutionProvider" not in environment.execution_providers:
-        remedy = "pip uninstall -y onnxruntime, then install '.[gpu]'"
+        remedy = "pip uninstall -y onnxruntime, then install 'tandem[gpu]'"
         yield Finding("note", "cuda", "the student cannot use it: no CUDAExecutionProvider", remedy)
 
 
@@ -242,87 +245,6 @@ def _is_within(version: str, specifier: str) -> bool:
         return SpecifierSet(specifier).contains(Version(version).public, prereleases=True)
     except InvalidVersion:
         return False
-
-
-# --- gathering -----------------------------------------------------------------------------------
-
-
-def gather() -> Environment:
-    """Look at this process and this machine; imports torch and onnxruntime (seconds)."""
-    requires_python, requirements = _project()
-    distributions = {
-        canonicalize_name(found.name): found for found in metadata.distributions() if found.name
-    }
-    devices, torch_error = _cuda_devices()
-    providers, onnxruntime_error = _execution_providers()
-    errors = {"torch": torch_error, "onnxruntime": onnxruntime_error}
-    return Environment(
-        python_version=platform.python_version(),
-        requires_python=requires_python,
-        requirements=requirements,
-        packages={name: found.version for name, found in distributions.items()},
-        dependencies={
-            name: tuple(found.requires or ())
-            for name, found in distributions.items()
-            if name != "tandem"
-        },
-        import_errors={name: error for name, error in errors.items() if error},
-        stubs_grpcio_version=_stubs_grpcio_version(),
-        cpu_model=_cpuinfo("model name") or platform.processor() or platform.machine(),
-        cpu_flags=tuple(_cpuinfo("flags").split()),
-        num_cores=os.cpu_count() or 1,
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        cuda_devices=devices,
-        execution_providers=providers,
-    )
-
-
-def _project(root: Path = ROOT) -> tuple[str, tuple[str, ...]]:
-    """The Python range and the requirements: from the checkout, else from what pip recorded."""
-    path = root / "pyproject.toml"
-    if path.exists():
-        project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
-        return project["requires-python"], tuple(project["dependencies"])
-    installed = metadata.distribution("tandem")
-    requirements = [text for text in installed.requires or () if "extra ==" not in text]
-    return installed.metadata["Requires-Python"], tuple(requirements)
-
-
-def _cuda_devices() -> tuple[tuple[str, ...], str]:
-    try:
-        torch = importlib.import_module("torch")
-    except Exception as error:  # whatever a broken installation raises is the finding
-        return (), _one_line(error)
-    count = torch.cuda.device_count()
-    return tuple(torch.cuda.get_device_name(index) for index in range(count)), ""
-
-
-def _execution_providers() -> tuple[tuple[str, ...], str]:
-    try:
-        onnxruntime = importlib.import_module("onnxruntime")
-        return tuple(onnxruntime.get_available_providers()), ""
-    except Exception as error:  # both packages in one folder fail in many ways
-        return (), _one_line(error)
-
-
-def _one_line(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"
-
-
-def _stubs_grpcio_version(stubs: Path = ROOT / "protos") -> str:
-    pattern = re.compile(r"^GRPC_GENERATED_VERSION = '([^']+)'", re.MULTILINE)
-    texts = (path.read_text(encoding="utf-8") for path in stubs.rglob("*_pb2_grpc.py"))
-    versions = [match[1] for text in texts if (match := pattern.search(text))]
-    return max(versions, key=Version, default="")
-
-
-def _cpuinfo(key: str, path: Path = Path("/proc/cpuinfo")) -> str:
-    """The value of a key of Linux' /proc/cpuinfo; empty on other systems."""
-    if not path.exists():
-        return ""
-    found = re.search(rf"^{key}\s*:\s*(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return found[1] if found else ""
 
 
 # --- folders ------------------------------------------------------------------------------------
@@ -371,15 +293,27 @@ def doctor(
         list[Path] | None,
         typer.Argument(help="Bundles, and folders of models, to be judged as well."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    role: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A role that must be installed: client, loadtest, serve or export. May be given "
+            "several times; by default only client must be."
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the findings as JSON; by default one per line."),
+    ] = False,
 ) -> None:
-    """Say what is wrong with this installation, and what to do about it.
+    """Say which roles are installed, what is wrong, and what to do about it.
 
     Folders that are named are read, not loaded: nothing in them is run, nothing is fetched.
 
     Exits with 1 when there is a problem.
     """
-    findings = [*diagnose(gather()), *map(examine, folders or ())]
+    for unknown in set(role or ()) - set(ROLES):
+        raise UsageError(f"--role {unknown}: the roles are {', '.join(ROLES)}")
+    findings = [*diagnose(gather(), role or ()), *map(examine, folders or ())]
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     else:

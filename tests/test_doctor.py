@@ -11,20 +11,19 @@ import pytest
 import typer
 
 from tandem import doctor
-from tandem.doctor import Environment, Finding, diagnose, gather, render
+from tandem.doctor import Finding, diagnose, render
+from tandem.installation import Environment, cpuinfo, find_stubs_grpcio_version, gather
 from tests.support.model_folders import TINY, write_model_folder
 from tests.support.tiny_bundle import make_tiny_bundle
 
 HEALTHY = Environment(
     python_version="3.11.7",
     requires_python=">=3.11,<3.13",
-    requirements=(
-        "torch>=2.8",
-        "transformers>=4.56,<4.58",
-        "protobuf>=6.31.1,<8",
-        "PyYAML>=6",
-        "tomli>=2; python_version < '3.11'",
-    ),
+    requirements={
+        "client": ("protobuf>=6.31.1,<8", "grpcio>=1.75"),
+        "loadtest": ("PyYAML>=6",),
+        "serve": ("torch>=2.8", "transformers>=4.56,<4.58", "PyYAML>=6"),
+    },
     packages={
         "torch": "2.13.0+cpu",
         "transformers": "4.57.6",
@@ -69,7 +68,7 @@ def test_healthy_environment_has_no_complaints() -> None:
     ("environment", "subject", "message"),
     [
         (with_facts(python_version="3.13.0"), "python", "3.13.0 is not >=3.11,<3.13"),
-        (with_packages(torch=None), "torch", "is missing (needs torch>=2.8)"),
+        (with_packages(protobuf=None), "role client", "is not installed; missing: protobuf"),
         (with_packages(torch="2.7.1+cu126"), "torch", "2.7.1+cu126 is not >=2.8"),
         (with_packages(torch="unknown"), "torch", "unknown is not >=2.8"),
         (with_packages(protobuf="8.0.0"), "protobuf", "8.0.0 is not <8,>=6.31.1"),
@@ -79,7 +78,7 @@ def test_healthy_environment_has_no_complaints() -> None:
             "onnxruntime",
             "onnxruntime and onnxruntime-gpu are both installed",
         ),
-        (with_packages(grpcio="1.74.0"), "grpcio", "older than the generated stubs"),
+        (with_packages(grpcio="1.75.0"), "grpcio", "older than the generated stubs"),
         (
             with_packages(grpcio_tools="1.85.1"),
             "grpcio-tools 1.85.1 + protobuf 6.33.6",
@@ -105,6 +104,20 @@ def test_problem_is_named_and_says_what_to_do(
     assert finding.subject == subject
     assert message in finding.message
     assert finding.remedy
+
+
+def test_role_that_is_not_installed_is_a_note() -> None:
+    environment = with_packages(torch=None, transformers=None, onnxruntime=None, optimum_onnx=None)
+    (finding,) = not_ok(environment)
+    message = "is not installed; missing: torch, transformers"
+    remedy = "pip install 'tandem[serve,cpu]'"
+    assert finding == Finding("note", "role serve", message, remedy)
+    assert Finding("ok", "role loadtest", "installed") in diagnose(environment)
+
+
+def test_role_that_is_required_and_not_installed_is_a_problem() -> None:
+    found = diagnose(with_packages(torch=None), required=["serve"])
+    assert [each.subject for each in found if each.level == "problem"] == ["role serve"]
 
 
 def test_transformers_too_new_for_the_exporter_is_a_bad_pair() -> None:
@@ -187,7 +200,7 @@ def test_json_holds_every_finding(
 def test_problem_exits_with_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "gather", lambda: with_packages(torch=None))
+    monkeypatch.setattr(doctor, "gather", lambda: with_packages(protobuf=None))
     with pytest.raises(typer.Exit) as exit_info:
         doctor.doctor()
     assert exit_info.value.exit_code == 1
@@ -214,31 +227,18 @@ def test_broken_library_is_a_finding_and_no_crash(monkeypatch: pytest.MonkeyPatc
     assert errors["torch"].startswith("ModuleNotFoundError: import of torch halted")
 
 
-def test_requirements_come_from_pip_where_there_is_no_checkout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "tandem-0.1.0.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: tandem\nVersion: 0.1.0\nRequires-Python: >=3.11\n"
-        "Requires-Dist: torch>=2.8\nRequires-Dist: onnxruntime>=1.23; extra == 'cpu'\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert doctor._project(tmp_path) == (">=3.11", ("torch>=2.8",))
-
-
 def test_system_without_cpuinfo_has_no_flags(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("model name\t: X\nflags\t\t: avx2 fma\n")
-    assert doctor._cpuinfo("flags", tmp_path / "cpuinfo") == "avx2 fma"
-    assert doctor._cpuinfo("Features", tmp_path / "cpuinfo") == ""
-    assert doctor._cpuinfo("flags", tmp_path / "missing") == ""
+    assert cpuinfo("flags", tmp_path / "cpuinfo") == "avx2 fma"
+    assert cpuinfo("Features", tmp_path / "cpuinfo") == ""
+    assert cpuinfo("flags", tmp_path / "missing") == ""
 
 
 def test_newest_stubs_decide(tmp_path: Path) -> None:
     for name, version in {"a": "1.75.1", "b": "1.100.0"}.items():
         (tmp_path / f"{name}_pb2_grpc.py").write_text(f"GRPC_GENERATED_VERSION = '{version}'\n")
-    assert doctor._stubs_grpcio_version(tmp_path) == "1.100.0"
-    assert doctor._stubs_grpcio_version(tmp_path / "none") == ""
+    assert find_stubs_grpcio_version(tmp_path) == "1.100.0"
+    assert find_stubs_grpcio_version(tmp_path / "none") == ""
 
 
 # --- folders that are named
