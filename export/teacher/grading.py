@@ -17,7 +17,7 @@ from estimators.answers import behind_reasoning, extract
 from estimators.canonical import canonicalise, comparable_values, is_same
 from export.teacher.task_sources import is_entry_solved
 from export.teacher.tasks import Task
-from serve.pair.answers.equivalence import AnswerWorker, Claim, NoResult, is_available
+from serve.pair.answers.equivalence import AnswerWorker, NoResult, WorkerClaim, is_available
 
 _TIMEOUT_S = 2.0
 # After so many comparisons without a result the rest is not made: a model that writes towers of
@@ -141,7 +141,7 @@ async def _compare(pairs: Iterable[_Values]) -> _Outcomes:
             if len(outcomes.undecided) >= _MAX_UNDECIDED:
                 outcomes.undecided.add(pair)
                 continue
-            async with worker.turn(Claim()) as turn:
+            async with worker.turn(WorkerClaim()) as turn:
                 outcome = await turn.equivalent(*pair)
             if isinstance(outcome, NoResult):
                 outcomes.undecided.add(pair)

@@ -1,4 +1,4 @@
-"""What Prometheus sees: names, labels and units of `design/api.md`, fed by engines and service.
+"""What Prometheus sees: names, labels and units, fed by engines, the pair and the service.
 
 Ratios are pairs of counters. Label values come from closed sets, never from a client's text. The
 registry is passed in; nothing here is global.
@@ -7,147 +7,39 @@ registry is passed in; nothing here is global.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry
 
-from serve.engine.sequence import FinishReason
-from serve.engine.stats import EngineObserver
+from serve.metrics.engine_metrics import EngineMetrics
+from serve.metrics.families import NATS, SHARES, MetricFamily
 from serve.pair.answers.equivalence import NoResult
-from serve.pair.answers.judge import Agreement
-from serve.pair.arm import SampleResult
+from serve.pair.answers.judge import Judgement
+from serve.pair.arm import ArmResult, SampleResult
 from serve.pair.divergence import SampleDivergence
+from serve.pair.observer import PairObserver, ShadowOutcome
+from serve.pair.request import GenerationSpec
 from serve.pair.served import Role, ServedModel
 
-_PREFIX = "tandem"
-# 0.5 ms (a small student decodes a token in a few) to 10 min.
-_SECONDS = (
-    0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2,
-    0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0,
-)  # fmt: skip
-_NATS = (-2.0, -1.0, -0.5, -0.2, -0.1, 0.0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
-_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-
-# Closed sets whose series exist from the start, so that a rate sees the first event.
-SHADOW_OUTCOMES = ("compared", "dropped", "error", "deadline")
+# A closed set whose series exist from the start, so that a rate sees the first event.
 REJECTION_REASONS = ("queue_full", "draining", "unauthenticated", "peer_limit")
-WASTE_REASONS = (
-    FinishReason.CANCELLED,
-    FinishReason.DEADLINE,
-    FinishReason.ERROR,
-    FinishReason.SHUTDOWN,
-)
 
 
-class _Uncreated(Collector):
-    """A registry's view of a metric: without its `_created` series, and claiming no names.
-
-    The contract has both a histogram `divergence_nats` and a counter `divergence_nats_sum_total`.
-    In the text format their series differ; prometheus_client's registry takes them for a clash.
-    """
-
-    def __init__(self, metric: Collector) -> None:
-        self._metric = metric
-
-    def collect(self) -> Iterable[Metric]:
-        for family in self._metric.collect():
-            family.samples = [s for s in family.samples if not s.name.endswith("_created")]
-            yield family
-
-
-class _Family:
-    """Makes metrics with the common prefix and registers them."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
-
-    def _register(self, metric: Any) -> Any:
-        self._registry.register(_Uncreated(metric))
-        return metric
-
-    def counter(self, name: str, text: str, *labels: str) -> Counter:
-        metric: Counter = self._register(Counter(f"{_PREFIX}_{name}", text, labels, registry=None))
-        return metric
-
-    def gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        metric: Gauge = self._register(Gauge(f"{_PREFIX}_{name}", text, labels, registry=None))
-        return metric
-
-    def histogram(
-        self, name: str, text: str, *labels: str, buckets: tuple[float, ...] = _SECONDS
-    ) -> Histogram:
-        metric: Histogram = self._register(
-            Histogram(f"{_PREFIX}_{name}", text, labels, buckets=buckets, registry=None)
-        )
-        return metric
-
-
-class EngineMetrics(EngineObserver):
-    """What one engine reports; called on its thread."""
-
-    def __init__(self, metrics: ServerMetrics, role: Role) -> None:
-        label = role.value
-        self._steps = {
-            phase: metrics.engine_step.labels(label, phase)
-            for phase in ("prefill", "decode", "score")
-        }
-        self._finished = {
-            reason: metrics.samples.labels(label, reason.value) for reason in FinishReason
-        }
-        self._wasted = {
-            reason: metrics.wasted_tokens.labels(label, reason.value) for reason in WASTE_REASONS
-        }
-        self._host = metrics.engine_host.labels(label)
-        self._batch_size = metrics.batch_size.labels(label)
-        self._ttft = metrics.time_to_first_token.labels(label)
-        self._queue = metrics.request_queue.labels(label)
-        self._itl = metrics.inter_token_latency.labels(label)
-        self._prompt_tokens = metrics.prompt_tokens.labels(label)
-        self._cached_prompt_tokens = metrics.cached_prompt_tokens.labels(label)
-        self._generation_tokens = metrics.generation_tokens.labels(label)
-
-    def on_step(self, phase: str, batch_size: int, step_s: float, host_s: float) -> None:
-        self._steps[phase].observe(step_s)
-        self._host.observe(host_s)
-        self._batch_size.set(batch_size)
-
-    def on_first_token(self, ttft_s: float, queue_s: float) -> None:
-        self._ttft.observe(ttft_s)
-        self._queue.observe(queue_s)
-
-    def on_token_interval(self, itl_s: float, count: int) -> None:
-        for _ in range(count):
-            self._itl.observe(itl_s)
-
-    def on_prompt(self, num_tokens: int, num_cached: int) -> None:
-        self._prompt_tokens.inc(num_tokens)
-        self._cached_prompt_tokens.inc(num_cached)
-
-    def on_tokens(self, num_tokens: int) -> None:
-        self._generation_tokens.inc(num_tokens)
-
-    def on_finished(self, finish_reason: FinishReason) -> None:
-        self._finished[finish_reason].inc()
-
-    def on_wasted(self, finish_reason: FinishReason, num_tokens: int) -> None:
-        self._wasted[finish_reason].inc(num_tokens)
-
-
-class ServerMetrics:
-    """All metrics of one server, on one registry."""
+class ServerMetrics(PairObserver):
+    """All metrics of one server, on one registry. Engines report to an `observer` each."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self._models: list[ServedModel] = []
-        family = _Family(registry)
+        family = MetricFamily(registry)
         self._define_requests(family)
         self._define_engines(family)
-        self._define_quality(family)
+        self._define_tokens(family)
+        self._define_models(family)
+        self._define_divergences(family)
+        self._define_answers(family)
 
-    def _define_requests(self, family: _Family) -> None:
+    def _define_requests(self, family: MetricFamily) -> None:
         self.requests = family.counter(
             "requests_total", "Calls by how they ended.", "rpc", "route", "code", "task"
         )
@@ -162,15 +54,15 @@ class ServerMetrics:
         self.shadow = family.counter(
             "shadow_total", "Comparisons behind an answer, by how they ended.", "outcome"
         )
-        for outcome in SHADOW_OUTCOMES:
-            self.shadow.labels(outcome)
+        for outcome in ShadowOutcome:
+            self.shadow.labels(outcome.value)
         self.draining = family.gauge("draining", "1 while the server takes no new work.")
         self.build_info = family.gauge("build_info", "Always 1.", "version")
         self.model_info = family.gauge(
             "model_info", "Always 1.", "role", "backend", "device", "precision", "manifest"
         )
 
-    def _define_engines(self, family: _Family) -> None:
+    def _define_engines(self, family: MetricFamily) -> None:
         self.samples = family.counter(
             "samples_total", "Samples by how they ended.", "role", "finish_reason"
         )
@@ -191,6 +83,8 @@ class ServerMetrics:
         self.engine_host = family.histogram(
             "engine_host_seconds", "The part of a step that is not the model.", "role"
         )
+
+    def _define_tokens(self, family: MetricFamily) -> None:
         self.prompt_tokens = family.counter("prompt_tokens_total", "Prompt tokens.", "role")
         self.cached_prompt_tokens = family.counter(
             "cached_prompt_tokens_total", "Those of them that were cached.", "role"
@@ -204,13 +98,14 @@ class ServerMetrics:
             "role",
             "reason",
         )
+
+    def _define_models(self, family: MetricFamily) -> None:
         self.batch_size = family.gauge("batch_size", "Sequences in the last step.", "role")
         self.sequences_running = family.gauge("sequences_running", "Samples with a slot.", "role")
         self.sequences_waiting = family.gauge("sequences_waiting", "Queued work.", "role")
         self.kv_slots_used_ratio = family.gauge(
             "kv_slots_used_ratio", "Slots of the KV cache in use, 0 to 1.", "role"
         )
-
         self.ledger_imbalance = family.gauge(
             "ledger_imbalance", "Work that engines took and cannot account for; not 0: a bug."
         )
@@ -224,13 +119,13 @@ class ServerMetrics:
             "remote_calls_total", "Calls of a teacher elsewhere, by how they ended.", "rpc", "code"
         )
 
-    def _define_quality(self, family: _Family) -> None:
+    def _define_divergences(self, family: MetricFamily) -> None:
         divergence_labels = ("estimator", "policy", "task")
         self.divergence_nats = family.histogram(
             "divergence_nats",
             "A sample's mean divergence from the other model, nats per token; has no sum.",
             *divergence_labels,
-            buckets=_NATS,
+            buckets=NATS,
         )
         self.divergence_sum = family.counter(
             "divergence_nats_sum_total", "Divergence summed over tokens, nats.", *divergence_labels
@@ -253,6 +148,8 @@ class ServerMetrics:
         self.predicted_acceptance = family.counter(
             "predicted_acceptance_sum_total", "1 - total variation, over positions.", "task"
         )
+
+    def _define_answers(self, family: MetricFamily) -> None:
         self.consensus = family.counter(
             "consensus_total", "Pairs of votes by outcome.", "outcome", "task"
         )
@@ -262,7 +159,7 @@ class ServerMetrics:
         for reason in NoResult:
             self.answers_undecided.labels(reason.value)
         self.vote_share = family.histogram(
-            "consensus_vote_share", "The winner's part of the votes.", "role", buckets=_SHARES
+            "consensus_vote_share", "The winner's part of the votes.", "role", buckets=SHARES
         )
         pass_at_k_labels = ("role", "k", "reference", "task")
         self.pass_at_k_sum = family.counter(
@@ -284,7 +181,7 @@ class ServerMetrics:
         """
         role, engine = model.role.value, model.engine
         self._models.append(model)
-        self.model_up.labels(role).set_function(_reader(model, "is_alive"))
+        self.model_up.labels(role).set_function(lambda: model.is_alive)
         if model.address:
             self.request_duration.labels(role)
             return
@@ -292,20 +189,31 @@ class ServerMetrics:
         self.model_info.labels(
             role, info.backend, info.device, info.precision, model.manifest_sha256
         ).set(1)
-        self.sequences_running.labels(role).set_function(_reader(model, "num_running"))
-        self.sequences_waiting.labels(role).set_function(_reader(model, "num_waiting"))
+        self.sequences_running.labels(role).set_function(lambda: engine.load().num_running)
+        self.sequences_waiting.labels(role).set_function(lambda: engine.load().num_waiting)
         self.kv_slots_used_ratio.labels(role).set_function(
             lambda: engine.load().num_running / info.max_num_seqs
         )
 
-    def on_divergence(self, sample: SampleResult, task: str, *, is_truncated: bool) -> None:
-        """Count a sample's divergence; a sample without one changes nothing."""
-        divergence = sample.divergence
-        if divergence is None:
-            return
+    def on_drain(self) -> None:
+        self.draining.set(1)
+
+    def on_shadow(self, outcome: ShadowOutcome) -> None:
+        self.shadow.labels(outcome.value).inc()
+
+    def on_arm(self, arm: ArmResult, duration_s: float) -> None:
+        self.request_duration.labels(arm.role.value).observe(duration_s)
+
+    def on_divergences(self, samples: Sequence[SampleResult], spec: GenerationSpec) -> None:
+        task, is_truncated = spec.evaluation.task, spec.sampling.is_truncated
+        for divergence in (s.divergence for s in samples if s.divergence is not None):
+            self.divergence_truncated.labels(divergence.policy.value).inc(int(is_truncated))
+            self._on_estimates(divergence, task)
+            self._on_exact(divergence, task)
+
+    def _on_estimates(self, divergence: SampleDivergence, task: str) -> None:
         summary, policy = divergence.summary, divergence.policy.value
         self.divergence_nonfinite.labels(policy).inc(summary.nonfinite_tokens)
-        self.divergence_truncated.labels(policy).inc(int(is_truncated))
         means = {"k1": summary.k1_mean, "k2": summary.k2_mean, "k3": summary.k3_mean}
         for estimator, mean in means.items():
             if mean is not None:
@@ -313,7 +221,6 @@ class ServerMetrics:
         labels = ("k3", policy, task)
         self.divergence_sum.labels(*labels).inc(summary.k3_sum)
         self.divergence_tokens.labels(*labels).inc(summary.num_finite_tokens)
-        self._on_exact(divergence, task)
 
     def _on_exact(self, divergence: SampleDivergence, task: str) -> None:
         exact, num_tokens = divergence.exact, divergence.summary.num_tokens
@@ -328,23 +235,19 @@ class ServerMetrics:
             self.divergence_sum.labels(*labels).inc(exact.kl_mean * num_tokens)
             self.divergence_tokens.labels(*labels).inc(num_tokens)
 
-    def on_agreement(self, agreement: Agreement, task: str) -> None:
+    def on_judgement(self, judgement: Judgement, task: str) -> None:
         """Count votes, pass@k and what is undecided; models without a vote are left out."""
-        for reason, count in agreement.undecided.items():
+        for reason, count in judgement.undecided.items():
             self.answers_undecided.labels(reason.value).inc(count)
-        if agreement.outcome is not None:
-            self.consensus.labels(agreement.outcome.value, task).inc()
-        for role, vote in agreement.votes.items():
+        if judgement.outcome is not None:
+            self.consensus.labels(judgement.outcome.value, task).inc()
+        for role, vote in judgement.votes.items():
             if vote.share is not None:
                 self.vote_share.labels(role.value).observe(vote.share)
-        if agreement.reference_kind is None:
+        if judgement.reference_kind is None:
             return
-        for role, by_k in agreement.pass_at_k.items():
+        for role, by_k in judgement.pass_at_k.items():
             for k, value in by_k.items():
-                labels = (role.value, str(k), agreement.reference_kind.value, task)
+                labels = (role.value, str(k), judgement.reference_kind.value, task)
                 self.pass_at_k_sum.labels(*labels).inc(value)
                 self.pass_at_k_prompts.labels(*labels).inc()
-
-
-def _reader(model: ServedModel, name: str) -> Callable[[], float]:
-    return lambda: float(getattr(model.engine.load(), name))

@@ -16,7 +16,6 @@ from typing import Any
 from serve.engine.mail import Mailbox
 from serve.engine.scoring import ScoringRequest
 from serve.errors import AbortedError, DrainingError, UnknownRequestError
-from serve.metrics.server_metrics import ServerMetrics
 from serve.pair.admission import (
     check_capacity,
     check_known,
@@ -25,7 +24,7 @@ from serve.pair.admission import (
     tokenize_completions,
 )
 from serve.pair.answers.formats import starts_in_reasoning
-from serve.pair.answers.judge import Agreement, Case, Judge
+from serve.pair.answers.judge import Case, Judge, Judgement
 from serve.pair.arm import (
     ArmJob,
     ArmResult,
@@ -36,6 +35,7 @@ from serve.pair.arm import (
     run_second_arm,
 )
 from serve.pair.divergence import CompletionScore, score_with_models
+from serve.pair.observer import PairObserver
 from serve.pair.request import GenerationSpec, Limits, Prompt, ScoreSpec
 from serve.pair.routing import (
     Route,
@@ -55,11 +55,11 @@ RunArm = Callable[[ArmJob, OnChunk], Awaitable[ArmResult]]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class GenerationAnswer:
     """What the models made of one prompt: the arms, the first one's first, and what they say."""
 
     arms: list[ArmResult]
-    agreement: Agreement | None
+    agreement: Judgement | None
 
     @property
     def is_whole(self) -> bool:
@@ -105,7 +105,7 @@ class Coordinator:
         self,
         engines: Engines,
         limits: Limits,
-        metrics: ServerMetrics,
+        observer: PairObserver,
         policy: TrafficPolicy,
         shadows: Shadows,
         judge: Judge,
@@ -113,7 +113,7 @@ class Coordinator:
         self.engines = engines
         self.limits = limits
         self.policy = policy
-        self._metrics = metrics
+        self._observer = observer
         self._shadows = shadows
         self._judge = judge
         self._mailbox = Mailbox()
@@ -135,7 +135,7 @@ class Coordinator:
     async def drain(self, grace_s: float) -> None:
         """Refuse new work, and wait for what runs, but no longer than the grace."""
         self._is_draining = True
-        self._metrics.draining.set(1)
+        self._observer.on_drain()
         async with running(self._idle.wait()) as tasks:
             await asyncio.wait(tasks, timeout=grace_s)
         await self._shadows.stop()
@@ -172,7 +172,7 @@ class Coordinator:
         deadline_s: float | None = None,
         tenant: str = "",
         peer: str = "",
-    ) -> Answer:
+    ) -> GenerationAnswer:
         """Have one or both models answer; `on_chunk` and `on_arm` see the parts as they come.
 
         Raises:
@@ -188,12 +188,12 @@ class Coordinator:
             ]
             async with running(*arms_to_run) as tasks:
                 arms = await asyncio.gather(*tasks)
-            agreement = await self._judge.judge(spec.evaluation, arms, case)
-        if agreement is not None:
-            self._metrics.on_agreement(agreement, spec.evaluation.task)
+            judgement = await self._judge.judge(spec.evaluation, arms, case)
+        if judgement is not None:
+            self._observer.on_judgement(judgement, spec.evaluation.task)
         if arms[0].role is first.model.role:
             self._shadow(first, arms[0])
-        return Answer(arms, agreement)
+        return GenerationAnswer(arms, judgement)
 
     async def score(
         self,
@@ -325,16 +325,12 @@ class Coordinator:
     ) -> ArmResult:
         started_s = time.monotonic()
         result = await run(job, on_chunk)
-        role, spec = result.role.value, job.spec
-        self._metrics.request_duration.labels(role).observe(time.monotonic() - started_s)
-        for sample in result.samples:
-            self._metrics.on_divergence(
-                sample, spec.evaluation.task, is_truncated=spec.sampling.is_truncated
-            )
+        self._observer.on_arm(result, time.monotonic() - started_s)
+        self._observer.on_divergences(result.samples, job.spec)
         tokenizer = job.model.tokenizer
         await self._judge.read_answers(
             result.samples,
-            spec.evaluation,
+            job.spec.evaluation,
             case,
             starts_in_reasoning=starts_in_reasoning(job.prompt_token_ids, tokenizer),
             read_text=partial(_text_with_reasoning, tokenizer),

@@ -108,7 +108,7 @@ def from_score(response: pb.ScoreResponse, request: ScoringRequest) -> list[Scor
     ]
 
 
-class Answer:
+class AnswerEvents:
     """Turns the responses of one Generate call into events: each sample ends exactly once.
 
     Its methods raise EngineFailedError for responses that are no answer: samples that were not

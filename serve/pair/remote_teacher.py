@@ -35,7 +35,7 @@ from serve.engine.scoring import (
 from serve.engine.sequence import EventSink, FinishReason, GenerationRequest
 from serve.errors import AbortedError, EngineStoppedError
 from serve.models.backend import ModelInfo
-from serve.pair.remote_messages import ROLE, Answer, from_score, to_generate, to_score
+from serve.pair.remote_messages import ROLE, AnswerEvents, from_score, to_generate, to_score
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class RemoteTeacher:
                 call.task.cancel()
 
     async def _generate(self, request: GenerationRequest, sink: EventSink, call: _Call) -> None:
-        answer = Answer(request.sampling.num_samples)
+        answer = AnswerEvents(request.sampling.num_samples)
         reason, text = FinishReason.ERROR, "the stream of the teacher's server ended too early"
         try:
             with self._explained(call):

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from serve.errors import DeadlineError, EngineStoppedError, QueueFullError
-from serve.metrics.server_metrics import ServerMetrics
 from serve.pair.arm import ArmJob, SampleResult, score_samples
+from serve.pair.observer import PairObserver, ShadowOutcome
 from serve.pair.served import Role, ServedModel
 
 logger = logging.getLogger(__name__)
@@ -27,8 +27,8 @@ class Shadows:
     At most `max_pending` wait or run; each has `timeout_s` from its offer on.
     """
 
-    def __init__(self, metrics: ServerMetrics, max_pending: int, timeout_s: float) -> None:
-        self._metrics = metrics
+    def __init__(self, observer: PairObserver, max_pending: int, timeout_s: float) -> None:
+        self._observer = observer
         self._max_pending = max_pending
         self._timeout_s = timeout_s
         self._tasks: set[asyncio.Task[None]] = set()
@@ -41,7 +41,7 @@ class Shadows:
     def offer(self, job: ArmJob, reference: ServedModel, samples: Sequence[SampleResult]) -> None:
         """Have `reference` score copies of the samples, or drop and count them."""
         if len(self._tasks) >= self._max_pending:
-            self._metrics.shadow.labels("dropped").inc()
+            self._observer.on_shadow(ShadowOutcome.DROPPED)
             return
         # Exact divergences would need a pass of the model that answers.
         spec = replace(job.spec, divergence=replace(job.spec.divergence, exact=False))
@@ -60,27 +60,28 @@ class Shadows:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self, job: ArmJob, reference: ServedModel, samples: list[SampleResult]) -> None:
-        outcome = "dropped"
+        outcome = ShadowOutcome.DROPPED
         try:
             outcome = await self._score(job, reference, samples)
         finally:
-            self._metrics.shadow.labels(outcome).inc()
+            self._observer.on_shadow(outcome)
 
-    async def _score(self, job: ArmJob, reference: ServedModel, samples: list[SampleResult]) -> str:
+    async def _score(
+        self, job: ArmJob, reference: ServedModel, samples: list[SampleResult]
+    ) -> ShadowOutcome:
         """Return the outcome; the divergences are counted."""
         try:
             async with asyncio.timeout(self._timeout_s), self._turns[reference.role]:
                 await score_samples(job, reference, samples)
         except (QueueFullError, EngineStoppedError):
-            return "dropped"
+            return ShadowOutcome.DROPPED
         except (DeadlineError, TimeoutError):
-            return "deadline"
+            return ShadowOutcome.DEADLINE
         except Exception:
             # A shadow has nobody to tell: the log is where its failure can be found.
             logger.exception("a shadow of the %s failed", reference.role.value)
-            return "error"
-        for sample in samples:
-            self._metrics.on_divergence(
-                sample, job.spec.evaluation.task, is_truncated=job.spec.sampling.is_truncated
-            )
-        return "error" if any(sample.divergence_error for sample in samples) else "compared"
+            return ShadowOutcome.ERROR
+        self._observer.on_divergences(samples, job.spec)
+        if any(sample.divergence_error for sample in samples):
+            return ShadowOutcome.ERROR
+        return ShadowOutcome.COMPARED

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from estimators.consensus import Vote
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.engine.scoring import ScoringRequest
-from serve.pair.answers.judge import Agreement
+from serve.pair.answers.judge import Judgement
 from serve.pair.arm import ArmResult, Chunk, SampleResult, TopLogprobs
 from serve.pair.divergence import CompletionScore, SampleDivergence
 from serve.pair.remote_teacher import RemoteTeacher
@@ -105,7 +105,7 @@ def to_divergence(
     )
 
 
-def to_agreement(agreement: Agreement) -> pb.Agreement:
+def to_agreement(agreement: Judgement) -> pb.Agreement:
     kind = agreement.reference_kind
     message = pb.Agreement(
         student=_vote(agreement.votes.get(Role.STUDENT)),

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from estimators.canonical import comparable_values, group, is_same
-from serve.pair.answers.equivalence import NoResult, Turn
+from serve.pair.answers.equivalence import NoResult, WorkerTurn
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,9 @@ class AnswerClasses:
     undecided: dict[str, NoResult] = field(default_factory=dict)
 
 
-async def matches(gold: str, answers: Iterable[str], turn: Turn) -> dict[str, bool | NoResult]:
+async def matches(
+    gold: str, answers: Iterable[str], turn: WorkerTurn
+) -> dict[str, bool | NoResult]:
     """Say of each answer whether it is the same as the gold one."""
     return {
         answer: is_same(gold, answer) or await _is_equivalent(gold, answer, turn)
@@ -32,7 +34,7 @@ async def matches(gold: str, answers: Iterable[str], turn: Turn) -> dict[str, bo
     }
 
 
-async def classify(answers: Iterable[str], turn: Turn) -> AnswerClasses:
+async def classify(answers: Iterable[str], turn: WorkerTurn) -> AnswerClasses:
     """Compare every distinct answer with the first ones of the classes so far."""
     classes = AnswerClasses()
     stands_for = group(answers)
@@ -48,7 +50,9 @@ async def classify(answers: Iterable[str], turn: Turn) -> AnswerClasses:
     return classes
 
 
-async def _first_same(candidates: Iterable[str], answer: str, turn: Turn) -> str | NoResult | None:
+async def _first_same(
+    candidates: Iterable[str], answer: str, turn: WorkerTurn
+) -> str | NoResult | None:
     """Return the first candidate that is equivalent; else whether that is certain."""
     missing: NoResult | None = None
     for candidate in candidates:
@@ -60,6 +64,6 @@ async def _first_same(candidates: Iterable[str], answer: str, turn: Turn) -> str
     return missing
 
 
-async def _is_equivalent(a: str, b: str, turn: Turn) -> bool | NoResult:
+async def _is_equivalent(a: str, b: str, turn: WorkerTurn) -> bool | NoResult:
     values = comparable_values(a, b)
     return False if values is None else await turn.equivalent(*values)

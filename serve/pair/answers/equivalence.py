@@ -6,8 +6,9 @@ memory limit. A job that exceeds one, or takes the child down, has a `NoResult`,
 answer of "no"; the child is replaced for the next one.
 
 There is one child for all requests: each has a turn of bounded length, tenants alternate, and what
-a request may have in all is its `Claim`. `AnswerWorker` lives on one asyncio loop, which it never
-blocks.
+a request may have in all is its `WorkerClaim`. `AnswerWorker` lives on one asyncio loop, which it
+never blocks. It is not pebble's pool: the child of that imports the server's main module, torch
+with it, before it has a limit, and a start that fails ends the pool for good.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class NoResult(enum.Enum):
 
 
 @dataclass(slots=True)
-class Claim:
+class WorkerClaim:
     """What one request has of the worker, over all its turns.
 
     `deadline_s` is on the monotonic clock, None when there is none. `used_s` is the child's time so
@@ -111,9 +112,9 @@ class AnswerWorker:
         self._child: _Child | None = None
         self._is_stopped = False
 
-    def turn(self, claim: Claim) -> Turn:
+    def turn(self, claim: WorkerClaim) -> WorkerTurn:
         """Return the request's next turn, to be entered; it begins with the first job."""
-        return Turn(self, claim)
+        return WorkerTurn(self, claim)
 
     async def stop(self) -> None:
         """End the child and what it does; jobs that wait, and later ones, have no results."""
@@ -124,7 +125,7 @@ class AnswerWorker:
         await self._end_child()
         self._lock.release()
 
-    async def begin(self, claim: Claim) -> NoResult | None:
+    async def begin(self, claim: WorkerClaim) -> NoResult | None:
         """Wait for a turn; return why there is none. `end` ends it."""
         if self._lock.num_waiting(claim.tenant) >= self._max_waiting:
             return NoResult.DROPPED
@@ -147,7 +148,7 @@ class AnswerWorker:
     def end(self) -> None:
         self._lock.release()
 
-    async def run(self, claim: Claim, name: str, arguments: tuple[str, ...]) -> Any:
+    async def run(self, claim: WorkerClaim, name: str, arguments: tuple[str, ...]) -> Any:
         """Return what the child's function makes of the arguments, or a NoResult.
 
         Only for who has the turn. Starting the child takes of the deadline, not of the claim.
@@ -165,7 +166,9 @@ class AnswerWorker:
             await self._end_child()  # it is at work for nobody
             raise
 
-    async def _ask(self, child: _Child, claim: Claim, name: str, arguments: tuple[str, ...]) -> Any:
+    async def _ask(
+        self, child: _Child, claim: WorkerClaim, name: str, arguments: tuple[str, ...]
+    ) -> Any:
         max_s = min(self._timeout_s, _MAX_JOB_TIMES * self._timeout_s - claim.used_s)
         began_s = time.monotonic()
         try:
@@ -173,7 +176,7 @@ class AnswerWorker:
         finally:
             claim.used_s += time.monotonic() - began_s
 
-    def _why_not(self, claim: Claim) -> NoResult | None:
+    def _why_not(self, claim: WorkerClaim) -> NoResult | None:
         if self._is_stopped:
             return NoResult.DROPPED
         left_s = claim.seconds_left()
@@ -192,7 +195,7 @@ class AnswerWorker:
         await self._child.prepare(name)
         return self._child
 
-    async def _give_up(self, claim: Claim, reason: NoResult, error: Exception) -> NoResult:
+    async def _give_up(self, claim: WorkerClaim, reason: NoResult, error: Exception) -> NoResult:
         await self._end_child()
         if self._is_stopped:
             return NoResult.DROPPED
@@ -208,19 +211,19 @@ class AnswerWorker:
             await child.end()
 
 
-class Turn:
+class WorkerTurn:
     """The worker at one request's disposal while the block lasts: `async with worker.turn(claim)`.
 
     The first job waits for the child, so that a request without jobs waits for nobody; one that
     failed goes behind the others before its next job.
     """
 
-    def __init__(self, worker: AnswerWorker, claim: Claim) -> None:
+    def __init__(self, worker: AnswerWorker, claim: WorkerClaim) -> None:
         self._worker = worker
         self._claim = claim
         self._is_begun = False
 
-    async def __aenter__(self) -> Turn:
+    async def __aenter__(self) -> WorkerTurn:
         return self
 
     async def __aexit__(

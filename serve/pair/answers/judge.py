@@ -18,7 +18,13 @@ from estimators.canonical import canonicalise, is_same
 from estimators.consensus import Vote
 from estimators.pass_at_k import pass_at_k
 from serve.pair.answers.classes import classify, matches
-from serve.pair.answers.equivalence import AnswerWorker, Claim, NoResult, Turn, check_available
+from serve.pair.answers.equivalence import (
+    AnswerWorker,
+    NoResult,
+    WorkerClaim,
+    WorkerTurn,
+    check_available,
+)
 from serve.pair.arm import ArmResult, SampleResult
 from serve.pair.request import AnswerMatch, EvaluationSpec
 from serve.pair.served import Role
@@ -41,7 +47,7 @@ class ConsensusOutcome(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class Judgement:
     """Votes and pass@k by model. Models of which a sample failed or is undecided are left out.
 
     `undecided` counts the samples of which the worker could not say what they answer, whether that
@@ -74,7 +80,7 @@ class Agreement:
 
 
 @dataclass(slots=True)
-class Case(Claim):
+class Case(WorkerClaim):
     """One request before the judge: its claim on the worker, and its samples without a result."""
 
     undecided: dict[tuple[Role, int], NoResult] = field(default_factory=dict)
@@ -137,7 +143,7 @@ class Judge:
 
     async def judge(
         self, evaluation: EvaluationSpec, arms: Sequence[ArmResult], case: Case
-    ) -> Agreement | None:
+    ) -> Judgement | None:
         """Vote and estimate pass@k on answers that were read; None when none are extracted.
 
         What pass@k counts are samples that are `correct`, or without a reference answer, those that
@@ -156,16 +162,16 @@ class Judge:
         if evaluation.reference_answer is not None:
             outcomes = {role: [bool(s.correct) for s in of] for role, of in read.items()}
             rates = _pass_at_k(outcomes, evaluation.pass_at_k)
-            return Agreement(votes, rates, ReferenceKind.GOLD, undecided)
+            return Judgement(votes, rates, ReferenceKind.GOLD, undecided)
         majority = votes[Role.TEACHER].answer if Role.TEACHER in votes else None
         if majority is None:
-            return Agreement(votes, {}, None, undecided)
+            return Judgement(votes, {}, None, undecided)
         outcomes = {
             role: [a is not None and is_same(a, majority) for a in of]
             for role, of in answers.items()
         }
         rates = _pass_at_k(outcomes, evaluation.pass_at_k)
-        return Agreement(votes, rates, ReferenceKind.TEACHER_CONSENSUS, undecided)
+        return Judgement(votes, rates, ReferenceKind.TEACHER_CONSENSUS, undecided)
 
     async def _extract(
         self,
@@ -173,7 +179,7 @@ class Judge:
         texts: Iterable[str],
         answer_format: str,
         case: Case,
-        turn: Turn,
+        turn: WorkerTurn,
     ) -> None:
         pattern = self._formats.get(answer_format)
         for sample, text in zip(samples, texts, strict=True):
@@ -211,7 +217,7 @@ class Judge:
 
 
 async def _grade(
-    gold: str, samples: Sequence[SampleResult], match: AnswerMatch, case: Case, turn: Turn
+    gold: str, samples: Sequence[SampleResult], match: AnswerMatch, case: Case, turn: WorkerTurn
 ) -> None:
     """Set `correct` where that is known. An absent answer is wrong."""
     answers = [sample.answer for sample in samples if sample.answer is not None]

@@ -17,7 +17,7 @@ from serve.client.failures import PUSHBACK_KEY, explain, retry_delay_s
 from serve.engine.scoring import ScoringRequest
 from serve.engine.sequence import Event, FinishedEvent, FinishReason, TokenEvent
 from serve.errors import EngineFailedError, QueueFullError
-from serve.pair.remote_messages import ROLE, Answer, from_score
+from serve.pair.remote_messages import ROLE, AnswerEvents, from_score
 from serve.pair.remote_teacher import teacher_of
 from serve.rpc.statuses import status_of
 
@@ -47,7 +47,7 @@ class Ended(grpc.RpcError):
 
 def generate(data: bytes) -> None:
     """Take responses, each behind a byte with its length: every sample ends once."""
-    answer, events = Answer(NUM_SAMPLES), list[Event]()
+    answer, events = AnswerEvents(NUM_SAMPLES), list[Event]()
     with contextlib.suppress(DecodeError, EngineFailedError):
         while data:
             events += answer.take(pb.GenerateResponse.FromString(data[1 : 1 + data[0]]))

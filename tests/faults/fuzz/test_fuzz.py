@@ -131,7 +131,7 @@ def test_another_exception_is_found(
 
 
 def test_answers_that_end_twice_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzz_answers.Answer, "end", lambda *_: [])
+    monkeypatch.setattr(fuzz_answers.AnswerEvents, "end", lambda *_: [])
     with pytest.raises(AssertionError):
         fuzz_answers.check(b"\0")
 

@@ -12,7 +12,7 @@ import pytest
 from serve.engine.engine import Engine
 from serve.engine.runner import Runner
 from serve.engine.sequence import Event, TokenEvent
-from serve.pair.remote_messages import Answer
+from serve.pair.remote_messages import AnswerEvents
 from serve.pair.remote_teacher import RemoteTeacher
 from serve.rpc.replay import RunKey
 from tests.faults import rig
@@ -60,9 +60,9 @@ def keep_slots() -> list[Any]:
 
 def break_teacher_elsewhere() -> list[Any]:
     """Have it drop tokens, repeat others, and keep its calls."""
-    take, run, numbers = Answer.take, RemoteTeacher._run, itertools.count(1)
+    take, run, numbers = AnswerEvents.take, RemoteTeacher._run, itertools.count(1)
 
-    def breaking(answer: Answer, response: Any) -> list[Event]:
+    def breaking(answer: AnswerEvents, response: Any) -> list[Event]:
         events, number = take(answer, response), next(numbers)
         if not any(isinstance(event, TokenEvent) for event in events):
             return events
@@ -72,7 +72,10 @@ def break_teacher_elsewhere() -> list[Any]:
         run(teacher, call, work)
         call.task.add_done_callback(lambda task: teacher._calls.add(call))
 
-    return [patch.object(Answer, "take", breaking), patch.object(RemoteTeacher, "_run", keeping)]
+    return [
+        patch.object(AnswerEvents, "take", breaking),
+        patch.object(RemoteTeacher, "_run", keeping),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ from protos.tandem.v1 import inference_pb2 as pb
 from serve.engine.engine import Engine
 from serve.engine.scoring import ScoringRequest
 from serve.engine.sequence import Event, FinishedEvent, GenerationRequest
-from serve.metrics.server_metrics import SHADOW_OUTCOMES, ServerMetrics
+from serve.metrics.server_metrics import ServerMetrics
 from serve.pair.answers.equivalence import NoResult
-from serve.pair.answers.judge import Agreement, ReferenceKind
+from serve.pair.answers.judge import Judgement, ReferenceKind
+from serve.pair.observer import ShadowOutcome
 from serve.pair.request import Limits
 from serve.pair.served import Role, ServedModel
 from serve.rpc.validation import validate_compare
@@ -503,7 +504,7 @@ def count_series(metrics: ServerMetrics) -> int:
 def test_undecided_samples_are_counted_by_reason() -> None:
     metrics = ServerMetrics(CollectorRegistry())
     undecided = {NoResult.TIMEOUT: 2, NoResult.DROPPED: 1}
-    metrics.on_agreement(Agreement({}, {}, None, undecided), "other")
+    metrics.on_judgement(Judgement({}, {}, None, undecided), "other")
     values = {
         reason.value: metrics.registry.get_sample_value(
             "tandem_answers_undecided_total", {"reason": reason.value}
@@ -523,7 +524,7 @@ def test_ten_thousand_strings_of_each_kind_make_no_series() -> None:
         metrics.requests.labels("Compare", spec.route.value, "OK", task).inc()
         votes = {role: majority_vote([str(number)] * 4) for role in Role}
         scores = {role: {k: 1.0} for role in Role}
-        metrics.on_agreement(Agreement(votes, scores, ReferenceKind.GOLD), task)
+        metrics.on_judgement(Judgement(votes, scores, ReferenceKind.GOLD), task)
         if number % 999 == 0:
             counts.append(count_series(metrics))
     assert counts[0] < counts[1] == counts[-1]
@@ -549,7 +550,10 @@ def test_labels_of_a_server_are_of_closed_sets(serving: Any, make_pair: Any) -> 
         for value in sample.labels.values()
     )
     for name, values in allowed.items():
-        assert label_values(pair.metrics, name) - set(SHADOW_OUTCOMES) <= values
+        assert (
+            label_values(pair.metrics, name) - {outcome.value for outcome in ShadowOutcome}
+            <= values
+        )
 
 
 def label_values(metrics: ServerMetrics, name: str) -> set[str]:

@@ -11,7 +11,7 @@ from protos.tandem.v1 import inference_pb2 as pb
 from serve.engine.scoring import ScoringRequest
 from serve.engine.sequence import FinishedEvent, FinishReason, GenerationRequest
 from serve.errors import EngineFailedError
-from serve.pair.remote_messages import Answer, from_score, to_generate, to_score
+from serve.pair.remote_messages import AnswerEvents, from_score, to_generate, to_score
 from serve.pair.request import Basis, Limits
 from serve.rpc.validation import validate_generate, validate_score
 from serve.sampling.params import SamplingParams
@@ -146,7 +146,7 @@ def usage(cached: int) -> pb.GenerateResponse:
 
 
 def test_tokens_become_events() -> None:
-    answer = Answer(1)
+    answer = AnswerEvents(1)
     assert len(answer.take(chunk(0, 0, 4, 5, 6))) == 3
     first, second = answer.take(chunk(0, 3, 7, 8))
     assert (first.position, first.token_id, first.logprob) == (3, 7, -1.0)
@@ -154,7 +154,7 @@ def test_tokens_become_events() -> None:
 
 
 def test_last_sample_waits_for_the_usage() -> None:
-    answer = Answer(2)
+    answer = AnswerEvents(2)
     answer.take(chunk(0, 0, 8))
     answer.take(chunk(1, 0, 7))
     (first,) = answer.take(complete(1, 7))
@@ -168,7 +168,7 @@ def test_last_sample_waits_for_the_usage() -> None:
 
 
 def test_end_finishes_what_is_unfinished_once() -> None:
-    answer = Answer(3)
+    answer = AnswerEvents(3)
     answer.take(complete(0))
     answer.take(chunk(1, 0, 8))
     ended = answer.end(FinishReason.SHUTDOWN, "lost")
@@ -181,7 +181,7 @@ def test_end_finishes_what_is_unfinished_once() -> None:
 
 
 def test_sample_that_waits_for_the_usage_is_whole_without_it() -> None:
-    answer = Answer(1)
+    answer = AnswerEvents(1)
     answer.take(complete(0))
     (ended,) = answer.end(FinishReason.ERROR, "too early")
     assert (ended.finish_reason, ended.error) == (FinishReason.STOP, "")
@@ -215,7 +215,7 @@ BARE = pb.GenerateResponse(tokens=pb.TokenChunk(index=0, token_ids=[7]))
     ],
 )
 def test_nonsense_is_an_error(responses: list[pb.GenerateResponse], text: str) -> None:
-    answer = Answer(2)
+    answer = AnswerEvents(2)
     *before, last = responses
     for response in before:
         answer.take(response)

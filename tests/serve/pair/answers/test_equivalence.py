@@ -14,9 +14,9 @@ import pytest
 from serve.pair.answers import child as answer_child
 from serve.pair.answers.equivalence import (
     AnswerWorker,
-    Claim,
     NoResult,
     SymbolicUnavailableError,
+    WorkerClaim,
     check_available,
     is_available,
 )
@@ -47,19 +47,19 @@ def with_worker(
 
 
 async def extract(
-    worker: AnswerWorker, *jobs: tuple[str, str], claim: Claim | None = None
+    worker: AnswerWorker, *jobs: tuple[str, str], claim: WorkerClaim | None = None
 ) -> list[Any]:
     """Do all jobs, (pattern, text) each, in one turn."""
-    async with worker.turn(claim if claim is not None else Claim()) as turn:
+    async with worker.turn(claim if claim is not None else WorkerClaim()) as turn:
         return [await turn.extract(pattern, text) for pattern, text in jobs]
 
 
 async def equivalent(worker: AnswerWorker, pairs: Sequence[tuple[str, str]]) -> list[Any]:
-    async with worker.turn(Claim()) as turn:
+    async with worker.turn(WorkerClaim()) as turn:
         return [await turn.equivalent(gold, answer) for gold, answer in pairs]
 
 
-async def begun(worker: AnswerWorker, claim: Claim | None = None) -> asyncio.Task[list[Any]]:
+async def begun(worker: AnswerWorker, claim: WorkerClaim | None = None) -> asyncio.Task[list[Any]]:
     """Return a request that hangs, once its turn has begun or it waits for it."""
     task = asyncio.create_task(extract(worker, HANGING, claim=claim))
     await asyncio.sleep(0.01)
@@ -106,7 +106,7 @@ def test_group_1_of_the_last_match_is_extracted() -> None:
 
 def test_a_job_that_hangs_is_ended_and_the_others_have_results() -> None:
     async def check(worker: AnswerWorker) -> None:
-        claim, short = Claim(), ("(a+)+$", "aa")
+        claim, short = WorkerClaim(), ("(a+)+$", "aa")
         assert await extract(worker, short, HANGING, short, claim=claim) == ["aa", TIMEOUT, "aa"]
         assert (claim.num_failures, claim.spent) == (1, None)
         assert await equivalent(worker, [TOWER]) == [TIMEOUT]
@@ -117,7 +117,7 @@ def test_a_job_that_hangs_is_ended_and_the_others_have_results() -> None:
 
 def test_a_claim_is_spent_after_two_failures() -> None:
     async def check(worker: AnswerWorker) -> None:
-        claim, short = Claim(), ("(a)", "a")
+        claim, short = WorkerClaim(), ("(a)", "a")
         assert await extract(worker, HANGING, short, HANGING, claim=claim) == [
             TIMEOUT, "a", TIMEOUT,
         ]  # fmt: skip
@@ -129,7 +129,7 @@ def test_a_claim_is_spent_after_two_failures() -> None:
 
 def test_a_claim_is_spent_after_twice_the_time_limit_of_a_job() -> None:
     async def check(worker: AnswerWorker) -> None:
-        claim = Claim(used_s=7199.9)
+        claim = WorkerClaim(used_s=7199.9)
         assert await extract(worker, HANGING, ("(a)", "a"), claim=claim) == [TIMEOUT, TIMEOUT]
         assert claim.num_failures == 1
 
@@ -138,7 +138,7 @@ def test_a_claim_is_spent_after_twice_the_time_limit_of_a_job() -> None:
 
 def test_a_job_ends_before_the_deadline() -> None:
     async def check(worker: AnswerWorker) -> None:
-        claim = Claim(deadline_s=time.monotonic() + 0.4)
+        claim = WorkerClaim(deadline_s=time.monotonic() + 0.4)
         assert await extract(worker, HANGING, ("(a)", "a"), claim=claim) == [TIMEOUT, TIMEOUT]
         assert await extract(worker, ("(a)", "a"), claim=claim) == [TIMEOUT]
 
@@ -148,7 +148,7 @@ def test_a_job_ends_before_the_deadline() -> None:
 def test_a_turn_is_awaited_until_the_deadline_at_most() -> None:
     async def check(worker: AnswerWorker) -> None:
         busy = await begun(worker)
-        claim = Claim(deadline_s=time.monotonic() + 0.2)
+        claim = WorkerClaim(deadline_s=time.monotonic() + 0.2)
         assert await extract(worker, ("(a)", "a"), claim=claim) == [TIMEOUT]
         assert not busy.done()
         busy.cancel()
@@ -158,9 +158,9 @@ def test_a_turn_is_awaited_until_the_deadline_at_most() -> None:
 
 def test_a_claim_waits_four_time_limits_in_all() -> None:
     async def check(worker: AnswerWorker) -> None:
-        async with worker.turn(Claim()) as turn:
+        async with worker.turn(WorkerClaim()) as turn:
             await turn.extract("(a)", "a")
-            claim = Claim(waited_s=0.1)
+            claim = WorkerClaim(waited_s=0.1)
             assert await extract(worker, ("(a)", "a"), claim=claim) == [TIMEOUT]
             assert claim.waited_s > 0.399
         assert await extract(worker, ("(a)", "a")) == ["a"]
@@ -228,7 +228,7 @@ def test_a_tenants_requests_beyond_the_bound_have_no_results_at_once() -> None:
         busy = await begun(worker)
         waiting = await begun(worker)
         assert await extract(worker, ("1", "1"), ("2", "2")) == [DROPPED, DROPPED]
-        other = asyncio.create_task(extract(worker, ("(a)", "a"), claim=Claim("other")))
+        other = asyncio.create_task(extract(worker, ("(a)", "a"), claim=WorkerClaim("other")))
         assert not busy.done()
         results = [await task for task in (busy, waiting, other)]
         assert results == [[TIMEOUT], [TIMEOUT], ["a"]]
@@ -238,12 +238,12 @@ def test_a_tenants_requests_beyond_the_bound_have_no_results_at_once() -> None:
 
 def test_an_innocent_tenant_waits_for_one_hanging_job_of_another_that_floods() -> None:
     async def check(worker: AnswerWorker) -> None:
-        claims = [Claim("flood") for _ in range(5)]
+        claims = [WorkerClaim("flood") for _ in range(5)]
         flood = [
             asyncio.create_task(extract(worker, HANGING, HANGING, claim=claim)) for claim in claims
         ]
         await asyncio.sleep(0.01)
-        assert await extract(worker, ("(a)", "a"), claim=Claim("innocent")) == ["a"]
+        assert await extract(worker, ("(a)", "a"), claim=WorkerClaim("innocent")) == ["a"]
         assert sum(claim.num_failures for claim in claims) == 1
         for task in flood:
             task.cancel()
@@ -292,7 +292,7 @@ def test_stop_while_the_child_starts_waits_for_no_job(num_turns: int) -> None:
 def test_nothing_runs_before_the_first_job() -> None:
     async def run() -> None:
         worker = AnswerWorker(1)
-        async with worker.turn(Claim()):
+        async with worker.turn(WorkerClaim()):
             assert worker._child is None
         await worker.stop()
 

@@ -15,9 +15,14 @@ from tokenizers import models
 
 from serve.engine.sequence import FinishReason
 from serve.pair.answers import equivalence
-from serve.pair.answers.equivalence import AnswerWorker, Claim, NoResult, SymbolicUnavailableError
+from serve.pair.answers.equivalence import (
+    AnswerWorker,
+    NoResult,
+    SymbolicUnavailableError,
+    WorkerClaim,
+)
 from serve.pair.answers.formats import compile_formats, starts_in_reasoning
-from serve.pair.answers.judge import Agreement, Case, Judge, ReferenceKind
+from serve.pair.answers.judge import Case, Judge, Judgement, ReferenceKind
 from serve.pair.arm import ArmResult, SampleResult
 from serve.pair.request import AnswerMatch, EvaluationSpec
 from serve.pair.served import Role
@@ -38,7 +43,7 @@ class ListedWorker(AnswerWorker):
         self.unknown = unknown
         self.asked: list[tuple[str, str]] = []
 
-    async def run(self, claim: Claim, name: str, arguments: tuple[str, ...]) -> Any:
+    async def run(self, claim: WorkerClaim, name: str, arguments: tuple[str, ...]) -> Any:
         gold, answer = arguments
         self.asked.append((gold, answer))
         return NoResult.TIMEOUT if self.unknown in arguments else set(arguments) in self.same
@@ -59,7 +64,7 @@ def boxed(role: Role, *answers: str) -> ArmResult:
 
 async def run_judge(
     worker: AnswerWorker, evaluation: EvaluationSpec, *arms: ArmResult, case: Case | None = None
-) -> Agreement | None:
+) -> Judgement | None:
     judge, case = Judge(worker, EQUALS), case or Case()
     for arm in arms:
         await judge.read_answers(arm.samples, evaluation, case)
@@ -73,7 +78,7 @@ def judged(
     *arms: ArmResult,
     worker: AnswerWorker | None = None,
     case: Case | None = None,
-) -> Agreement:
+) -> Judgement:
     agreement = asyncio.run(run_judge(worker or AnswerWorker(20), evaluation, *arms, case=case))
     assert agreement is not None
     return agreement
@@ -216,7 +221,7 @@ def test_an_answer_whose_extraction_hangs_is_undecided_not_wrong() -> None:
     arm = ArmResult(Role.STUDENT, (1,), samples)
     agreement = judged(gold, arm, worker=AnswerWorker(0.4))
     assert [(s.answer, s.correct) for s in samples] == [("aa", True), (None, None), (None, False)]
-    assert agreement == Agreement({}, {}, ReferenceKind.GOLD, {NoResult.TIMEOUT: 1})
+    assert agreement == Judgement({}, {}, ReferenceKind.GOLD, {NoResult.TIMEOUT: 1})
 
 
 def test_an_undecided_arm_leaves_the_other_its_vote() -> None:
