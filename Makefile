@@ -4,13 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 
-SHIPPED := tests/deploy tests/export tests/bundle tests/estimators tests/bench \
-           tests/test_end_to_end.py tests/test_resume.py tests/test_padded_pair.py \
-           tests/test_hostile_folders.py tests/faults/server/test_loadtest_restarts.py \
-           $(wildcard tests/faults/*/test_r1[5-8]_controls.py) \
-           tests/faults/storm tests/faults/test_real_models.py
-
-.PHONY: demo loadtest test test-shipped test-served test-other-cpus check k8s-check format protos docs baseline
+.PHONY: demo loadtest test test-exported test-served test-nightly test-other-cpus check k8s-check format protos docs baseline
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,21 +24,30 @@ loadtest: $(STAMP) $(DEMO_BUNDLE)
 	$(BIN)/python -m loadtest.demo
 
 # Two lanes of the same length, for two cores.
-test: $(STAMP)
-	$(MAKE) --jobs 2 --output-sync=target --no-print-directory test-shipped test-served
+EXPORTED := tests/bench tests/bundle tests/deploy tests/estimators tests/export tests/faults/bundles \
+            tests/faults/export tests/faults/storm $(wildcard tests/test_*.py)
 
-test-shipped:
-	$(BIN)/pytest $(SHIPPED)
+test: $(STAMP)
+	$(MAKE) --jobs 2 --output-sync=target --no-print-directory test-exported test-served
+
+test-exported:
+	$(BIN)/pytest $(EXPORTED)
 
 test-served:
-	$(BIN)/pytest $(addprefix --ignore=,$(SHIPPED))
+	$(BIN)/pytest $(addprefix --ignore=,$(EXPORTED))
+
+# What takes minutes, or needs what is rarely there.
+test-nightly: $(STAMP)
+	$(BIN)/pytest -m nightly
 
 # The tests of what rests on kernels, on other CPUs: those that torch and oneDNN can make of this one.
 OTHER_CPUS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
               ONEDNN_MAX_CPU_ISA=AVX512_CORE ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI
 
+KERNELS := tests/serve/models tests/serve/sampling tests/serve/engine tests/export
+
 test-other-cpus: $(STAMP)
-	for cpu in $(OTHER_CPUS); do echo "$$cpu"; env $$cpu $(BIN)/pytest $(or $(TESTS),tests/serve tests/export) || exit 1; done
+	for cpu in $(OTHER_CPUS); do echo "$$cpu"; env $$cpu $(BIN)/pytest $(or $(TESTS),$(KERNELS)) || exit 1; done
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

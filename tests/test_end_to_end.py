@@ -7,14 +7,13 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-import yaml
 from google.protobuf import json_format
 
 import tandem.cli
@@ -27,18 +26,13 @@ from loadtest.server_metrics import scrape
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client, violations
 from tandem.demo import compare_with_responses, demo, serving
+from tests.support.recipes import ACCEPT_ALL, RecordingReporter, write_recipe
 
 SETTINGS: dict[str, Any] = {
     "tasks": {"max_train": 32, "max_test": 6},
     "sample": {"max_tokens": 16, "max_num_seqs": 16, "max_model_len": 256},
     "prune": {"num_removed_layers": 1, "num_texts": 4},
-    # Random weights answer nothing right, and end where they are cut.
-    "accept": {
-        "require_correct": False,
-        "drop_truncated": False,
-        "max_repetition": 1.0,
-        "max_foreign_letters": 1.0,
-    },
+    "accept": ACCEPT_ALL,
     "distill": {
         "phases": [
             {"num_epochs": 2, "learning_rate": 1e-3, "tokens_per_step": 64},
@@ -80,25 +74,10 @@ TEMPERATURE = 0.8
 
 
 @dataclass
-class Reporter:
-    """What an export said, and how far its progress bars came."""
-
-    said: list[str] = field(default_factory=list)
-    progress: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
-
-    def track(self, label: str) -> Any:
-        shown = self.progress.setdefault(label, [])
-        return lambda done, total: shown.append((done, total))
-
-
-@dataclass
 class Exported:
     recipe: Path
     bundle: Path
-    reporter: Reporter
+    reporter: RecordingReporter
 
     @property
     def manifest(self) -> Manifest:
@@ -108,11 +87,9 @@ class Exported:
 @pytest.fixture(scope="module")
 def exported(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("end_to_end")
-    recipe = folder / "recipe.yaml"
     paths = {"teacher": tiny_teacher, "output_dir": folder / "run", "cache_dir": folder / "cache"}
-    settings = SETTINGS | {key: str(path) for key, path in paths.items()}
-    recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
-    reporter = Reporter()
+    recipe = write_recipe(folder / "recipe.yaml", SETTINGS, **paths)
+    reporter = RecordingReporter()
     return Exported(recipe, run_export(load_config(recipe), reporter), reporter)
 
 
@@ -237,7 +214,7 @@ def test_every_progress_bar_ends_at_its_total(exported: Exported) -> None:
 
 
 def test_second_run_builds_nothing(exported: Exported) -> None:
-    folder, reporter = exported.bundle.parent, Reporter()
+    folder, reporter = exported.bundle.parent, RecordingReporter()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert run_export(load_config(exported.recipe), reporter) == exported.bundle
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
@@ -246,7 +223,7 @@ def test_second_run_builds_nothing(exported: Exported) -> None:
 
 
 def test_damaged_bundle_is_packaged_again_from_the_stages(exported: Exported) -> None:
-    files, reporter = exported.manifest.files, Reporter()
+    files, reporter = exported.manifest.files, RecordingReporter()
     (exported.bundle / "README.md").write_text("damaged")
     run_export(load_config(exported.recipe), reporter)
     assert verify_bundle(exported.bundle).files == files

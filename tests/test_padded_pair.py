@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import tandem.cli
@@ -24,6 +23,7 @@ from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client
 from serve.text.tokenizer import Tokenizer
 from tandem.demo import serving
+from tests.support.recipes import ACCEPT_ALL, RecordingReporter, write_recipe
 from tests.support.tiny_teacher import save_tiny_teacher
 
 TEACHER_ROWS, STUDENT_ROWS, NUM_TOKENS, MISSING = 640, 576, 516, (512, 513, 514)
@@ -33,13 +33,7 @@ PHASE = {"temperature": 1.0, "learning_rate": 1e-3, "tokens_per_step": 64}
 SETTINGS: dict[str, Any] = {
     "tasks": {"max_train": 12, "max_test": 3},
     "sample": {"max_tokens": 12, "max_num_seqs": 8, "max_model_len": 256},
-    # Random weights answer nothing right, and end where they are cut.
-    "accept": {
-        "require_correct": False,
-        "drop_truncated": False,
-        "max_repetition": 1.0,
-        "max_foreign_letters": 1.0,
-    },
+    "accept": ACCEPT_ALL,
     "cache": {"kind": "top_k", "top_k": 8},
     "distill": {
         "phases": [
@@ -65,14 +59,6 @@ SETTINGS: dict[str, Any] = {
     },
     "gates": {"student_kl": 100.0, "onnx_kl": 1e-6, "quantized_kl": 1.0},
 }
-
-
-class Reporter:
-    def say(self, message: str) -> None:
-        """Nobody listens."""
-
-    def track(self, label: str) -> Any:
-        return lambda done, total: None
 
 
 def save_model(folder: Path, num_rows: int, *, is_tied: bool, seed: int) -> Path:
@@ -116,9 +102,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "output_dir": folder / "run",
         "cache_dir": folder / "cache",
     }
-    written = SETTINGS | {key: str(path) for key, path in paths.items()}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
-    return folder / "recipe.yaml"
+    return write_recipe(folder / "recipe.yaml", SETTINGS, **paths)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +110,7 @@ def pipeline(recipe: Path) -> Any:
     with pytest.raises(SystemExit) as ended:
         tandem.cli.main(["export", "plan", str(recipe)])
     assert ended.value.code == 0
-    pipeline = open_pipeline(load_config(recipe), Reporter())
+    pipeline = open_pipeline(load_config(recipe), RecordingReporter())
     pipeline.package()
     return pipeline
 

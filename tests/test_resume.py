@@ -14,47 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 import tandem.cli
 from bundle.verify import verify_bundle
+from tests.support.recipes import RESUMED, write_recipe
 
-SETTINGS: dict[str, Any] = {
-    "tasks": {"max_train": 24, "max_test": 2},
-    "sample": {"max_tokens": 12, "max_num_seqs": 8, "max_model_len": 256},
-    "accept": {
-        "require_correct": False,
-        "drop_truncated": False,
-        "max_repetition": 1.0,
-        "max_foreign_letters": 1.0,
-    },
-    "prune": {"num_removed_layers": 1, "num_texts": 2, "num_candidates": 1},
-    "distill": {
-        "phases": [
-            {"num_epochs": 2, "learning_rate": 1e-3, "tokens_per_step": 64},
-            {
-                "data": "student",
-                "divergence": "reverse_kl",
-                "num_prompts_per_round": 6,
-                "tokens_per_step": 32,
-            },
-        ],
-        "checkpoint_every_s": 0.001,
-    },
-    "variants": {"int8": {"bits": 8, "block_size": 32}},
-    "evaluate": {
-        "max_num_seqs": 2,
-        "max_task_prompts": 0,
-        "num_samples": 1,
-        "k": [1],
-        "num_timed_tokens": 2,
-        "num_rounds": 1,
-    },
-    "gates": {"student_kl": 20.0},
-}
 # One thread: both runs share the cores, and torch sums in another order with another number.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 MAX_WAIT_S = 200
@@ -105,8 +71,8 @@ def make_run(
     def make_run(name: str) -> Run:
         folder = tmp_path_factory.mktemp(name)
         run = Run(folder / "recipe.yaml", folder / "run", stack)
-        paths = {"teacher": tiny_teacher, "output_dir": run.output_dir, "cache_dir": folder / "t"}
-        run.recipe.write_text(yaml.safe_dump(SETTINGS | {k: str(v) for k, v in paths.items()}))
+        paths = {"output_dir": run.output_dir, "cache_dir": folder / "t"}
+        write_recipe(run.recipe, RESUMED, teacher=tiny_teacher, **paths)
         return run
 
     with stack:

@@ -14,6 +14,7 @@ MISSING = missing_tools()
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+@pytest.mark.nightly
 def test_damaged_student_is_told_of(tmp_path: Path) -> None:
     good = make_tiny_bundle(tmp_path / "tiny")
     went = rehearse(good, damage_bundle(good, tmp_path / "damaged"), tmp_path)

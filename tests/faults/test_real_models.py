@@ -11,6 +11,8 @@ from loadtest.ledger.ledger import Fault, Ledger, check
 from tests.faults import real_models
 from tests.support.tiny_bundle import MAX_MODEL_LEN, damage_bundle, shared_tiny_bundle
 
+pytestmark = pytest.mark.nightly
+
 SECONDS = 2.0
 
 

@@ -18,13 +18,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-import yaml
 
 from export.pipeline import open_pipeline
 from export.record import record_run
 from export.run.recipe import load_config
+from tests.support.recipes import RESUMED, write_recipe
 from tests.support.tiny_teacher import save_tiny_teacher
-from tests.test_resume import SETTINGS
 
 DISTILL, BUNDLE = "distill", "bundle"
 MAX_EXPORT_S = 300.0
@@ -73,8 +72,7 @@ def make_export(folder: Path, output_dir: Path, until: str = BUNDLE) -> Export:
         save_tiny_teacher(teacher)
     export = Export(folder / f"{output_dir.name}.yaml", output_dir, until)
     paths = {"teacher": teacher, "output_dir": output_dir, "cache_dir": folder / "cache"}
-    settings = SETTINGS | {key: str(path) for key, path in paths.items()}
-    export.recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    write_recipe(export.recipe, RESUMED, **paths)
     export.log.touch()
     return export
 

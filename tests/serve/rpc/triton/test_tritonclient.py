@@ -16,6 +16,8 @@ from google.protobuf import descriptor_pb2
 from protos.oip import grpc_service_pb2 as oip
 from protos.tandem.v1 import inference_pb2 as pb
 
+pytestmark = pytest.mark.nightly
+
 ROOT = Path(__file__).resolve().parents[4]
 ENVIRONMENT = ROOT / ".cache" / "tritonclient"
 REQUIREMENTS = (
