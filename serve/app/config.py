@@ -135,8 +135,6 @@ class ServeConfig(BaseModel):
     """Additional answer formats: name → regular expression whose group 1 is the answer."""
     symbolic_timeout_s: float = Field(default=2.0, gt=0)
     """Limit of one symbolic comparison of answers, in seconds."""
-    vllm_metrics: bool = False
-    """Add metrics under vLLM's names."""
     log_requests: bool = False
     """Log one line per call, never prompts or answers."""
 

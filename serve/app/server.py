@@ -28,7 +28,6 @@ from serve.errors import TandemError
 from serve.http.server import MetricsServer
 from serve.metrics.series import begin_series
 from serve.metrics.server_metrics import ServerMetrics
-from serve.metrics.vllm_names import register_vllm_aliases
 from serve.pair.answers.equivalence import AnswerWorker
 from serve.pair.answers.formats import compile_formats
 from serve.pair.answers.judge import Judge
@@ -183,8 +182,6 @@ class Server:
         for model in self._engines.loaded:
             self._metrics.watch(model)
         begin_series(self._metrics, self._engines, config.tasks)
-        if config.vllm_metrics:
-            register_vllm_aliases(self._metrics)
         self._engines.start()
         self._show_health()
         await self._data_server.start()
