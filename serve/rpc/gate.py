@@ -77,6 +77,29 @@ class _Peer:
         return f"client {self.name}" if self.name else f"host {self.host}"
 
 
+class LogLimit:
+    """Allows one line per second and host, and so many in all that memory stays bounded."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._logged_s: dict[str, float] = {}  # by host, of the last second, oldest first
+
+    def __len__(self) -> int:
+        return len(self._logged_s)
+
+    def allows(self, host: str) -> bool:
+        now_s = self._clock()
+        while self._logged_s:
+            oldest = next(iter(self._logged_s))
+            if now_s - self._logged_s[oldest] < 1:
+                break
+            del self._logged_s[oldest]
+        if host in self._logged_s or len(self._logged_s) >= _MAX_LOGGED_HOSTS:
+            return False
+        self._logged_s[host] = now_s
+        return True
+
+
 class CallGate(grpc.aio.ServerInterceptor):
     """Authenticates the calls of a listener and bounds how many run per client.
 
@@ -105,12 +128,11 @@ class CallGate(grpc.aio.ServerInterceptor):
         self._max_concurrent = max_concurrent_per_peer
         self._on_rejected = on_rejected
         self._on_ended = on_ended
-        self._clock = clock
+        self._log_limit = LogLimit(clock)
         self._num_running: Counter[str] = Counter()
         self._calls: set[asyncio.Task[Any]] = set()
         self._may_run = asyncio.Event()
         self._may_run.set()
-        self._logged_s: dict[str, float] = {}  # by host, of the last second, oldest first
 
     @property
     def num_active(self) -> int:
@@ -272,21 +294,8 @@ class CallGate(grpc.aio.ServerInterceptor):
         await abort(context, status)
 
     def _log_refusal(self, peer: _Peer, message: str) -> None:
-        if self._may_log(peer.host):
+        if self._log_limit.allows(peer.host):
             logger.warning("refused a call of %s: %s", peer, message)
-
-    def _may_log(self, host: str) -> bool:
-        """Allow one line per second and host, and so many in all that memory stays bounded."""
-        now_s = self._clock()
-        while self._logged_s:
-            oldest = next(iter(self._logged_s))
-            if now_s - self._logged_s[oldest] < 1:
-                break
-            del self._logged_s[oldest]
-        if host in self._logged_s or len(self._logged_s) >= _MAX_LOGGED_HOSTS:
-            return False
-        self._logged_s[host] = now_s
-        return True
 
 
 def _decompressing(handler: Handler | None) -> Handler | None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import socket
-import time
 import urllib.request
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 import grpc
@@ -22,6 +21,7 @@ from serve.engine.turns import StepArbiter
 from serve.engine.watchdog import StepWatch
 from serve.pair.served import Role
 from serve.rpc.inference import SERVICE_NAME
+from tests.support.polling import wait_until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -174,13 +174,6 @@ def judged(live: Any, answer_format: str) -> Any:
 def long_request(**fields: Any) -> pb.GenerateRequest:
     sampling = pb.SamplingParams(max_tokens=90_000, ignore_eos=True)
     return pb.GenerateRequest(prompt="x", sampling=sampling, **fields)
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    until_s = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < until_s
-        time.sleep(0.005)
 
 
 def test_open_health_watch_does_not_hold_up_the_end(serving: Any, make_pair: Any) -> None:

@@ -13,13 +13,8 @@ HEAVY = (
 )
 IMPORT = """
 import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in sys.argv[2].split():
-            raise ModuleNotFoundError(f"{name} is not installed", name=name)
-
-sys.meta_path.insert(0, Absent())
+from tests.support.without_packages import Missing
+sys.meta_path.insert(0, Missing(set(sys.argv[2].split())))
 exec(sys.argv[1])
 """
 

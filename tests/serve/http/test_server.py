@@ -6,8 +6,7 @@ import http.client
 import logging
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -17,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from serve.http import server as metrics_http
 from serve.http.server import MAX_CONNECTIONS, MetricsServer
+from tests.support.polling import wait_until
 
 HOST = "127.0.0.1"
 
@@ -142,13 +142,6 @@ def test_server_that_never_started_stops() -> None:
 
 def num_handlers() -> int:
     return sum("process_request_thread" in thread.name for thread in threading.enumerate())
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < end_s, "waited in vain"
-        time.sleep(0.01)
 
 
 def test_idle_connections_keep_nobody_out_and_have_a_bound(site: Site) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -13,14 +12,9 @@ from protos.tandem.v1 import control_pb2, control_pb2_grpc
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import violations
 from serve.pair.served import Role
+from tests.support.calls import failure
 
 CODE = grpc.StatusCode
-
-
-def failure(call: Callable[[], Any]) -> Any:
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    return caught.value
 
 
 def first_role(live: Any, request_id: str = "") -> int:

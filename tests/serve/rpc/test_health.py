@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.pair.served import Role
 from serve.rpc.health import MAX_NAME_BYTES, Health
+from tests.support.polling import wait_until
 
 UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -41,10 +41,7 @@ class Site:
         self.loop.call_soon_threadsafe(self.health.set, name, is_serving)
 
     def wait_for_watchers(self, number: int) -> None:
-        until_s = time.monotonic() + 60
-        while self.health.num_watchers != number:
-            assert time.monotonic() < until_s
-            time.sleep(0.005)
+        wait_until(lambda: self.health.num_watchers == number)
 
 
 @pytest.fixture

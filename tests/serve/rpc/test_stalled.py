@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -15,6 +14,7 @@ from protos.oip import grpc_service_pb2 as oip
 from protos.oip import grpc_service_pb2_grpc as oip_grpc
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1 import inference_pb2_grpc
+from tests.support.polling import wait_until
 
 LONG = pb.SamplingParams(num_samples=8, max_tokens=200, ignore_eos=True)
 REQUEST = pb.GenerateRequest(
@@ -39,27 +39,15 @@ def stalling(serving: Any, make_pair: Any) -> Iterator[Any]:
         yield live
 
 
-def eventually(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    until_s = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < until_s, "it never came to pass"
-        time.sleep(0.01)
-
-
 def ended(live: Any, rpc: str, code: str) -> float:
     return float(
         live.pair.value("requests_total", rpc=rpc, route="student", code=code, task="other")
     )
 
 
-def num_active(live: Any) -> int:
-    return int(live.server._gate.num_active)
-
-
 def test_stream_that_nobody_reads_is_ended(stalling: Any) -> None:
     call = inference_pb2_grpc.InferenceServiceStub(stalling.small_channel).Generate(REQUEST)
-    eventually(lambda: ended(stalling, "Generate", "DEADLINE_EXCEEDED") == 1)
-    eventually(lambda: num_active(stalling) == 0)
+    wait_until(lambda: ended(stalling, "Generate", "DEADLINE_EXCEEDED") == 1)
     with pytest.raises(grpc.RpcError) as caught:
         list(call)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -76,7 +64,7 @@ def test_slow_reader_gets_all(serving: Any, make_pair: Any) -> None:
         call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(REQUEST)
         events = [next(call)]
         made = {"role": "student", "finish_reason": "length"}
-        eventually(lambda: pair.value("samples_total", **made) == 8)
+        wait_until(lambda: pair.value("samples_total", **made) == 8)
         events += call
     assert events[-1].HasField("usage")
     assert sum(event.HasField("complete") for event in events) == 8
@@ -85,16 +73,16 @@ def test_slow_reader_gets_all(serving: Any, make_pair: Any) -> None:
 def test_client_that_leaves_a_full_window_has_cancelled(
     serving: Any, make_pair: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with serving(make_pair(max_model_len=1000)) as live:
-        with grpc.insecure_channel(live.server.address, SMALL_WINDOW) as channel:
-            call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(REQUEST)
-            engine = live.pair.engines.student.engine
-            eventually(lambda: live.pair.value("samples_total", role="student",
-                                               finish_reason="length") == 8)  # fmt: skip
-            assert engine.load().num_running == 0 and num_active(live) == 1
-            call.cancel()
-            eventually(lambda: num_active(live) == 0)
-        assert ended(live, "Generate", "CANCELLED") == 1
+    with (
+        serving(make_pair(max_model_len=1000)) as live,
+        grpc.insecure_channel(live.server.address, SMALL_WINDOW) as channel,
+    ):
+        call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(REQUEST)
+        made = {"role": "student", "finish_reason": "length"}
+        wait_until(lambda: live.pair.value("samples_total", **made) == 8)
+        assert ended(live, "Generate", "OK") == 0
+        call.cancel()
+        wait_until(lambda: ended(live, "Generate", "CANCELLED") == 1)
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
@@ -114,8 +102,7 @@ def test_stream_of_the_open_protocol_that_nobody_reads_is_ended(stalling: Any) -
     open_requests.put(request)
     stub = oip_grpc.GRPCInferenceServiceStub(stalling.small_channel)
     call = stub.ModelStreamInfer(iter(open_requests.get, None))
-    eventually(lambda: ended(stalling, "ModelStreamInfer", "DEADLINE_EXCEEDED") == 1)
-    eventually(lambda: num_active(stalling) == 0)
+    wait_until(lambda: ended(stalling, "ModelStreamInfer", "DEADLINE_EXCEEDED") == 1)
     with pytest.raises(grpc.RpcError) as caught:
         list(call)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED

@@ -9,21 +9,13 @@ from serve.errors import InvalidFieldError, TooManyTokensError
 from serve.pair.request import Basis, Limits, Range
 from serve.pair.routing import Route
 from serve.pair.served import Role
-from serve.rpc.decoding import MalformedMessageError
 from serve.rpc.validation import (
-    parse,
     validate_compare,
     validate_generate,
     validate_score,
 )
 
 LIMITS = Limits(max_model_len=100, vocab_size=50, tasks=frozenset({"math"}))
-
-
-def test_messages_to_be_continued_are_there() -> None:
-    """The one error is that they are missing."""
-    request = pb.GenerateRequest(messages=pb.ChatMessages(continue_final_message=True))
-    assert refused(request) == ["messages.messages"]
 
 
 def refused(request: pb.GenerateRequest | pb.ScoreRequest) -> list[str]:
@@ -46,6 +38,12 @@ def test_unset_seed_and_id_are_drawn_anew() -> None:
     specs = [validate_generate(pb.GenerateRequest(prompt="x"), LIMITS) for _ in range(2)]
     assert specs[0].sampling.seed != specs[1].sampling.seed
     assert specs[0].request_id != specs[1].request_id
+
+
+def test_unset_seed_follows_from_a_given_request_id() -> None:
+    requests = [pb.GenerateRequest(prompt="x", request_id=name) for name in ("a", "a", "b")]
+    first, again, other = (validate_generate(each, LIMITS).sampling.seed for each in requests)
+    assert first == again != other
 
 
 def test_seed_that_is_chosen_here_is_a_whole_number_in_javascript() -> None:
@@ -81,8 +79,10 @@ def test_zero_is_not_unset() -> None:
         ({"top_p": 0}, "top_p"),
         ({"top_p": 1.01}, "top_p"),
         ({"top_p": math.nan}, "top_p"),
+        ({"top_p": math.inf}, "top_p"),
         ({"top_k": 51}, "top_k"),
         ({"min_p": -0.1}, "min_p"),
+        ({"min_p": 2}, "min_p"),
         ({"min_p": math.nan}, "min_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 3, "min_tokens": 4}, "min_tokens"),
@@ -107,6 +107,7 @@ def test_sampling_out_of_bounds_names_the_field(sampling: dict[str, object], fie
         ({}, "prompt"),
         ({"prompt": "x" * (1 << 20) + "x"}, "prompt"),
         ({"messages": {}}, "messages.messages"),
+        ({"messages": {"continue_final_message": True}}, "messages.messages"),
         ({"messages": {"messages": [{"role": "user"}] * 257}}, "messages.messages"),
         ({"messages": {"messages": [{"role": "robot"}]}}, "messages.messages[0].role"),
         (
@@ -122,6 +123,7 @@ def test_sampling_out_of_bounds_names_the_field(sampling: dict[str, object], fie
         ({"prompt": "x", "evaluation": {"answer_format": "json"}}, "evaluation.answer_format"),
         ({"prompt": "x", "evaluation": {"reference_answer": "4"}}, "evaluation.answer_format"),
         ({"prompt": "x", "evaluation": {"pass_at_k": [1]}}, "evaluation.answer_format"),
+        ({"prompt": "x", "evaluation": {"answer_match": 9}}, "evaluation.answer_match"),
         ({"prompt": "x", "evaluation": {"task": "x" * 65}}, "evaluation.task"),
         ({"prompt": "x", "output": {"top_logprobs": 21}}, "output.top_logprobs"),
     ],
@@ -259,20 +261,6 @@ def test_task_outside_the_allow_list_counts_as_other(task: str, label: str) -> N
     evaluation = pb.EvaluationOptions(task=task)
     spec = validate_generate(pb.GenerateRequest(prompt="x", evaluation=evaluation), LIMITS)
     assert spec.evaluation.task == label
-
-
-@pytest.mark.parametrize("data", [b"\xff", b"\x1a\x05ab", b"\x1a\x02\xff\xfe"])
-def test_malformed_bytes_and_bad_utf8_are_refused(data: bytes) -> None:
-    with pytest.raises(MalformedMessageError, match=r"not a valid tandem\.v1\.GenerateRequest"):
-        parse(data, pb.GenerateRequest)
-
-
-def test_text_and_ids_together_are_refused() -> None:
-    data = pb.GenerateRequest(prompt="x").SerializeToString()
-    data += pb.GenerateRequest(prompt_token_ids=pb.TokenIds(ids=[1])).SerializeToString()
-    with pytest.raises(InvalidFieldError) as caught:
-        parse(data, pb.GenerateRequest)
-    assert [v.field for v in caught.value.violations] == ["prompt", "prompt_token_ids"]
 
 
 def test_range_tests_finiteness_first() -> None:
