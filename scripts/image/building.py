@@ -70,27 +70,44 @@ def make_base(containers: Containers) -> None:
         containers.podman("import", archive, BASE)
 
 
-def build(containers: Containers, target: str, image: str, torch_index: str | None) -> None:
-    """Build a target of the Dockerfile; its output goes to stderr. ToolError when it fails."""
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What an image is built for: serve or export, cpu or gpu."""
+
+    role: str
+    device: str
+
+    @property
+    def image(self) -> str:
+        return f"localhost/tandem:{self.role}-{self.device}"
+
+    @property
+    def arguments(self) -> list[str]:
+        return [f"DEVICE={self.device}", f"ROLE={self.role}"]
+
+
+def build(containers: Containers, variant: Variant, torch_index: str | None) -> None:
+    """Build the Dockerfile's image; its output goes to stderr. ToolError when it fails."""
     if torch_index is None:
         torch_index = "" if not _is_reachable(PYTORCH) else None
     arguments = [f"BASE_IMAGE={BASE}", f"GPU_BASE_IMAGE={BASE}", f"REVISION={_revision()}"]
+    arguments += variant.arguments
     if torch_index is not None:
         arguments.append(f"TORCH_INDEX={torch_index}")
     flags = [f"--build-arg={argument}" for argument in arguments]
     # First, from the cache from then on, what the final image begins with: a mount leaves the empty
     # folder that it was mounted on in the layer.
-    _bud(containers, f"{target}-base", [*flags])
+    _bud(containers, "base", [*flags])
     with _pip_mounts(read_pip_settings()) as mounts:
-        _bud(containers, target, [*flags, *mounts, f"--tag={image}"])
+        _bud(containers, "image", [*flags, *mounts, f"--tag={variant.image}"])
 
 
-def _bud(containers: Containers, target: str, flags: list[str]) -> None:
+def _bud(containers: Containers, stage: str, flags: list[str]) -> None:
     fixed = ["--layers", "--isolation=chroot", "--pull-never", "--format=docker"]
-    command = containers.buildah_command("bud", *fixed, f"--target={target}", *flags, str(ROOT))
+    command = containers.buildah_command("bud", *fixed, f"--target={stage}", *flags, str(ROOT))
     done = subprocess.run(command, stdout=sys.stderr, check=False)
     if done.returncode:
-        raise ToolError(f"buildah exits with {done.returncode} for the target {target}")
+        raise ToolError(f"buildah exits with {done.returncode} for the stage {stage}")
 
 
 @contextmanager

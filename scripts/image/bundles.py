@@ -10,10 +10,12 @@ import subprocess
 import time
 from pathlib import Path
 
-from scripts.image.containers import Containers
+from scripts.image.building import ROOT
+from scripts.image.containers import Containers, ToolError, run
 from scripts.image.proofs import MEMORY_MIB, Proof
 
-TINY_BUNDLE = Path(__file__).with_name("tiny_bundle.py").read_text(encoding="utf-8")
+TINY_BUNDLE = Path(__file__).with_name("tiny_bundle.py")
+PYTHON = ROOT / ".venv" / "bin" / "python"
 USER = 10001
 
 
@@ -22,20 +24,31 @@ def prove_export(containers: Containers, image: str, folder: Path) -> Proof:
     folder.mkdir()
     os.chown(folder, USER, USER)
     began = time.monotonic()
+    program = TINY_BUNDLE.read_text(encoding="utf-8")
     command = containers.hardened(
         "--rm",
         "--no-healthcheck",
         f"--volume={folder}:/work",
         "--entrypoint=python",
-        image,
-        "-c",
-        TINY_BUNDLE,
+        *(image, "-c", program, "/work"),
         memory_mib=MEMORY_MIB,
     )
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     is_kept = done.returncode == 0 and (folder / "run" / "bundle" / "manifest.json").is_file()
     seen = f"a tiny bundle in {time.monotonic() - began:.0f} s"
     return Proof("tandem export", is_kept, seen if is_kept else done.stderr[-500:])
+
+
+def export_here(folder: Path) -> None:
+    """Export the same bundle by the checkout's own environment: a serving image exports none.
+
+    Raises:
+        ToolError: there is no such environment, or the export failed.
+    """
+    if not PYTHON.exists():
+        raise ToolError(f"no bundle to serve: give --bundle, or make {PYTHON} by `make check`")
+    folder.mkdir()
+    run([str(PYTHON), str(TINY_BUNDLE), str(folder)], {"PYTHONPATH": str(ROOT)})
 
 
 def readable_copies(bundle: Path, scratch: Path) -> tuple[Path, Path | None]:

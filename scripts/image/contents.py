@@ -8,23 +8,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scripts.image.building import PipSettings
+from scripts.image.building import PipSettings, Variant
 from scripts.image.containers import Containers
 from scripts.image.proofs import Proof
 
 COMPILERS = {"cc", "c++", "gcc", "g++", "clang", "ld", "as", "make", "cmake", "nvcc", "rustc", "go"}
 # Beyond this a file is a library or a model, not a text that names where it was downloaded.
 MAX_TEXT_BYTES = 1 << 20
+# Of training and conversion: an image that serves has none of them.
+EXPORT_PACKAGES = {"accelerate", "datasets", "gguf", "matplotlib", "onnx_ir", "optimum"}
 PROGRAMS = ("bin", "sbin", "usr/bin", "usr/sbin", "usr/local/bin", "opt/tandem/bin")
 
 
-def prove_contents(containers: Containers, image: str, settings: PipSettings) -> Iterator[Proof]:
+def prove_contents(
+    containers: Containers, variant: Variant, settings: PipSettings
+) -> Iterator[Proof]:
     """Yield what is looked for among the files and in the configuration of an image."""
-    config = containers.inspect(image)
-    with containers.mounted(image) as root:
+    config = containers.inspect(variant.image)
+    with containers.mounted(variant.image) as root:
         files = [Path(folder, name) for folder, _, names in os.walk(root) for name in names]
         inside = [str(path.relative_to(root)) for path in files]
         yield _none("no compiler", compilers(root))
+        if variant.role == "serve":
+            yield _none("no package of training", export_packages(root))
         yield _none("no cache of pip", [path for path in inside if is_pip_cache(path)])
         yield _none("no lists of apt", [path for path in inside if is_apt_list(path)])
         yield _none("no pip.conf", [path for path in inside if path.endswith("pip.conf")])
@@ -51,6 +57,12 @@ def compilers(root: Path) -> list[str]:
             if words & COMPILERS and not path.name.startswith("update-"):
                 found.append(f"{folder}/{path.name}")
     return found
+
+
+def export_packages(root: Path) -> list[str]:
+    """Return which packages of training and conversion the image's Python can import."""
+    folders = root.glob("opt/tandem/lib/python3*/site-packages/*")
+    return sorted(EXPORT_PACKAGES & {path.name for path in folders})
 
 
 def is_pip_cache(path: str) -> bool:

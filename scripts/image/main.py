@@ -1,6 +1,7 @@
 """Build an image without a Docker daemon, run it hardened, and try what it promises.
 
     scripts/build_image [cpu] [--bundle runs/demo/bundle] [--out proofs.json]
+    scripts/build_image --role export   # the image of the distillation job
     scripts/build_image gpu             # builds; what needs a GPU is not shown
     scripts/build_image --clean         # removes what this script keeps from one time to the next
 
@@ -24,8 +25,8 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from scripts.image.building import ROOT, build, make_base, read_pip_settings
-from scripts.image.bundles import prove_export, readable_copies
+from scripts.image.building import ROOT, Variant, build, make_base, read_pip_settings
+from scripts.image.bundles import export_here, prove_export, readable_copies
 from scripts.image.containers import Containers, ToolError, install_tools
 from scripts.image.contents import prove_contents
 from scripts.image.proofs import Proof, prove_running, serving
@@ -34,13 +35,16 @@ DEMO = "runs/demo/bundle"
 STORAGE = Path("/var/tmp/tandem-image")
 NO_ROOT = """\
 scripts/build_image needs root: it installs packages, makes a base image in a chroot and mounts
-overlays. Where there is a Docker daemon or a rootless podman, `docker build --target cpu .` needs
+overlays. Where there is a Docker daemon or a rootless podman, `docker build .` needs
 none of that (docs/container.md)."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser("scripts/build_image", description=__doc__.splitlines()[0])
-    parser.add_argument("target", nargs="?", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("device", nargs="?", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument(
+        "--role", choices=("serve", "export"), default="serve", help="default: serve"
+    )
     parser.add_argument(
         "--bundle", type=Path, help=f"to serve; default: {DEMO}, else a tiny one that is exported"
     )
@@ -74,18 +78,18 @@ def build_and_prove(options: argparse.Namespace) -> int:
     install_tools()
     containers = Containers(options.storage)
     containers.storage.mkdir(parents=True, exist_ok=True)
-    image = f"localhost/tandem:{options.target}"
+    variant = Variant(options.role, options.device)
     try:
         say("making the base image")
         make_base(containers)
-        say(f"building the target {options.target}")
-        build(containers, options.target, image, options.torch_index)
+        say(f"building {variant.image}")
+        build(containers, variant, options.torch_index)
         build_s = time.monotonic() - began
         say("trying what it promises")
         with tempfile.TemporaryDirectory() as scratch:
             Path(scratch).chmod(0o755)
-            proofs = list(announced(prove(containers, image, options.bundle, Path(scratch))))
-        facts = describe(containers, image, build_s, time.monotonic() - began)
+            proofs = list(announced(prove(containers, variant, options.bundle, Path(scratch))))
+        facts = describe(containers, variant.image, build_s, time.monotonic() - began)
     finally:
         containers.leave_nothing_running()
     if options.out:
@@ -98,18 +102,21 @@ def build_and_prove(options: argparse.Namespace) -> int:
 
 
 def prove(
-    containers: Containers, image: str, bundle: Path | None, scratch: Path
+    containers: Containers, variant: Variant, bundle: Path | None, scratch: Path
 ) -> Iterator[Proof]:
     """Yield every proof, the one that ends the server last."""
-    yield from prove_contents(containers, image, read_pip_settings())
-    tiny = scratch / "tiny"
-    yield prove_export(containers, image, tiny)
-    served: tuple[Path, Path | None] = (tiny / "run" / "bundle", tiny / "teacher")
+    yield from prove_contents(containers, variant, read_pip_settings())
     if bundle is None and (ROOT / DEMO / "manifest.json").is_file():
         bundle = ROOT / DEMO
+    tiny = scratch / "tiny"
+    if variant.role == "export":
+        yield prove_export(containers, variant.image, tiny)
+    elif bundle is None:
+        export_here(tiny)
+    served: tuple[Path, Path | None] = (tiny / "run" / "bundle", tiny / "teacher")
     if bundle is not None:
         served = readable_copies(bundle, scratch)
-    with serving(containers, image, *served) as server:
+    with serving(containers, variant.image, *served) as server:
         yield from prove_running(server)
 
 

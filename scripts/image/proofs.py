@@ -176,8 +176,10 @@ def _allocate(server: Server, memory_mib: int) -> int:
 
 
 def prove_doctor(server: Server) -> Proof:
-    doctor = "import json, subprocess as s; print(s.run(['tandem', 'doctor', '--json'], "
-    found = server.execute(doctor + "capture_output=True, text=True).stdout)")
+    found = server.execute(
+        "import subprocess; words = ['tandem', 'doctor', '--role', 'serve', '--json']; "
+        "print(subprocess.run(words, capture_output=True, text=True).stdout)"
+    )
     findings = json.loads(found)
     problems = [finding for finding in findings if finding["level"] == "problem"]
     return Proof("tandem doctor", bool(findings) and not problems, f"problems: {problems}")

@@ -1,4 +1,4 @@
-"""A tiny bundle out of nothing, in the folder /work; run by the image's own Python.
+"""A tiny bundle out of nothing, in the folder that it is given.
 
 A Llama of random weights with a tokenizer of bytes is the teacher, and `tandem export run` makes
 the student: so a machine that has no bundle can try the image, and the image's export is tried.
@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORK = Path("/work")
+WORK = Path(sys.argv[1])
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -45,7 +45,9 @@ def main() -> int:
     make_teacher(WORK / "teacher")
     recipe = WORK / "recipe.yaml"
     recipe.write_text(json.dumps(RECIPE), encoding="utf-8")
-    return subprocess.run(["tandem", "export", "run", str(recipe)], check=False).returncode
+    return subprocess.run(
+        [sys.executable, "-m", "tandem", "export", "run", str(recipe)], check=False
+    ).returncode
 
 
 def make_teacher(folder: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from scripts.image import bundles, contents, proofs
-from scripts.image.building import PipSettings, build, read_pip_settings
+from scripts.image.building import PipSettings, Variant, build, read_pip_settings
 from scripts.image.containers import Containers, ToolError, run
 from serve.app.config import ServeConfig
 from serve.app.settings import ENV_PREFIX
@@ -53,7 +53,6 @@ def read_stages() -> dict[str, Stage]:
 
 
 STAGES = read_stages()
-TARGETS = ("cpu", "gpu")
 
 
 @pytest.mark.parametrize("name", ["BASE_IMAGE", "GPU_BASE_IMAGE"])
@@ -62,47 +61,43 @@ def test_base_images_are_arguments_pinned_by_version_and_digest(name: str) -> No
     assert re.search(pinned, DOCKERFILE, re.MULTILINE)
 
 
-def test_targets_begin_with_their_base_and_cpu_is_the_default() -> None:
-    assert STAGES["cpu-base"].base == "${BASE_IMAGE}"
+def test_device_chooses_the_base_and_all_else_stands_once() -> None:
+    assert STAGES["cpu-base"] == Stage("${BASE_IMAGE}", ())
     assert STAGES["gpu-base"].base == "${GPU_BASE_IMAGE}"
-    assert [STAGES[target].base for target in TARGETS] == ["cpu-base", "gpu-base"]
-    assert list(STAGES)[-1] == "cpu"
+    assert {name: stage.base for name, stage in STAGES.items() if name[1:] != "pu-base"} == {
+        "base": "${DEVICE}-base",
+        "packages": "base",
+        "app": "packages",
+        "image": "base",
+    }
 
 
-def test_targets_differ_in_their_title_alone() -> None:
-    def told(target: str) -> list[tuple[str, str]]:
-        return [(key, text.replace(target, "TARGET")) for key, text in STAGES[target].instructions]
-
-    assert told("cpu") == told("gpu")
-    for part in ("packages", "tandem"):
-        cpu, gpu = (
-            [text.replace(target, "TARGET") for text in STAGES[f"{target}-{part}"].texts("RUN")]
-            for target in TARGETS
-        )
-        assert cpu == [text for text in gpu if "apt-get" not in text]
+def test_image_serves_on_a_cpu_unless_it_is_told_otherwise() -> None:
+    for stage in ("packages", "image"):
+        assert {"DEVICE=cpu", "ROLE=serve"} <= set(STAGES[stage].texts("ARG"))
+    assert list(STAGES)[-1] == "image"
+    assert re.findall(r"^ARG DEVICE=(.*)$", DOCKERFILE, re.MULTILINE) == ["cpu"] * 3
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_final_stage_only_copies_and_never_runs(target: str) -> None:
-    stage = STAGES[target]
+def test_final_stage_only_copies_and_never_runs() -> None:
+    stage = STAGES["image"]
     assert stage.texts("RUN") == []
     assert [text.rpartition(" ")[2] for text in stage.texts("COPY")] == ["/opt/tandem"] * 2
     assert all(text.startswith("--from=") for text in stage.texts("COPY"))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_process_is_tandem_itself_as_10001(target: str) -> None:
-    stage = STAGES[target]
+def test_process_is_tandem_itself_as_10001() -> None:
+    stage = STAGES["image"]
     assert stage.texts("USER") == ["10001:10001"]
     assert stage.texts("ENTRYPOINT") == ['["tandem"]']
     assert stage.texts("CMD") == ['["serve"]']
     assert stage.texts("STOPSIGNAL") == ["SIGTERM"]
     assert stage.texts("HEALTHCHECK")[0].endswith('CMD ["tandem-healthcheck"]')
-    assert "--uid 10001 --gid 10001" in " ".join(STAGES[f"{target}-base"].texts("RUN"))
+    assert "--uid 10001 --gid 10001" in " ".join(STAGES["base"].texts("RUN"))
 
 
 def test_every_setting_in_the_environment_is_one_of_tandem() -> None:
-    names = re.findall(rf"\b{ENV_PREFIX}([A-Z_]+)=", STAGES["cpu"].texts("ENV")[0])
+    names = re.findall(rf"\b{ENV_PREFIX}([A-Z_]+)=", STAGES["image"].texts("ENV")[0])
     assert sorted(names) == ["BUNDLE", "READY_FILE"]
     assert {name.lower() for name in names} <= set(ServeConfig.model_fields)
 
@@ -110,22 +105,39 @@ def test_every_setting_in_the_environment_is_one_of_tandem() -> None:
 def test_exposed_ports_are_the_default_ones() -> None:
     fields = ServeConfig.model_fields
     ports = [fields[name].default for name in ("port", "control_port", "metrics_port")]
-    assert STAGES["cpu"].texts("EXPOSE") == [" ".join(map(str, ports))]
+    assert STAGES["image"].texts("EXPOSE") == [" ".join(map(str, ports))]
 
 
 def test_label_has_the_version_of_the_project() -> None:
     version = PROJECT["project"]["version"]
-    assert f'image.version="{version}"' in STAGES["cpu"].texts("LABEL")[0]
+    assert f'image.version="{version}"' in STAGES["image"].texts("LABEL")[0]
 
 
 def test_onnxruntime_reports_to_nobody() -> None:
-    for target in TARGETS:
-        assert "ORT_DISABLE_TELEMETRY=1" in STAGES[target].texts("ENV")[0]
+    assert "ORT_DISABLE_TELEMETRY=1" in STAGES["image"].texts("ENV")[0]
 
 
 def test_no_build_argument_names_an_index_of_packages_with_credentials() -> None:
     arguments = re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE)
-    assert set(arguments) == {"BASE_IMAGE", "GPU_BASE_IMAGE", "TORCH", "TORCH_INDEX", "REVISION"}
+    known = {"BASE_IMAGE", "GPU_BASE_IMAGE", "DEVICE", "ROLE", "TORCH", "TORCH_INDEX", "REVISION"}
+    assert set(arguments) == known
+
+
+@pytest.mark.parametrize(
+    ("role", "has", "lacks"),
+    [
+        ("serve", {"grpcio", "torch", "transformers", "onnxruntime"}, contents.EXPORT_PACKAGES),
+        ("export", {"grpcio", "torch", "onnxruntime", "accelerate", "gguf"}, {"tandem"}),
+    ],
+)
+def test_image_installs_the_packages_of_its_role(role: str, has: set[str], lacks: set[str]) -> None:
+    script = (ROOT / "scripts" / "image" / "install_packages").read_text(encoding="utf-8")
+    program = re.search(r"<<'PYTHON'\n(.*?)^PYTHON$", script, re.MULTILINE | re.DOTALL)
+    assert program is not None
+    printed = run([sys.executable, "-c", program[1], role, "cpu"]).splitlines()
+    names = {re.split(r"[\[<>=;]", line)[0] for line in printed}
+    assert has <= names
+    assert not lacks & {name.replace("-", "_") for name in names}
 
 
 # --- what the build is given
@@ -141,12 +153,9 @@ def test_everything_allowed_into_the_build_exists() -> None:
     assert [path for path in allowed() if not (ROOT / path).exists()] == []
 
 
-def test_every_module_and_package_is_allowed_into_the_build() -> None:
-    setuptools = PROJECT["tool"]["setuptools"]
-    modules = [f"{name}.py" for name in setuptools["py-modules"]]
-    packages = [name.rstrip("*") for name in setuptools["packages"]["find"]["include"]]
-    # bench/ measures on a developer's machine, and nothing that is shipped imports it.
-    assert set(modules) | set(packages) - {"bench"} <= set(allowed())
+def test_every_package_is_allowed_into_the_build() -> None:
+    found = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert {name.rstrip("*") for name in found} <= set(allowed())
 
 
 def test_every_file_that_runs_is_package_data_or_python() -> None:
@@ -227,7 +236,7 @@ def test_build_without_root_says_why_and_what_else_there_is() -> None:
     )
     assert done.returncode == 2
     assert "needs root" in done.stderr
-    assert "docker build --target cpu ." in done.stderr
+    assert "`docker build .`" in done.stderr
 
 
 def test_bundle_that_is_not_there_is_wrong_usage(tmp_path: Path) -> None:
@@ -301,6 +310,12 @@ def test_lists_of_apt_are_told_from_their_lock(path: str, is_list: bool) -> None
     assert contents.is_apt_list(path) == is_list
 
 
+def test_packages_of_training_are_found(tmp_path: Path) -> None:
+    packages = "opt/tandem/lib/python3.11/site-packages"
+    root = image_with(tmp_path, f"{packages}/optimum/x.py", f"{packages}/torch/__init__.py")
+    assert contents.export_packages(root) == ["optimum"]
+
+
 def test_traces_of_the_host_are_found_in_folders_texts_and_history(tmp_path: Path) -> None:
     source = "/opt/our-wheels"
     folder = tmp_path / "host" / "wheels"
@@ -356,12 +371,12 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
     return put
 
 
-def test_build_that_fails_is_told_by_its_target(
+def test_build_that_fails_is_told_by_its_stage(
     install: Callable[[str, str], Containers],
 ) -> None:
     containers = install("buildah", "exit 7")
-    with pytest.raises(ToolError, match="buildah exits with 7 for the target gpu-base"):
-        build(containers, "gpu", "localhost/tandem:gpu", torch_index="")
+    with pytest.raises(ToolError, match="buildah exits with 7 for the stage base"):
+        build(containers, Variant("serve", "gpu"), torch_index="")
 
 
 def test_container_that_does_not_start_says_why(
