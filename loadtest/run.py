@@ -26,16 +26,16 @@ from google.protobuf.json_format import MessageToDict
 
 from bundle.errors import UserError
 from loadtest.analysis.cross_check import cross_check
+from loadtest.client.process import LoadResult, Progress
 from loadtest.client.requests_file import REQUESTS_FILE, part_files, write_requests
 from loadtest.client.targets import Credentials
-from loadtest.client.workers import LoadResult, Progress, run_load
-from loadtest.config import RunConfig
+from loadtest.client.workers import run_load
+from loadtest.config import RunConfig, Tally, parse_slo
 from loadtest.folder import FIND_MAX_FILE, RUN_FILE, make_folder, write_json
 from loadtest.progress import ProgressReporter
 from loadtest.records import DatasetPrompt, Phase, RequestRecord
 from loadtest.scoring import score_samples
 from loadtest.server_metrics import ServerWatch
-from loadtest.slo import Slo, Tally, parse_slo
 from loadtest.sum_up import sum_up
 from loadtest.verdicts.find_max import MaxRate, RateStep, Search
 from loadtest.verdicts.find_max import find_max as search_max
@@ -61,7 +61,6 @@ def run(
         UserError: there is something in the folder, the dataset or trace is broken, or the server
             is not there or lacks an arm.
     """
-    _read_slo(config)
     prompts = load_prompts(config)
     schedule = plan(config, prompts)
     make_folder(config.out, may_overwrite=may_overwrite)
@@ -122,7 +121,7 @@ def find_max(
     Raises:
         UserError: as `run`, or the server went away: no request of a step was answered.
     """
-    slo = _read_slo(config)
+    slo = parse_slo(config.slo)
     prompts = load_prompts(config)
     make_folder(config.out, may_overwrite=may_overwrite)
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
@@ -173,14 +172,6 @@ def _found(
         for arm, of in steps.items()
     }
     return {"slo": config.slo, "arms": rates, "steps": tried}
-
-
-def _read_slo(config: RunConfig) -> Slo:
-    """Return the SLO; UserError when it cannot be read, before anything is sent."""
-    try:
-        return parse_slo(config.slo)
-    except ValueError as error:
-        raise UserError(f"--slo: {error}") from None
 
 
 # --- what is said of a run

@@ -18,9 +18,8 @@ from loadtest.analysis.percentiles import (
 from loadtest.analysis.quality import Pair, agreement_share, correctness_p, differences, quality
 from loadtest.analysis.statistics import ratio_of_ratios, wilson
 from loadtest.analysis.summary import ArmComparison, Cell, Distribution, Summary, Validity
-from loadtest.config import RunConfig
+from loadtest.config import RunConfig, parse_slo
 from loadtest.records import Phase, RequestRecord
-from loadtest.slo import parse_slo
 
 if TYPE_CHECKING:
     from loadtest.client.runner import BlockCost

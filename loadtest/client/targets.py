@@ -6,7 +6,8 @@ of its status, is up to `loadtest.client.runner`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,11 +15,12 @@ import grpc
 
 from bundle.errors import UserError
 from loadtest.config import RunConfig
+from loadtest.ledger.journal import OK, Journal
 from loadtest.records import DatasetPrompt, PlannedRequest, RequestRecord, SampleRecord
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient, IncompleteStreamError, Tls, explain
 
-INCOMPLETE = "INCOMPLETE"
+INCOMPLETE, CANCELLED = "INCOMPLETE", "CANCELLED"
 # Answers to questions about models come at once, or there is nobody.
 CHECK_TIMEOUT_S = 10.0
 _ROUTES = {"student": pb.ROUTE_STUDENT, "teacher": pb.ROUTE_TEACHER}
@@ -36,6 +38,14 @@ class Credentials:
     tls: Tls | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class RunJournal:
+    """A journal's lines, and what sets the ids of a run's requests apart from those of others."""
+
+    lines: Journal
+    run_id: str
+
+
 class RequestFailedError(Exception):
     """A request ended without its answer; `status` as `RequestRecord.status`."""
 
@@ -46,7 +56,10 @@ class RequestFailedError(Exception):
 
 
 class LoadTarget(Protocol):
-    """A server; lives on one event loop."""
+    """A server; lives on one event loop.
+
+    Made of the run's settings, its prompts by id, the credentials, and a journal, or None.
+    """
 
     async def check(self) -> None:
         """Ask for the arms; UserError where the server cannot be reached or lacks one."""
@@ -72,10 +85,12 @@ class TandemTarget:
         config: RunConfig,
         prompts: Mapping[str, DatasetPrompt],
         credentials: Credentials = Credentials(),
+        journal: RunJournal | None = None,
     ) -> None:
         """Connect at the first call; OSError and ValueError as `AsyncClient`."""
         self._config = config
         self._prompts = prompts
+        self._journal = journal
         self._client = AsyncClient(
             config.target, token=credentials.token, tls=credentials.tls, max_attempts=1
         )
@@ -89,12 +104,13 @@ class TandemTarget:
 
     async def send(self, record: RequestRecord, clock: Clock) -> None:
         request = self._request(record.plan)
-        try:
-            await self._receive(request, record, clock)
-        except grpc.RpcError as error:
-            raise to_failure(error) from None
-        except IncompleteStreamError as error:
-            raise RequestFailedError(INCOMPLETE, str(error)) from None
+        with self._journalled(request):
+            try:
+                await self._receive(request, record, clock)
+            except grpc.RpcError as error:
+                raise to_failure(error) from None
+            except IncompleteStreamError as error:
+                raise RequestFailedError(INCOMPLETE, str(error)) from None
 
     async def wait_connected(self) -> None:
         await self._client.wait_connected()
@@ -102,12 +118,31 @@ class TandemTarget:
     async def close(self) -> None:
         await self._client.close()
 
+    @contextmanager
+    def _journalled(self, request: pb.GenerateRequest) -> Iterator[None]:
+        """Note a request in the journal, if there is one, and the status with which it ended."""
+        if self._journal is None:
+            yield
+            return
+        self._journal.lines.sent(request)
+        status = CANCELLED
+        try:
+            yield
+            status = OK
+        except RequestFailedError as failed:
+            status = failed.status
+            raise
+        finally:
+            self._journal.lines.ended(request.request_id, status)
+
     async def _receive(
         self, request: pb.GenerateRequest, record: RequestRecord, clock: Clock
     ) -> None:
         """Note tokens as they come, and the samples when the stream has ended."""
         async with self._client.generate(request, self._config.timeout_s) as stream:
             async for event in stream:
+                if self._journal is not None:
+                    self._journal.lines.received(request.request_id, event)
                 if event.HasField("tokens"):
                     now_s, chunk = clock(), event.tokens
                     sample = sample_of(record, chunk.index)
@@ -121,6 +156,7 @@ class TandemTarget:
     def _request(self, plan: PlannedRequest) -> pb.GenerateRequest:
         config, prompt = self._config, self._prompts[plan.prompt_id]
         request = pb.GenerateRequest(
+            request_id=f"{self._journal.run_id}.{plan.number}" if self._journal else "",
             route=_ROUTES[plan.arm],
             messages=pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=prompt.text)]),
             sampling=pb.SamplingParams(

@@ -1,81 +1,39 @@
-"""Client processes: each runs its part of the schedule, all by the same clock.
+"""The parent of the client processes: each runs its part of the schedule, all by the same clock.
 
-The parent draws progress and answers Ctrl-C, so that neither delays a request. A child connects,
-asks for the arms, waits for the common start, reports now and then, and hands over its records at
-the end. What has ended is in its own file by then, behind each block: see `requests_file`. It ends
-with its parent.
+It draws progress and answers Ctrl-C, so that neither delays a request; `process` has their side.
 """
 
 from __future__ import annotations
 
-import asyncio
 import multiprocessing
+import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from bundle.errors import UserError
-from loadtest.client.oip_target import OipTarget
-from loadtest.client.requests_file import keeping, part_file, read_parts
-from loadtest.client.runner import BlockCost, LoadRunner, new_event_loop
-from loadtest.client.targets import Credentials, LoadTarget, TandemTarget
+from loadtest.client.process import Job, LoadResult, Progress, main
+from loadtest.client.requests_file import part_file, read_parts
+from loadtest.client.targets import Credentials
 from loadtest.config import RunConfig
-from loadtest.records import DatasetPrompt, RequestRecord
+from loadtest.records import DatasetPrompt
 from loadtest.workload.schedule import Block
 
 # From the last process's readiness to the run's start.
 _START_DELAY_S = 0.2
-_REPORT_INTERVAL_S = 0.5
 _END_TIMEOUT_S = 5.0
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = "it was interrupted: a part of its load is missing"
-_TARGETS: Mapping[str, Callable[..., LoadTarget]] = {"tandem": TandemTarget, "oip": OipTarget}
 
 
 class ClientFailedError(UserError):
     """A client process ended before its time; its own traceback is on stderr."""
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a run is; `elapsed_s` since its start."""
-
-    elapsed_s: float = 0.0
-    num_sent: int = 0
-    num_ended: int = 0
-    num_failed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class LoadResult:
-    """What was seen of a schedule, by request number.
-
-    `is_interrupted`: requests were given up. `problems` say why a part of the load is missing: it
-    was interrupted, or a client process died.
-    """
-
-    records: list[RequestRecord]
-    costs: list[BlockCost]
-    is_interrupted: bool = False
-    problems: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What a client process is told; `part` is the file for its records, if any."""
-
-    config: RunConfig
-    prompts: Mapping[str, DatasetPrompt]
-    credentials: Credentials
-    blocks: Sequence[Block]
-    process: int
-    part: Path | None
 
 
 def run_load(
@@ -97,11 +55,12 @@ def run_load(
         ClientFailedError: a process ended before the load began; the others are ended, too.
     """
     clients: list[_Client] = []
+    run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(4)}"
     try:
         for process in range(config.processes):
             part = partition(blocks, process, config.processes)
             file = None if folder is None else part_file(folder, process)
-            clients.append(_Client(_Job(config, prompts, credentials, part, process, file)))
+            clients.append(_Client(Job(config, prompts, credentials, part, process, file, run_id)))
         _start_together(clients)
         with _stopping(clients):
             _collect(clients, on_progress)
@@ -127,29 +86,16 @@ def partition(blocks: Sequence[Block], process: int, num_processes: int) -> list
     return parts
 
 
-def open_target(
-    config: RunConfig, prompts: Mapping[str, DatasetPrompt], credentials: Credentials
-) -> LoadTarget:
-    """Return the server of `config`; UserError for credentials that cannot be used."""
-    try:
-        return _TARGETS[config.protocol](config, prompts, credentials)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--target {config.target}: {error}") from None
-
-
-# The parent's side
-
-
 class _Client:
     """A client process, as its parent sees it."""
 
-    def __init__(self, job: _Job) -> None:
+    def __init__(self, job: Job) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.progress = Progress()
         self.result: LoadResult | None = None
         self._job = job
-        self._process: BaseProcess = context.Process(target=_main, args=(theirs, job), daemon=True)
+        self._process: BaseProcess = context.Process(target=main, args=(theirs, job), daemon=True)
         with _without_interrupts(), theirs:
             self._process.start()
 
@@ -272,61 +218,3 @@ def _merge(parts: Sequence[LoadResult]) -> LoadResult:
         is_interrupted,
         deaths or ((INTERRUPTED,) if is_interrupted else ()),
     )
-
-
-# The child's side
-
-
-def _main(connection: Connection, job: _Job) -> None:
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        try:
-            runner.run(_run(connection, job))
-        except UserError as error:
-            connection.send(error)
-
-
-async def _run(connection: Connection, job: _Job) -> None:
-    target = open_target(job.config, job.prompts, job.credentials)
-    try:
-        await target.check()
-        connection.send(None)
-        with keeping(job.part) as keep:
-            runner = LoadRunner(target, connection.recv(), job.process, keep)
-            reports = asyncio.create_task(_report(connection, runner))
-            is_interrupted = await _run_until_told(connection, runner, job.blocks)
-        reports.cancel()
-        with suppress(ConnectionError):  # the parent is gone
-            connection.send(_progress(runner))
-            connection.send(LoadResult(runner.records, runner.costs, is_interrupted))
-    finally:
-        await target.close()
-
-
-async def _run_until_told(
-    connection: Connection, runner: LoadRunner, blocks: Sequence[Block]
-) -> bool:
-    """Return whether the parent stopped it, or ended itself."""
-    load = asyncio.create_task(runner.run(blocks))
-    loop = asyncio.get_running_loop()
-
-    def stop() -> None:
-        loop.remove_reader(connection.fileno())
-        load.cancel()
-
-    loop.add_reader(connection.fileno(), stop)
-    await asyncio.wait([load])
-    loop.remove_reader(connection.fileno())
-    if not load.cancelled():
-        load.result()
-    return load.cancelled()
-
-
-async def _report(connection: Connection, runner: LoadRunner) -> None:
-    while True:
-        await asyncio.sleep(_REPORT_INTERVAL_S)
-        with suppress(ConnectionError):  # the parent is gone, which ends the load
-            connection.send(_progress(runner))
-
-
-def _progress(runner: LoadRunner) -> Progress:
-    return Progress(runner.elapsed_s, len(runner.records), runner.num_ended, runner.num_failed)

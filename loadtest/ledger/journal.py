@@ -19,8 +19,10 @@ Each line is handed to the system as it is written: what a killed client had wri
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import AsyncIterable, Iterable
+from collections.abc import AsyncIterable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,10 +30,12 @@ from typing import Any, Self
 import grpc
 from google.protobuf.message import Message
 
+from bundle.errors import UserError
 from loadtest.ledger.journal_events import check_event
 from protos.tandem.v1 import inference_pb2 as pb
 
 OK = grpc.StatusCode.OK.name
+_SUFFIX = ".jsonl"
 AnyRequest = pb.GenerateRequest | pb.CompareRequest
 
 _ROLES = {pb.ROLE_STUDENT: "student", pb.ROLE_TEACHER: "teacher"}
@@ -49,10 +53,15 @@ DIVERGENCE_FIELDS = (*_COUNTS, *_SUMS, *_MAYBE)
 
 
 class Journal:
-    """Writes one file of lines, which may be shared by the calls of one event loop or thread."""
+    """Writes one file of lines, which may be shared by the calls of one event loop or thread.
+
+    UserError where the file cannot be written.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._path = path
+        with self._told():
+            self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def sent(self, request: AnyRequest) -> None:
         """Note a request that has an id, a seed and a route other than AUTO; ValueError else."""
@@ -160,10 +169,19 @@ class Journal:
         )
 
     def _write(self, request_id: str, event: str, /, **fields: Any) -> None:
-        self._file.write(json.dumps({"id": request_id, "event": event, **fields}) + "\n")
+        with self._told():
+            self._file.write(json.dumps({"id": request_id, "event": event, **fields}) + "\n")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written: {error.strerror}") from None
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # told by the write, which leaves nothing to be written
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -227,19 +245,32 @@ def _hash_but_for_the_id(request: AnyRequest) -> str:
     return hashlib.sha256(name + same.SerializeToString(deterministic=True)).hexdigest()
 
 
+def journal_file(folder: Path, run_id: str, process: int) -> Path:
+    """Return the journal of a client process of a load test; the folder may be that of many."""
+    return folder / f"{run_id}.{process}{_SUFFIX}"
+
+
 def read_journal(paths: Iterable[Path]) -> Iterable[dict[str, Any]]:
-    """Yield the events of journals, one journal after the other.
+    """Yield the events of journals, one journal after the other; of a folder all that are in it.
 
     Raises:
-        ValueError: a line is no event, with its place. The last line of a file may be cut, as a
-            killed client leaves it, and is left out.
+        ValueError: a line is no event, with its place, or a folder has no journal. The last line of
+            a file may be cut, as a killed client leaves it, and is left out.
     """
-    for path in paths:
+    for path in itertools.chain.from_iterable(map(_files_of, paths)):
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     break
                 yield _event_of(line, f"{path}, line {number}")
+
+
+def _files_of(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    if not (found := sorted(path.glob(f"*{_SUFFIX}"))):
+        raise ValueError(f"{path} has no journal: no file *{_SUFFIX}")
+    return found
 
 
 def _event_of(line: bytes, place: str) -> dict[str, Any]:

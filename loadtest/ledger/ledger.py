@@ -2,6 +2,7 @@
 
     python -m loadtest.ledger JOURNAL... [--reference JOURNAL] [--may-be-open]
 
+A journal is a file, or a folder of files as `tandem loadtest run --journal FOLDER` writes it.
 Every request that was sent ends once. A call that ends with OK has each sample of each model once,
 and its Usage, which counts them. The chunks of a sample have neither gap nor repetition, and are
 the sample's tokens, log-probabilities and text. Divergences follow from the log-probabilities
@@ -166,9 +167,19 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("journals", nargs="+", type=Path, metavar="JOURNAL")
-    parser.add_argument("--reference", type=Path, help="journal of the same without faults")
-    parser.add_argument("--may-be-open", action="store_true", help="a client was killed")
+    parser.add_argument(
+        "journals", nargs="+", type=Path, metavar="JOURNAL", help="A file, or a folder of them."
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        help="The journal of the same requests without faults; by default there is none.",
+    )
+    parser.add_argument(
+        "--may-be-open",
+        action="store_true",
+        help="Requests may lack an end, since a client was killed; by default they may not.",
+    )
     given = parser.parse_args(arguments)
     try:
         reference = read_journal([given.reference]) if given.reference else None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loadtest.analysis.statistics import wilson
-from loadtest.slo import Tally
+from loadtest.config import Tally
 
 Measure = Callable[[float, int], Sequence[Tally]]
 """Takes a rate in requests per second and how often it was measured before; its tallies."""

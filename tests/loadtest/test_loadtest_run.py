@@ -14,6 +14,8 @@ import pytest
 
 from loadtest.analysis.summary import read_summary
 from loadtest.client.requests_file import read_requests
+from loadtest.ledger.journal import read_journal
+from loadtest.ledger.ledger import check
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +35,7 @@ def run(serving: Any, make_pair: Any, tmp_path_factory: pytest.TempPathFactory) 
             "--out", str(folder), "--rates", "6,12", "--duration", "1.5", "--warmup", "0.5",
             "--block", "0.5", "--gap", "0.1", "--num-samples", "2", "--max-tokens", "8",
             "--divergence", "exact", "--slo", "ttft_p95=5", "--seed", "3", "--json",
+            "--processes", "2", "--journal", str(folder.parent / "journal"),
         )  # fmt: skip
         labels = {"rpc": "Generate", "code": "OK", "task": "other"}
         counts = {
@@ -52,6 +55,13 @@ def test_folder_has_every_artifact(run: Any) -> None:
     page = (folder / "report.html").read_text()
     assert page.count("<svg") >= 6
     assert "<script" not in page and not re.search(r"(src|href)=.https?:", page)
+
+
+def test_journal_has_every_request_and_balances(run: Any) -> None:
+    folder = run[0].parent / "journal"
+    ledger = check(read_journal([folder]))
+    assert ledger.violations == [] and len(list(folder.iterdir())) == 2
+    assert ledger.codes == {"OK": len(read_requests(run[0] / "requests.jsonl"))}
 
 
 def test_client_and_server_saw_the_same_requests(run: Any) -> None:

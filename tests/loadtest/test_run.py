@@ -13,8 +13,8 @@ import pytest
 
 from bundle.errors import UserError
 from loadtest import run as run_module
+from loadtest.client.process import LoadResult
 from loadtest.client.targets import Credentials
-from loadtest.client.workers import LoadResult
 from loadtest.config import RunConfig
 from loadtest.progress import ProgressReporter
 from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord

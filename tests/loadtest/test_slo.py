@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from loadtest.config import LatencyObjective, Slo, Tally, parse_slo
 from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
-from loadtest.slo import LatencyObjective, Slo, Tally, parse_slo
 
 
 def record(*token_times_s: float, status: str = "OK") -> RequestRecord:

@@ -14,17 +14,10 @@ import grpc
 import pytest
 
 from bundle.errors import UserError
+from loadtest.client.process import LoadResult, Progress, open_target
 from loadtest.client.requests_file import part_files
 from loadtest.client.targets import Credentials
-from loadtest.client.workers import (
-    INTERRUPTED,
-    ClientFailedError,
-    LoadResult,
-    Progress,
-    open_target,
-    partition,
-    run_load,
-)
+from loadtest.client.workers import INTERRUPTED, ClientFailedError, partition, run_load
 from loadtest.config import RunConfig
 from loadtest.records import DatasetPrompt, Phase, PlannedRequest
 from loadtest.workload.schedule import Block, plan
@@ -143,7 +136,7 @@ def test_process_that_dies_ends_the_run_and_leaves_its_records(target: str, tmp_
 def test_process_that_dies_before_the_start_is_an_error(target: str) -> None:
     config = config_of(target, arms=("student",))
     with (
-        patch("loadtest.client.workers._main", os._exit),
+        patch("loadtest.client.workers.main", os._exit),
         pytest.raises(ClientFailedError, match="client process 0 ended with exit code"),
     ):
         load(config, lambda progress: None)

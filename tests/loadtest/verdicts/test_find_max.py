@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from loadtest.slo import LatencyObjective, Tally
+from loadtest.config import LatencyObjective, Tally
 from loadtest.verdicts.find_max import (
     MaxRate,
     Measure,
