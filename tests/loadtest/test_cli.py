@@ -180,8 +180,8 @@ def test_highest_rate_needs_an_objective_and_an_open_loop(
 
 
 def test_run_without_a_folder_is_wrong_usage(main: Main) -> None:
-    told = "tandem: --out: is required: folder of the artifacts; made; see --overwrite\n"
-    assert main("run") == (2, "", told)
+    code, shown, told = main("run")
+    assert (code, shown) == (2, "") and told.startswith("tandem: --out: is required: The folder")
 
 
 # plan

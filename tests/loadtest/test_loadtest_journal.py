@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from tests.support.polling import wait_until
 
 from loadtest.ledger.ledger import main
+from tests.support.polling import wait_until
 
 ROOT = Path(__file__).parents[2]
 
