@@ -1,4 +1,4 @@
-"""Journalled calls to a server elsewhere: in turns (closed loop), or on time (open loop)."""
+"""Journalled calls to a server process: in turns (closed loop), or on time (open loop)."""
 
 from __future__ import annotations
 

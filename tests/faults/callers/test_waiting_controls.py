@@ -15,7 +15,7 @@ from serve.engine.sequence import TokenEvent
 from serve.http.server import _HttpServer
 from serve.rpc.calls import CallGuard
 from serve.rpc.replay import Replays
-from tests.faults.callers import r01_cancel, r02_deadline, r05_stalled, r06_black_hole, r20_idle
+from tests.faults.callers import r01_cancel, r02_deadline, r05_stalled, r06_partition, r20_idle
 from tests.faults.callers.latency import Rounds, Waits
 from tests.faults.memory import held, slope
 from tests.faults.result import RowResult, Size
@@ -113,16 +113,16 @@ def test_server_that_waits_for_stalled_readers_for_ever_is_seen(
     assert any("streams still run" in problem for problem in problems)
 
 
-def test_server_that_asks_too_seldom_keeps_what_is_behind_the_hole(
+def test_server_that_asks_too_seldom_keeps_what_is_behind_the_partition(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = ("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
     slow = dict(SERVER_OPTIONS) | dict.fromkeys(names, 3000)
-    monkeypatch.setattr(r06_black_hole, "options", lambda size: slow)
-    monkeypatch.setattr(r06_black_hole, "_limit_s", lambda chosen: 0.5)
-    monkeypatch.setattr(r06_black_hole, "SLACK_S", 1.0)
-    monkeypatch.setitem(r06_black_hole.NUM_CLIENTS, Size.CI, 1)
-    problems = r06_black_hole.run(Size.CI).problems
+    monkeypatch.setattr(r06_partition, "options", lambda size: slow)
+    monkeypatch.setattr(r06_partition, "_limit_s", lambda chosen: 0.5)
+    monkeypatch.setattr(r06_partition, "SLACK_S", 1.0)
+    monkeypatch.setitem(r06_partition.NUM_CLIENTS, Size.CI, 1)
+    problems = r06_partition.run(Size.CI).problems
     assert any("not all was freed" in problem for problem in problems)
 
 

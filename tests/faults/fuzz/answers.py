@@ -1,4 +1,4 @@
-"""What a server elsewhere answers, and how its calls end: events or one error; a text to show."""
+"""What a remote server answers, and how its calls end: events or one error; a text to show."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Faults at the same time, by chance: callers, operators and models that misbehave all at once.
+"""A chaos test: callers, operators and models that misbehave all at once, by chance.
 
     python -m tests.faults.storm --seed 1 --seconds 60
 
-Each seed makes a server and a plan (`storm_plan`). A calm run says what the answers are. Then
-`storm_backend` runs out of memory, fails and gives NaN, while callers share ids, leave, hurry and
-stream (`storm_callers`), an operator changes the policy and aborts, and the token file is written
-again. In some plans the teacher is another server, which comes and goes (`storm_elsewhere`); in
-some all connections are encrypted, and the certificates rotate (`storm_certificates`). Every answer
+Each seed makes a server and a plan (`plan`). A calm run says what the answers are. Then
+`backend` runs out of memory, fails and gives NaN, while callers share ids, leave, hurry and
+stream (`callers`), an operator changes the policy and aborts, and the token file is written
+again. In some plans the teacher is another server, which comes and goes (`remote_teacher`); in
+some all connections are encrypted, and the certificates rotate (`certificates`). Every answer
 is held against the calm run, and what may not leak must be back; the same requests afterwards must
 be equal to the last bit. At the end it drains under load.
 """
@@ -29,7 +29,6 @@ from unittest.mock import patch
 
 from loadtest.ledger.journal import Journal
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.pair import remote_teacher as remote
 from tests.faults.answers import answers_of
 from tests.faults.server.faulty import quiet_log
 from tests.faults.storm.backend import CALM
@@ -67,8 +66,8 @@ def run(
     with quiet_log(), tempfile.TemporaryDirectory() as name, StormRig(Path(name), plan) as rig:
         prepare(rig)
         _Storm(rig, plan, outcome).run(seconds)
-    if rig.elsewhere is not None:
-        outcome.problems += rig.elsewhere.problems
+    if rig.remote is not None:
+        outcome.problems += rig.remote.problems
     return outcome
 
 
@@ -168,22 +167,22 @@ class _Storm:
 
     @asynccontextmanager
     async def _teacher_that_comes_and_goes(self) -> AsyncIterator[None]:
-        """Have the teacher elsewhere, if there is one, be lost; in the end it must be there."""
-        elsewhere = self._rig.elsewhere
-        if elsewhere is None:
+        """Have the remote teacher, if there is one, be lost; in the end it must be there."""
+        teacher = self._rig.remote
+        if teacher is None:
             yield
             return
         # So short that a road which brings nothing is noticed within a storm.
-        with patch.object(remote, "_PROBE_TIMEOUT_S", 0.2):
+        with patch("serve.pair.remote_teacher._PROBE_TIMEOUT_S", 0.2):
             is_over = asyncio.Event()
-            task = asyncio.create_task(elsewhere.misbehave_until(is_over))
+            task = asyncio.create_task(teacher.misbehave_until(is_over))
             try:
                 yield
             finally:
                 is_over.set()
                 await task
         if self._rig.server._end is None:
-            await elsewhere.be_found()
+            await teacher.be_found()
 
     async def _wait_for(self, tasks: list[asyncio.Task[None]]) -> None:
         _, pending = await asyncio.wait(tasks, timeout=3 * MAX_CALL_S)

@@ -79,8 +79,8 @@ class Callers:
         return code, events
 
     def _needs_what_may_be_lost(self, role_or_route: int) -> bool:
-        """Say so of the teacher elsewhere."""
-        return self._plan.is_teacher_elsewhere and role_or_route == pb.ROUTE_TEACHER
+        """Say so of the remote teacher."""
+        return self._plan.is_teacher_remote and role_or_route == pb.ROUTE_TEACHER
 
     def _check_innocent(self, act: Act, text: str) -> None:
         """Only what is NaN by itself may fail by NaN, whatever is beside it or was in its rows."""

@@ -65,7 +65,7 @@ class Plan:
     weather: Weather
     templates: list[pb.GenerateRequest]
     num_callers: int
-    is_teacher_elsewhere: bool
+    is_teacher_remote: bool
     has_certificates: bool
 
     def acts(self) -> Iterator[Act]:
@@ -101,7 +101,7 @@ def make_plan(seed: int) -> Plan:
         weather=weather,
         templates=[_template(rng) for _ in range(NUM_TEMPLATES)],
         num_callers=rng.choice([8, 24, 48]),
-        is_teacher_elsewhere=rng.random() < 0.4,
+        is_teacher_remote=rng.random() < 0.4,
         has_certificates=rng.random() < 0.4,
     )
 

@@ -1,4 +1,4 @@
-"""The server of a storm: its models stand in a weather, its teacher may be elsewhere."""
+"""The server of a storm: its models stand in a weather, its teacher may be remote."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from serve.rpc.credentials.tokens import new_token
 from tests.faults.rig import Rig
 from tests.faults.storm.backend import StormBackend, Weather, break_sampling
 from tests.faults.storm.certificates import Certificates
-from tests.faults.storm.elsewhere import Elsewhere
 from tests.faults.storm.plan import TENANTS, Plan
+from tests.faults.storm.remote_teacher import RemoteTeacherServer
 
 _SCOPES = "inference,control"
 
@@ -36,14 +36,14 @@ class StormRig(Rig):
         self._all_clients: list[AsyncClient] = []
         self._plan = plan
         self.certificates = Certificates(folder) if plan.has_certificates else None
-        self.elsewhere: Elsewhere | None = None
+        self.remote: RemoteTeacherServer | None = None
         if self.certificates is not None:
             settings |= self.certificates.settings()
-        if plan.is_teacher_elsewhere:
-            self.elsewhere = Elsewhere(
-                folder / "elsewhere", plan, self._make_teacher, self.certificates
+        if plan.is_teacher_remote:
+            self.remote = RemoteTeacherServer(
+                folder / "remote", plan, self._make_teacher, self.certificates
             )
-            settings |= self.elsewhere.settings()
+            settings |= self.remote.settings()
         super().__init__(
             folder,
             max_num_seqs=plan.max_num_seqs,
@@ -55,8 +55,8 @@ class StormRig(Rig):
         )
         for role, backend in self.storm_backends.items():
             backend.rng.seed(f"{plan.seed} {role.value}")
-        if self.elsewhere is not None:
-            teacher = self.elsewhere.model(self.config, self.metrics)
+        if self.remote is not None:
+            teacher = self.remote.model(self.config, self.metrics)
             self.engines = Engines(self.engines.student, teacher)
 
     @property
@@ -72,7 +72,7 @@ class StormRig(Rig):
         return engine
 
     def _make_teacher(self, metrics: ServerMetrics) -> Engine:
-        """Return an engine for the server elsewhere, with the memory of one that begins."""
+        """Return an engine for the remote server, with the memory of one that begins."""
         backend = self.storm_backends[Role.TEACHER]
         for row in range(len(backend.rows)):
             backend.scrub_kv(row)
@@ -104,12 +104,12 @@ class StormRig(Rig):
         self.client = self.clients[TENANTS[0]]
 
     async def _start(self) -> None:
-        if self.elsewhere is None:
+        if self.remote is None:
             await super()._start()
             return
-        await self.elsewhere.open()
+        await self.remote.open()
         await super()._start()
-        await self.elsewhere.be_found()
+        await self.remote.be_found()
         # The least of some counts: a probe has tasks of its own.
         for _ in range(10):
             await asyncio.sleep(0.01)
@@ -119,11 +119,11 @@ class StormRig(Rig):
     async def _stop(self) -> None:
         await asyncio.gather(*(client.close() for client in self._all_clients))
         await self.server.stop()
-        if self.elsewhere is not None:
-            await self.elsewhere.close()
+        if self.remote is not None:
+            await self.remote.close()
 
     def _counts(self) -> dict[str, int]:
-        there = self.elsewhere.counts() if self.elsewhere is not None else {}
+        there = self.remote.counts() if self.remote is not None else {}
         return super()._counts() | there
 
     def leaks(self) -> list[str]:
@@ -137,5 +137,5 @@ class StormRig(Rig):
 
     @property
     def num_faults(self) -> int:
-        there = self.elsewhere.num_faults if self.elsewhere is not None else 0
+        there = self.remote.num_faults if self.remote is not None else 0
         return there + sum(backend.num_faults for backend in self.storm_backends.values())

@@ -21,11 +21,11 @@ from tests.faults.storm.plan import make_plan
 
 SECONDS = 0.25
 MAX_STORMS = 5  # which of the broken parts a storm meets is up to chance
-ELSEWHERE = 1
-"""A plan with a teacher elsewhere, and with certificates."""
+REMOTE = 1
+"""A plan with a remote teacher, and with certificates."""
 
 
-@pytest.mark.parametrize("seed", [ELSEWHERE, 7])
+@pytest.mark.parametrize("seed", [REMOTE, 7])
 def test_storm_leaves_nothing_behind(seed: int) -> None:
     outcome = storm.run(seed, SECONDS)
     assert not outcome.problems, outcome
@@ -58,7 +58,7 @@ def keep_slots() -> list[Any]:
     return [patch.object(Engine, "_release", leaking)]
 
 
-def break_teacher_elsewhere() -> list[Any]:
+def break_remote_teacher() -> list[Any]:
     """Have it drop tokens, repeat others, and keep its calls."""
     take, run, numbers = AnswerEvents.take, RemoteTeacher._run, itertools.count(1)
 
@@ -86,9 +86,9 @@ def break_teacher_elsewhere() -> list[Any]:
             9,
             ["INVALID_ARGUMENT (request_id", "non-finite", "ledger_imbalance"],
         ),
-        (break_teacher_elsewhere(), ELSEWHERE, ["came again", "did not come", "teacher slots"]),
+        (break_remote_teacher(), REMOTE, ["came again", "did not come", "teacher slots"]),
     ],
-    ids=["here", "elsewhere"],
+    ids=["local", "remote"],
 )
 def test_storm_over_a_broken_server_is_noticed(
     patches: list[Any], seed: int, problems: list[str]

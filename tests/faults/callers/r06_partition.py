@@ -1,4 +1,4 @@
-"""Clients vanish behind a black hole: all is freed within keepalive and ping timeout.
+"""Clients vanish behind a network partition: all is freed within keepalive and ping timeout.
 
 Streams of several connections run, or wait in the queue, when no packet gets through any more; no
 end of a connection is ever seen. The published run has the server's own options (30 s + 10 s), the
@@ -19,8 +19,8 @@ from unittest.mock import patch
 
 from serve.app import server as server_module
 from serve.app.server import SERVER_OPTIONS
-from tests.faults.callers.black_hole import Namespace, Proxy, open_way
 from tests.faults.callers.latency import NUM_TEMPLATES, bystanders
+from tests.faults.callers.partition import Namespace, Proxy, open_way
 from tests.faults.paced import PacedBackend
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig
@@ -44,7 +44,7 @@ def options(size: Size) -> dict[str, int]:
 
 def run(size: Size) -> RowResult:
     """Cut the way to clients that hold streams, and wait until nothing is held any more."""
-    result = RowResult("R6", "black-holed TCP")
+    result = RowResult("R6", "network partition (black-holed TCP)")
     chosen = options(size)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

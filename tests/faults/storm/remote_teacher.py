@@ -1,4 +1,4 @@
-"""The teacher elsewhere: a server of its own that ends and begins again, behind a road that breaks.
+"""The remote teacher: a server of its own that ends and begins again, behind a road that breaks.
 
 Its token is another one after each beginning.
 """
@@ -89,7 +89,7 @@ class Road:
             writer.close()
 
 
-class Elsewhere:
+class RemoteTeacherServer:
     """The teacher's server and the road to it; `problems` are what it left behind at its ends."""
 
     def __init__(
@@ -218,12 +218,12 @@ class Elsewhere:
         load = self._teacher.engine.load()
         imbalance = self._metrics.registry.get_sample_value("tandem_ledger_imbalance") or 0.0
         return {
-            "slots elsewhere": load.num_running,
-            "queue elsewhere": load.num_waiting,
-            "unaccounted elsewhere": abs(load.num_unaccounted),
-            "ledger_imbalance elsewhere": int(abs(imbalance)),
-            "requests elsewhere": self._server._coordinator.num_running,
-            "calls elsewhere": self._server._gate.num_active,
+            "remote slots": load.num_running,
+            "remote queue": load.num_waiting,
+            "remote unaccounted": abs(load.num_unaccounted),
+            "remote ledger_imbalance": int(abs(imbalance)),
+            "remote requests": self._server._coordinator.num_running,
+            "remote calls": self._server._gate.num_active,
         }
 
     def _new_token(self) -> None:
