@@ -36,6 +36,7 @@ class Pair:
         max_num_seqs: int = 8,
         max_waiting: int = 64,
         arbiter: StepArbiter | None = None,
+        max_step_s: float = 120.0,
     ) -> None:
         self.metrics = ServerMetrics(CollectorRegistry())
         chosen = {Role.STUDENT: student, Role.TEACHER: teacher}
@@ -56,6 +57,7 @@ class Pair:
                 name=role.value,
                 arbiter=arbiter,
                 priority=seed if arbiter else 0,
+                max_step_s=max_step_s,
             )
             tokenizer = (tokenizers_by_role or {}).get(role, TOKENIZER)
             served[role] = ServedModel(role, engine, tokenizer, "bundle-1", "ab" * 32)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import subprocess
 import sys
@@ -10,34 +9,19 @@ from typing import Any
 
 import grpc
 import pytest
-import trustme
 import typer
 from google.protobuf.json_format import Parse
 
-import tandem.cli
 from bundle.errors import UserError
 from protos.tandem.v1 import control_pb2
 from protos.tandem.v1 import inference_pb2 as pb
 from serve import cli
 from serve.app.config import ServeConfig
-from serve.app.server import Server
 from serve.app.settings import flag_of
 from serve.client.access import read_token, tls_of
+from serve.client.control import describe_status
 from serve.rpc.credentials.tokens import TokenFile
-
-
-@pytest.fixture
-def tandem_main(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run the command line; returns its exit code, what it printed and what it complained of."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            tandem.cli.main(words)
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out, captured.err
-
-    return run
-
+from tests.support.authorities import Pki
 
 # tandem serve
 
@@ -129,16 +113,12 @@ def test_token_of_an_unknown_scope_is_wrong_usage(tandem_main: Any) -> None:
 @pytest.fixture
 def guarded(serving: Any, make_pair: Any, tmp_path: Path, tandem_main: Any) -> Any:
     """A server with TLS and one client, whose token lies in `tmp_path/token`, the CA in `ca`."""
-    authority = trustme.CA()
-    issued = authority.issue_cert("127.0.0.1")
-    authority.cert_pem.write_to_path(tmp_path / "ca")
-    issued.private_key_pem.write_to_path(tmp_path / "key")
-    issued.cert_chain_pems[0].write_to_path(tmp_path / "cert")
+    pki = Pki(tmp_path)
     _, token, line = tandem_main("token", "ada", "--scope", "inference,control")
     (tmp_path / "token").write_text(f"{token}# ada's\n")
     (tmp_path / "tokens").write_text(line)
-    files = {"tls_cert": "cert", "tls_key": "key", "auth_tokens": "tokens"}
-    with serving(make_pair(), **{name: tmp_path / file for name, file in files.items()}) as live:
+    secured = {"tls_cert": pki.cert, "tls_key": pki.key, "auth_tokens": tmp_path / "tokens"}
+    with serving(make_pair(), **secured) as live:
         yield live.server
 
 
@@ -195,8 +175,6 @@ def test_status_is_shown_to_people_and_as_json(live: Any, tandem_main: Any) -> N
 
 
 def test_dead_engine_is_shown() -> None:
-    from serve.client.control import describe_status
-
     engine = control_pb2.EngineStatus(role=pb.ROLE_TEACHER)
     assert "teacher: down" in describe_status(control_pb2.GetStatusResponse(engines=[engine]))
 
@@ -232,22 +210,12 @@ def test_running_request_is_aborted(serving: Any, make_pair: Any, tandem_main: A
         assert call.code() is grpc.StatusCode.CANCELLED
 
 
-def test_server_is_asked_to_drain(
-    loop: asyncio.AbstractEventLoop, make_pair: Any, tandem_main: Any
-) -> None:
-    pair, asked = make_pair(), threading.Event()
-    config = ServeConfig(bundle="unused", port=0, control_port=0, metrics_port=0)
-
-    async def start() -> Server:
-        server = Server(pair.engines, config, pair.metrics, asked.set)
-        await server.start()
-        return server
-
-    server = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
-    target = ["--target", server.control_address]
-    assert tandem_main("control", "drain", *target)[1] == "draining\n"
-    assert asked.is_set()
-    asyncio.run_coroutine_threadsafe(server.stop(), loop).result(10)
+def test_server_is_asked_to_drain(serving: Any, make_pair: Any, tandem_main: Any) -> None:
+    asked = threading.Event()
+    with serving(make_pair(), on_drain=asked.set) as live:
+        target = ["--target", live.server.control_address]
+        assert tandem_main("control", "drain", *target)[1] == "draining\n"
+        assert asked.is_set()
 
 
 def test_request_that_does_not_run_cannot_be_aborted(live: Any, tandem_main: Any) -> None:

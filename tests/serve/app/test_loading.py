@@ -24,12 +24,14 @@ from bundle.manifest import write_manifest
 from serve.app.config import ServeConfig
 from serve.app.loading import build_engines, choose_device
 from serve.app.server import initial_policy
+from serve.engine.engine import Engine
 from serve.errors import DeviceMissingError
 from serve.metrics.server_metrics import ServerMetrics
 from serve.models.noise import NoiseFloor
 from serve.pair.served import Role
 from serve.rpc.credentials.tokens import new_token
 from serve.rpc.replies import to_model
+from tests.support.backends import save_byte_tokenizer
 from tests.support.manifests import manifest_of
 
 
@@ -56,7 +58,7 @@ def save_llama(folder: Path, tokenizer: Any, num_rows: int) -> Path:
         eos_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer._tokenizer.save(str(folder / "tokenizer.json"))
+    save_byte_tokenizer(folder)
     return folder
 
 
@@ -64,6 +66,20 @@ def load(bundle: Path, **settings: Any) -> Any:
     settings = {"student_backend": "torch", "max_model_len": 64, "device": "cpu", **settings}
     metrics = ServerMetrics(CollectorRegistry())
     return build_engines(ServeConfig(bundle=bundle, **settings), metrics)
+
+
+@pytest.fixture
+def engine_settings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What each engine is made with."""
+    made: list[dict[str, Any]] = []
+
+    class Noted(Engine):
+        def __init__(self, backend: Any, **settings: Any) -> None:
+            made.append(settings)
+            super().__init__(backend, **settings)
+
+    monkeypatch.setattr("serve.app.loading.Engine", Noted)
+    return made
 
 
 def test_bundle_and_teacher_become_two_engines(bundle: Path) -> None:
@@ -111,18 +127,24 @@ def test_noise_floor_is_measured_at_load_logged_and_published(
     ("noise", "in_one_pass"), [(0.0, True), (1e-3, True), (2e-3, False), (float("nan"), False)]
 )
 def test_noisy_model_scores_by_forced_decoding(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, noise: float, in_one_pass: bool
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine_settings: list[dict[str, Any]],
+    noise: float,
+    in_one_pass: bool,
 ) -> None:
     floor = NoiseFloor(path_nats=noise, batch_nats=0.0)
     monkeypatch.setattr("serve.app.loading.measure_noise_floor", lambda backend: floor)
-    assert load(bundle).student.engine._scores_in_one_pass is in_one_pass
+    load(bundle)
+    assert [made["scores_in_one_pass"] for made in engine_settings] == [in_one_pass]
 
 
-def test_engines_get_the_settings(bundle: Path) -> None:
-    engine = load(bundle, max_pass_tokens=32, prefix_cache_mib=3, threads=1).student.engine
-    assert engine._runner._max_pass_tokens == 32
-    assert engine._runner._prefiller._cache._max_bytes == 3 << 20
-    assert engine._num_torch_threads == 1
+def test_engines_get_the_settings(bundle: Path, engine_settings: list[dict[str, Any]]) -> None:
+    load(bundle, max_pass_tokens=32, prefix_cache_mib=3, threads=1)
+    (made,) = engine_settings
+    assert made["max_pass_tokens"] == 32
+    assert made["max_prefix_cache_bytes"] == 3 << 20
+    assert made["num_torch_threads"] == 1
 
 
 def test_teacher_alone_is_the_one_of_the_bundle_or_a_folder(bundle: Path) -> None:

@@ -190,6 +190,27 @@ def test_settings_that_contradict_each_other_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"host": "0.0.0.0"}, "--host"),
+        ({"control_host": "::"}, "--control-host"),
+        ({"host": "0.0.0.0", "tls_cert": "c", "tls_key": "k"}, "--auth-tokens"),
+        ({"host": "0.0.0.0", "auth_tokens": "t"}, "--tls-cert"),
+        ({"tls_cert": "c"}, "--tls-key"),
+        ({"tls_key": "k"}, "--tls-cert"),
+        ({"tls_client_ca": "a"}, "--tls-cert"),
+    ],
+)
+def test_unsafe_settings_are_refused_by_flag(settings: dict[str, str], text: str) -> None:
+    assert text in refusal(**settings)
+
+
+@pytest.mark.parametrize("extra", [{"auth_tokens": "t"}, {"tls_client_ca": "a"}])
+def test_open_address_with_tls_and_credentials_is_allowed(extra: dict[str, str]) -> None:
+    assert ServeConfig(bundle="x", host="0.0.0.0", tls_cert="c", tls_key="k", **extra)
+
+
+@pytest.mark.parametrize(
     "address",
     ["grpc://t", "grpc://:1", "grpc://t:0", "grpc://t:65536", "http://t:1", "grpc://a b:1"],
 )

@@ -1,11 +1,29 @@
+"""How a client connects, and when it tries again."""
+
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
-from serve.client.channel import CHANNEL_OPTIONS, Endpoint, Tls, service_config
+from protos.tandem.v1 import inference_pb2 as pb
+from serve.client import Client
+from serve.client.channel import (
+    CHANNEL_OPTIONS,
+    PAUSES_S,
+    Attempts,
+    Endpoint,
+    RetryBudget,
+    Tls,
+    service_config,
+)
+
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
 
 def test_certificate_without_its_key_is_refused() -> None:
@@ -40,7 +58,14 @@ def test_token_needs_tls_beyond_this_machine(target: str) -> None:
 
 def test_one_attempt_needs_no_retry_policy() -> None:
     assert json.loads(service_config(1)) == {"loadBalancingConfig": [{"round_robin": {}}]}
-    assert json.loads(service_config(3))["methodConfig"][0]["retryPolicy"]["maxAttempts"] == 3
+    (method,) = json.loads(service_config(3))["methodConfig"]
+    assert method["retryPolicy"]["maxAttempts"] == 3
+    # Of the control plane what reads alone: what changes is sent once.
+    control = "tandem.v1.ControlService"
+    assert [name.get("method") for name in method["name"] if name["service"] == control] == [
+        "GetStatus",
+        "GetPolicy",
+    ]
 
 
 def test_last_attempt_is_later_than_a_restart_of_ten_seconds() -> None:
@@ -67,3 +92,104 @@ assert first == second and len(first) == 1, (first, second)
 def test_grpc_aio_is_not_taken_down_between_event_loops() -> None:
     """In a process of its own: here other tests keep it alive."""
     subprocess.run([sys.executable, "-c", LOOPS], check=True, timeout=60)
+
+
+# Synchronous streams that are begun again
+
+
+class Failed(grpc.RpcError):
+    """A call that failed, perhaps with the server's wish."""
+
+    def __init__(self, code: grpc.StatusCode, wish: str | None = None) -> None:
+        self._code, self._wish = code, wish
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def trailing_metadata(self) -> Any:
+        return None if self._wish is None else (("grpc-retry-pushback-ms", self._wish),)
+
+
+def attempts_of(max_attempts: int = 5, timeout_s: float | None = None) -> Attempts:
+    return Attempts(max_attempts, RetryBudget(), timeout_s)
+
+
+def test_pauses_are_those_that_grpc_makes_for_other_calls() -> None:
+    given = attempts_of()
+    pauses_s = [given.pause_s(Failed(UNAVAILABLE)) for _ in range(5)]
+    for found, wanted in zip(pauses_s, PAUSES_S, strict=False):
+        assert found == pytest.approx(wanted, rel=0.2)
+    assert pauses_s[4] is None
+    for word in ('"initialBackoff": "0.2s"', '"backoffMultiplier": 5', '"maxBackoff": "10s"'):
+        assert word in service_config(5)
+
+
+@pytest.mark.parametrize(
+    ("max_attempts", "error", "expected_s"),
+    [
+        (1, Failed(UNAVAILABLE), None),
+        (2, Failed(grpc.StatusCode.INTERNAL), None),
+        (2, Failed(grpc.StatusCode.RESOURCE_EXHAUSTED, "1500"), 1.5),
+        (2, Failed(UNAVAILABLE, "-1"), None),
+        (2, Failed(UNAVAILABLE, "soon"), None),
+        (2, Failed(UNAVAILABLE, "9" * 400), None),
+        (2, Failed(UNAVAILABLE, "9" * 5000), None),
+    ],
+)
+def test_server_and_status_decide(
+    max_attempts: int, error: grpc.RpcError, expected_s: float | None
+) -> None:
+    assert attempts_of(max_attempts).pause_s(error) == expected_s
+
+
+def test_pause_ends_with_the_deadline() -> None:
+    given = attempts_of(timeout_s=0.05)
+    pause_s = given.pause_s(Failed(UNAVAILABLE, "5000"))
+    assert pause_s is not None and pause_s <= 0.05
+    assert given.left_s is not None and attempts_of().left_s is None
+
+
+def test_budget_of_half_is_used_up_and_comes_back() -> None:
+    budget = RetryBudget(max_tokens=4)
+    assert [budget.failed() for _ in range(3)] == [True, False, False]
+    for _ in range(21):
+        budget.succeeded()
+    assert budget.failed()
+
+
+SERVER = """
+import grpc, sys, time
+from concurrent.futures import ThreadPoolExecutor
+def wait(request, context):
+    print("asked", flush=True)
+    time.sleep(60)
+    yield b""
+handler = grpc.method_handlers_generic_handler(
+    "tandem.v1.InferenceService", {"Generate": grpc.unary_stream_rpc_method_handler(wait)})
+server = grpc.server(ThreadPoolExecutor(4), handlers=[handler])
+print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+server.start()
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def mute() -> Any:
+    """A server process that takes a call and says nothing; its port."""
+    process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.port = int(process.stdout.readline())  # type: ignore[attr-defined]
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_stream_whose_server_is_killed_ends_with_its_deadline(mute: Any) -> None:
+    with Client(f"127.0.0.1:{mute.port}", timeout_s=4) as client:
+        stream = client.generate(pb.GenerateRequest(prompt="x"))
+        assert mute.stdout.readline() == "asked\n"
+        mute.kill()
+        with pytest.raises(grpc.RpcError) as caught:
+            stream.result()
+    assert caught.value.code() in (UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)

@@ -7,7 +7,7 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,6 @@ from serve.client import Client
 from serve.client.access import wait_connected
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture
-def main(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line; returns its exit code, what it printed and what it complained of."""
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            tandem.cli.main([*map(str, words)])
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +42,20 @@ def feed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("words", [("-- ", "-3 + 5 ="), ("-3 + 5 =",), ("--raw", "- a list")])
-def test_question_may_begin_with_a_dash(main: Any, live: Any, words: tuple[str, ...]) -> None:
+def test_question_may_begin_with_a_dash(
+    tandem_main: Any, live: Any, words: tuple[str, ...]
+) -> None:
     given = [word.strip() if word == "-- " else word for word in words]
-    code, printed, complaint = main("ask", "--target", live.server.address, *given)
+    code, printed, complaint = tandem_main("ask", "--target", live.server.address, *given)
     assert (code, complaint) == (0, "")
     assert words[-1] in printed
 
 
 def test_question_may_come_from_stdin(
-    main: Any, live: Any, monkeypatch: pytest.MonkeyPatch
+    tandem_main: Any, live: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     feed(monkeypatch, "Où est «x»?\n".encode())
-    code, printed, _ = main("ask", "--target", live.server.address, "-")
+    code, printed, _ = tandem_main("ask", "--target", live.server.address, "-")
     assert code == 0 and "Où est «x»?" in printed
 
 
@@ -74,10 +63,10 @@ def test_question_may_come_from_stdin(
     ("data", "told"), [(b"", "the question is empty"), (b"\xff", "no UTF-8 text: byte 0")]
 )
 def test_stdin_without_a_question_is_wrong_usage(
-    main: Any, monkeypatch: pytest.MonkeyPatch, data: bytes, told: str
+    tandem_main: Any, monkeypatch: pytest.MonkeyPatch, data: bytes, told: str
 ) -> None:
     feed(monkeypatch, data)
-    code, _, complaint = main("ask", "-")
+    code, _, complaint = tandem_main("ask", "-")
     assert code == 2 and told in complaint and complaint.count("\n") == 1
 
 
@@ -120,35 +109,37 @@ def test_what_a_terminal_lacks_is_written_otherwise(monkeypatch: pytest.MonkeyPa
     "words", [("ask", "x"), ("loadtest", "run", "--out", "nowhere")], ids=["ask", "loadtest"]
 )
 def test_target_of_another_form_is_wrong_usage(
-    main: Any, words: tuple[str, ...], target: str, told: str
+    tandem_main: Any, words: tuple[str, ...], target: str, told: str
 ) -> None:
-    code, _, complaint = main(*words, "--target", target)
+    code, _, complaint = tandem_main(*words, "--target", target)
     assert code == 2 and told in complaint and complaint.count("\n") == 1
 
 
-def test_control_without_a_port_is_told_that_of_control(main: Any) -> None:
-    code, _, complaint = main("control", "status", "--target", "localhost")
+def test_control_without_a_port_is_told_that_of_control(tandem_main: Any) -> None:
+    code, _, complaint = tandem_main("control", "status", "--target", "localhost")
     assert (code, complaint) == (
         2, "tandem: --target 'localhost' has no port; write localhost:50052\n",
     )  # fmt: skip
 
 
-def test_control_at_the_data_port_is_told_where_control_is(main: Any, live: Any) -> None:
-    code, _, complaint = main("control", "status", "--target", live.server.address)
+def test_control_at_the_data_port_is_told_where_control_is(tandem_main: Any, live: Any) -> None:
+    code, _, complaint = tandem_main("control", "status", "--target", live.server.address)
     assert code == 1 and complaint.count("\n") == 1
     assert "no control listener is there; is it the server's data port?" in complaint
     assert "50052" in complaint
 
 
-def test_question_to_the_control_port_is_told_where_the_models_are(main: Any, live: Any) -> None:
-    code, _, complaint = main("ask", "x", "--target", live.server.control_address)
+def test_question_to_the_control_port_is_told_where_the_models_are(
+    tandem_main: Any, live: Any
+) -> None:
+    code, _, complaint = tandem_main("ask", "x", "--target", live.server.control_address)
     assert code == 1 and complaint.count("\n") == 1
     assert "is it the control listener?" in complaint and "50051" in complaint
 
 
-def test_question_to_the_metrics_port_is_told_so(main: Any, live: Any) -> None:
+def test_question_to_the_metrics_port_is_told_so(tandem_main: Any, live: Any) -> None:
     target = live.server.metrics_url.split("/")[2]
-    code, _, complaint = main("ask", "x", "--target", target, "--connect-timeout-s", "1")
+    code, _, complaint = tandem_main("ask", "x", "--target", target, "--connect-timeout-s", "1")
     assert code == 1
     assert "speaks no gRPC in clear: it has TLS, or is HTTP" in complaint.splitlines()[-1]
 
@@ -163,10 +154,10 @@ def test_question_to_the_metrics_port_is_told_so(main: Any, live: Any) -> None:
     ids=["ask", "control", "loadtest"],
 )
 def test_server_that_is_not_there_is_waited_for_and_named(
-    main: Any, free_target: str, tmp_path: Path, words: tuple[str, ...]
+    tandem_main: Any, free_target: str, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     given = [str(tmp_path / "run") if word == "OUT" else word for word in words]
-    code, _, complaint = main(*given, "--target", free_target)
+    code, _, complaint = tandem_main(*given, "--target", free_target)
     waiting, told = complaint.splitlines()[-2:]
     assert code == 1
     assert waiting.endswith(f"waiting for {free_target}, up to 0.5 s ...")
@@ -192,14 +183,16 @@ def test_waiting_is_told_before_it_begins(free_target: str) -> None:
 # Bundles
 
 
-def test_folder_around_a_bundle_and_its_manifest_are_told_apart(main: Any, tmp_path: Path) -> None:
+def test_folder_around_a_bundle_and_its_manifest_are_told_apart(
+    tandem_main: Any, tmp_path: Path
+) -> None:
     bundle = tmp_path / "demo" / "bundle"
     bundle.mkdir(parents=True)
     manifest = bundle / "manifest.json"
     manifest.write_text(json.dumps({}))
-    code, _, complaint = main("serve", "--bundle", bundle.parent)
+    code, _, complaint = tandem_main("serve", "--bundle", bundle.parent)
     assert code == 1
     assert complaint.endswith(f"{bundle.parent} is not a bundle; did you mean {bundle}?\n")
-    code, _, complaint = main("serve", "--bundle", manifest)
+    code, _, complaint = tandem_main("serve", "--bundle", manifest)
     assert code == 1
     assert complaint.endswith(f"{manifest} is not a bundle; give its folder, {bundle}\n")

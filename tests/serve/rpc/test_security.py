@@ -8,16 +8,14 @@ from typing import Any
 
 import grpc
 import pytest
-import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from pydantic import ValidationError
 
 from protos.oip import grpc_service_pb2, grpc_service_pb2_grpc
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.app.config import ServeConfig
 from serve.client import Client, ControlClient, Tls
 from serve.pair.served import Role
 from serve.rpc.credentials.tokens import new_token
+from tests.support.authorities import Pki
 
 CODE = grpc.StatusCode
 SECRET = "the patient is called Alice"
@@ -38,21 +36,17 @@ def secured(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[Any, Tls]]:
     folder = tmp_path_factory.mktemp("tls")
-    ca = trustme.CA()
-    issued = ca.issue_cert("127.0.0.1")
-    ca.cert_pem.write_to_path(folder / "ca.pem")
-    (folder / "key.pem").write_bytes(issued.private_key_pem.bytes())
-    (folder / "cert.pem").write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+    pki = Pki(folder)
     lines = [f"{name} {tokens[name][1]} {scopes}" for name, scopes in SCOPES.items()]
     (folder / "tokens").write_text("\n".join(lines))
     settings = {
-        "tls_cert": folder / "cert.pem",
-        "tls_key": folder / "key.pem",
+        "tls_cert": pki.cert,
+        "tls_key": pki.key,
         "auth_tokens": folder / "tokens",
         "reflection": True,
     }
     with serving(make_pair(), **settings) as live:
-        yield live, Tls(ca=folder / "ca.pem")
+        yield live, Tls(ca=pki.client_ca)
 
 
 def request(**fields: Any) -> pb.GenerateRequest:
@@ -167,28 +161,6 @@ def test_tenants_share_neither_cached_prompts_nor_request_ids(
             other = request(prompt=name, request_id="of each client its own")
             assert client.generate(other).result().samples
     assert cached == {"ada 1": 0, "ada 2": 100, "bob 1": 0}
-
-
-@pytest.mark.parametrize(
-    ("settings", "text"),
-    [
-        ({"host": "0.0.0.0"}, "--host"),
-        ({"control_host": "::"}, "--control-host"),
-        ({"host": "0.0.0.0", "tls_cert": "c", "tls_key": "k"}, "--auth-tokens"),
-        ({"host": "0.0.0.0", "auth_tokens": "t"}, "--tls-cert"),
-        ({"tls_cert": "c"}, "--tls-key"),
-        ({"tls_key": "k"}, "--tls-cert"),
-        ({"tls_client_ca": "a"}, "--tls-cert"),
-    ],
-)
-def test_unsafe_settings_are_refused_by_flag(settings: dict[str, str], text: str) -> None:
-    with pytest.raises(ValidationError, match=text):
-        ServeConfig(bundle="x", **settings)
-
-
-@pytest.mark.parametrize("extra", [{"auth_tokens": "t"}, {"tls_client_ca": "a"}])
-def test_open_address_with_tls_and_credentials_is_allowed(extra: dict[str, str]) -> None:
-    assert ServeConfig(bundle="x", host="0.0.0.0", tls_cert="c", tls_key="k", **extra)
 
 
 def test_prompts_and_answers_are_never_logged(

@@ -18,28 +18,14 @@ from cryptography.hazmat.primitives import serialization
 
 from bundle.errors import UserError
 from serve.rpc.credentials.tls import server_credentials
+from tests.support.authorities import Pki
 
 HOST = "127.0.0.1"
 PAST = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 
 
-class Pki:
-    """A CA and the server's files."""
-
-    def __init__(self, folder: Path) -> None:
-        self.cert, self.key, self.client_ca = folder / "cert", folder / "key", folder / "ca"
-        self.ca = trustme.CA()
-        self.ca.cert_pem.write_to_path(self.client_ca)
-        self.install(self.ca)
-
-    def install(self, ca: trustme.CA) -> None:
-        """Give the server a new certificate and key."""
-        issued = ca.issue_cert(HOST)
-        self.key.write_bytes(issued.private_key_pem.bytes())
-        self.cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
-
-    def credentials(self, *, mtls: bool = False) -> grpc.ServerCredentials:
-        return server_credentials(self.cert, self.key, self.client_ca if mtls else None)
+def credentials_of(pki: Pki, *, mtls: bool = False) -> grpc.ServerCredentials:
+    return server_credentials(pki.cert, pki.key, pki.client_ca if mtls else None)
 
 
 @pytest.fixture
@@ -110,13 +96,13 @@ def presented(port: int) -> bytes:
 
 
 def test_client_that_trusts_the_ca_is_served_and_another_is_not(pki: Pki, listening: Any) -> None:
-    with listening(pki.credentials()) as port:
+    with listening(credentials_of(pki)) as port:
         assert not is_refused(port, pki.ca)
         assert is_refused(port, trustme.CA())
 
 
 def test_plaintext_client_is_refused(pki: Pki, listening: Any) -> None:
-    with listening(pki.credentials()) as port:
+    with listening(credentials_of(pki)) as port:
         with grpc.insecure_channel(f"{HOST}:{port}") as channel, pytest.raises(grpc.RpcError):
             channel.unary_unary("/test.Echo/Peer")(b"", timeout=10)
         assert not is_refused(port, pki.ca)
@@ -124,7 +110,7 @@ def test_plaintext_client_is_refused(pki: Pki, listening: Any) -> None:
 
 def test_mtls_admits_clients_of_its_ca_alone(pki: Pki, listening: Any) -> None:
     expired = pki.ca.issue_cert("old", not_after=PAST)
-    with listening(pki.credentials(mtls=True)) as port:
+    with listening(credentials_of(pki, mtls=True)) as port:
         assert not is_refused(port, pki.ca, pki.ca.issue_cert("ada"))
         assert is_refused(port, pki.ca)
         assert is_refused(port, pki.ca, trustme.CA().issue_cert("eve"))
@@ -136,7 +122,7 @@ def test_rotated_certificate_is_for_new_connections_and_old_ones_live_on(
     pki: Pki, listening: Any
 ) -> None:
     newer = trustme.CA()  # which the old client does not trust: it could not connect again
-    with listening(pki.credentials()) as port, connected(port, pki.ca) as old_call:
+    with listening(credentials_of(pki)) as port, connected(port, pki.ca) as old_call:
         address, certificate = old_call(), presented(port)
         for ca in (newer, trustme.CA(), newer):
             pki.install(ca)
@@ -149,7 +135,7 @@ def test_rotated_certificate_is_for_new_connections_and_old_ones_live_on(
 
 def test_rotated_client_ca_is_for_new_connections(pki: Pki, listening: Any) -> None:
     newer = trustme.CA()
-    with listening(pki.credentials(mtls=True)) as port:
+    with listening(credentials_of(pki, mtls=True)) as port:
         newer.cert_pem.write_to_path(pki.client_ca)
         assert is_refused(port, pki.ca, pki.ca.issue_cert("ada"))
         assert not is_refused(port, pki.ca, newer.issue_cert("ada"))
@@ -158,7 +144,7 @@ def test_rotated_client_ca_is_for_new_connections(pki: Pki, listening: Any) -> N
 def test_half_rotated_pair_keeps_the_old_one_until_it_is_whole(
     pki: Pki, listening: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with listening(pki.credentials()) as port:
+    with listening(credentials_of(pki)) as port:
         certificate, key = presented(port), pki.key.read_bytes()
         pki.install(pki.ca)
         whole = pki.key.read_bytes()
@@ -176,7 +162,7 @@ def test_half_rotated_pair_keeps_the_old_one_until_it_is_whole(
 
 
 def test_two_listeners_have_credentials_of_their_own(pki: Pki, listening: Any) -> None:
-    with listening(pki.credentials()) as first, listening(pki.credentials()) as second:
+    with listening(credentials_of(pki)) as first, listening(credentials_of(pki)) as second:
         pki.install(newer := trustme.CA())
         assert not is_refused(first, newer)
         assert not is_refused(second, newer)
@@ -188,7 +174,7 @@ def test_missing_file_names_its_flag(pki: Pki, name: str) -> None:
     path.unlink()
     flag = f"--tls-{name.replace('_', '-')}"
     with pytest.raises(UserError, match=f"{flag} {path}: No such file"):
-        pki.credentials(mtls=True)
+        credentials_of(pki, mtls=True)
 
 
 def encrypted(pem: bytes) -> bytes:
@@ -209,13 +195,13 @@ def test_pair_that_cannot_be_used_names_both_flags(pki: Pki, damage: str) -> Non
     else:
         (pki.cert if damage == "no cert" else pki.key).write_bytes(b"no PEM")
     with pytest.raises(UserError, match=f"--tls-cert {pki.cert} and --tls-key {pki.key}: "):
-        pki.credentials()
+        credentials_of(pki)
 
 
 def test_client_ca_without_certificate_names_its_flag(pki: Pki) -> None:
     pki.client_ca.write_bytes(b"no PEM")
     with pytest.raises(UserError, match=f"--tls-client-ca {pki.client_ca}: no PEM certificate"):
-        pki.credentials(mtls=True)
+        credentials_of(pki, mtls=True)
 
 
 def test_files_that_change_while_they_are_read_are_refused(
@@ -229,4 +215,4 @@ def test_files_that_change_while_they_are_read_are_refused(
 
     monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", load_and_replace)
     with pytest.raises(UserError, match=f"--tls-cert {pki.cert}: the files changed"):
-        pki.credentials()
+        credentials_of(pki)
