@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bundle.manifest import write_manifest
+from scripts.k8s.objects import Rendered
+from tests.deploy.rendered import SERVED, render_all
 from tests.support.manifests import manifest_of
 from tests.support.processes import TandemProcess
 
@@ -36,6 +38,17 @@ def _add_noise(weights: Path) -> None:
     for tensor in tensors.values():
         tensor += 0.02 * torch.randn(tensor.shape, generator=generator)
     save_file(tensors, weights, {"format": "pt"})
+
+
+@pytest.fixture(scope="session")
+def all_rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rendered]:
+    return render_all(tmp_path_factory.mktemp("k8s"))
+
+
+@pytest.fixture(params=SERVED)
+def rendered(request: pytest.FixtureRequest, all_rendered: dict[str, Rendered]) -> Rendered:
+    """Each kustomization with servers in turn."""
+    return all_rendered[request.param]
 
 
 NewTandem = Callable[..., TandemProcess]
