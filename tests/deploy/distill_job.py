@@ -9,13 +9,15 @@ from typing import Any
 
 import yaml
 
+from tests.deploy.rendered import KUBECTL
+
 OVERLAY = Path("k8s/overlays/distill-job")
 
 
 def render(overlay: Path) -> dict[tuple[str, str], Any]:
     """Return an overlay's objects by kind and name."""
     rendered = subprocess.run(
-        ["kubectl", "kustomize", str(overlay)], check=True, capture_output=True, text=True
+        [KUBECTL, "kustomize", str(overlay)], check=True, capture_output=True, text=True
     ).stdout
     objects = yaml.safe_load_all(rendered)
     return {(each["kind"], each["metadata"]["name"]): each for each in objects}

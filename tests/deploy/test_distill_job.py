@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from tests.deploy.distill_job import (
     pod_of,
     render,
 )
+from tests.deploy.rendered import needs_kubectl
 
-pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders the Job")
+pytestmark = needs_kubectl
 
 
 @pytest.fixture(scope="module")

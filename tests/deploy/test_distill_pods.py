@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,11 +27,12 @@ from bundle.verify import verify_bundle
 from export.pipeline import open_pipeline
 from export.run.recipe import load_config
 from tests.deploy.distill_job import OVERLAY, action_on, container_of, pod_of, render
+from tests.deploy.rendered import needs_kubectl
 from tests.support.recipes import SMALL, RecordingReporter, write_recipe
 
 pytestmark = [
     pytest.mark.nightly,
-    pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders the Job"),
+    needs_kubectl,
 ]
 
 MAX_WAIT_S = 120

@@ -1,4 +1,4 @@
-"""What generic linters do not know of k8s/: that settings, probes, ports, names and volumes agree."""
+"""What generic linters do not know of k8s/: that settings, probes, ports and volumes agree."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -32,13 +31,10 @@ from scripts.k8s import objects
 from scripts.k8s.objects import Object, Rendered, component_of, container_of
 from serve.client import Client, Tls
 from serve.rpc.credentials.tokens import new_token
+from tests.deploy.rendered import KUBECTL, ROOT, needs_kubectl
 from tests.support.polling import wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
-KUBECTL = shutil.which("kubectl") or str(ROOT / ".cache/k8s-tools/bin/kubectl")
-pytestmark = pytest.mark.skipif(
-    not Path(KUBECTL).exists(), reason="there is no kubectl; scripts/check_k8s installs one"
-)
+pytestmark = needs_kubectl
 TEACHER = "tandem-teacher-headless:50051"
 PATIENCE_S = 40.0
 # What the tiny bundle needs, and a drain that is long enough to be seen.
