@@ -78,11 +78,11 @@ def test_client_calls_and_says_what_else_could_be_installed(wheel: Path, tmp_pat
     asked = client.tandem("ask", "Hello?", "--target", "127.0.0.1:1", "--connect-timeout-s", "0.2")
     assert (asked.returncode, "no connection" in asked.stderr) == (1, True)
     assert len(client.tandem("token", "me").stdout) > 40
-    for command in ("loadtest", "serve", "export"):
-        done = client.tandem(command, "--help")
-        needed = rf"tandem: {command} needs "
+    for command, word in (("loadtest", "plan"), ("serve", "--help"), ("export", "--help")):
+        done = client.tandem(command, word)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-        assert done.stderr.startswith(needed) and f"'tandem[{command}" in done.stderr
+        assert done.stderr.startswith(f"tandem: {command} needs ")
+        assert f"pip install 'tandem[{command}" in done.stderr
 
 
 def test_loadtest_plans_without_models(wheel: Path, tmp_path: Path) -> None:
