@@ -21,7 +21,7 @@ $(DEMO_BUNDLE): | $(STAMP)
 	$(BIN)/tandem demo
 
 loadtest: $(STAMP) $(DEMO_BUNDLE)
-	$(BIN)/python -m loadtest.demo
+	$(BIN)/python -m tandem.demo_load
 
 # Two lanes of the same length, for two cores.
 EXPORTED := tests/bench tests/bundle tests/deploy tests/estimators tests/export tests/faults/bundles \

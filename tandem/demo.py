@@ -27,7 +27,7 @@ from loadtest.server_metrics import Series, scrape
 if TYPE_CHECKING:
     from protos.tandem.v1 import inference_pb2 as pb
 
-RECIPE = Path("export/recipes/demo.yaml")
+RECIPE = Path(__file__).parents[1] / "export" / "recipes" / "demo.yaml"
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
 
@@ -49,7 +49,9 @@ WHOLE_METRICS = (
 
 
 def demo(
-    recipe: Annotated[Path, typer.Option(help="The recipe to run.")] = RECIPE,
+    recipe: Annotated[
+        Path, typer.Option(help="Recipe to run.", show_default="export/recipes/demo.yaml")
+    ] = RECIPE,
 ) -> None:
     """Distil a student, serve it beside its teacher, ask both, and check the metrics."""
     from rich.console import Console

@@ -28,7 +28,7 @@ FILES = {
     ),
     "loadtest": ("loadtest", "report", "estimators", "bundle/yaml_file.py"),
     "serve": ("serve", "bundle", "estimators"),
-    "export": ("export", "report", "tandem/demo.py"),
+    "export": ("export", "report", "tandem/demo*.py"),
 }
 # Roles and extras whose packages the files of a role may rely on.
 BELOW = {

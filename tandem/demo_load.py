@@ -1,6 +1,6 @@
 """`make loadtest`: a minute of A/B between the demo bundle's student and its teacher.
 
-    python -m loadtest.demo [--bundle runs/demo/bundle] [--out runs/loadtest]
+    python -m tandem.demo_load [--bundle runs/demo/bundle] [--out runs/loadtest]
 
 Two rates, blocks of five seconds in turns, eight samples per prompt so that pass@8 can be told.
 """
