@@ -131,10 +131,10 @@ class Server:
         self._answer_worker = AnswerWorker(config.symbolic_timeout_s)
         judge = Judge(self._answer_worker, compile_formats(config.answer_formats))
         limits = limits_of(engines, config)
-        self._coordinator = Coordinator(engines, limits, metrics, policy, shadows, judge)
+        self.coordinator = Coordinator(engines, limits, metrics, policy, shadows, judge)
         tokens = TokenFile(config.auth_tokens) if config.auth_tokens else None
         # One each: a client at its limit can still be helped over the control plane.
-        self._gate, self._control_gate = (
+        self.gate, self._control_gate = (
             CallGate(
                 scopes,
                 tokens,
@@ -144,7 +144,7 @@ class Server:
             )
             for scopes in (_DATA_SCOPES, _CONTROL_SCOPES)
         )
-        self._guard = CallGuard(
+        self.guard = CallGuard(
             metrics,
             config.max_timeout_s,
             current_client.get,
@@ -154,7 +154,7 @@ class Server:
         )
         self._data_server, self._control_server = (
             grpc.aio.server(interceptors=[gate], options=SERVER_OPTIONS)
-            for gate in (self._gate, self._control_gate)
+            for gate in (self.gate, self._control_gate)
         )
         self._metrics_server: MetricsServer | None = None
         self.address = ""
@@ -215,7 +215,7 @@ class Server:
         await self._unless_hurried(asyncio.sleep(self._config.drain_delay_s))
         await self._unless_hurried(self._drain())
         if self._is_hurried.is_set():
-            await self._coordinator.drain(0)
+            await self.coordinator.drain(0)
         # Joins the engines' threads, which still hand their last events to this loop.
         await asyncio.to_thread(self._engines.stop, _STOP_S)
         self._open_inference.close()
@@ -232,7 +232,7 @@ class Server:
         CANCELLED, which no client repeats. So those who come again and again are held until all of
         them wait, and are refused when their connections are closing, and they cannot return.
         """
-        gates = (self._gate, self._control_gate)
+        gates = (self.gate, self._control_gate)
         await asyncio.gather(*(gate.wait_for_current(_LAST_WORDS_S) for gate in gates))
         for gate in gates:
             gate.hold()
@@ -250,7 +250,7 @@ class Server:
 
     async def _drain(self) -> None:
         self._state = pb.SERVER_STATE_DRAINING
-        await self._coordinator.drain(self._config.drain_grace_s)
+        await self.coordinator.drain(self._config.drain_grace_s)
 
     async def _unless_hurried(self, work: Coroutine[Any, Any, None]) -> None:
         """Wait for work, which is cancelled by `hurry`."""
@@ -261,7 +261,7 @@ class Server:
 
     def _register(self) -> None:
         """Give both listeners their services."""
-        config, coordinator, guard = self._config, self._coordinator, self._guard
+        config, coordinator, guard = self._config, self.coordinator, self.guard
         replays = Replays(config.max_replays, config.max_replay_mib << 20, config.replay_ttl_s)
         inference = InferenceService(coordinator, guard, replays)
         lifecycle = Lifecycle(

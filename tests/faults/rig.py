@@ -101,7 +101,7 @@ class Rig(AbstractContextManager["Rig"]):
         }
         # Another model, for divergences above 0.
         generator = torch.Generator().manual_seed(1)
-        table = self.backends[Role.TEACHER]._table
+        table = self.backends[Role.TEACHER].table
         table += 0.3 * torch.randn(table.shape, generator=generator)
         self._max_waiting = max_waiting
         self._max_pass_tokens: int | None = settings.get("max_pass_tokens")
@@ -177,10 +177,10 @@ class Rig(AbstractContextManager["Rig"]):
     ) -> Path:
         """Have clients send the requests, one after the other each; return their journal."""
         path = self.folder / f"{name}.jsonl"
-        self.run(self._drive(iter(requests), path, num_clients, send))
+        self.run(self.send_all(iter(requests), path, num_clients, send))
         return path
 
-    async def _drive(
+    async def send_all(
         self, requests: Iterable[pb.GenerateRequest], path: Path, num_clients: int, send: Send
     ) -> None:
         async def client_loop(journal: Journal) -> None:
@@ -202,14 +202,14 @@ class Rig(AbstractContextManager["Rig"]):
         Then twenty more requests must succeed.
         """
         until_s = time.monotonic() + _SETTLE_S
-        while (found := self.run(self._leaks())) and time.monotonic() < until_s:
+        while (found := self.run(self.found_leaks())) and time.monotonic() < until_s:
             time.sleep(0.05)
         codes = self.run(self._probe(20))
         if bad := [code for code in codes if code != "OK"]:
             found.append(f"{len(bad)} of 20 requests afterwards failed: {sorted(set(bad))}")
         return found
 
-    async def _leaks(self) -> list[str]:
+    async def found_leaks(self) -> list[str]:
         now = self._counts()
         return [
             f"{name}: {now[name]}, at the start {before}"
@@ -224,8 +224,8 @@ class Rig(AbstractContextManager["Rig"]):
             **{f"{role} slots": load.num_running for role, load in loads.items()},
             **{f"{role} queue": load.num_waiting for role, load in loads.items()},
             "ledger_imbalance": int(abs(self.value("ledger_imbalance"))),
-            "requests": self.server._coordinator.num_running,
-            "calls": self.server._gate.num_active,
+            "requests": self.server.coordinator.num_running,
+            "calls": self.server.gate.num_active,
             "tasks": len(asyncio.all_tasks(self.loop)),
             "threads": threading.active_count(),
         }

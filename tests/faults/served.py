@@ -153,7 +153,7 @@ def build_engines(config: ServeConfig, metrics: ServerMetrics) -> Engines:
         backend = PacedBackend(max_num_seqs=config.max_num_seqs, max_model_len=MAX_MODEL_LEN)
         if role is Role.TEACHER:  # another model, for divergences above 0
             generator = torch.Generator().manual_seed(1)
-            backend._table += 0.3 * torch.randn(backend._table.shape, generator=generator)
+            backend.table += 0.3 * torch.randn(backend.table.shape, generator=generator)
         engine = Engine(
             backend,
             eos_token_ids=frozenset({PacedBackend.EOS}),

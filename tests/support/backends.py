@@ -145,8 +145,8 @@ class HistoryBackend:
         self.error: BaseException | None = None
         self.nan_after: int | None = None
         generator = torch.Generator().manual_seed(0)
-        self._table = torch.randn(997, self.VOCAB_SIZE, generator=generator)
-        self._table[:, self.EOS] -= 1
+        self.table = torch.randn(997, self.VOCAB_SIZE, generator=generator)
+        self.table[:, self.EOS] -= 1
 
     def forward(
         self,
@@ -179,7 +179,7 @@ class HistoryBackend:
         state = 0
         for token_id in token_ids:
             state = (state * 31 + token_id + 1) % 997
-        logits = self._table[state]
+        logits = self.table[state]
         return logits * torch.nan if token_ids[-1] == self.nan_after else logits
 
     def prepare(self) -> None:

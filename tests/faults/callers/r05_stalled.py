@@ -57,7 +57,7 @@ class Readers:
         requests = [_request(next(self._numbers)) for _ in range(NUM_READERS)]
         channel, calls = self._rig.run(self._open(requests))
         self.buffers_bytes.append((held().num_bytes - before.num_bytes) / NUM_READERS)
-        num_stalled = self._rig.server._gate.num_active
+        num_stalled = self._rig.server.gate.num_active
         self._result.demand(num_stalled == NUM_READERS, f"only {num_stalled} of them stalled")
         yield
         ended_s = self._rig.run(self._wait_for_the_end())
@@ -85,7 +85,7 @@ class Readers:
     async def _wait_for_the_end(self) -> float:
         started_s = time.monotonic()
         while (
-            self._rig.server._gate.num_active
+            self._rig.server.gate.num_active
             and time.monotonic() < started_s + self._max_stall_s + SLACK_S
         ):
             await asyncio.sleep(0.01)

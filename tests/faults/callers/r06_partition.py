@@ -87,7 +87,7 @@ def _fill(rig: Rig, way: Namespace | Proxy, stack: ExitStack, num_clients: int) 
 def _num_held(rig: Rig) -> int:
     """Return calls of the listener, and samples of the engine."""
     load = rig.engines.loaded[0].engine.load()
-    return rig.server._gate.num_active + load.num_running + load.num_waiting
+    return rig.server.gate.num_active + load.num_running + load.num_waiting
 
 
 def _wait(holds: Callable[[], bool], max_s: float) -> float | None:

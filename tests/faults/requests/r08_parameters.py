@@ -34,7 +34,7 @@ class Stopwatch:
     """The CPU time of the event loop's thread within each call that a server handled."""
 
     def __init__(self, rig: Rig) -> None:
-        guard = rig.server._guard
+        guard = rig.server.guard
         self._watch = guard.watch
         self.last_s = 0.0
         guard.watch = self.watch  # type: ignore[method-assign]
@@ -90,7 +90,7 @@ def run(size: Size) -> RowResult:
     """Send the corpus alone, for its times, and then beside good clients."""
     result = RowResult("R8", "parameters that cannot be")
     with tempfile.TemporaryDirectory() as name, Rig(Path(name), max_replays=0) as rig:
-        found = list(cases(rig.server._coordinator.limits.max_model_len))
+        found = list(cases(rig.server.coordinator.limits.max_model_len))
         corpus = Corpus(found, Stopwatch(rig))
         for _ in range(NUM_ROUNDS[size]):
             rig.run(corpus.send_all(rig.server.address))

@@ -138,7 +138,7 @@ async def _drive_watched(
     seen: list[tuple[float, bool]] = []
     async with _watched(rig.server.address, seen):
         victim.arm(case.fault, FIRST_PASS)
-        await rig._drive(iter(requests), rig.folder / "broken.jsonl", NUM_CLIENTS, _send)
+        await rig.send_all(iter(requests), rig.folder / "broken.jsonl", NUM_CLIENTS, _send)
         await asyncio.sleep(0.6)  # two looks of the server's
     return seen
 
@@ -232,7 +232,7 @@ def _leaks(rig: SharedRig, case: Case) -> list[str]:
     if not case.ends:
         return rig.leaks()
     until_s = time.monotonic() + _SETTLE_S
-    while (found := rig.run(rig._leaks())) and time.monotonic() < until_s:
+    while (found := rig.run(rig.found_leaks())) and time.monotonic() < until_s:
         time.sleep(0.02)
     return found
 
@@ -248,7 +248,7 @@ def _check_return(result: RowResult, name: str, rig: SharedRig, role: Role, case
     engine._thread.join(10)
     result.demand(not engine._thread.is_alive(), f"{name}: the thread goes on")
     result.demand(_num_ended(rig, role) == before, f"{name}: samples ended twice")
-    result.leaks += [f"{name}, gone on: {leak}" for leak in rig.run(rig._leaks())]
+    result.leaks += [f"{name}, gone on: {leak}" for leak in rig.run(rig.found_leaks())]
 
 
 def _num_ended(rig: SharedRig, role: Role) -> float:

@@ -253,9 +253,9 @@ class _Storm:
         """Nothing runs in a server that has ended."""
         server, problems = self._rig.server, self._outcome.problems
         counts = {
-            "requests": server._coordinator.num_running,
-            "shadows": server._coordinator.num_shadows,
-            "calls": server._gate.num_active,
+            "requests": server.coordinator.num_running,
+            "shadows": server.coordinator.num_shadows,
+            "calls": server.gate.num_active,
         }
         for model in self._rig.engines.loaded:
             load = model.engine.load()

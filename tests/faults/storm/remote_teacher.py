@@ -222,8 +222,8 @@ class RemoteTeacherServer:
             "remote queue": load.num_waiting,
             "remote unaccounted": abs(load.num_unaccounted),
             "remote ledger_imbalance": int(abs(imbalance)),
-            "remote requests": self._server._coordinator.num_running,
-            "remote calls": self._server._gate.num_active,
+            "remote requests": self._server.coordinator.num_running,
+            "remote calls": self._server.gate.num_active,
         }
 
     def _new_token(self) -> None:

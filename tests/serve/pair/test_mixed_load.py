@@ -121,7 +121,7 @@ def load(serving: Any, make_pair: Any, loop: asyncio.AbstractEventLoop) -> Any:
         running = asyncio.run_coroutine_threadsafe(run_all(live.server.address), loop)
         outcomes = running.result(120)
         until_s = time.monotonic() + 60
-        while live.server._gate.num_active or any(
+        while live.server.gate.num_active or any(
             engine.load().num_running + engine.load().num_waiting for engine in engines(pair)
         ):
             assert time.monotonic() < until_s, "slots are still taken"
@@ -173,7 +173,7 @@ def test_nothing_is_left_behind(load: Any, loop: asyncio.AbstractEventLoop) -> N
     assert (status.num_requests, status.num_shadows, status.ledger_imbalance) == (0, 0, 0)
     for engine in engines(live.pair):
         assert not engine._groups and not engine._scoring and not engine._endings
-    assert live.server._coordinator._running == {}
+    assert live.server.coordinator._running == {}
     until_s = time.monotonic() + 60
     while asyncio.run_coroutine_threadsafe(count_tasks(), loop).result(10) > num_tasks:
         assert time.monotonic() < until_s, "tasks are left behind"
