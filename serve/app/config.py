@@ -145,7 +145,7 @@ class ServeConfig(BaseModel):
 
     @property
     def teacher_address(self) -> RemoteAddress | None:
-        """Where a teacher elsewhere is; None for one that is loaded here, and for none."""
+        """Where the remote teacher is; None for one that is loaded here, and for none."""
         return RemoteAddress.parse(self.teacher) if isinstance(self.teacher, str) else None
 
     @field_validator("teacher")
@@ -164,7 +164,7 @@ class ServeConfig(BaseModel):
             raise ValueError("--no-teacher and --no-student leave no model; give one of them")
         if self.no_student and self.teacher_address is not None:
             raise ValueError(
-                f"--no-student leaves no model here: --teacher {self.teacher} is elsewhere; give "
+                f"--no-student leaves no model here: --teacher {self.teacher} is remote; give "
                 "the teacher's folder"
             )
         if self.bundle is None and not (self.no_student and self.teacher is not None):

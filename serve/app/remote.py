@@ -1,4 +1,4 @@
-"""The teacher elsewhere at the start of a server: its credentials, and a first look at it."""
+"""The remote teacher at the start of a server: its credentials, and a first look at it."""
 
 from __future__ import annotations
 

@@ -313,7 +313,7 @@ class Server:
         """Whether each health name but `liveness` is serving.
 
         A model that died takes readiness with it, not the other model, which goes on answering.
-        A model elsewhere that is lost takes nothing with it.
+        A remote model that is lost takes nothing with it.
         """
         is_serving = self._state == pb.SERVER_STATE_SERVING
         models = {
@@ -327,10 +327,10 @@ class Server:
         """Tell the health service what has changed since the last time."""
         current = {"liveness": True, **self._health_by_name()}
         changed = {n: ok for n, ok in current.items() if self._health_shown.get(n) is not ok}
-        elsewhere = {f"model.{m.role.value}" for m in self._engines.loaded if m.address}
+        remote = {f"model.{m.role.value}" for m in self._engines.loaded if m.address}
         for name, is_serving in changed.items():
             self._health.set(name, is_serving)
-            is_dead = not is_serving and name not in elsewhere
+            is_dead = not is_serving and name not in remote
             if is_dead and self._state == pb.SERVER_STATE_SERVING:
                 logger.error("health: %r is not serving, an engine died", name)
         self._health_shown = current

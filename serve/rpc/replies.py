@@ -172,7 +172,7 @@ def to_score_usage(
 
 
 def to_model(model: ServedModel) -> pb.Model:
-    """Describe a model; of one elsewhere pass on what its server says."""
+    """Describe a model; of a remote one pass on what its server says."""
     if isinstance(model.engine, RemoteTeacher):
         return model.engine.model
     info, noise = model.engine.info, model.noise

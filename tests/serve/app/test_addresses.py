@@ -205,9 +205,7 @@ def test_token_may_travel_over_a_socket() -> None:
 
 
 @pytest.mark.parametrize("text", [PLACES[0], pytest.param("::1", marks=needs_ipv6)])
-def test_teacher_elsewhere_may_be_there(
-    serving: Any, make_pair: Any, folder: Path, text: str
-) -> None:
+def test_remote_teacher_may_be_there(serving: Any, make_pair: Any, folder: Path, text: str) -> None:
     with serving(make_pair(), host=place(text, folder)) as live:
         address = live.server.address
         scheme = "grpc+" if address.startswith("unix") else "grpc://"

@@ -161,7 +161,7 @@ def load_alone(bundle: Path) -> Any:
     return build_engines(config, ServerMetrics(CollectorRegistry()))
 
 
-# A teacher elsewhere
+# A remote teacher
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def teacher_address(serving: Any, make_pair: Any) -> Iterator[str]:
         yield f"grpc://{live.server.address}"
 
 
-def test_teacher_elsewhere_is_looked_at(
+def test_remote_teacher_is_looked_at(
     bundle: Path, teacher_address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     engines = load(bundle, teacher=teacher_address)
@@ -181,7 +181,7 @@ def test_teacher_elsewhere_is_looked_at(
     assert "parameters, the one that the student was distilled from (tiny) has 1" in warning
 
 
-def test_logits_of_other_tokens_elsewhere_are_warned_about(
+def test_logits_of_other_tokens_of_a_remote_teacher_are_warned_about(
     bundle: Path, serving: Any, make_pair: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving(make_pair(teacher=torch.zeros(320, 320), roles=(Role.TEACHER,))) as live:
@@ -189,7 +189,7 @@ def test_logits_of_other_tokens_elsewhere_are_warned_about(
     assert "has logits of 320 tokens, the student of 259" in caplog.text
 
 
-def test_teacher_elsewhere_may_come_later(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_remote_teacher_may_come_later(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert load(bundle, teacher="grpc://127.0.0.1:1").teacher is not None
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert warning.startswith("the teacher at grpc://127.0.0.1:1 does not answer (UNAVAILABLE")
@@ -204,7 +204,7 @@ def test_server_that_cannot_be_the_teacher_ends_the_start(
             load(bundle, teacher=address)
 
 
-def test_teacher_elsewhere_is_called_over_tls_with_a_token(
+def test_remote_teacher_is_called_over_tls_with_a_token(
     bundle: Path, serving: Any, make_pair: Any, tmp_path: Path
 ) -> None:
     authority, (secret, sha256) = trustme.CA(), new_token()
@@ -229,7 +229,7 @@ def test_teacher_elsewhere_is_called_over_tls_with_a_token(
     assert pair.value("requests_total", **labels) == 1
 
 
-def test_credentials_for_a_teacher_elsewhere_must_be_there(bundle: Path, tmp_path: Path) -> None:
+def test_credentials_for_a_remote_teacher_must_be_there(bundle: Path, tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     with pytest.raises(UserError, match=r"--teacher-token-file .* cannot be read"):
         load(bundle, teacher="grpc://127.0.0.1:1", teacher_token_file=nowhere)

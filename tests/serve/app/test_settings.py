@@ -166,7 +166,7 @@ def test_missing_bundle_says_how_to_give_it() -> None:
         ({"no_student": True, "no_teacher": True}, "--no-teacher and --no-student leave no model"),
         (
             {"no_student": True, "teacher": "grpc://t:1"},
-            "--no-student leaves no model here: --teacher grpc://t:1 is elsewhere",
+            "--no-student leaves no model here: --teacher grpc://t:1 is remote",
         ),
         ({"teacher_token_file": "t"}, "--teacher-token-file is for a --teacher grpc://HOST:PORT"),
         (

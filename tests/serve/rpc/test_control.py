@@ -6,11 +6,9 @@ from collections import Counter
 from typing import Any
 
 import grpc
-import pytest
 
 from protos.tandem.v1 import control_pb2, control_pb2_grpc
 from protos.tandem.v1 import inference_pb2 as pb
-from serve.client import violations
 from serve.pair.served import Role
 from tests.support.calls import failure
 
@@ -55,23 +53,6 @@ def test_weights_split_the_traffic_by_request_id(serving: Any, make_pair: Any) -
         again = {request_id: first_role(live, request_id) for request_id in ids}
     assert roles == again
     assert 22 <= Counter(roles.values())[pb.ROLE_STUDENT] <= 38
-
-
-@pytest.mark.parametrize(
-    ("fields", "path"),
-    [
-        ({"student_weight": -1}, "student_weight"),
-        ({"teacher_weight": float("nan")}, "teacher_weight"),
-        ({"shadow_rate": 1.5}, "shadow_rate"),
-        ({"student_weight": 0}, "student_weight"),
-    ],
-)
-def test_bad_policy_is_refused_by_field(live: Any, fields: dict[str, Any], path: str) -> None:
-    before = live.control.policy()
-    error = failure(lambda: live.control.set_policy(**fields))
-    assert error.code() is CODE.INVALID_ARGUMENT
-    assert list(violations(error)) == [path]
-    assert live.control.policy() == before
 
 
 def test_stale_change_is_refused(serving: Any, make_pair: Any) -> None:
@@ -119,18 +100,6 @@ def test_abort_ends_a_scoring_that_waits(serving: Any, make_pair: Any) -> None:
         assert live.pair.backends[Role.STUDENT].is_asked.wait(10)
         live.control.abort("s")
         assert failure(call.result).code() is CODE.CANCELLED
-
-
-@pytest.mark.parametrize(
-    ("request_id", "code"),
-    [
-        ("nobody", CODE.NOT_FOUND),
-        ("", CODE.INVALID_ARGUMENT),
-        ("x" * 20_000, CODE.INVALID_ARGUMENT),
-    ],
-)
-def test_abort_of_nothing_is_refused(live: Any, request_id: str, code: grpc.StatusCode) -> None:
-    assert failure(lambda: live.control.abort(request_id)).code() is code
 
 
 def test_drain_tells_the_owner_of_the_server(serving: Any, make_pair: Any) -> None:

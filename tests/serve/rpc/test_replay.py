@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
@@ -16,6 +17,16 @@ from serve.rpc.replay import Emit, Replays, RunKey
 KEY = RunKey("tenant", "id")
 
 
+class Chunk:
+    """Stands for a message of so many bytes; unlike those it can be referred to weakly."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def ByteSize(self) -> int:  # noqa: N802
+        return len(self.text)
+
+
 class Run:
     """Emits `texts` one by one, each when the test lets it; counts how often it began and ended."""
 
@@ -25,10 +36,12 @@ class Run:
         is_held: bool = False,
         is_final: bool = True,
         error: Exception | None = None,
+        kind: Any = pb.TokenChunk,
     ) -> None:
         self.texts = texts
         self.is_final = is_final
         self.error = error
+        self.kind = kind
         self.may_go_on = asyncio.Event()
         if not is_held:
             self.may_go_on.set()
@@ -39,7 +52,7 @@ class Run:
         self.num_begun += 1
         try:
             for text in self.texts:
-                emit(pb.TokenChunk(text=text))
+                emit(self.kind(text=text))
                 await self.may_go_on.wait()
             if self.error is not None:
                 raise self.error
@@ -137,17 +150,24 @@ async def test_answer_above_the_bound_is_not_kept_and_displaces_no_other() -> No
 
 @async_test
 async def test_answer_that_outgrows_the_bound_is_forgotten_as_it_is_read() -> None:
-    replays, run = make(max_bytes=20), Run(*["x" * 10] * 9, is_held=True)
+    emitted: list[weakref.ref[Chunk]] = []
+
+    def chunk(text: str) -> Chunk:
+        made = Chunk(text)
+        emitted.append(weakref.ref(made))
+        return made
+
+    replays, run = make(max_bytes=20), Run(*["x" * 10] * 9, is_held=True, kind=chunk)
     async with aclosing(follow(replays, run)) as one, aclosing(follow(replays, run)) as other:
         assert [(await anext(r)).text for r in (one, other)] == ["x" * 10] * 2
-        (recording,) = replays._by_key.values()
         run.may_go_on.set()
         await asyncio.sleep(0.01)
         assert await texts_of(replays, Run("later")) == ["later"]
         assert len([response async for response in one]) == 8
-        assert [r is None for r in recording.responses] == [True] + [False] * 8
-        assert len([response async for response in other]) == 8
-        assert recording.responses == [None] * 9
+        await anext(other)
+        assert [each() is None for each in emitted] == [True] + [False] * 8
+        assert len([response async for response in other]) == 7
+        assert [each() for each in emitted] == [None] * 9
     assert run.num_begun == 1
 
 

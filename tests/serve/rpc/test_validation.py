@@ -4,15 +4,18 @@ from typing import Any
 
 import pytest
 
+from protos.tandem.v1 import control_pb2
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.errors import InvalidFieldError, TooManyTokensError
 from serve.pair.request import Basis, Limits, Range
-from serve.pair.routing import Route
+from serve.pair.routing import Route, TrafficPolicy
 from serve.pair.served import Role
 from serve.rpc.validation import (
+    validate_abort,
     validate_compare,
     validate_generate,
     validate_score,
+    validate_set_policy,
 )
 
 LIMITS = Limits(max_model_len=100, vocab_size=50, tasks=frozenset({"math"}))
@@ -261,6 +264,27 @@ def test_task_outside_the_allow_list_counts_as_other(task: str, label: str) -> N
     evaluation = pb.EvaluationOptions(task=task)
     spec = validate_generate(pb.GenerateRequest(prompt="x", evaluation=evaluation), LIMITS)
     assert spec.evaluation.task == label
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"student_weight": -1}, "student_weight"),
+        ({"teacher_weight": math.nan}, "teacher_weight"),
+        ({"shadow_rate": 1.5}, "shadow_rate"),
+        ({"student_weight": 0}, "student_weight"),
+    ],
+)
+def test_bad_policy_names_the_field(fields: dict[str, float], path: str) -> None:
+    with pytest.raises(InvalidFieldError) as caught:
+        validate_set_policy(control_pb2.SetPolicyRequest(**fields), TrafficPolicy())
+    assert [violation.field for violation in caught.value.violations] == [path]
+
+
+@pytest.mark.parametrize("request_id", ["", "x" * 20_000])
+def test_abort_without_an_id_that_may_be_is_refused(request_id: str) -> None:
+    with pytest.raises(InvalidFieldError, match=r"request_id: has .* characters; must name"):
+        validate_abort(control_pb2.AbortRequest(request_id=request_id))
 
 
 def test_range_tests_finiteness_first() -> None:
