@@ -32,7 +32,7 @@ from bundle.errors import BundleError, UserError
 from bundle.hashing import hash_file
 from bundle.manifest import MANIFEST_NAME, Manifest, load_manifest
 from serve.app.config import ServeConfig
-from serve.app.loading import find_teacher
+from serve.app.find_teacher import find_teacher
 from serve.cpus import count_cpus
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "grpcio", "numpy")

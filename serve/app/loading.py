@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bundle.errors import BundleError, UserError, one_line
-from bundle.hashing import hash_file, hash_weights
-from bundle.manifest import MANIFEST_NAME, Manifest, TeacherReference
+from bundle.hashing import hash_file
+from bundle.manifest import MANIFEST_NAME, Manifest
 from bundle.model_folder import open_model_folder
-from bundle.model_inputs import differing_inputs, hash_model_inputs
 from bundle.token_ids import read_eos_token_ids
 from bundle.verify import verify_bundle
 from serve.app.config import Device, ServeConfig
+from serve.app.find_teacher import find_teacher
 from serve.cpus import count_cpus
 from serve.engine.engine import Engine
 from serve.engine.turns import StepArbiter
@@ -32,7 +32,7 @@ from serve.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import torch
 
-    from serve.models.backend import Backend
+    from serve.models.backend import Backend, ModelInfo
 
 logger = logging.getLogger(__name__)
 
@@ -77,51 +77,6 @@ def _judge_folders(config: ServeConfig) -> None:
         open_model_folder(config.teacher, has_weights=config.teacher_backend == "torch")
 
 
-def find_teacher(config: ServeConfig, reference: TeacherReference | None) -> Path | None:
-    """Return the folder of the teacher to load; None, with a warning, when there is none.
-
-    Without `--teacher` it is the one that the student was distilled from, as long as it still lies
-    where the exporter saw it, as it was. Another one must be asked for, and is served with a
-    warning: other weights, or another file that shapes ids or logits.
-
-    Raises:
-        UserError: the teacher is to be served alone, and is not there.
-    """
-    if config.no_teacher or config.teacher_address is not None:
-        return None
-    if isinstance(config.teacher, Path):
-        if reference is not None:
-            _warn_of_another(config.teacher, reference)
-        return config.teacher
-    assert reference is not None, "ServeConfig wants a bundle or a teacher"
-    if problem := _why_not_there(reference):
-        if config.no_student:
-            raise UserError(f"--no-student: {problem}; give --teacher")
-        logger.warning("serving the student alone: %s; give --teacher or --no-teacher", problem)
-        return None
-    return Path(reference.local_path or "")
-
-
-def _warn_of_another(folder: Path, reference: TeacherReference) -> None:
-    if folder.is_dir() and (changed := _changes(folder, reference)):
-        logger.warning(
-            "%s is not the teacher that the student was distilled from (%s): it differs in %s; "
-            "divergences are from this other model",
-            *(folder, reference.source, changed),
-        )
-
-
-def _changes(folder: Path, reference: TeacherReference) -> str:
-    """Name what is not as it was when the student was distilled; empty when all is.
-
-    Of a bundle that does not say what the other files were, the weights alone are compared.
-    """
-    changed = ["the weights"] if hash_weights(folder) != reference.weights_sha256 else []
-    if reference.inputs is not None:
-        changed += differing_inputs(reference.inputs, hash_model_inputs(folder))
-    return one_line(", ".join(changed))
-
-
 def _warn_of_few_rows(folder: Path, tokenizer: Tokenizer, engine: Engine) -> None:
     num_rows, last = engine.info.vocab_size, tokenizer.num_tokens - 1
     if last >= num_rows:
@@ -130,22 +85,6 @@ def _warn_of_few_rows(folder: Path, tokenizer: Tokenizer, engine: Engine) -> Non
             "a token from %d on are refused; resize the model's embeddings to the tokenizer",
             *(folder, num_rows, last, tokenizer.token_text(last), num_rows),
         )
-
-
-def _why_not_there(reference: TeacherReference) -> str:
-    """Say why the distilled-from teacher cannot be served; empty when it can."""
-    if reference.local_path is None:
-        return "the bundle does not say where its teacher lies"
-    folder = Path(reference.local_path)
-    try:
-        if not folder.is_dir():
-            return f"its teacher is no longer at {folder}"
-        changed = _changes(folder, reference)
-    except OSError as error:
-        return f"its teacher at {folder} cannot be read: {error.strerror}"
-    if changed:
-        return f"its teacher has changed since the student was distilled: {changed} in {folder}"
-    return ""
 
 
 def choose_device(asked: Device, runtimes: Set[str]) -> str:
@@ -261,7 +200,29 @@ class _Loader:
         # On CUDA one pass differs by rounding alone, and decoding instead would cost too much.
         is_quiet = noise.path_nats <= MAX_PATH_NOISE_NATS and not rounds_activations
         in_one_pass = self.device != "cpu" or is_quiet
-        info = backend.info
+        self._log_engine(role, backend.info, noise, in_one_pass)
+        engine = Engine(
+            backend,
+            eos_token_ids=read_eos_token_ids(folder),
+            max_waiting=self.config.max_waiting,
+            name=role.value,
+            observer=self.metrics.observer(role),
+            arbiter=self.arbiter,
+            priority=0 if role is Role.STUDENT else 1,
+            scores_in_one_pass=in_one_pass,
+            # The student's matrix products are onnxruntime's; torch only samples for it.
+            num_torch_threads=1 if backend.info.backend == "onnx" else self.num_threads,
+            max_pass_tokens=self.config.max_pass_tokens,
+            max_num_seqs_per_client=self.config.max_num_seqs_per_client,
+            max_prefix_cache_bytes=self.config.prefix_cache_mib << 20,
+            stream=stream,
+            max_step_s=self.config.max_step_s,
+        )
+        return engine, noise
+
+    def _log_engine(
+        self, role: Role, info: ModelInfo, noise: NoiseFloor, in_one_pass: bool
+    ) -> None:
         logger.info(
             "%s: %s %s on %s; one pass and decoding differ by %.1e nats at most, so it scores %s",
             *(role.value, info.backend, info.precision, info.device, noise.path_nats),
@@ -275,24 +236,6 @@ class _Loader:
                 if self.device != "cpu"
                 else "in every way tried, batches changed bits",
             )
-        engine = Engine(
-            backend,
-            eos_token_ids=read_eos_token_ids(folder),
-            max_waiting=self.config.max_waiting,
-            name=role.value,
-            observer=self.metrics.observer(role),
-            arbiter=self.arbiter,
-            priority=0 if role is Role.STUDENT else 1,
-            scores_in_one_pass=in_one_pass,
-            # The student's matrix products are onnxruntime's; torch only samples for it.
-            num_torch_threads=1 if info.backend == "onnx" else self.num_threads,
-            max_pass_tokens=self.config.max_pass_tokens,
-            max_num_seqs_per_client=self.config.max_num_seqs_per_client,
-            max_prefix_cache_bytes=self.config.prefix_cache_mib << 20,
-            stream=stream,
-            max_step_s=self.config.max_step_s,
-        )
-        return engine, noise
 
     def _student_rounds_activations(self) -> bool:
         """Whether the student's kernels round activations to int8 (accuracy level 4).

@@ -132,7 +132,15 @@ class Server:
         judge = Judge(self._answer_worker, compile_formats(config.answer_formats))
         limits = limits_of(engines, config)
         self.coordinator = Coordinator(engines, limits, metrics, policy, shadows, judge)
-        tokens = TokenFile(config.auth_tokens) if config.auth_tokens else None
+        self._make_servers(TokenFile(config.auth_tokens) if config.auth_tokens else None)
+        self._metrics_server: MetricsServer | None = None
+        self.address = ""
+        self.control_address = ""
+        self.metrics_url = ""
+
+    def _make_servers(self, tokens: TokenFile | None) -> None:
+        """Make both servers, each behind a gate, and the guard of their calls."""
+        config = self._config
         # One each: a client at its limit can still be helped over the control plane.
         self.gate, self._control_gate = (
             CallGate(
@@ -144,22 +152,18 @@ class Server:
             )
             for scopes in (_DATA_SCOPES, _CONTROL_SCOPES)
         )
+        self._data_server, self._control_server = (
+            grpc.aio.server(interceptors=[gate], options=SERVER_OPTIONS)
+            for gate in (self.gate, self._control_gate)
+        )
         self.guard = CallGuard(
-            metrics,
+            self._metrics,
             config.max_timeout_s,
             current_client.get,
             current_peer.get,
             max_stall_s=config.max_stall_s,
             log_requests=config.log_requests,
         )
-        self._data_server, self._control_server = (
-            grpc.aio.server(interceptors=[gate], options=SERVER_OPTIONS)
-            for gate in (self.gate, self._control_gate)
-        )
-        self._metrics_server: MetricsServer | None = None
-        self.address = ""
-        self.control_address = ""
-        self.metrics_url = ""
 
     async def start(self) -> None:
         """Listen, then start the engines, then say so.
