@@ -287,7 +287,7 @@ class RemoteTeacher:
                 is_silent = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
                 why = " ".join(explain(error).split())
                 if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-                    self._give_up_channel()
+                    self.reconnect()
             except (OSError, UserError, ValueError) as error:  # of the credentials' files
                 why = str(error)
             except asyncio.CancelledError:
@@ -300,7 +300,7 @@ class RemoteTeacher:
                 why = "its probe failed; see the server's log"
         if not is_answered:
             # Certificates that are out of date, here or there, look as if nobody were there.
-            self._give_up_channel()
+            self.reconnect()
         return why, is_silent
 
     async def _probe(self) -> str:
@@ -331,7 +331,7 @@ class RemoteTeacher:
         self._stub = InferenceServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
-    def _give_up_channel(self) -> None:
+    def reconnect(self) -> None:
         """Have the next probe connect anew, with the credentials of then; what runs may end."""
         channel, self._channel = self._channel, None
         if channel is not None:
@@ -345,7 +345,7 @@ class RemoteTeacher:
         self._watch.cancel()
         tasks = [self._watch, *(call.task for call in self._calls if call.task is not None)]
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._give_up_channel()
+        self.reconnect()
         await asyncio.gather(*self._closing)
 
 

@@ -7,6 +7,7 @@ import tokenizers
 
 from serve.errors import InvalidFieldError
 from serve.text.tokenizer import Tokenizer
+from tests.support.backends import byte_tokenizer
 
 MakeTokenizer = Callable[..., Tokenizer]
 
@@ -43,7 +44,7 @@ def test_equal_vocabularies_have_equal_hashes(make_tokenizer: MakeTokenizer) -> 
 
 
 def test_load_prefers_the_template_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    tokenizer._tokenizer.save(str(tmp_path / "tokenizer.json"))
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     config = {"chat_template": "old", "eos_token": "<|im_end|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert Tokenizer.load(tmp_path).encode_chat([("user", "")]) == tokenizer.encode("old")
@@ -70,7 +71,7 @@ def test_turns_without_special_tokens_are_the_template_tokenized(tokenizer: Toke
 
 
 def test_holes_count_as_tokens(tokenizer: Tokenizer) -> None:
-    state = json.loads(tokenizer._tokenizer.to_str())
+    state = json.loads(byte_tokenizer().to_str())
     state["model"]["vocab"]["far"] = 500
     holed = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(state)))
     assert (tokenizer.num_tokens, holed.num_tokens) == (259, 501)

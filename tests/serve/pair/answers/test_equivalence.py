@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -66,8 +70,21 @@ async def begun(worker: AnswerWorker, claim: WorkerClaim | None = None) -> async
     return task
 
 
-def pid_of(worker: AnswerWorker) -> int | None:
-    return worker._child._process.pid if worker._child else None
+Process = subprocess.Popen[bytes]
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[Process]:
+    """The processes that workers have started, in order."""
+    started: list[Process] = []
+
+    def popen(*args: Any, **kwargs: Any) -> Process:
+        started.append(start(*args, **kwargs))
+        return started[-1]
+
+    start = subprocess.Popen
+    monkeypatch.setattr("serve.pair.answers.equivalence.subprocess.Popen", popen)
+    return started
 
 
 def test_equivalent_expressions_are_found() -> None:
@@ -176,40 +193,34 @@ def test_a_job_that_takes_too_much_memory_has_no_result() -> None:
     with_worker(check, timeout_s=20, memory_bytes=128 << 20)
 
 
-def test_a_killed_child_is_replaced() -> None:
+def test_a_killed_child_is_replaced(children: list[Process]) -> None:
     async def check(worker: AnswerWorker) -> None:
-        assert worker._child is not None
-        first = pid_of(worker)
         job = await begun(worker)
-        worker._child.kill()
+        children[0].kill()
         assert await job == [FAILED]
         assert await extract(worker, ("(a)", "a")) == ["a"]
-        assert pid_of(worker) not in (None, first)
+        assert len(children) == 2
 
     with_worker(check, timeout_s=20)
 
 
-def test_a_child_that_died_between_jobs_costs_none() -> None:
+def test_a_child_that_died_between_jobs_costs_none(children: list[Process]) -> None:
     async def check(worker: AnswerWorker) -> None:
-        assert worker._child is not None
-        worker._child.kill()
-        await asyncio.to_thread(worker._child._process.wait)
+        children[0].kill()
+        await asyncio.to_thread(children[0].wait)
         assert await extract(worker, ("(a)", "a")) == ["a"]
 
     with_worker(check)
 
 
 def test_a_child_without_a_parent_ends_a_hanging_job_itself() -> None:
-    async def check(worker: AnswerWorker) -> None:
-        child = worker._child
-        assert child is not None
-        asked = asyncio.create_task(child.ask("extract", HANGING, timeout_s=-0.9))
-        with pytest.raises(TimeoutError):
-            await asked  # the parent is gone; 0.1 s later the alarm rings
-        await asyncio.to_thread(child._process.wait, 20)
-        assert child._process.returncode == -signal.SIGALRM
-
-    with_worker(check)
+    job = {"name": "extract", "arguments": HANGING, "alarm_s": 0.1}
+    message = json.dumps(job).encode()
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-P", answer_child.__file__, str(1 << 30)]
+    with ours, theirs, subprocess.Popen(command, stdin=theirs.fileno()) as child:
+        ours.sendall(answer_child.HEADER.pack(len(message)) + message)
+        assert child.wait(20) == -signal.SIGALRM
 
 
 def test_the_loop_keeps_its_pace_while_a_job_hangs() -> None:
@@ -261,16 +272,13 @@ def test_who_is_gone_costs_nothing() -> None:
     with_worker(check, timeout_s=3600)
 
 
-def test_stop_ends_the_child_and_requests_that_wait() -> None:
+def test_stop_ends_the_child_and_requests_that_wait(children: list[Process]) -> None:
     async def run() -> None:
         async with started(timeout_s=3600) as worker:
-            child = worker._child
-            assert child is not None
             calls = [await begun(worker) for _ in "ab"]
             await worker.stop()
             assert await asyncio.gather(*calls) == [[DROPPED], [DROPPED]]
-            assert not child.is_alive
-            assert worker._child is None
+            assert [child.returncode for child in children] == [-signal.SIGKILL]
             assert await extract(worker, ("(a)", "a")) == [DROPPED]
 
     asyncio.run(run())
@@ -289,11 +297,11 @@ def test_stop_while_the_child_starts_waits_for_no_job(num_turns: int) -> None:
     asyncio.run(run())
 
 
-def test_nothing_runs_before_the_first_job() -> None:
+def test_nothing_runs_before_the_first_job(children: list[Process]) -> None:
     async def run() -> None:
         worker = AnswerWorker(1)
         async with worker.turn(WorkerClaim()):
-            assert worker._child is None
+            assert children == []
         await worker.stop()
 
     asyncio.run(run())

@@ -1,0 +1,24 @@
+"""Remote teachers for the tests of the pair."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from tests.support.remote_teachers import Elsewhere, lying_server
+
+
+@pytest.fixture
+def elsewhere(serving: Any, make_pair: Any, tokenizer: Any) -> Iterator[Elsewhere]:
+    with ExitStack() as stack:
+        yield Elsewhere(serving, make_pair, tokenizer, stack)
+
+
+@pytest.fixture
+def liar(loop: asyncio.AbstractEventLoop, tokenizer: Any) -> Iterator[str]:
+    with lying_server(loop, tokenizer.hash) as address:
+        yield address
