@@ -28,6 +28,7 @@ from serve.models.architectures import sliding_windows
 from serve.models.onnx_backend import OnnxBackend
 from serve.models.torch_backend import TorchBackend
 from serve.sampling.params import SamplingParams
+from tests.support.random_models import random_model
 
 # Name -> nodes per layer. Biases, QK norms and windows tell their own stories.
 NODES_PER_LAYER = {
@@ -90,17 +91,15 @@ def read_graph(folder: Path) -> onnx.GraphProto:
 # --- the graph
 
 
-def test_every_architecture_of_the_fixtures_is_tested(make_model: Callable[..., Any]) -> None:
-    known = make_model.__globals__["ARCHITECTURES"]
+def test_every_architecture_of_the_fixtures_is_tested() -> None:
+    known = random_model.__globals__["ARCHITECTURES"]
     assert set(known) == set(NODES_PER_LAYER)
 
 
-def test_node_count_follows_the_formula(
-    architecture: str, graphs: Any, make_model: Callable[..., Any]
-) -> None:
+def test_node_count_follows_the_formula(architecture: str, graphs: Any) -> None:
     expected = NODES_PER_LAYER[architecture] * NUM_LAYERS + 11
     assert len(read_graph(graphs.variants["fp32"]).node) == expected
-    assert expected_num_nodes(make_model(architecture)) == expected
+    assert expected_num_nodes(random_model(architecture)) == expected
 
 
 def test_graph_computes_what_transformers_does(graphs: Any) -> None:
@@ -170,9 +169,9 @@ def test_windows_are_shorter_than_what_is_read(export_once: Callable[[str], Any]
 
 @pytest.mark.parametrize("name", ["qwen3", "smollm3", "smollm3-window", "qwen2-window"])
 def test_student_with_fewer_layers_is_exported_exactly(
-    make_model: Callable[..., Any], export_to: Callable[..., Any], tmp_path: Path, name: str
+    export_to: Callable[..., Any], tmp_path: Path, name: str
 ) -> None:
-    student = drop_layers(make_model(name), [0, 2, 3])
+    student = drop_layers(random_model(name), [0, 2, 3])
     exported = export_to(tmp_path, student)
     reloaded = AutoModelForCausalLM.from_pretrained(exported.student_dir)
     ids = torch.tensor([PROMPT * 2])
@@ -184,10 +183,8 @@ def test_student_with_fewer_layers_is_exported_exactly(
 
 
 @pytest.mark.parametrize("key", ["layer_types", "no_rope_layers"])
-def test_what_the_config_says_per_layer_is_cut_with_the_layers(
-    make_model: Callable[..., Any], key: str
-) -> None:
-    teacher = make_model("smollm3-window")
+def test_what_the_config_says_per_layer_is_cut_with_the_layers(key: str) -> None:
+    teacher = random_model("smollm3-window")
     before = list(getattr(teacher.config, key))
     student = drop_layers(teacher, [0, 3, 4])
     assert getattr(student.config, key) == [before[i] for i in (0, 3, 4)]
@@ -222,8 +219,8 @@ def test_what_the_graph_would_get_wrong_is_refused(
         check_exportable(config)
 
 
-def test_derived_head_size_is_checked_too(make_model: Callable[..., Any], tmp_path: Path) -> None:
-    model = make_model("qwen2", num_layers=1)
+def test_derived_head_size_is_checked_too(tmp_path: Path) -> None:
+    model = random_model("qwen2", num_layers=1)
     model.config.num_attention_heads = 4
     with pytest.raises(ExportError, match="'qwen2': head_dim is 8"):
         export_onnx(model, tmp_path, max_model_len=64)
@@ -234,10 +231,10 @@ def test_derived_head_size_is_checked_too(make_model: Callable[..., Any], tmp_pa
 
 
 def test_graph_that_the_tracer_split_is_read_back_whole(
-    make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond 2 GB torch writes the weights to files of their own; here optimum is told to."""
-    model = make_model("qwen3", num_layers=2)
+    model = random_model("qwen3", num_layers=2)
     for name, is_forced in (("inline", "0"), ("split", "1")):
         (tmp_path / name).mkdir()
         monkeypatch.setenv("FORCE_ONNX_EXTERNAL_DATA", is_forced)
@@ -251,15 +248,13 @@ def test_graph_that_the_tracer_split_is_read_back_whole(
         assert (one.name, one.raw_data) == (other.name, other.raw_data)
 
 
-def test_fusions_never_hold_the_weights(
-    make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fusions_never_hold_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They copy the whole model, which protobuf does by serialising it: 2 GB at most."""
     fuse, sizes = surgery.fuse_norms, []
     monkeypatch.setattr(
         surgery, "fuse_norms", lambda model: sizes.append(model.ByteSize()) or fuse(model)
     )
-    export_onnx(make_model("llama"), tmp_path, max_model_len=64)
+    export_onnx(random_model("llama"), tmp_path, max_model_len=64)
     assert sizes[0] < 60_000 < (tmp_path / DATA_FILE).stat().st_size
 
 

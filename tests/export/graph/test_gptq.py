@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,9 @@ from export.graph.gptq import (
 )
 from export.graph.quantize import gptq_weights
 from export.run.variants import WeightOnlyVariant
-from export.student.grid import (
-    BlockGrid,
-    GridWeight,
-    absmax_scales,
-    encode,
-    round_to_nearest,
-)
+from export.student.grid import BlockGrid, GridWeight, absmax_scales, encode, round_to_nearest
 from export.teacher.examples import Example
+from tests.support.random_models import random_examples
 
 
 def correlated_layer(num_outputs: int = 24, num_inputs: int = 96) -> tuple[torch.Tensor, ...]:
@@ -173,8 +167,8 @@ def test_factor_is_that_of_the_damped_inverse() -> None:
 
 
 @pytest.fixture(scope="module")
-def texts(make_examples: Callable[..., list[Example]]) -> list[Example]:
-    return make_examples([(8, 20), (5, 30), (20, 11), (2, 25)])
+def texts() -> list[Example]:
+    return random_examples([(8, 20), (5, 30), (20, 11), (2, 25)])
 
 
 def test_hessian_is_that_of_the_torch_model(exported_llama: Any, texts: list[Example]) -> None:

@@ -49,8 +49,7 @@ def open_session(model: onnx.ModelProto) -> InferenceSession:
 
 
 @pytest.mark.parametrize(
-    ("name", "onnx_type"),
-    [("float16", TensorProto.FLOAT16), ("bfloat16", TensorProto.BFLOAT16)],
+    ("name", "onnx_type"), [("float16", TensorProto.FLOAT16), ("bfloat16", TensorProto.BFLOAT16)]
 )
 def test_cache_is_in_half_precision_and_logits_are_not(
     graphs: dict[str, onnx.ModelProto], name: str, onnx_type: int

@@ -41,6 +41,7 @@ from export.run.variants import (
 from export.student.grid import BlockGrid, GridWeight, round_to_nearest
 from export.teacher.examples import Example
 from serve.models.onnx_backend import OnnxBackend
+from tests.support.random_models import random_examples, random_model
 
 NUM_LAYERS = 5
 NUM_PRODUCTS = 5 * NUM_LAYERS + 1
@@ -79,13 +80,13 @@ RUNNABLE = [name for name in VARIANTS if name != "bfloat16"]
 
 
 @pytest.fixture(scope="module")
-def texts(make_examples: Callable[..., list[Example]]) -> list[Example]:
-    return make_examples([(8, 20), (5, 30), (20, 11), (2, 25)] * 4)
+def texts() -> list[Example]:
+    return random_examples([(8, 20), (5, 30), (20, 11), (2, 25)] * 4)
 
 
 @pytest.fixture(scope="module")
-def held_out(make_examples: Callable[..., list[Example]]) -> list[Example]:
-    return make_examples([(8, 20), (5, 30), (20, 11), (2, 25)], seed=1)
+def held_out() -> list[Example]:
+    return random_examples([(8, 20), (5, 30), (20, 11), (2, 25)], seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -345,10 +346,7 @@ def test_quantizing_again_changes_nothing(
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2-untied", "qwen3"])
 def test_trained_student_is_in_the_graph_bit_for_bit(
-    export_once: Callable[[str], Any],
-    held_out: list[Example],
-    tmp_path: Path,
-    architecture: str,
+    export_once: Callable[[str], Any], held_out: list[Example], tmp_path: Path, architecture: str
 ) -> None:
     exported = export_once(architecture)
     student = AutoModelForCausalLM.from_pretrained(exported.student_dir)
@@ -370,18 +368,15 @@ def test_trained_student_is_in_the_graph_bit_for_bit(
     with torch.inference_mode():
         expected = [student(torch.tensor([tokens(e)])).logits[0] for e in held_out]
     torch.testing.assert_close(
-        logprobs(tmp_path, held_out),
-        torch.cat(expected).log_softmax(-1),
-        atol=1e-3,
-        rtol=1e-4,
+        logprobs(tmp_path, held_out), torch.cat(expected).log_softmax(-1), atol=1e-3, rtol=1e-4
     )
 
 
 def test_quantizing_a_trained_student_again_changes_nothing(
-    exported_llama: Any, make_model: Callable[..., Any], tmp_path: Path
+    exported_llama: Any, tmp_path: Path
 ) -> None:
     """Rounding its float graph finds the codes and scales that it was trained to."""
-    student = make_model()
+    student = random_model()
     weights = train_on_grid(student)
     student.config.tie_word_embeddings = False
     source, trained, rounded = (tmp_path / name for name in ("source", "trained", "rounded"))
@@ -398,17 +393,15 @@ def test_quantizing_a_trained_student_again_changes_nothing(
         assert torch.equal(weight.scales, found[name].scales)
 
 
-def test_every_linear_layer_must_have_been_trained(
-    exported_llama: Any, make_model: Callable[..., Any], tmp_path: Path
-) -> None:
-    weights = train_on_grid(make_model())
+def test_every_linear_layer_must_have_been_trained(exported_llama: Any, tmp_path: Path) -> None:
+    weights = train_on_grid(random_model())
     del weights["model.layers.2.self_attn.k_proj"]
     with pytest.raises(AssertionError, match=r"model\.layers\.2\.self_attn\.k_proj"):
         quantize_trained(exported_llama.variants["fp32"], tmp_path, TRAINED, weights)
 
 
-def test_weights_are_split_and_packed_again(variants: dict[str, Path], make_model: Any) -> None:
-    student, weights = make_model(), read_grid_weights(load_graph(variants["gptq8"]))
+def test_weights_are_split_and_packed_again(variants: dict[str, Path]) -> None:
+    student, weights = random_model(), read_grid_weights(load_graph(variants["gptq8"]))
     split = split_by_module(weights, lambda name: student.get_submodule(name).out_features)
     assert len(split) == 7 * NUM_LAYERS + 1
     assert {name for name in split if name.startswith("model.layers.1.self_attn")} == {
@@ -502,13 +495,9 @@ def plant_outlier(model: Any, channel: int = 5, factor: float = 1000.0) -> None:
 
 @pytest.mark.parametrize("is_planted", [False, True])
 def test_planted_outlier_channel_fails_the_int8_gate(
-    make_model: Callable[..., Any],
-    export_to: Callable[..., Any],
-    held_out: list[Example],
-    tmp_path: Path,
-    is_planted: bool,
+    export_to: Callable[..., Any], held_out: list[Example], tmp_path: Path, is_planted: bool
 ) -> None:
-    model = make_model()
+    model = random_model()
     if is_planted:
         plant_outlier(model)
     variants = export_to(tmp_path, model).variants
@@ -520,8 +509,8 @@ def test_planted_outlier_channel_fails_the_int8_gate(
     assert (measured > 0.02) is is_planted, measured
 
 
-def test_planted_outlier_changes_nothing_in_float(make_model: Callable[..., Any]) -> None:
-    model, planted, ids = make_model(), make_model(), torch.arange(10)[None]
+def test_planted_outlier_changes_nothing_in_float() -> None:
+    model, planted, ids = random_model(), random_model(), torch.arange(10)[None]
     plant_outlier(planted)
     with torch.inference_mode():
         difference = (model(ids).logits - planted(ids).logits).abs().max()

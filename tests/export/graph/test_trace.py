@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from export.graph.surgery import DATA_FILE, OPSET, check_node_count, load_untied
 from export.graph.trace import export_onnx
+from tests.support.random_models import random_model
 
 NUM_LAYERS = 5
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35]
@@ -54,10 +54,8 @@ def torch_logits(folder: Path, rows: list[list[int]]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_graph_and_weights_are_all_that_is_written(
-    make_model: Callable[..., Any], tmp_path: Path, num_layers: int
-) -> None:
-    export_onnx(make_model("llama", num_layers=num_layers), tmp_path, max_model_len=64)
+def test_graph_and_weights_are_all_that_is_written(tmp_path: Path, num_layers: int) -> None:
+    export_onnx(random_model("llama", num_layers=num_layers), tmp_path, max_model_len=64)
     assert len(read_graph(tmp_path).node) == 11 * num_layers + 11
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", DATA_FILE]
 
@@ -103,9 +101,9 @@ def test_opset_is_the_one_that_the_manifest_names(exported: Any) -> None:
     assert {i.domain: i.version for i in model.opset_import}[""] == OPSET
 
 
-def test_only_float32_is_exported(make_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_only_float32_is_exported(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="bfloat16"):
-        export_onnx(make_model().bfloat16(), tmp_path, max_model_len=64)
+        export_onnx(random_model().bfloat16(), tmp_path, max_model_len=64)
 
 
 def test_graph_with_too_many_nodes_is_refused(exported: Any) -> None:
@@ -117,11 +115,11 @@ def test_graph_with_too_many_nodes_is_refused(exported: Any) -> None:
 
 
 def test_fusion_that_does_not_take_fails_the_export(
-    make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.graph.surgery.fuse_norms", lambda model: model)
     with pytest.raises(RuntimeError, match="a fusion did not take"):
-        export_onnx(make_model(), tmp_path, max_model_len=64)
+        export_onnx(random_model(), tmp_path, max_model_len=64)
 
 
 # --- the head
@@ -153,7 +151,7 @@ def test_empty_logit_rows_mean_all_rows(exported: Any) -> None:
     np.testing.assert_array_equal(fed, everything)
 
 
-def test_tied_embedding_is_stored_once(exported: Any, make_model: Callable[..., Any]) -> None:
+def test_tied_embedding_is_stored_once(exported: Any) -> None:
     """The file holds the parameters that transformers counts, and the rotary tables."""
     from transformers import AutoModelForCausalLM
 
@@ -176,8 +174,8 @@ def test_load_untied_writes_the_head_out(exported: Any) -> None:
     assert (head.op_type, list(head.attribute)) == ("MatMul", [])
 
 
-def test_export_is_the_same_twice(make_model: Callable[..., Any], tmp_path: Path) -> None:
-    model = make_model("llama", num_layers=2)
+def test_export_is_the_same_twice(tmp_path: Path) -> None:
+    model = random_model("llama", num_layers=2)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         export_onnx(copy.deepcopy(model), tmp_path / name, max_model_len=64)

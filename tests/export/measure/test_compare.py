@@ -78,11 +78,7 @@ def make_variant(tokens_per_s: float) -> Variant:
 
 
 def write(
-    folder: Path,
-    variant: str,
-    teacher: str,
-    inputs: dict[str, str] | None,
-    tokens_per_s: float,
+    folder: Path, variant: str, teacher: str, inputs: dict[str, str] | None, tokens_per_s: float
 ) -> None:
     manifest = Manifest(
         created_at=datetime.now(UTC),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from serve.models.backend import ModelInfo
 from serve.models.onnx_backend import OnnxBackend
 from serve.models.torch_backend import TorchBackend
 from serve.text.real_tokens import RealTokens
+from tests.support.random_models import random_examples, random_model
 
 VOCAB_SIZE = 20
 
@@ -281,13 +282,11 @@ def test_failed_model_ends_the_evaluation(examples: list[Example]) -> None:
         evaluate({"a": TableBackend(0), "b": broken}, ("a",), examples, silent)
 
 
-def test_float_graph_agrees_with_torch(
-    exported: Any, make_examples: Callable[..., list[Example]]
-) -> None:
+def test_float_graph_agrees_with_torch(exported: Any) -> None:
     size = {"device": "cpu", "max_num_seqs": 4, "max_model_len": 64}
     student = TorchBackend.load(exported.student_dir, dtype=torch.float32, **size)
     backends = {"student": student, "fp32": OnnxBackend.load(exported.variants["fp32"], **size)}
-    examples = make_examples([(5, 20), (30, 3), (9, 14)])
+    examples = random_examples([(5, 20), (30, 3), (9, 14)])
     held_out = evaluate(backends, ("student",), examples, silent)
     agreement = held_out.agreements["student", "fp32"]
     assert abs(agreement.forward_kl) < 1e-6
@@ -295,15 +294,13 @@ def test_float_graph_agrees_with_torch(
     assert held_out.perplexity["fp32"] == pytest.approx(held_out.perplexity["student"], rel=1e-4)
 
 
-def test_heads_of_two_sizes_are_measured_over_the_tokens_that_they_share(
-    make_model: Callable[..., Any], make_examples: Callable[..., list[Example]]
-) -> None:
-    examples = make_examples([(5, 20), (30, 3)])
+def test_heads_of_two_sizes_are_measured_over_the_tokens_that_they_share() -> None:
+    examples = random_examples([(5, 20), (30, 3)])
 
     def measure(teacher_rows: int, student_rows: int, num_tokens: int) -> HeldOut:
         backends = {}
         for seed, (name, rows) in enumerate({"t": teacher_rows, "s": student_rows}.items()):
-            model = make_model("llama-untied", num_layers=1, seed=seed)
+            model = random_model("llama-untied", num_layers=1, seed=seed)
             model.resize_token_embeddings(rows)
             with torch.no_grad():
                 model.lm_head.weight[97:] = 20 * model.lm_head.weight[: rows - 97]

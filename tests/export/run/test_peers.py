@@ -195,9 +195,7 @@ def test_others_wait_no_longer_for_a_machine_0_that_lacks_somebody(port: int) ->
         Peers.meet(Machine(1, 2, "127.0.0.1", port), print, 0.1)
 
 
-def test_silence_is_noticed_by_the_kernel(
-    meet: Callable[..., list[tuple[Peers, Losses]]],
-) -> None:
+def test_silence_is_noticed_by_the_kernel(meet: Callable[..., list[tuple[Peers, Losses]]]) -> None:
     """After `MAX_SILENCE_S`: the first probe's wait and that for each probe's answer."""
     for peer, _ in meet(2):
         (link,) = peer._links.values()

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from export.student.phases import GridTraining, Text, linear_grids
 from export.student.step import Pair
 from export.student.trainer import Log, PlainParameters, Trainer, TrainingPhase
 from export.teacher.examples import Example
+from tests.support.random_models import random_model
 
 # Micro-batches of one example, two to a step, and a last step of one: rank 1 has nothing to do.
 PHASE = PhaseConfig(
@@ -91,11 +91,9 @@ def launch(*arguments: str) -> None:
     )  # fmt: skip
 
 
-def test_two_processes_compute_what_one_does(
-    make_model: Callable[..., Any], tmp_path: Path
-) -> None:
-    make_model(num_layers=1, seed=1).save_pretrained(tmp_path / "s")
-    make_model(num_layers=1).save_pretrained(tmp_path / "t")
+def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
+    random_model(num_layers=1, seed=1).save_pretrained(tmp_path / "s")
+    random_model(num_layers=1).save_pretrained(tmp_path / "t")
     launch(__file__, str(tmp_path))
     for kind in ("plain", "grid"):
         log = train(tmp_path, kind, World())

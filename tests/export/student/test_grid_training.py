@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,10 +16,8 @@ from export.student.grid_training import (
 )
 from export.student.step import Pair
 from export.student.trainer import Trainer, TrainingPhase
-from export.teacher.examples import Example
+from tests.support.random_models import random_examples, random_model
 
-MakeModel = Callable[..., Any]
-MakeExamples = Callable[..., list[Example]]
 GRID = BlockGrid(4, 16)
 
 
@@ -156,10 +152,8 @@ def test_norms_and_grids_are_moved_and_all_else_is_frozen() -> None:
     assert len(scales["params"]) == 1 and scales["weight_decay"] == 0
 
 
-def test_trained_student_computes_with_the_weights_that_are_exported(
-    make_model: MakeModel, make_examples: MakeExamples, tmp_path: Path
-) -> None:
-    teacher, student = make_model(num_layers=1), make_model(num_layers=1)
+def test_trained_student_computes_with_the_weights_that_are_exported(tmp_path: Path) -> None:
+    teacher, student = random_model(num_layers=1), random_model(num_layers=1)
     untie_head(student)
     grids = {
         name: GRID
@@ -170,7 +164,7 @@ def test_trained_student_computes_with_the_weights_that_are_exported(
     parameters = GridParameters(student, grids)
     first = parameters.grid_weights()
     phase = PhaseConfig(learning_rate=1e-2, alpha=1.0, tokens_per_step=8)
-    examples = make_examples([(3, 8)] * 12)
+    examples = random_examples([(3, 8)] * 12)
     training = TrainingPhase(phase, Pair(student, teacher), parameters, 1, lambda _: examples)
     log = Trainer(tmp_path / "checkpoints", dtype=torch.float32).run([lambda: training])
     assert len(log.steps) == 12
@@ -189,8 +183,8 @@ def test_trained_student_computes_with_the_weights_that_are_exported(
         assert loaded[name].codes.equal(weight.codes) and loaded[name].scales.equal(weight.scales)
 
 
-def test_untied_head_is_saved_beside_the_embeddings(make_model: MakeModel, tmp_path: Path) -> None:
-    model = make_model("llama", num_layers=1)
+def test_untied_head_is_saved_beside_the_embeddings(tmp_path: Path) -> None:
+    model = random_model("llama", num_layers=1)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     untie_head(model)
     with torch.no_grad():

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from export.student.losses import (
 )
 from export.teacher.examples import Example, collate
 from serve.text.real_tokens import RealTokens
+from tests.support.random_models import random_examples, random_model
 
 VOCAB_SIZE = 97
 DENSE = CacheConfig(kind="dense")
@@ -40,18 +40,18 @@ LENGTHS = [(4, 6), (5, 9), (3, 1), (8, 4), (2, 12)]
 
 
 @pytest.fixture(scope="session")
-def teacher(make_model: Callable[..., Any]) -> Any:
-    return make_model("llama", num_layers=2)
+def teacher() -> Any:
+    return random_model("llama", num_layers=2)
 
 
 @pytest.fixture(scope="session")
-def student(make_model: Callable[..., Any]) -> Any:
-    return make_model("llama", num_layers=1, seed=1)
+def student() -> Any:
+    return random_model("llama", num_layers=1, seed=1)
 
 
 @pytest.fixture(scope="session")
-def examples(make_examples: Callable[..., list[Example]]) -> list[Example]:
-    return make_examples(LENGTHS)
+def examples() -> list[Example]:
+    return random_examples(LENGTHS)
 
 
 def write(
@@ -292,10 +292,7 @@ def test_other_examples_or_teacher_are_refused_with_both_hashes(
         (TOP_K, {"real_tokens": RealTokens(50)}, r"over 97 tokens, than .* over 50 tokens"),
     ],
 )
-def test_other_settings_in_the_same_folder_are_refused_with_both(
-    teacher: Any, examples: list[Example], tmp_path: Path,
-    config: CacheConfig, changes: dict[str, Any], expected: str,
-) -> None:  # fmt: skip
+def test_other_settings_in_the_same_folder_are_refused_with_both(teacher: Any, examples: list[Example], tmp_path: Path, config: CacheConfig, changes: dict[str, Any], expected: str) -> None:  # fmt: skip
     write(tmp_path, teacher, examples, TOP_K)
     with pytest.raises(ExportError, match=expected):
         write(tmp_path, teacher, examples, config, **changes)

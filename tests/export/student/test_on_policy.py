@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,14 +9,15 @@ import torch
 from export.student.on_policy import COLLAPSE_SHARE, AnswerSettings, answer, repetition
 from export.teacher.examples import Example
 from serve.text.real_tokens import RealTokens
+from tests.support.random_models import random_model
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13), (20, 21)]
 NO_EOS: frozenset[int] = frozenset()
 
 
 @pytest.fixture(scope="module")
-def student(make_model: Callable[..., Any]) -> Any:
-    return make_model(num_layers=2)
+def student() -> Any:
+    return random_model(num_layers=2)
 
 
 def test_greedy_answers_follow_the_students_own_logits(student: Any) -> None:

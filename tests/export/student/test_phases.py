@@ -27,26 +27,22 @@ from export.student.phases import (
 from export.student.prune import drop_layers, shrink_mlp
 from export.student.step import CachedPair
 from export.student.trainer import Trainer
-from export.teacher.examples import Example
 from serve.text.real_tokens import EVERY_ROW, RealTokens
+from tests.support.random_models import random_examples, random_model
 
-MakeModel = Callable[..., Any]
-MakeExamples = Callable[..., list[Example]]
 LENGTHS = [(3, 4), (5, 6), (2, 5), (4, 3)]
 
 
 @pytest.fixture
-def text(make_examples: MakeExamples) -> Text:
-    examples = make_examples(LENGTHS)
+def text() -> Text:
+    examples = random_examples(LENGTHS)
     return Text(examples, examples[:2], frozenset({2}))
 
 
 @pytest.fixture
-def make_distillation(
-    make_model: MakeModel, text: Text, tmp_path: Path
-) -> Callable[..., Distillation]:
+def make_distillation(text: Text, tmp_path: Path) -> Callable[..., Distillation]:
     def make(*phases: PhaseConfig, freeze: bool = False, **changed: Any) -> Distillation:
-        teacher = make_model(num_layers=3)
+        teacher = random_model(num_layers=3)
         settings: dict[str, Any] = {
             "config": DistillConfig(phases=phases or (PhaseConfig(),), freeze_shared_layers=freeze),
             "sample": SampleConfig(max_tokens=4),
@@ -70,8 +66,7 @@ def test_held_out_kl_is_measured_once_per_number(tmp_path: Path) -> None:
     assert json.loads((tmp_path / HELD_OUT_NAME).read_text()) == [0.5, 0.25]
 
 
-def test_training_lowers_the_held_out_kl(make_distillation: Callable[..., Distillation],
-                                         tmp_path: Path) -> None:  # fmt: skip
+def test_training_lowers_the_held_out_kl(make_distillation: Callable[..., Distillation], tmp_path: Path) -> None:  # fmt: skip
     phase = PhaseConfig(num_epochs=8, learning_rate=3e-3, alpha=1.0, tokens_per_step=16)
     distillation = make_distillation(phase, phase)
     Trainer(tmp_path / "checkpoints").run(distillation.phases())
@@ -80,8 +75,7 @@ def test_training_lowers_the_held_out_kl(make_distillation: Callable[..., Distil
     assert before > between > 0 and before > after > 0
 
 
-def test_other_processes_measure_nothing(make_distillation: Callable[..., Distillation],
-                                         tmp_path: Path) -> None:  # fmt: skip
+def test_other_processes_measure_nothing(make_distillation: Callable[..., Distillation], tmp_path: Path) -> None:  # fmt: skip
     make_distillation(world=World(rank=1, size=2)).measure(0)
     assert not (tmp_path / HELD_OUT_NAME).exists()
 
@@ -104,23 +98,20 @@ def test_freezing_layers_that_are_not_shared_is_refused(
 
 
 def test_freezing_layers_whose_mlp_was_narrowed_is_refused(
-    make_distillation: Callable[..., Distillation], make_model: MakeModel
+    make_distillation: Callable[..., Distillation],
 ) -> None:
-    student = drop_layers(make_model(num_layers=3), [0, 2])
+    student = drop_layers(random_model(num_layers=3), [0, 2])
     narrow = shrink_mlp(student, [torch.arange(64.0)] * 2, 0.5)
     with pytest.raises(ExportError, match="kept_mlp_share 1"):
         make_distillation(freeze=True, student=narrow)
 
 
 def test_attention_is_eager_only_where_its_maps_are_matched(
-    make_distillation: Callable[..., Distillation],
-    text: Text,
-    make_model: MakeModel,
-    tmp_path: Path,
+    make_distillation: Callable[..., Distillation], text: Text, tmp_path: Path
 ) -> None:
     cache = write_logits_cache(
         tmp_path / "cache",
-        make_model(num_layers=3),
+        random_model(num_layers=3),
         text.train,
         CacheConfig(kind="dense"),
         teacher_sha256="0" * 64,
@@ -165,14 +156,14 @@ def test_on_policy_phase_trains_on_the_students_own_answers(
     assert not set(answers) & set(text.train)
 
 
-def test_grids_are_chosen_by_the_layers_own_name(make_model: MakeModel) -> None:
+def test_grids_are_chosen_by_the_layers_own_name() -> None:
     asked: list[str] = []
 
     def grid_of(name: str) -> BlockGrid:
         asked.append(name)
         return BlockGrid(8 if name == "lm_head" else 4, 16)
 
-    grids = linear_grids(make_model(num_layers=1), grid_of)
+    grids = linear_grids(random_model(num_layers=1), grid_of)
     assert sorted(asked) == sorted(
         [*["qkv_proj"] * 3, "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
     )
@@ -181,13 +172,15 @@ def test_grids_are_chosen_by_the_layers_own_name(make_model: MakeModel) -> None:
 
 
 def test_training_on_the_grid_lowers_the_kl_to_the_float_student(
-    make_model: MakeModel, text: Text, tmp_path: Path
+    text: Text, tmp_path: Path
 ) -> None:
-    student = make_model(num_layers=2)
+    student = random_model(num_layers=2)
     grids = linear_grids(student, lambda name: BlockGrid(4, 16))
     phase = PhaseConfig(num_epochs=8, learning_rate=3e-3, alpha=1.0, tokens_per_step=16)
     real_tokens = RealTokens(97)
-    training = GridTraining(student, make_model(num_layers=2), grids, {}, phase, text, real_tokens)
+    training = GridTraining(
+        student, random_model(num_layers=2), grids, {}, phase, text, real_tokens
+    )
     before = training.measure()
     Trainer(tmp_path).run([training.phase])
     assert 0 < training.measure() < before

@@ -89,8 +89,7 @@ def test_vocabulary_smaller_than_the_tokenizer_is_refused(
 ) -> None:
     folder = save_student(tmp_path, tiny_teacher, llama(NUM_TOKENS - 1))
     with pytest.raises(
-        ExportError,
-        match=r"vocab_size 511, but the tokenizer has ids up to 511, which",
+        ExportError, match=r"vocab_size 511, but the tokenizer has ids up to 511, which"
     ):
         load_student(folder, tiny_teacher)
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,19 @@ from export.student.prune import (
 )
 from export.teacher.examples import Example
 from serve.text.real_tokens import RealTokens
+from tests.support.random_models import random_examples, random_model
 
-MakeModel = Callable[..., Any]
 INPUT_IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 
 @pytest.fixture(scope="session")
-def texts(make_examples: Callable[..., list[Example]]) -> list[Example]:
-    return make_examples([(4, 6), (5, 9)])
+def texts() -> list[Example]:
+    return random_examples([(4, 6), (5, 9)])
 
 
 @pytest.fixture
-def teacher(make_model: MakeModel) -> Any:
-    return make_model("llama", num_layers=6)
+def teacher() -> Any:
+    return random_model("llama", num_layers=6)
 
 
 def silence(model: Any, layer: int) -> None:
@@ -127,11 +126,7 @@ def test_nothing_to_remove_removes_nothing(teacher: Any, texts: list[Example]) -
     [(1, 6, [4]), (3, 6, [4, 3, 2]), (2, 2, [4, 2]), (2, 9, [4, 3])],
 )
 def test_progress_ends_at_its_total(
-    teacher: Any,
-    texts: list[Example],
-    num_removed: int,
-    num_candidates: int,
-    expected: list[int],
+    teacher: Any, texts: list[Example], num_removed: int, num_candidates: int, expected: list[int]
 ) -> None:
     shown: list[tuple[int, int]] = []
     rank_layers(
@@ -192,8 +187,8 @@ def test_ranking_leaves_the_teacher_as_it_was(teacher: Any, texts: list[Example]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-untied", "qwen2"])
-def test_student_has_the_kept_layers_and_all_else(make_model: MakeModel, architecture: str) -> None:
-    teacher = make_model(architecture, num_layers=5)
+def test_student_has_the_kept_layers_and_all_else(architecture: str) -> None:
+    teacher = random_model(architecture, num_layers=5)
     student, kept = drop_layers(teacher, [0, 3, 4]), {0: 0, 1: 3, 2: 4}
     weights = teacher.state_dict()
     for name, value in student.state_dict().items():
@@ -204,10 +199,8 @@ def test_student_has_the_kept_layers_and_all_else(make_model: MakeModel, archite
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_student_config_and_layer_indices_fit_its_layers(
-    make_model: MakeModel, architecture: str
-) -> None:
-    student = drop_layers(make_model(architecture, num_layers=5), [0, 3, 4])
+def test_student_config_and_layer_indices_fit_its_layers(architecture: str) -> None:
+    student = drop_layers(random_model(architecture, num_layers=5), [0, 3, 4])
     assert student.config.num_hidden_layers == 3
     assert len(getattr(student.config, "layer_types", None) or [None] * 3) == 3
     assert [layer.self_attn.layer_idx for layer in student.model.layers] == [0, 1, 2]
@@ -318,9 +311,9 @@ def test_biases_are_cut_with_their_channels(texts: list[Example]) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2-untied"])
 def test_narrow_student_is_saved_trained_and_loaded_like_any_other(
-    make_model: MakeModel, texts: list[Example], tmp_path: Path, architecture: str
+    texts: list[Example], tmp_path: Path, architecture: str
 ) -> None:
-    teacher = make_model(architecture)
+    teacher = random_model(architecture)
     student = shrink_mlp(teacher, rank_channels(teacher, texts), kept_share=0.5)
     student(INPUT_IDS).logits.sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in student.parameters())

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from hypothesis import strategies as st
 from export.run.errors import ExportError
 from export.run.settings import CacheConfig
 from export.run.training import PhaseConfig
-from export.student import step as distill
 from export.student.logits_cache import write_logits_cache
 from export.student.losses import DistillationLoss, exact_forward_kl
 from export.student.matching import LayerMap, Matching
 from export.student.prune import drop_layers
 from export.student.step import (
+    HEAD_SLICE,
     CachedPair,
     Forward,
     Objective,
@@ -30,27 +29,23 @@ from export.student.step import (
 )
 from export.teacher.examples import Example, collate
 from serve.text.real_tokens import RealTokens
+from tests.support.random_models import random_examples, random_model
 
-MakeModel = Callable[..., Any]
-MakeExamples = Callable[..., list[Example]]
 UNEVEN = [(3, 1), (5, 9), (2, 4), (7, 2)]
+BATCH = random_examples([*UNEVEN, (90, 14)])
 LOSS = DistillationLoss(alpha=0.5, temperature=2.0)
 OBJECTIVE = Objective(LOSS)
 # Its roundings depend on how a step is cut into batches; bfloat16's would hide everything else.
 EXACT = torch.float32
 
 
-@pytest.fixture
-def make_pair(make_model: MakeModel) -> Callable[..., Pair]:
-    def make(num_shared_layers: int = 0, architecture: str = "llama") -> Pair:
-        teacher = make_model(architecture, num_layers=3)
-        return Pair(drop_layers(teacher, [0, 2]), teacher, num_shared_layers)
-
-    return make
+def make_pair(num_shared_layers: int = 0, architecture: str = "llama") -> Pair:
+    teacher = random_model(architecture, num_layers=3)
+    return Pair(drop_layers(teacher, [0, 2]), teacher, num_shared_layers)
 
 
 @pytest.fixture
-def pair(make_pair: Callable[..., Pair]) -> Pair:
+def pair() -> Pair:
     return make_pair()
 
 
@@ -85,65 +80,70 @@ def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 # --- what must not change loss and gradient
 
 
-@pytest.mark.parametrize("is_split", [False, True])
-def test_duplicating_the_batch_changes_nothing(
-    pair: Pair, make_examples: MakeExamples, is_split: bool
+CUTS = {
+    "examples alone": [[example] for example in BATCH],
+    "twice in one": [BATCH + BATCH],
+    "twice in two": [BATCH, BATCH],
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_gradient_is_the_same_however_the_step_is_cut(pair: Pair, cut: list[list[Example]]) -> None:
+    """The longest example brings the shortest 100 pad tokens."""
+    assert_equal(gradients(pair, cut), gradients(pair, [BATCH]))
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_gradient_of_matching_is_the_same_however_the_step_is_cut(
+    matched: tuple[Pair, Matching], cut: list[list[Example]]
 ) -> None:
-    batch = make_examples(UNEVEN)
-    once, twice = gradients(pair, [batch]), [batch, batch] if is_split else [batch + batch]
-    assert_equal(gradients(pair, twice), once)
+    pair, objective = matched[0], Objective(LOSS, 0.1, 0.1)
+    actual, expected = (gradients(pair, step, objective) for step in (cut, [BATCH]))
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():  # terms of many sizes: rounded relative to the largest
+        assert (actual[name] - value).norm() < 1e-5 * value.norm(), name
 
 
-def test_100_pad_tokens_change_nothing(pair: Pair, make_examples: MakeExamples) -> None:
-    short, long = make_examples([(3, 4), (90, 17)])
-    assert len(long) - len(short) == 100
-    assert_equal(gradients(pair, [[short, long]]), gradients(pair, [[short], [long]]))
-
-
-def test_the_pad_token_does_not_matter(
-    pair: Pair, make_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch
+def test_gradient_is_that_of_one_plain_backward_of_loss_and_matching(
+    matched: tuple[Pair, Matching],
 ) -> None:
-    batch = make_examples([(3, 4), (9, 12)])
-    before = gradients(pair, [batch])
-    assert collate(batch)[0][0, 7:].eq(0).all()
-
-    def collate_with_random_padding(batch: list[Example]) -> tuple[torch.Tensor, ...]:
-        input_ids, positions, labels = collate(batch)
-        input_ids[0, 7:] = torch.randint(1, 90, input_ids[0, 7:].shape)
-        return input_ids, positions, labels
-
-    monkeypatch.setattr(distill, "collate", collate_with_random_padding)
-    assert_equal(gradients(pair, [batch]), before)
-
-
-def test_accumulating_4_micro_batches_gives_the_gradient_of_one(
-    pair: Pair, make_examples: MakeExamples
-) -> None:
-    batch = make_examples(UNEVEN)
-    assert_equal(gradients(pair, [[example] for example in batch]), gradients(pair, [batch]))
-
-
-def test_slicing_the_head_changes_nothing(
-    pair: Pair, make_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batch = make_examples(UNEVEN)
-    whole = gradients(pair, [batch])
-    monkeypatch.setattr(distill, "HEAD_SLICE", 3)
-    assert_equal(gradients(pair, [batch]), whole)
+    pair, matching = matched
+    batch, objective = random_examples([*UNEVEN, (9, HEAD_SLICE)]), Objective(LOSS, 0.25, 3.0)
+    actual = gradients(pair, [batch], objective)
+    projections = [p.grad.clone() for p in matching.parameters() if p.grad is not None]
+    assert len(projections) == 2 and all(p.abs().sum() > 0 for p in projections)
+    found = accumulate(pair, [batch], objective, dtype=EXACT)
+    pair.student.zero_grad()
+    matching.zero_grad()
+    input_ids, positions, labels = collate(batch)
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    student, teacher = (m(input_ids, **wanted) for m in (pair.student, pair.teacher))
+    logits, target = (o.logits.flatten(0, 1)[positions] for o in (student, teacher))
+    loss, sums = LOSS(logits, target.detach(), labels), matching(student, teacher, positions)
+    total = loss.total + 0.25 * sums.hidden_sum + 3.0 * sums.attention_sum
+    (total / len(labels)).backward()
+    expected = {n: p.grad for n, p in pair.student.named_parameters() if p.grad is not None}
+    assert_equal(actual, {"loss": total.detach() / len(labels), **expected})
+    for gradient, projection in zip(projections, matching.parameters(), strict=True):
+        torch.testing.assert_close(gradient, projection.grad, rtol=1e-5, atol=1e-6)
+    parts = (loss.soft, loss.hard, sums.hidden_sum, sums.attention_sum)
+    assert (found.soft, found.hard, found.hidden, found.attention) == pytest.approx(
+        tuple(part.item() for part in parts), rel=1e-5
+    )
+    assert found.num_tokens == len(labels) > HEAD_SLICE, "the head runs in several slices"
 
 
-def test_loss_is_that_of_the_plain_models(pair: Pair, make_examples: MakeExamples) -> None:
-    (example,) = make_examples([(4, 5)])
+def test_loss_without_matching_is_that_of_the_plain_models(pair: Pair) -> None:
+    (example,) = random_examples([(4, 5)])
     student, teacher = (completion_logits(m, example) for m in (pair.student, pair.teacher))
     expected = LOSS(student, teacher, torch.tensor(example.completion_token_ids))
     sums = accumulate(pair, [[example]], OBJECTIVE, dtype=EXACT)
     assert (sums.num_tokens, sums.hidden, sums.attention) == (5, 0, 0)
-    for name in ("total", "soft", "hard"):
-        assert float(getattr(sums, name)) == pytest.approx(float(getattr(expected, name)), rel=1e-5)
+    assert sums.total == pytest.approx(float(expected.total), rel=1e-5)
 
 
-def test_bfloat16_autocast_stays_close_to_float32(pair: Pair, make_examples: MakeExamples) -> None:
-    batch = make_examples(UNEVEN)
+def test_bfloat16_autocast_stays_close_to_float32(pair: Pair) -> None:
+    batch = random_examples(UNEVEN)
     rounded, exact = gradients(pair, [batch], dtype=torch.bfloat16), gradients(pair, [batch])
     assert all(value.dtype == torch.float32 for value in rounded.values())
     assert float(rounded["loss"]) != float(exact["loss"]), "autocast did nothing"
@@ -152,73 +152,12 @@ def test_bfloat16_autocast_stays_close_to_float32(pair: Pair, make_examples: Mak
         assert cosine > 0.99, name
 
 
-# --- collate: which positions count
-
-
-def test_one_token_completion_counts_only_the_position_before_it() -> None:
-    input_ids, positions, labels = collate([Example((11, 12, 13), (14,))])
-    assert input_ids.tolist() == [[11, 12, 13]]
-    assert (positions.tolist(), labels.tolist()) == ([2], [14])
-
-
-def test_one_token_completion_sends_gradient_into_that_position_alone(pair: Pair) -> None:
-    hidden = {}
-    run = pair.hidden
-
-    def spy(input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden["student"], target = run(input_ids)
-        hidden["student"].retain_grad()
-        return hidden["student"], target
-
-    pair.hidden = spy  # type: ignore[method-assign]
-    batch = [Example((11, 12, 13), (14,)), Example((11,), (12, 13, 14, 15))]
-    accumulate(pair, [batch], OBJECTIVE, dtype=EXACT)
-    positions = hidden["student"].grad.abs().sum(-1) > 0
-    assert positions.tolist() == [[False, False, True, False], [True, True, True, True]]
-
-
-def test_eos_counts_and_so_does_every_token_that_looks_like_padding() -> None:
-    eos = pad = 0
-    batch = [Example((5, pad, 6), (7, pad, eos)), Example((5,), (6, 7, 8, pad, 9, eos))]
-    input_ids, positions, labels = collate(batch)
-    assert input_ids.tolist() == [[5, 0, 6, 7, 0, 0], [5, 6, 7, 8, 0, 9]]
-    assert positions.tolist() == [2, 3, 4, 6, 7, 8, 9, 10, 11]
-    assert labels.tolist() == [7, pad, eos, 6, 7, 8, pad, 9, eos]
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=5))
-def test_every_completion_token_is_predicted_from_the_token_before_it(
-    lengths: list[tuple[int, int]],
-) -> None:
-    ids = itertools.count(1)
-    batch = [
-        Example(tuple(itertools.islice(ids, p)), tuple(itertools.islice(ids, c)))
-        for p, c in lengths
-    ]
-    input_ids, positions, labels = collate(batch)
-    assert (input_ids.flatten()[positions] + 1).tolist() == labels.tolist()
-    assert labels.tolist() == [token for e in batch for token in e.completion_token_ids]
-
-
 # --- shared layers
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_shared_layers_change_no_hidden_state(
-    make_pair: Callable[..., Pair], architecture: str
-) -> None:
-    input_ids = torch.randint(90, (2, 9), generator=torch.Generator().manual_seed(0))
-    apart, shared = make_pair(0, architecture), make_pair(1, architecture)
-    for actual, expected in zip(shared.hidden(input_ids), apart.hidden(input_ids), strict=True):
-        torch.testing.assert_close(actual, expected)
-
-
-def test_shared_layers_leave_the_other_gradients_as_they_are(
-    make_pair: Callable[..., Pair], make_examples: MakeExamples
-) -> None:
-    batch = make_examples(UNEVEN)
-    apart, shared = gradients(make_pair(0), [batch]), gradients(make_pair(1), [batch])
+def test_shared_layers_leave_loss_and_other_gradients_as_they_are(architecture: str) -> None:
+    apart, shared = (gradients(make_pair(n, architecture), [BATCH]) for n in (0, 1))
     names = {name for name in apart if "layers.1." in name} | {"loss", "model.norm.weight"}
     assert shared.keys() == names
     assert_equal(shared, {name: apart[name] for name in names})
@@ -228,9 +167,9 @@ def test_shared_layers_leave_the_other_gradients_as_they_are(
 
 
 @pytest.fixture
-def matched(make_model: MakeModel) -> tuple[Pair, Matching]:
+def matched() -> tuple[Pair, Matching]:
     """A student of half the teacher's depth, and what compares their layers; eager attention."""
-    teacher = make_model(num_layers=3)
+    teacher = random_model(num_layers=3)
     student = drop_layers(teacher, [0, 2])
     for model in (student, teacher):
         model.set_attn_implementation("eager")
@@ -239,63 +178,11 @@ def matched(make_model: MakeModel) -> tuple[Pair, Matching]:
     return Pair(student, teacher, matching=matching), matching
 
 
-def test_matching_adds_its_weighted_sums_to_the_loss(
-    matched: tuple[Pair, Matching], make_examples: MakeExamples
-) -> None:
-    pair, _ = matched
-    batches = [make_examples(UNEVEN)]
-    plain = accumulate(Pair(pair.student, pair.teacher), batches, OBJECTIVE, dtype=EXACT)
-    sums = accumulate(pair, batches, Objective(LOSS, 0.25, 3.0), dtype=EXACT)
-    assert sums.hidden > 0 and sums.attention > 0
-    expected = plain.total + 0.25 * sums.hidden + 3.0 * sums.attention
-    assert sums.total == pytest.approx(expected, rel=1e-5)
-    assert (sums.soft, sums.hard) == pytest.approx((plain.soft, plain.hard), rel=1e-5)
-
-
-def test_gradients_of_matching_are_those_of_one_plain_backward(
-    matched: tuple[Pair, Matching], make_examples: MakeExamples
-) -> None:
-    pair, matching = matched
-    batch, objective = make_examples(UNEVEN), Objective(LOSS, 0.25, 3.0)
-    actual = gradients(pair, [batch], objective)
-    projections = [p.grad.clone() for p in matching.parameters() if p.grad is not None]
-    assert len(projections) == 2 and all(p.abs().sum() > 0 for p in projections)
-    pair.student.zero_grad()
-    matching.zero_grad()
-    input_ids, positions, labels = collate(batch)
-    wanted = {"output_hidden_states": True, "output_attentions": True}
-    student, teacher = (m(input_ids, **wanted) for m in (pair.student, pair.teacher))
-    logits, target = (o.logits.flatten(0, 1)[positions] for o in (student, teacher))
-    sums = matching(student, teacher, positions)
-    total = LOSS(logits, target.detach(), labels).total
-    total = total + 0.25 * sums.hidden_sum + 3.0 * sums.attention_sum
-    (total / len(labels)).backward()
-    expected = {n: p.grad for n, p in pair.student.named_parameters() if p.grad is not None}
-    assert_equal(actual, {"loss": total.detach() / len(labels), **expected})
-    for gradient, projection in zip(projections, matching.parameters(), strict=True):
-        torch.testing.assert_close(gradient, projection.grad, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("is_split", [False, True])
-def test_matching_is_the_same_however_the_step_is_cut(
-    matched: tuple[Pair, Matching], make_examples: MakeExamples, is_split: bool
-) -> None:
-    pair, _ = matched
-    batch, objective = make_examples(UNEVEN), Objective(LOSS, 0.1, 0.1)
-    cut = [[example] for example in batch] if is_split else [batch + batch]
-    actual, expected = (gradients(pair, step, objective) for step in (cut, [batch]))
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():  # terms of many sizes: rounded relative to the largest
-        assert (actual[name] - value).norm() < 1e-5 * value.norm(), name
-
-
-def test_attention_is_not_seen_unless_it_is_eager(
-    matched: tuple[Pair, Matching], make_examples: MakeExamples
-) -> None:
+def test_attention_is_not_seen_unless_it_is_eager(matched: tuple[Pair, Matching]) -> None:
     pair, _ = matched
     for model in (pair.student, pair.teacher):
         model.set_attn_implementation("sdpa")
-    sums = accumulate(pair, [make_examples(UNEVEN)], Objective(LOSS, 1.0, 1.0), dtype=EXACT)
+    sums = accumulate(pair, [random_examples(UNEVEN)], Objective(LOSS, 1.0, 1.0), dtype=EXACT)
     assert sums.attention == 0 and sums.hidden > 0
 
 
@@ -312,11 +199,9 @@ def test_objective_is_that_of_the_phase() -> None:
 # --- logits from a cache, padded vocabularies
 
 
-def test_cached_logits_give_the_gradient_of_the_live_teacher(
-    pair: Pair, make_examples: MakeExamples, tmp_path: Path
-) -> None:
+def test_cached_logits_give_the_gradient_of_the_live_teacher(pair: Pair, tmp_path: Path) -> None:
     # float16 logits down to -16 are off by at most 2^-7, so each probability by that share.
-    batch = make_examples(UNEVEN)
+    batch = random_examples(UNEVEN)
     cache = write_logits_cache(
         tmp_path, pair.teacher, batch, CacheConfig(kind="dense"), teacher_sha256="0" * 64
     )
@@ -328,10 +213,8 @@ def test_cached_logits_give_the_gradient_of_the_live_teacher(
         assert 0 < error < 2**-7, name
 
 
-def test_columns_beyond_the_real_tokens_have_no_part(
-    pair: Pair, make_examples: MakeExamples
-) -> None:
-    batches = [make_examples(UNEVEN)]
+def test_columns_beyond_the_real_tokens_have_no_part(pair: Pair) -> None:
+    batches = [random_examples(UNEVEN)]
     below_90 = [[Example(e.prompt_token_ids, tuple(t % 90 for t in e.completion_token_ids))
                  for e in batches[0]]]  # fmt: skip
     objective = Objective(DistillationLoss(real_tokens=RealTokens(90)))
@@ -345,12 +228,10 @@ def test_columns_beyond_the_real_tokens_have_no_part(
     assert measure_kl(pair, below_90[0], dtype=EXACT) != kl
 
 
-def test_teacher_with_a_larger_padded_vocabulary_needs_real_tokens(
-    make_model: MakeModel, make_examples: MakeExamples
-) -> None:
-    teacher, student = (make_model(num_layers=1) for _ in range(2))
+def test_teacher_with_a_larger_padded_vocabulary_needs_real_tokens() -> None:
+    teacher, student = (random_model(num_layers=1) for _ in range(2))
     teacher.resize_token_embeddings(128)
-    pair, batch = Pair(student, teacher), make_examples(UNEVEN)
+    pair, batch = Pair(student, teacher), random_examples(UNEVEN)
     with pytest.raises(ExportError, match=r"97 columns, the teacher's 128.*real_tokens"):
         gradients(pair, [batch])
     padded = Objective(DistillationLoss(alpha=1.0, real_tokens=RealTokens(97)))
@@ -360,15 +241,10 @@ def test_teacher_with_a_larger_padded_vocabulary_needs_real_tokens(
 
 
 @pytest.mark.parametrize("num_shared_layers", [0, 1])
-def test_measured_kl_is_the_exact_one_of_the_plain_models(
-    make_pair: Callable[..., Pair],
-    make_examples: MakeExamples,
-    monkeypatch: pytest.MonkeyPatch,
-    num_shared_layers: int,
-) -> None:
-    monkeypatch.setattr(distill, "_MEASURED_TOKENS", 24)
-    monkeypatch.setattr(distill, "HEAD_SLICE", 3)
-    pair, examples = make_pair(num_shared_layers), make_examples(UNEVEN)
+def test_measured_kl_is_the_exact_one_of_the_plain_models(num_shared_layers: int) -> None:
+    """Of more tokens than one micro-batch or one slice of the head takes."""
+    pair = make_pair(num_shared_layers)
+    examples = random_examples([*UNEVEN, *[(4, HEAD_SLICE // 2)] * 20])
     kls = [
         exact_forward_kl(*(completion_logits(m, e) for m in (pair.student, pair.teacher)))
         for e in examples
@@ -390,29 +266,20 @@ def numbered(lengths: list[tuple[int, int]]) -> list[Example]:
 
 @settings(deadline=None, max_examples=25)
 @given(many_lengths, st.integers(0, 3))
-def test_every_example_is_in_exactly_one_step_of_an_epoch(
+def test_plan_has_every_example_in_one_full_step_and_no_micro_batch_too_large(
     lengths: list[tuple[int, int]], epoch: int
 ) -> None:
-    examples = numbered(lengths)
-    steps = plan_steps(examples, PhaseConfig(tokens_per_step=50), epoch)
-    planned = [example for step in steps for batch in step for example in batch]
-    assert sorted(planned, key=examples.index) == examples
-
-
-@settings(deadline=None, max_examples=25)
-@given(many_lengths)
-def test_a_step_is_full_and_its_micro_batches_are_not_too_large(
-    lengths: list[tuple[int, int]],
-) -> None:
     phase = PhaseConfig(tokens_per_step=50, tokens_per_micro_batch=64)
-    steps = plan_steps(numbered(lengths), phase, 0)
+    examples = numbered(lengths)
+    steps = plan_steps(examples, phase, epoch)
+    batches = list(itertools.chain(*steps))
+    assert sorted(itertools.chain(*batches), key=examples.index) == examples
     tokens = [sum(len(e.completion_token_ids) for b in step for e in b) for step in steps]
     assert all(count >= 50 for count in tokens[:-1])
-    for batch in itertools.chain(*steps):
-        assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= 64
+    assert all(len(batch) == 1 or len(batch) * max(map(len, batch)) <= 64 for batch in batches)
 
 
-def test_the_order_follows_from_seed_and_epoch_alone() -> None:
+def test_plan_follows_from_seed_and_epoch_alone() -> None:
     examples = numbered([(2, 3)] * 30)
 
     def order(seed: int, epoch: int) -> list[list[list[Example]]]:

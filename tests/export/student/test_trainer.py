@@ -26,9 +26,8 @@ from export.student.step import Pair, schedule
 from export.student.trainer import Log, PlainParameters, Trainer, TrainingPhase, Watch
 from export.teacher.examples import Example
 from serve.text.real_tokens import EVERY_ROW
+from tests.support.random_models import random_examples, random_model
 
-MakeModel = Callable[..., Any]
-MakeExamples = Callable[..., list[Example]]
 Builder = Callable[[], TrainingPhase]
 LENGTHS = [(3, 5), (5, 5), (2, 5), (4, 5), (3, 5), (6, 5)]
 # Three steps an epoch.
@@ -56,14 +55,14 @@ class KillError(Exception):
 class Run:
     """A student in training, as a fresh process would build it."""
 
-    def __init__(self, kind: str, make_model: MakeModel, examples: list[Example], folder: Path):
-        teacher = make_model(num_layers=3)
+    def __init__(self, kind: str, random_model: MakeModel, examples: list[Example], folder: Path):
+        teacher = random_model(num_layers=3)
         text = Text(examples, examples[:2], frozenset({2}))
         self.folder = folder
         folder.mkdir(exist_ok=True)
         self.phases: list[Builder]
         if kind == "grid":
-            self.student = make_model(num_layers=3)
+            self.student = random_model(num_layers=3)
             grids = linear_grids(self.student, lambda name: BlockGrid(4, 16))
             grid = GridTraining(self.student, teacher, grids, {}, PHASE, text)
             self.phases = [grid.phase]
@@ -102,11 +101,9 @@ class Run:
 
 
 @pytest.fixture
-def make_run(
-    make_model: MakeModel, make_examples: MakeExamples, tmp_path: Path
-) -> Callable[..., Run]:
+def make_run(tmp_path: Path) -> Callable[..., Run]:
     def make(kind: str = "one phase", folder: str = "run") -> Run:
-        return Run(kind, make_model, make_examples(LENGTHS), tmp_path / folder)
+        return Run(kind, random_model, random_examples(LENGTHS), tmp_path / folder)
 
     return make
 
@@ -223,12 +220,10 @@ def train_folder(folder: Path, shown: Callable[[int], None]) -> Path:
     return folder / "done" / "model.safetensors"
 
 
-def test_sigkill_in_the_middle_of_training_changes_no_byte(
-    make_model: MakeModel, tmp_path: Path
-) -> None:
+def test_sigkill_in_the_middle_of_training_changes_no_byte(tmp_path: Path) -> None:
     for run in ("killed", "whole"):
-        make_model(num_layers=1, seed=1).save_pretrained(tmp_path / run / "s")
-        make_model(num_layers=1).save_pretrained(tmp_path / run / "t")
+        random_model(num_layers=1, seed=1).save_pretrained(tmp_path / run / "s")
+        random_model(num_layers=1).save_pretrained(tmp_path / run / "t")
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     with subprocess.Popen(
@@ -251,9 +246,9 @@ def test_sigkill_in_the_middle_of_training_changes_no_byte(
 # --- what a run does
 
 
-def test_training_reduces_the_kl(make_model: MakeModel, make_examples: MakeExamples) -> None:
-    teacher = make_model(num_layers=2)
-    student, examples = drop_layers(teacher, [0]), make_examples([(4, 12)] * 8)
+def test_training_reduces_the_kl() -> None:
+    teacher = random_model(num_layers=2)
+    student, examples = drop_layers(teacher, [0]), random_examples([(4, 12)] * 8)
     phase = PhaseConfig(num_epochs=15, learning_rate=3e-3, tokens_per_step=64, alpha=1.0)
     training = TrainingPhase(
         phase, Pair(student, teacher), PlainParameters(student=student), 15, lambda _: examples
@@ -305,10 +300,10 @@ def test_every_step_is_recorded_and_shown(make_run: Callable[..., Run], tmp_path
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-untied"])
 def test_shared_parameters_and_the_teacher_stay_as_they_are(
-    make_model: MakeModel, make_examples: MakeExamples, tmp_path: Path, architecture: str
+    tmp_path: Path, architecture: str
 ) -> None:
-    teacher = make_model(architecture, num_layers=3)
-    student, examples = drop_layers(teacher, [0, 2]), make_examples(LENGTHS)
+    teacher = random_model(architecture, num_layers=3)
+    student, examples = drop_layers(teacher, [0, 2]), random_examples(LENGTHS)
     before = [{n: v.clone() for n, v in m.state_dict().items()} for m in (student, teacher)]
     phase = PHASE.model_copy(update={"weight_decay": 0.1})
     pair = Pair(student, teacher, 1)

@@ -234,10 +234,7 @@ def test_prompt_of_several_samples_is_prefilled_once(
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.5, 0.77, 0.999, 1.0])
 def test_killed_at_any_byte_a_rerun_ends_with_the_same_bytes(
-    share: float,
-    several: tuple[list[Completion], bytes, bytes],
-    tiny_teacher: Path,
-    tmp_path: Path,
+    share: float, several: tuple[list[Completion], bytes, bytes], tiny_teacher: Path, tmp_path: Path
 ) -> None:
     rows, appended, final = several
     assert sorted(appended.splitlines()) == sorted(final.splitlines())
