@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 from onnxruntime import InferenceSession
 
 from export.graph.grid_graph import (
@@ -17,21 +16,12 @@ from export.graph.grid_graph import (
 from export.graph.quantize import WeightOnly, float_matmuls, quantize_weights
 from export.run.errors import ExportError
 from export.student.grid import BlockGrid, GridWeight, round_to_nearest
+from tests.support.random_models import matmul_graph
 
 
 def product(num_inputs: int, num_outputs: int) -> onnx.ModelProto:
     """A graph of a single MatMul with a random weight."""
-    generator = np.random.default_rng(0)
-    weight = generator.normal(size=(num_inputs, num_outputs)).astype(np.float32)
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"], "product")],
-        "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, num_inputs])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, num_outputs])],
-        [numpy_helper.from_array(weight, "w")],
-    )
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    return matmul_graph(torch.randn(num_outputs, num_inputs, generator=torch.Generator()))
 
 
 def two_products() -> onnx.ModelProto:
@@ -55,11 +45,8 @@ def rounded_weight(model: onnx.ModelProto, index: int = 0) -> GridWeight:
 def test_replaced_matmul_computes_with_the_given_codes_and_scales(
     bits: int, block_size: int
 ) -> None:
-    generator, grid, model = (
-        torch.Generator().manual_seed(0),
-        BlockGrid(bits, block_size),
-        product(72, 10),
-    )
+    generator, grid = torch.Generator().manual_seed(0), BlockGrid(bits, block_size)
+    model = product(72, 10)
     codes = torch.randint(grid.min_code, grid.max_code + 1, (10, 72), generator=generator)
     scales = torch.randn(10, grid.num_blocks(72), generator=generator)
     weight = GridWeight(grid, codes.to(torch.int8), scales)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +38,11 @@ TOP_K = CacheConfig(kind="top_k", top_k=8)
 RANDOM = CacheConfig(kind="random_sampling", num_draws=16)
 KINDS = [DENSE, TOP_K, RANDOM]
 LENGTHS = [(4, 6), (5, 9), (3, 1), (8, 4), (2, 12)]
-
-
-@pytest.fixture(scope="session")
-def teacher() -> Any:
-    return random_model("llama", num_layers=2)
-
-
-@pytest.fixture(scope="session")
-def student() -> Any:
-    return random_model("llama", num_layers=1, seed=1)
-
-
-@pytest.fixture(scope="session")
-def examples() -> list[Example]:
-    return random_examples(LENGTHS)
+EXAMPLES = random_examples(LENGTHS)
+REVERSED = EXAMPLES[::-1]
+HASHES = [hash_examples(EXAMPLES), hash_examples(REVERSED)]
+TEACHER = random_model("llama", num_layers=2)
+STUDENT = random_model("llama", num_layers=1, seed=1)
 
 
 def write(
@@ -82,44 +73,23 @@ def file_contents(folder: Path) -> dict[str, bytes]:
 # --- what comes back
 
 
-def test_dense_cache_holds_the_teachers_logits(
-    teacher: Any, examples: list[Example], tmp_path: Path
-) -> None:
+def test_dense_cache_holds_the_teachers_logits(tmp_path: Path) -> None:
     """To float16: 2⁻¹¹ of the distance to the largest logit, which is up to 30 here."""
-    cache = write(tmp_path, teacher, examples, DENSE)
-    batch = [examples[3], examples[0], examples[4]]
+    cache = write(tmp_path, TEACHER, EXAMPLES, DENSE)
+    batch = [EXAMPLES[3], EXAMPLES[0], EXAMPLES[4]]
     targets = cache.targets(batch)
     assert isinstance(targets, torch.Tensor)
     with torch.inference_mode():
-        live = completion_logits(teacher, batch)
+        live = completion_logits(TEACHER, batch)
     live = live - live.amax(-1, keepdim=True)
     torch.testing.assert_close(targets.float(), live, rtol=2**-11, atol=1e-4)
 
 
-def test_gradient_from_a_dense_cache_is_the_live_one_to_float16(
-    teacher: Any, student: Any, examples: list[Example], tmp_path: Path
-) -> None:
-    """Tolerance: 1e-3 of the gradient's norm, where two float16 roundings apart are 5e-4."""
-    targets = write(tmp_path, teacher, examples, DENSE).targets(examples)
-    with torch.no_grad():
-        live = completion_logits(teacher, examples)
-    gradients = []
-    for source in (targets, live):
-        student.zero_grad()
-        logits, (_, _, labels) = completion_logits(student, examples), collate(examples)
-        DistillationLoss()(logits, source, labels).total.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
-    cached, expected = gradients
-    assert float((cached - expected).norm() / expected.norm()) < 1e-3
-
-
-def test_top_k_cache_gives_a_kl_between_0_and_the_full_one(
-    teacher: Any, student: Any, examples: list[Example], tmp_path: Path
-) -> None:
-    targets = write(tmp_path, teacher, examples, TOP_K).targets(examples)
+def test_top_k_cache_gives_a_kl_between_0_and_the_full_one(tmp_path: Path) -> None:
+    targets = write(tmp_path, TEACHER, EXAMPLES, TOP_K).targets(EXAMPLES)
     assert isinstance(targets, SparseTargets)
     with torch.inference_mode():
-        ours, live = completion_logits(student, examples), completion_logits(teacher, examples)
+        ours, live = completion_logits(STUDENT, EXAMPLES), completion_logits(TEACHER, EXAMPLES)
     bucketed = torch.stack(
         [soft_kl(o, t) for o, t in zip(ours.split(1), targets.split(1), strict=True)]
     )
@@ -132,7 +102,7 @@ def test_top_k_cache_gives_a_kl_between_0_and_the_full_one(
     torch.testing.assert_close(targets.logprobs, listed, rtol=1e-3, atol=2e-3)
 
 
-def test_rounded_log_probabilities_are_a_distribution_again() -> None:
+def test_decoded_top_k_is_a_distribution_again() -> None:
     logits = 5 * torch.randn(50, 97, generator=torch.Generator().manual_seed(0))
     targets = decode(encode(logits, TOP_K, torch.Generator()))
     assert isinstance(targets, SparseTargets) and targets.tail_logprob is not None
@@ -141,7 +111,7 @@ def test_rounded_log_probabilities_are_a_distribution_again() -> None:
     assert soft_kl(logits, targets) >= 0
 
 
-def test_draws_follow_the_teacher_and_their_loss_is_the_full_kl() -> None:
+def test_encoded_draws_follow_the_teacher_and_their_loss_is_the_full_kl() -> None:
     """20,000 draws: shares within 5 standard errors, the KL within 5 of the estimate's."""
     generator = torch.Generator().manual_seed(0)
     teacher, student = torch.randn(2, 1, 12, generator=generator).mul(2)
@@ -156,12 +126,10 @@ def test_draws_follow_the_teacher_and_their_loss_is_the_full_kl() -> None:
     assert float(soft_kl(student, targets)) == pytest.approx(expected, abs=5 * spread / 20_000**0.5)
 
 
-def test_draws_repeat_for_a_seed_and_differ_by_it(
-    teacher: Any, examples: list[Example], tmp_path: Path
-) -> None:
+def test_cached_draws_repeat_for_a_seed_and_differ_by_it(tmp_path: Path) -> None:
     def draws(name: str, **changes: Any) -> torch.Tensor:
         config = RANDOM.model_copy(update=changes)
-        targets = write(tmp_path / name, teacher, examples, config).targets([examples[1]])
+        targets = write(tmp_path / name, TEACHER, EXAMPLES, config).targets([EXAMPLES[1]])
         assert isinstance(targets, RandomTargets)
         return targets.token_ids
 
@@ -170,33 +138,29 @@ def test_draws_repeat_for_a_seed_and_differ_by_it(
 
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda config: config.kind)
-def test_batch_is_its_examples_one_after_the_other(
-    teacher: Any, student: Any, examples: list[Example], tmp_path: Path, config: CacheConfig
-) -> None:
-    cache = write(tmp_path, teacher, examples, config)
-    batch = [examples[4], examples[2], examples[0]]
+def test_targets_of_a_batch_are_those_of_its_examples(tmp_path: Path, config: CacheConfig) -> None:
+    cache = write(tmp_path, TEACHER, EXAMPLES, config)
+    batch = [EXAMPLES[4], EXAMPLES[2], EXAMPLES[0]]
     with torch.inference_mode():
-        whole = soft_kl(completion_logits(student, batch), cache.targets(batch))
-        parts = [soft_kl(completion_logits(student, [e]), cache.targets([e])) for e in batch]
+        whole = soft_kl(completion_logits(STUDENT, batch), cache.targets(batch))
+        parts = [soft_kl(completion_logits(STUDENT, [e]), cache.targets([e])) for e in batch]
     assert float(whole) == pytest.approx(float(sum(parts)), rel=1e-5)
 
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda config: config.kind)
-def test_rows_without_tokens_are_not_kept_however_loud_they_are(
-    teacher: Any, examples: list[Example], tmp_path: Path, config: CacheConfig
-) -> None:
+def test_cache_keeps_no_rows_without_tokens(tmp_path: Path, config: CacheConfig) -> None:
     real_tokens = RealTokens(50, missing_ids=(7, 30))
-    loud = copy.deepcopy(teacher)
+    loud = copy.deepcopy(TEACHER)
     with torch.no_grad():
         loud.lm_head.weight[[7, 30, *range(50, VOCAB_SIZE)]] *= 20
-    cache = write(tmp_path, loud, examples, config, real_tokens=real_tokens)
-    targets = cache.targets(examples)
+    cache = write(tmp_path, loud, EXAMPLES, config, real_tokens=real_tokens)
+    targets = cache.targets(EXAMPLES)
     if isinstance(targets, torch.Tensor):
         assert targets.shape[1] == 50
     else:
         assert targets.token_ids.max() < 50 and not {7, 30} & set(targets.token_ids.unique())
     with torch.inference_mode():
-        live = completion_logits(loud, examples)
+        live = completion_logits(loud, EXAMPLES)
     loss = DistillationLoss(1.0, 1.0, real_tokens=real_tokens)
     kl = loss(live, targets, torch.zeros(len(live), dtype=torch.long)).soft / len(live)
     assert abs(float(kl)) < (1.0 if config is RANDOM else 1e-4)
@@ -206,21 +170,19 @@ def test_rows_without_tokens_are_not_kept_however_loud_they_are(
 
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda config: config.kind)
-def test_estimate_is_the_size_of_all_tensors(
-    teacher: Any, examples: list[Example], tmp_path: Path, config: CacheConfig
-) -> None:
-    cache = write(tmp_path, teacher, examples, config)
+def test_estimated_bytes_are_the_size_of_all_tensors(tmp_path: Path, config: CacheConfig) -> None:
+    cache = write(tmp_path, TEACHER, EXAMPLES, config)
     shards = [load_file(path) for path in tmp_path.glob("*.safetensors")]
     assert len(shards) == len(cache.index.shard_starts) == 3
-    num_tokens = sum(len(example.completion_token_ids) for example in examples)
+    num_tokens = sum(len(example.completion_token_ids) for example in EXAMPLES)
     size = sum(t.numel() * t.element_size() for shard in shards for t in shard.values())
     assert size == estimate_bytes(num_tokens, VOCAB_SIZE, config)
     assert size < cache.size_bytes < size + 4096
 
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda config: config.kind)
-def test_killed_writing_keeps_finished_shards_and_ends_in_the_same_bytes(
-    teacher: Any, examples: list[Example], tmp_path: Path, config: CacheConfig
+def test_cache_killed_while_written_keeps_its_shards_and_ends_in_the_same_bytes(
+    tmp_path: Path, config: CacheConfig
 ) -> None:
     class KilledError(Exception):
         pass
@@ -228,61 +190,53 @@ def test_killed_writing_keeps_finished_shards_and_ends_in_the_same_bytes(
     def kill(done: int, total: int) -> None:
         raise KilledError
 
-    write(tmp_path / "whole", teacher, examples, config)
+    write(tmp_path / "whole", TEACHER, EXAMPLES, config)
     killed = tmp_path / "killed"
     with pytest.raises(KilledError):
-        write(killed, teacher, examples, config, progress=kill)
+        write(killed, TEACHER, EXAMPLES, config, progress=kill)
     (killed / "shard-00001.safetensors.partial").write_bytes(b"half a shard")
     (finished,) = killed.glob("*.safetensors")
     inode = finished.stat().st_ino
     # A later version may cut shards elsewhere: the begun cache goes on as it began.
-    write(killed, teacher, examples, config, max_shard_bytes=1)
+    write(killed, TEACHER, EXAMPLES, config, max_shard_bytes=1)
     assert finished.stat().st_ino == inode
     assert file_contents(killed) == file_contents(tmp_path / "whole")
 
 
-def test_finished_cache_is_opened_without_the_teacher(
-    teacher: Any, examples: list[Example], tmp_path: Path
-) -> None:
+def test_cache_that_is_finished_is_opened_without_the_teacher(tmp_path: Path) -> None:
     shown: list[tuple[int, int]] = []
     written = write(
-        tmp_path, teacher, examples, TOP_K, progress=lambda *counts: shown.append(counts)
+        tmp_path, TEACHER, EXAMPLES, TOP_K, progress=lambda *counts: shown.append(counts)
     )
-    opened = LogitsCache.open(tmp_path, examples, "t" * 64)
+    opened = LogitsCache.open(tmp_path, EXAMPLES, "t" * 64)
     assert opened.index == written.index
     assert shown == [(2, 5), (4, 5), (5, 5)]
 
 
-def test_shard_that_one_long_example_overfills_is_written_all_the_same(
-    teacher: Any, examples: list[Example], tmp_path: Path
-) -> None:
-    cache = write(tmp_path, teacher, examples, DENSE, max_shard_bytes=1)
+def test_shard_overfilled_by_one_example_is_written_all_the_same(tmp_path: Path) -> None:
+    cache = write(tmp_path, TEACHER, EXAMPLES, DENSE, max_shard_bytes=1)
     assert cache.index.shard_starts == (0, 1, 2, 3, 4)
-    assert [len(cache.targets([e])) for e in examples] == [c for _, c in LENGTHS]  # type: ignore[arg-type]
+    assert [len(cache.targets([e])) for e in EXAMPLES] == [c for _, c in LENGTHS]  # type: ignore[arg-type]
 
 
 # --- what is refused
 
 
-def test_other_examples_or_teacher_are_refused_with_both_hashes(
-    teacher: Any, examples: list[Example], tmp_path: Path
+@pytest.mark.parametrize(
+    ("examples", "teacher_sha256", "expected"),
+    [
+        (REVERSED, "t" * 64, "examples: sha256 {}, not {}".format(*HASHES)),
+        (EXAMPLES, "u" * 64, f"teacher: sha256 {'t' * 64}, not {'u' * 64}"),
+    ],
+)
+def test_cache_of_other_examples_or_teacher_is_refused_with_both_hashes(
+    tmp_path: Path, examples: list[Example], teacher_sha256: str, expected: str
 ) -> None:
-    write(tmp_path, teacher, examples, TOP_K)
-    hashes = [hash_examples(examples), hash_examples(examples[::-1])]
-    for use in (
-        lambda: LogitsCache.open(tmp_path, examples[::-1], "t" * 64),
-        lambda: write(tmp_path, teacher, examples[::-1], TOP_K),
-    ):
-        with pytest.raises(
-            ExportError, match=rf"other examples: sha256 {hashes[0]}, not {hashes[1]}"
-        ):
-            use()
-    for use in (
-        lambda: LogitsCache.open(tmp_path, examples, "u" * 64),
-        lambda: write(tmp_path, teacher, examples, TOP_K, teacher_sha256="u" * 64),
-    ):
-        with pytest.raises(ExportError, match=r"other teacher: sha256 t{64}, not u{64}"):
-            use()
+    write(tmp_path, TEACHER, EXAMPLES, TOP_K)
+    with pytest.raises(ExportError, match=f"other {expected}"):
+        LogitsCache.open(tmp_path, examples, teacher_sha256)
+    with pytest.raises(ExportError, match=f"other {expected}"):
+        write(tmp_path, TEACHER, examples, TOP_K, teacher_sha256=teacher_sha256)
 
 
 @pytest.mark.parametrize(
@@ -292,46 +246,41 @@ def test_other_examples_or_teacher_are_refused_with_both_hashes(
         (TOP_K, {"real_tokens": RealTokens(50)}, r"over 97 tokens, than .* over 50 tokens"),
     ],
 )
-def test_other_settings_in_the_same_folder_are_refused_with_both(teacher: Any, examples: list[Example], tmp_path: Path, config: CacheConfig, changes: dict[str, Any], expected: str) -> None:  # fmt: skip
-    write(tmp_path, teacher, examples, TOP_K)
+def test_cache_of_other_settings_is_refused_with_both(
+    tmp_path: Path, config: CacheConfig, changes: dict[str, Any], expected: str
+) -> None:
+    write(tmp_path, TEACHER, EXAMPLES, TOP_K)
     with pytest.raises(ExportError, match=expected):
-        write(tmp_path, teacher, examples, config, **changes)
+        write(tmp_path, TEACHER, EXAMPLES, config, **changes)
 
 
-def test_unfinished_cache_is_refused(teacher: Any, examples: list[Example], tmp_path: Path) -> None:
-    write(tmp_path, teacher, examples, TOP_K)
-    (tmp_path / "shard-00001.safetensors").unlink()
-    with pytest.raises(ExportError, match=r"lacks 1 of 3 shards"):
-        LogitsCache.open(tmp_path, examples, "t" * 64)
-
-
-def test_folder_without_an_index_is_refused(examples: list[Example], tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=rf"holds no logits cache: {INDEX_NAME} is missing"):
-        LogitsCache.open(tmp_path, examples, "t" * 64)
-
-
-@pytest.mark.parametrize("text", ['{"version": 2}', "{"])
-def test_index_of_another_version_is_refused(
-    examples: list[Example], tmp_path: Path, text: str
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda folder: (folder / "shard-00001.safetensors").unlink(), "lacks 1 of 3 shards"),
+        (lambda folder: (folder / INDEX_NAME).unlink(), f"no logits cache: {INDEX_NAME} is missi"),
+        (lambda folder: (folder / INDEX_NAME).write_text('{"version": 2}'), "another version or d"),
+        (lambda folder: (folder / INDEX_NAME).write_text("{"), "another version or damaged"),
+    ],
+)
+def test_cache_that_is_damaged_is_refused(
+    tmp_path: Path, damage: Callable[[Path], None], expected: str
 ) -> None:
-    (tmp_path / INDEX_NAME).write_text(text)
-    with pytest.raises(ExportError, match=r"another version or damaged"):
-        LogitsCache.open(tmp_path, examples, "t" * 64)
+    write(tmp_path, TEACHER, EXAMPLES, TOP_K)
+    damage(tmp_path)
+    with pytest.raises(ExportError, match=expected):
+        LogitsCache.open(tmp_path, EXAMPLES, "t" * 64)
 
 
-def test_example_that_was_not_cached_is_refused(
-    teacher: Any, examples: list[Example], tmp_path: Path
-) -> None:
-    cache = write(tmp_path, teacher, examples[:2], TOP_K)
+def test_targets_of_an_example_that_was_not_cached_are_refused(tmp_path: Path) -> None:
+    cache = write(tmp_path, TEACHER, EXAMPLES[:2], TOP_K)
     with pytest.raises(ExportError, match=r"example of 12 tokens is not in the cache"):
-        cache.targets([examples[3]])
+        cache.targets([EXAMPLES[3]])
 
 
 @pytest.mark.parametrize("top_k", [97, 98])
-def test_top_k_that_leaves_no_tail_is_refused(
-    teacher: Any, examples: list[Example], tmp_path: Path, top_k: int
-) -> None:
+def test_top_k_that_leaves_no_tail_is_refused(tmp_path: Path, top_k: int) -> None:
     with pytest.raises(ExportError, match=rf"cache.top_k {top_k} is not less than the 97 tokens"):
-        write(tmp_path / "new", teacher, examples, TOP_K.model_copy(update={"top_k": top_k}))
+        write(tmp_path / "new", TEACHER, EXAMPLES, TOP_K.model_copy(update={"top_k": top_k}))
     assert not (tmp_path / "new").exists()
     check_top_k(TOP_K.model_copy(update={"top_k": 96}), 97)
