@@ -28,7 +28,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_place_log_tensors_and_optimizer_come_back_bit_for_bit(tmp_path: Path) -> None:
+def test_checkpoint_gives_place_log_tensors_and_optimizer_back_bit_for_bit(tmp_path: Path) -> None:
     tensors, optimizer = trained()
     Checkpoints(tmp_path).save(PLACE, LOG, tensors, optimizer)
     fresh, other = trained(0)
@@ -48,11 +48,7 @@ def test_place_log_tensors_and_optimizer_come_back_bit_for_bit(tmp_path: Path) -
     assert fresh["a/b.c"].equal(tensors["a/b.c"])
 
 
-def test_there_is_nothing_to_load_at_first(tmp_path: Path) -> None:
-    assert Checkpoints(tmp_path / "none").load() is None
-
-
-def test_newest_checkpoint_alone_is_kept(tmp_path: Path) -> None:
+def test_checkpoint_replaces_the_older_ones(tmp_path: Path) -> None:
     for done in range(12):
         Checkpoints(tmp_path).save({**PLACE, "done": done}, LOG, *trained(1))
     saved = Checkpoints(tmp_path).load()
@@ -61,7 +57,7 @@ def test_newest_checkpoint_alone_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed_in", ["save_file", "rename", "removal"])
-def test_kill_while_saving_leaves_a_whole_checkpoint(
+def test_checkpoint_killed_while_saved_leaves_a_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
 ) -> None:
     Checkpoints(tmp_path).save(PLACE, LOG, *trained(1))
@@ -104,10 +100,10 @@ def test_checkpoint_of_other_tensors_is_not_taken(tmp_path: Path) -> None:
         Checkpoints(tmp_path).restore(saved, {"a/b.c": tensors["a/b.c"]}, optimizer)
 
 
-def test_only_the_writer_writes(tmp_path: Path) -> None:
+def test_checkpoint_is_written_by_the_writer_alone(tmp_path: Path) -> None:
     reader = Checkpoints(tmp_path / "c", is_writer=False)
     reader.save(PLACE, LOG, *trained())
-    assert not (tmp_path / "c").exists()
+    assert not (tmp_path / "c").exists() and reader.load() is None
     Checkpoints(tmp_path / "c").save(PLACE, LOG, *trained())
     saved = reader.load()
     assert saved is not None and saved.place == PLACE

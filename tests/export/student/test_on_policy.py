@@ -20,7 +20,7 @@ def student() -> Any:
     return random_model(num_layers=2)
 
 
-def test_greedy_answers_follow_the_students_own_logits(student: Any) -> None:
+def test_answer_is_greedy_by_the_students_own_logits(student: Any) -> None:
     answers = answer(student, PROMPTS, AnswerSettings(0.0, 6, 3, NO_EOS))
     assert [e.prompt_token_ids for e in answers] == PROMPTS
     rounded = copy.deepcopy(student).to(torch.bfloat16)
@@ -43,7 +43,7 @@ def test_answer_ends_with_the_eos_token(student: Any) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_student_draws_real_tokens_alone(student: Any, temperature: float) -> None:
+def test_answer_holds_real_tokens_alone(student: Any, temperature: float) -> None:
     loud = copy.deepcopy(student)
     with torch.no_grad():
         loud.lm_head.weight[60:] *= 20
@@ -54,7 +54,7 @@ def test_student_draws_real_tokens_alone(student: Any, temperature: float) -> No
     assert max(t for e in answers for t in e.completion_token_ids) < 60
 
 
-def test_samples_follow_from_the_seed_whatever_is_answered_beside(student: Any) -> None:
+def test_answer_follows_from_the_seed_whatever_is_answered_beside(student: Any) -> None:
     def sample(seed: int, max_num_seqs: int = 2) -> list[Example]:
         return answer(student, PROMPTS, AnswerSettings(1.0, 6, max_num_seqs, NO_EOS, seed))
 
@@ -65,12 +65,15 @@ def test_samples_follow_from_the_seed_whatever_is_answered_beside(student: Any) 
     assert answer(student, PROMPTS[1:2], AnswerSettings(1.0, 6, 1, NO_EOS, 8)) == first[1:2]
 
 
-def test_answering_leaves_the_student_and_the_random_generator_alone(student: Any) -> None:
+def test_answer_leaves_the_student_and_the_random_generator_alone(student: Any) -> None:
     weights = {name: value.clone() for name, value in student.state_dict().items()}
-    state, kind = torch.get_rng_state(), student.config._attn_implementation
+    state, config = torch.get_rng_state(), str(student.config)
+    student = copy.deepcopy(student)
+    student.set_attn_implementation("eager")
     answer(student, PROMPTS, AnswerSettings(1.0, 4, 4, NO_EOS))
     assert torch.get_rng_state().equal(state)
-    assert student.config._attn_implementation == kind and student.dtype == torch.float32
+    assert student.dtype == torch.float32 and str(student.config) == config
+    assert student(torch.tensor([[1]]), output_attentions=True).attentions, "still eager"
     assert all(value.equal(weights[name]) for name, value in student.state_dict().items())
     assert all(p.requires_grad for p in student.parameters())
 

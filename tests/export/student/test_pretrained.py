@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import (
 
 from bundle.errors import ModelFolderError
 from export.run.errors import ExportError
-from export.student.pretrained import compression_warning, load_student
+from export.student.pretrained import load_student
 
 NUM_TOKENS = 512  # of the tiny teacher's tokenizer
 SIZES = {
@@ -61,18 +62,7 @@ def test_student_of_another_family_is_loaded(tmp_path: Path, tiny_teacher: Path)
     assert student.config.model_type == "qwen2"
 
 
-def test_other_tokenizer_is_refused_with_what_differs(tmp_path: Path, tiny_teacher: Path) -> None:
-    folder = save_student(tmp_path, tiny_teacher, llama())
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["model"]["merges"].pop()
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(
-        ExportError, match=r"another tokenizer than the teacher .*: another merges;"
-    ):
-        load_student(folder, tiny_teacher)
-
-
-def test_tokenizer_that_is_spelled_otherwise_is_the_teachers(
+def test_student_with_a_tokenizer_spelled_otherwise_is_loaded(
     tmp_path: Path, tiny_teacher: Path
 ) -> None:
     folder = save_student(tmp_path, tiny_teacher, llama())
@@ -84,41 +74,45 @@ def test_tokenizer_that_is_spelled_otherwise_is_the_teachers(
     assert load_student(folder, tiny_teacher).config.vocab_size == NUM_TOKENS
 
 
-def test_vocabulary_smaller_than_the_tokenizer_is_refused(
-    tmp_path: Path, tiny_teacher: Path
-) -> None:
-    folder = save_student(tmp_path, tiny_teacher, llama(NUM_TOKENS - 1))
-    with pytest.raises(
-        ExportError, match=r"vocab_size 511, but the tokenizer has ids up to 511, which"
-    ):
-        load_student(folder, tiny_teacher)
+def other_merges(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
-def test_architecture_that_cannot_be_served_is_refused(tmp_path: Path, tiny_teacher: Path) -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=NUM_TOKENS, n_embd=32, n_layer=1, n_head=2))
-    folder = save_student(tmp_path, tiny_teacher, model)
-    with pytest.raises(ModelFolderError, match=r"'gpt2' is not supported; supported are llama"):
-        load_student(folder, tiny_teacher)
-
-
-def test_checkpoint_without_all_weights_is_refused(tmp_path: Path, tiny_teacher: Path) -> None:
-    folder = save_student(tmp_path, tiny_teacher, llama())
+def lose_a_weight(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelFolderError, match=r"lacks weights, .*layers\.1\.mlp\.up_proj"):
-        load_student(folder, tiny_teacher)
 
 
-def test_pickles_are_refused(tmp_path: Path, tiny_teacher: Path) -> None:
+def be_gpt2(folder: Path) -> None:
+    config = GPT2Config(vocab_size=NUM_TOKENS, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (other_merges, ExportError, r"another tokenizer than the teacher .*: another merges;"),
+        (
+            lambda folder: llama(NUM_TOKENS - 1).save_pretrained(folder),
+            ExportError,
+            r"vocab_size 511, but the tokenizer has ids up to 511, which",
+        ),
+        (be_gpt2, ModelFolderError, r"'gpt2' is not supported; supported are llama"),
+        (lose_a_weight, ModelFolderError, r"lacks weights, .*layers\.1\.mlp\.up_proj"),
+        (lambda folder: (folder / "pytorch_model.bin").touch(), ModelFolderError, "pickles"),
+    ],
+)
+def test_student_that_cannot_be_loaded_is_refused(
+    tmp_path: Path,
+    tiny_teacher: Path,
+    damage: Callable[[Path], None],
+    error: type[Exception],
+    message: str,
+) -> None:
     folder = save_student(tmp_path, tiny_teacher, llama())
-    (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ModelFolderError, match=r"pickles"):
+    damage(folder)
+    with pytest.raises(error, match=message):
         load_student(folder, tiny_teacher)
-
-
-@pytest.mark.parametrize(("ratio", "warns"), [(1.5, False), (10.0, False), (10.1, True)])
-def test_compression_above_10_is_warned_about(ratio: float, warns: bool) -> None:
-    warning = compression_warning(round(ratio * 1000), 1000)
-    assert (warning is not None) == warns
-    assert warning is None or "10.1 times fewer" in warning

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 from export.run.processes import World
 from export.run.settings import SampleConfig
 from export.run.training import DistillConfig, PhaseConfig
-from export.student import phases as phases_module
 from export.student.grid import BlockGrid
 from export.student.phases import Distillation, GridTraining, Text, linear_grids
 from export.student.prune import drop_layers
@@ -28,7 +27,6 @@ from export.teacher.examples import Example
 from serve.text.real_tokens import EVERY_ROW
 from tests.support.random_models import random_examples, random_model
 
-Builder = Callable[[], TrainingPhase]
 LENGTHS = [(3, 5), (5, 5), (2, 5), (4, 5), (3, 5), (6, 5)]
 # Three steps an epoch.
 PHASE = PhaseConfig(learning_rate=1e-2, tokens_per_step=10, tokens_per_micro_batch=24, seed=1)
@@ -45,7 +43,7 @@ RECIPES = {
         )
     ],
 }
-RUNS = [*RECIPES, "grid"]
+RUNS = ["two phases", "matching", "on policy", "grid"]
 
 
 class KillError(Exception):
@@ -55,17 +53,16 @@ class KillError(Exception):
 class Run:
     """A student in training, as a fresh process would build it."""
 
-    def __init__(self, kind: str, random_model: MakeModel, examples: list[Example], folder: Path):
-        teacher = random_model(num_layers=3)
+    def __init__(self, folder: Path, kind: str = "one phase") -> None:
+        examples, teacher = random_examples(LENGTHS), random_model(num_layers=3)
         text = Text(examples, examples[:2], frozenset({2}))
         self.folder = folder
         folder.mkdir(exist_ok=True)
-        self.phases: list[Builder]
+        self.phases: list[Callable[[], TrainingPhase]]
         if kind == "grid":
             self.student = random_model(num_layers=3)
             grids = linear_grids(self.student, lambda name: BlockGrid(4, 16))
-            grid = GridTraining(self.student, teacher, grids, {}, PHASE, text)
-            self.phases = [grid.phase]
+            self.phases = [GridTraining(self.student, teacher, grids, {}, PHASE, text).phase]
             return
         self.student = drop_layers(teacher, [0, 2])
         self.distillation = Distillation(
@@ -76,7 +73,9 @@ class Run:
         )  # fmt: skip
         self.phases = self.distillation.phases()
 
-    def train(self, *, stop_at: int | None = None, checkpoint_every_s: float = 1e-9) -> Log:
+    def train(
+        self, watch: Watch | None = None, *, stop_at: int = 0, checkpoint_every_s: float = 1e-9
+    ) -> Log:
         """Train to the end, or raise KillError in the step of that number (of this process)."""
         steps = iter(range(1, 1000))
 
@@ -84,13 +83,12 @@ class Run:
             if next(steps) == stop_at:
                 raise KillError
 
-        trainer = Trainer(
+        return Trainer(
             self.folder / "checkpoints",
             checkpoint_every_s=checkpoint_every_s,
-            watch=Watch(on_step, self.probe, num_probes=3),
+            watch=watch or Watch(on_step, self.probe, num_probes=3),
             dtype=torch.float32,
-        )
-        return trainer.run(self.phases)
+        ).run(self.phases)
 
     def probe(self) -> float:
         """A number that follows from the weights, in place of the answers' repetition."""
@@ -98,14 +96,6 @@ class Run:
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in self.student.state_dict().items()}
-
-
-@pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Run]:
-    def make(kind: str = "one phase", folder: str = "run") -> Run:
-        return Run(kind, random_model, random_examples(LENGTHS), tmp_path / folder)
-
-    return make
 
 
 def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -117,15 +107,13 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_run_killed_in_every_step_ends_as_one_that_was_not(
-    make_run: Callable[..., Run], kind: str
-) -> None:
-    whole = make_run(kind, "whole")
+def test_run_killed_in_every_step_ends_as_one_that_was_not(tmp_path: Path, kind: str) -> None:
+    whole = Run(tmp_path / "whole", kind)
     log = whole.train()
     assert len(log.steps) >= 3 and len({p.repeated_share for p in log.probes}) >= 3
     kills = 0
     for _ in log.steps:
-        run = make_run(kind, "killed")
+        run = Run(tmp_path / "killed", kind)
         try:
             resumed = run.train(stop_at=2)  # the first step of each process is kept
             break
@@ -138,26 +126,23 @@ def test_run_killed_in_every_step_ends_as_one_that_was_not(
         assert run.distillation.held_out.forward_kl == whole.distillation.held_out.forward_kl
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 4])
-def test_kill_before_any_checkpoint_begins_again(
-    make_run: Callable[..., Run], stop_at: int
-) -> None:
-    whole = make_run("two phases", "whole")
+@pytest.mark.parametrize("stop_at", [1, 4])
+def test_run_killed_before_any_checkpoint_begins_again(tmp_path: Path, stop_at: int) -> None:
+    whole = Run(tmp_path / "whole", "two phases")
     log = whole.train()
     with pytest.raises(KillError):
-        make_run("two phases", "killed").train(stop_at=stop_at, checkpoint_every_s=1e9)
-    run = make_run("two phases", "killed")
+        Run(tmp_path / "killed", "two phases").train(stop_at=stop_at, checkpoint_every_s=1e9)
+    run = Run(tmp_path / "killed", "two phases")
     assert run.train(checkpoint_every_s=1e9) == log
     assert_same(run.weights(), whole.weights())
 
 
-def test_kill_between_two_phases_measures_the_trained_student(
-    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+def test_run_killed_between_two_phases_measures_the_trained_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = make_run("matching", "whole")
+    whole = Run(tmp_path / "whole", "matching")
     whole.train()
     first, *_ = whole.distillation.held_out.forward_kl
-    measure = phases_module.measure_kl
     values = iter([first])
 
     def measure_once(*args: Any, **kwargs: Any) -> float:
@@ -165,32 +150,28 @@ def test_kill_between_two_phases_measures_the_trained_student(
             return value
         raise KillError
 
-    monkeypatch.setattr(phases_module, "measure_kl", measure_once)
-    with pytest.raises(KillError):
-        make_run("matching", "killed").train()
-    monkeypatch.setattr(phases_module, "measure_kl", measure)
-    run = make_run("matching", "killed")
+    with monkeypatch.context() as patch, pytest.raises(KillError):
+        patch.setattr("export.student.phases.measure_kl", measure_once)
+        Run(tmp_path / "killed", "matching").train()
+    run = Run(tmp_path / "killed", "matching")
     run.train()
     assert run.distillation.held_out.forward_kl == whole.distillation.held_out.forward_kl
     assert_same(run.weights(), whole.weights())
 
 
-def test_finished_run_is_not_trained_again(make_run: Callable[..., Run]) -> None:
-    first = make_run()
+def test_run_that_is_finished_is_not_trained_again(tmp_path: Path) -> None:
+    first, again = Run(tmp_path), Run(tmp_path)
     log = first.train()
-    again = make_run()
     assert again.train(stop_at=1) == log
     assert_same(again.weights(), first.weights())
 
 
-def test_resume_within_an_on_policy_round_reads_the_same_answers(
-    make_run: Callable[..., Run], tmp_path: Path
-) -> None:
+def test_run_resumed_within_an_on_policy_round_reads_the_same_answers(tmp_path: Path) -> None:
     with pytest.raises(KillError):
-        make_run("on policy").train(stop_at=2)
-    path = tmp_path / "run" / "on-policy-0-0.json"
+        Run(tmp_path, "on policy").train(stop_at=2)
+    path = tmp_path / "on-policy-0-0.json"
     before = path.read_bytes()
-    run = make_run("on policy")
+    run = Run(tmp_path, "on policy")
     text = run.phases[0]().text
     with torch.no_grad():
         run.student.model.norm.weight.zero_()
@@ -220,7 +201,10 @@ def train_folder(folder: Path, shown: Callable[[int], None]) -> Path:
     return folder / "done" / "model.safetensors"
 
 
-def test_sigkill_in_the_middle_of_training_changes_no_byte(tmp_path: Path) -> None:
+@pytest.mark.nightly
+def test_sigkill_in_the_middle_of_training_changes_no_byte(
+    tmp_path: Path,
+) -> None:
     for run in ("killed", "whole"):
         random_model(num_layers=1, seed=1).save_pretrained(tmp_path / run / "s")
         random_model(num_layers=1).save_pretrained(tmp_path / run / "t")
@@ -246,41 +230,10 @@ def test_sigkill_in_the_middle_of_training_changes_no_byte(tmp_path: Path) -> No
 # --- what a run does
 
 
-def test_training_reduces_the_kl() -> None:
-    teacher = random_model(num_layers=2)
-    student, examples = drop_layers(teacher, [0]), random_examples([(4, 12)] * 8)
-    phase = PhaseConfig(num_epochs=15, learning_rate=3e-3, tokens_per_step=64, alpha=1.0)
-    training = TrainingPhase(
-        phase, Pair(student, teacher), PlainParameters(student=student), 15, lambda _: examples
-    )
-    log = Trainer(Path("never-written")).run([lambda: training])
-    assert log.steps[-1].soft < 0.5 * log.steps[0].soft
-    assert not student.training
-
-
-def test_same_seed_gives_the_same_weights_and_another_does_not(
-    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, again = make_run(folder="a"), make_run(folder="b")
-    assert first.train() == again.train()
-    assert_same(first.weights(), again.weights())
-    monkeypatch.setitem(
-        RECIPES, "one phase", [PHASE.model_copy(update={"seed": 5, "num_epochs": 2})]
-    )
-    other = make_run(folder="c")
-    other.train()
-    assert not all(value.equal(other.weights()[n]) for n, value in first.weights().items())
-
-
-def test_every_step_is_recorded_and_shown(make_run: Callable[..., Run], tmp_path: Path) -> None:
-    run = make_run("two phases")
+def test_every_step_is_recorded_and_shown(tmp_path: Path) -> None:
     shown: list[Any] = []
-    trainer = Trainer(
-        tmp_path / "checkpoints",
-        watch=Watch(lambda record, progress: shown.append((record, progress))),
-        dtype=torch.float32,
-    )
-    log = trainer.run(run.phases)
+    watch = Watch(lambda record, progress: shown.append((record, progress)))
+    log = Run(tmp_path, "two phases").train(watch)
     assert [record for record, _ in shown] == log.steps
     assert [(r.phase, r.step) for r in log.steps] == [(p, s) for p in (0, 1) for s in range(3)]
     assert [progress for _, progress in shown] == pytest.approx([1 / 3, 2 / 3, 1] * 2)
@@ -299,7 +252,7 @@ def test_every_step_is_recorded_and_shown(make_run: Callable[..., Run], tmp_path
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-untied"])
-def test_shared_parameters_and_the_teacher_stay_as_they_are(
+def test_training_leaves_shared_parameters_and_the_teacher_as_they_are(
     tmp_path: Path, architecture: str
 ) -> None:
     teacher = random_model(architecture, num_layers=3)
@@ -319,42 +272,34 @@ def test_shared_parameters_and_the_teacher_stay_as_they_are(
 # --- looks at the student's answers
 
 
-def train_with_probes(run: Run, shares: list[float], said: list[str], num_probes: int = 3) -> Log:
-    values = iter(shares)
-    watch = Watch(probe=lambda: next(values), say=said.append, num_probes=num_probes)
-    return Trainer(run.folder / "checkpoints", watch=watch, dtype=torch.float32).run(run.phases)
-
-
-def test_answers_are_probed_before_a_phase_and_evenly_in_it(make_run: Callable[..., Run]) -> None:
-    log = train_with_probes(make_run("two phases"), [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5], [])
-    places = [(probe.phase, probe.step) for probe in log.probes]
-    assert places == [(phase, step) for phase in (0, 1) for step in (0, 1, 2, 3)]
-    assert [probe.repeated_share for probe in log.probes[:4]] == [0.0, 0.1, 0.2, 0.3]
-
-
-def test_collapse_is_said_once_with_phase_step_and_share(make_run: Callable[..., Run]) -> None:
-    said: list[str] = []
-    train_with_probes(make_run("two phases"), [0.1, 0.5, 0.2, 0.3, 0.4, 0.51, 0.9, 0.9], said)
-    (line,) = said
-    assert line.startswith("warning: ") and "step 1 of phase 1" in line and "51%" in line
-
-
-def test_student_that_repeated_itself_from_the_start_is_not_warned_of(
-    make_run: Callable[..., Run],
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        (
+            [0.1, 0.5, 0.2, 0.3, 0.4, 0.51, 0.9, 0.9],
+            ["warning: after step 1 of phase 1, 51% of the 4-grams"],
+        ),
+        ([0.8, 0.9, 0.2, 0.9, 0.9, 0.9, 0.9, 0.9], []),  # it repeated itself from the start
+    ],
+)
+def test_probes_are_spread_over_phases_and_warn_once_of_a_collapse(
+    tmp_path: Path, shares: list[float], expected: list[str]
 ) -> None:
-    said: list[str] = []
-    train_with_probes(make_run(), [0.8, 0.9, 0.2, 0.9], said)
-    assert said == []
+    values, said = iter(shares), list[str]()
+    watch = Watch(probe=lambda: next(values), say=said.append, num_probes=3)
+    log = Run(tmp_path, "two phases").train(watch)
+    assert [p.repeated_share for p in log.probes] == shares
+    places = [(phase, step) for phase in (0, 1) for step in (0, 1, 2, 3)]
+    assert [(probe.phase, probe.step) for probe in log.probes] == places
+    assert all(line.startswith(text) for text, line in zip(expected, said, strict=True))
 
 
-def test_probing_does_not_disturb_training(make_run: Callable[..., Run]) -> None:
-    quiet, watched = make_run("one phase", "quiet"), make_run("one phase", "watched")
-    train_quiet = Trainer(quiet.folder / "checkpoints", dtype=torch.float32)
-    steps = train_quiet.run(quiet.phases).steps
-    watch = Watch(probe=watched.distillation.probe, num_probes=2)
-    trainer = Trainer(watched.folder / "checkpoints", watch=watch, dtype=torch.float32)
-    log = trainer.run(watched.phases)
-    assert log.steps == steps and len(log.probes) == 3
+def test_probes_do_not_disturb_training(tmp_path: Path) -> None:
+    quiet, watched = Run(tmp_path / "quiet"), Run(tmp_path / "watched")
+    steps = quiet.train(Watch()).steps
+    log = watched.train(Watch(probe=watched.distillation.probe, num_probes=2))
+    assert log.steps == steps
+    assert [0 <= probe.repeated_share <= 1 for probe in log.probes] == [True] * 3
     assert_same(watched.weights(), quiet.weights())
 
 
