@@ -37,7 +37,7 @@ MAX_MANIFEST_BYTES = 16 << 20
 
 _END = b"\n}"
 _SEAL = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n')
-_NUM_SEAL_BYTES = len(',\n  "sha256": ""\n}\n') + 64
+NUM_SEAL_BYTES = len(',\n  "sha256": ""\n}\n') + 64
 
 
 def _check_relative(name: str) -> str:
@@ -227,7 +227,7 @@ def load_manifest(bundle: Path) -> Manifest:
             "export the bundle again, or use the Tandem that wrote it"
         )
     try:
-        return Manifest.model_validate_json(_unseal(path, data))
+        return Manifest.model_validate_json(unseal(path, data))
     except ValidationError as error:
         raise BundleError(f"{path}: {_first_violation(error)}") from None
 
@@ -272,16 +272,16 @@ def seal(text: bytes) -> bytes:
     return text.removesuffix(_END) + f',\n  "sha256": "{sha256}"\n}}\n'.encode()
 
 
-def _unseal(path: Path, data: bytes) -> bytes:
+def unseal(path: Path, data: bytes) -> bytes:
     """Return the text that was sealed, without its hash."""
-    last = data[-_NUM_SEAL_BYTES:]
+    last = data[-NUM_SEAL_BYTES:]
     found = _SEAL.fullmatch(last)
     if found is None:
         raise BundleError(
             f"{path} does not end with its own sha256: export the bundle again (what is finished "
             "is kept)"
         )
-    text = data[:-_NUM_SEAL_BYTES] + _END
+    text = data[:-NUM_SEAL_BYTES] + _END
     sha256 = hashlib.sha256(text).hexdigest()
     if sha256 != found[1].decode():
         raise BundleError(

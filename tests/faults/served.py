@@ -39,7 +39,7 @@ from tests.support.processes import TandemProcess
 
 PASS_S = "FAULTS_PASS_S"
 MAX_MODEL_LEN = 64
-_SETTLE_S = 10.0
+SETTLE_S = 10.0
 _PAGE_BYTES = 4096
 _COUNTED = (
     "tandem_sequences_running",
@@ -110,7 +110,7 @@ def leaks(process: TandemProcess, before: Mapping[str, float], **fields: Any) ->
 
     `fields` are of the requests; whoever loads no teacher has to name a route.
     """
-    until_s = time.monotonic() + _SETTLE_S
+    until_s = time.monotonic() + SETTLE_S
     while (found := _more(before, holdings(process))) and time.monotonic() < until_s:
         time.sleep(0.05)
     with Client(process.address, timeout_s=30, max_attempts=1) as client:

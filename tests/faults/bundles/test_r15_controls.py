@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bundle.manifest import _NUM_SEAL_BYTES, load_manifest
+from bundle.manifest import NUM_SEAL_BYTES, load_manifest
 from tests.faults.bundles import r15_corrupted
 from tests.faults.result import RowResult, Size
 
@@ -33,7 +33,7 @@ def test_seal_that_is_not_compared_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     # Most bits of a manifest are a hash's or a key's, and are missed without the seal, too.
     monkeypatch.setitem(r15_corrupted.NUM_BUNDLES, Size.CI, 80)
     monkeypatch.setattr(
-        "bundle.manifest._unseal", lambda path, data: data[:-_NUM_SEAL_BYTES] + b"\n}"
+        "bundle.manifest.unseal", lambda path, data: data[:-NUM_SEAL_BYTES] + b"\n}"
     )
     assert served(r15_corrupted.run(Size.CI)) == {flip.__name__}
 

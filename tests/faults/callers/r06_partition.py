@@ -54,13 +54,13 @@ def run(size: Size) -> RowResult:
         with open_way() as way, ExitStack() as clients:
             _fill(rig, way, clients, NUM_CLIENTS[size])
             way.cut()
-            freed_s = _wait(lambda: not _num_held(rig), _limit_s(chosen) + SLACK_S)
+            freed_s = _wait(lambda: not _num_held(rig), limit_s_of(chosen) + SLACK_S)
         for backend in rig.backends.values():
             backend.pass_s = 0.0
         journal, reference = (rig.drive(bystanders(NUM_TEMPLATES), name) for name in "ab")
         result.add(rig.ledger(journal, reference), is_under_fault=False)
         result.leaks = rig.leaks()
-    _judge(result, size, way, freed_s, _limit_s(chosen))
+    _judge(result, size, way, freed_s, limit_s_of(chosen))
     return result
 
 
@@ -100,7 +100,7 @@ def _wait(holds: Callable[[], bool], max_s: float) -> float | None:
     return time.monotonic() - started_s
 
 
-def _limit_s(chosen: dict[str, int]) -> float:
+def limit_s_of(chosen: dict[str, int]) -> float:
     return (chosen["grpc.keepalive_time_ms"] + chosen["grpc.http2.ping_timeout_ms"]) / 1e3
 
 

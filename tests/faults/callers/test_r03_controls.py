@@ -16,7 +16,7 @@ from tests.faults.result import RowResult, Size
 def test_bare_refusals_that_keep_their_place_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BROKEN, "refusals")
     monkeypatch.setattr(r03_overload, "PROGRAM", "tests.faults.broken")
-    monkeypatch.setattr("tests.faults.served._SETTLE_S", 0.2)
+    monkeypatch.setattr("tests.faults.served.SETTLE_S", 0.2)
     monkeypatch.setitem(r03_overload.PLANS, Size.CI, Plan(1, 0.1, 0.3, 0.3))
     result = r03_overload.run(Size.CI)
     assert any("without RetryInfo" in problem for problem in result.problems)

@@ -119,7 +119,7 @@ def test_server_that_asks_too_seldom_keeps_what_is_behind_the_partition(
     names = ("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
     slow = dict(SERVER_OPTIONS) | dict.fromkeys(names, 3000)
     monkeypatch.setattr(r06_partition, "options", lambda size: slow)
-    monkeypatch.setattr(r06_partition, "_limit_s", lambda chosen: 0.5)
+    monkeypatch.setattr(r06_partition, "limit_s_of", lambda chosen: 0.5)
     monkeypatch.setattr(r06_partition, "SLACK_S", 1.0)
     monkeypatch.setitem(r06_partition.NUM_CLIENTS, Size.CI, 1)
     problems = r06_partition.run(Size.CI).problems

@@ -56,12 +56,12 @@ def run(size: Size) -> RowResult:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         reference = make_export(folder, folder / "reference", UNTIL[size])
-        seconds = _run_in_one_go(reference)
+        seconds = run_in_one_go(reference)
         expected = hashes(reference)
         num_runs = 0
         while result.num_requests < NUM_KILLS[size] and num_runs < MAX_RUNS[size]:
             killed = make_export(folder, folder / f"killed-{num_runs}", UNTIL[size])
-            points = _draw(rng, size, seconds)
+            points = draw_points(rng, size, seconds)
             result.num_requests += sum(_kill_at(killed, point) for point in points)
             _judge(result, killed, expected)
             num_runs += 1
@@ -73,7 +73,7 @@ def run(size: Size) -> RowResult:
     return result
 
 
-def _run_in_one_go(export: Export) -> dict[str, float]:
+def run_in_one_go(export: Export) -> dict[str, float]:
     """Return how long each stage took, by its name, the packaging as "bundle"."""
     began_s: dict[str, float] = {}
     process = start(run_export, export)
@@ -92,7 +92,7 @@ def _note_stages(export: Export, began_s: dict[str, float]) -> bool:
     return False
 
 
-def _draw(rng: random.Random, size: Size, seconds: dict[str, float]) -> list[Point]:
+def draw_points(rng: random.Random, size: Size, seconds: dict[str, float]) -> list[Point]:
     places = sorted(rng.choices(range(len(STAGES[size])), k=NUM_KILLS_PER_RUN[size]))
     stages = [STAGES[size][place] for place in places]
     return [Point(stage, rng.random() * seconds[stage]) for stage in stages]

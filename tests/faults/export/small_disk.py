@@ -11,7 +11,7 @@ import os
 import subprocess
 from pathlib import Path
 
-_CLONE_NEWNS, _CLONE_NEWUSER = 0x20000, 0x10000000
+CLONE_NEWNS, _CLONE_NEWUSER = 0x20000, 0x10000000
 
 
 class SmallDisk:
@@ -35,7 +35,7 @@ class SmallDisk:
 def _leave_the_namespace() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     user, group, is_root = os.geteuid(), os.getegid(), os.geteuid() == 0
-    if libc.unshare(_CLONE_NEWNS | (0 if is_root else _CLONE_NEWUSER)) != 0:
+    if libc.unshare(CLONE_NEWNS | (0 if is_root else _CLONE_NEWUSER)) != 0:
         raise OSError(ctypes.get_errno(), "no namespace of mounts: run as root")
     if not is_root:
         Path("/proc/self/setgroups").write_text("deny")

@@ -41,6 +41,6 @@ def test_process_that_ends_early_is_found(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_disk_needs_a_namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tests.faults.export.small_disk._CLONE_NEWNS", 0x1)  # no flag of unshare
+    monkeypatch.setattr("tests.faults.export.small_disk.CLONE_NEWNS", 0x1)  # no flag of unshare
     with pytest.raises(OSError, match="no namespace of mounts"):
         SmallDisk(tmp_path)

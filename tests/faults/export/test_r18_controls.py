@@ -17,7 +17,7 @@ BreakKills = Callable[[Callable[[Export], None]], RowResult]
 @pytest.fixture
 def break_kills(monkeypatch: pytest.MonkeyPatch) -> BreakKills:
     """Have the attempts that are killed and resumed be broken, but not the reference run."""
-    in_one_go = r18_killed_export._run_in_one_go
+    in_one_go = r18_killed_export.run_in_one_go
 
     def break_with(work: Callable[[Export], None]) -> RowResult:
         def then_break(export: Export) -> dict[str, float]:
@@ -25,11 +25,11 @@ def break_kills(monkeypatch: pytest.MonkeyPatch) -> BreakKills:
             monkeypatch.setattr(r18_killed_export, "run_export", work)
             return seconds
 
-        monkeypatch.setattr(r18_killed_export, "_run_in_one_go", then_break)
+        monkeypatch.setattr(r18_killed_export, "run_in_one_go", then_break)
         # In the midst of training, with checkpoints there; one may fall between two phases.
         monkeypatch.setattr(
             r18_killed_export,
-            "_draw",
+            "draw_points",
             lambda rng, size, seconds: [
                 Point("distill", share * seconds["distill"]) for share in (0.25, 0.3, 0.35)
             ],

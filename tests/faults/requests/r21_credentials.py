@@ -168,7 +168,7 @@ class Rotation:
         """Rotate so often, and try at the end every token that was withdrawn."""
         with Journal(path) as journal:
             good = [asyncio.create_task(self._good(journal)) for _ in range(NUM_CLIENTS)]
-            bad = asyncio.create_task(self._bad())
+            bad = asyncio.create_task(self.bad_calls())
             for number in range(num_rotations):
                 await self._site.rotate(number)
             self._is_over.set()
@@ -191,7 +191,7 @@ class Rotation:
             await client.close()
             self._site.num_users[token] -= 1
 
-    async def _bad(self) -> None:
+    async def bad_calls(self) -> None:
         clients = bad_clients(self._site)
         while not self._is_over.is_set():
             for client in clients:

@@ -124,6 +124,6 @@ def test_tokens_that_are_not_read_again_are_found(monkeypatch: pytest.MonkeyPatc
 def test_credentials_that_were_never_tried_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     async def try_nothing(self: object) -> None: ...
 
-    monkeypatch.setattr(r21_credentials.Rotation, "_bad", try_nothing)
+    monkeypatch.setattr(r21_credentials.Rotation, "bad_calls", try_nothing)
     text = problems(r21_credentials)
     assert "never tried: ['another CA for the server'" in text and "withdrawn" not in text

@@ -57,7 +57,7 @@ NUM_TEMPLATES = 24
 FIRST_PASS = 10
 MAX_STEP_S = 0.3
 MAX_READY_S = 1.0
-_SETTLE_S = 5.0
+SETTLE_S = 5.0
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
@@ -231,7 +231,7 @@ def _leaks(rig: SharedRig, case: Case) -> list[str]:
     """Return what leaks; where an engine ended, without the requests of `Rig.leaks`."""
     if not case.ends:
         return rig.leaks()
-    until_s = time.monotonic() + _SETTLE_S
+    until_s = time.monotonic() + SETTLE_S
     while (found := rig.run(rig.found_leaks())) and time.monotonic() < until_s:
         time.sleep(0.02)
     return found

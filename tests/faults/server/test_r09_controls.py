@@ -123,7 +123,7 @@ def test_r10_objects_to_a_slot_that_stays_taken(r10: Any, monkeypatch: pytest.Mo
         scheduler.running += sequences[:1]
         return sequences
 
-    monkeypatch.setattr(r10_engine, "_SETTLE_S", 0.1)
+    monkeypatch.setattr(r10_engine, "SETTLE_S", 0.1)
     monkeypatch.setattr(Scheduler, "clear", leaky)
     assert "teacher slots: 1" in found(r10("thread dies"))
 

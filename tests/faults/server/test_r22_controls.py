@@ -18,7 +18,7 @@ WANTED = Counter({"OK": 9, "CANCELLED": 1, "DEADLINE_EXCEEDED": 1, "INVALID_ARGU
 def test_build_that_leaks_memory_and_tasks_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BROKEN, "leaks")
     monkeypatch.setattr(r22_soak, "PROGRAM", "tests.faults.broken")
-    monkeypatch.setattr("tests.faults.served._SETTLE_S", 0.2)
+    monkeypatch.setattr("tests.faults.served.SETTLE_S", 0.2)
     short = replace(PLANS[Size.CI], num_cycles=1, cycle_s=1.5, num_crashing=1)
     monkeypatch.setitem(r22_soak.PLANS, Size.CI, short)
     result = r22_soak.run(Size.CI)

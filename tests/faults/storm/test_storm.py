@@ -94,7 +94,7 @@ def test_storm_over_a_broken_server_is_noticed(
     patches: list[Any], seed: int, problems: list[str]
 ) -> None:
     with ExitStack() as stack:
-        for one in (*patches, patch.object(rig, "_SETTLE_S", 0.3)):
+        for one in (*patches, patch.object(rig, "SETTLE_S", 0.3)):
             stack.enter_context(one)
         found: list[str] = []
         for _ in range(MAX_STORMS):
