@@ -11,13 +11,62 @@ That time is visible: only prompts with the same `cache_salt` share blocks.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
-from serve.engine.prompt import BLOCK_TOKENS, TokenizedPrompt
-from serve.models.backend import Backend
+if TYPE_CHECKING:
+    import torch
+
+    from serve.models.backend import Backend
+
+BLOCK_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """`block_names` name its full blocks of `BLOCK_TOKENS`, `whole_name` the rest and its logits.
+
+    A name is a hash of everything up to the block's end, keyed by the salt. At least two tokens are
+    behind the last full block: a lone one would run by the kernels of a decode step, whose bits
+    differ from those of a prefill. `whole_name` is None for a prompt that is not to be cached.
+    """
+
+    token_ids: tuple[int, ...]
+    block_names: tuple[bytes, ...] = ()
+    whole_name: bytes | None = None
+
+    @classmethod
+    def of(cls, token_ids: tuple[int, ...], cache_salt: str | None) -> TokenizedPrompt:
+        """Name the blocks; prompts share them within one `cache_salt`. None: it is not cached."""
+        if cache_salt is None:
+            return cls(token_ids)
+        ids = np.array(token_ids, dtype="<u4")
+        state = hashlib.blake2b(digest_size=16, key=hashlib.sha256(cache_salt.encode()).digest())
+        num_full = max(len(ids) - 2, 0) // BLOCK_TOKENS * BLOCK_TOKENS
+        names = []
+        for block in ids[:num_full].reshape(-1, BLOCK_TOKENS):
+            state.update(block.tobytes())
+            names.append(state.digest())
+        state.update(b"." + ids[num_full:].tobytes())
+        return cls(token_ids, tuple(names), state.digest())
+
+
+def chunk_size(num_left: int, max_tokens: int) -> int:
+    """Return how many of a prompt's `num_left` tokens the next pass takes.
+
+    It never leaves a lone token: that would run by the kernels of a decode step, and have their
+    bits.
+
+    >>> [chunk_size(n, 4) for n in (1, 4, 5, 6, 9)]
+    [1, 4, 3, 4, 4]
+    """
+    if num_left <= max_tokens:
+        return num_left
+    return max_tokens - 1 if num_left == max_tokens + 1 else max_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,358 +1,287 @@
-"""Who runs next. Holds sequences and counts; no tensors, no model, no clock.
+"""What an engine does next, and what comes of it: every request from its arrival to its end.
 
-The running sequences are rows 0..b-1 of the KV cache: row i belongs to `running[i]`. When one
-ends, the last row moves into its place, so the cost of a step follows the number running.
-
-A prompt of at most `max_chunk_tokens` enters its row in one pass, together with others. A longer
-one gets one of `NUM_PREFILL_ROWS` further rows, enters it chunk by chunk, in turns with other long
-ones, and moves to a row of its own when it is complete. So neither many short prompts nor a long
-one can hold up the others.
-
-Who waits takes turns (`serve.engine.waiting`). Where all rows are taken, who has none need not wait
-until a sequence ends: one of those who have most is set aside, its keys and values kept, and goes
-on later with the same tokens.
+Holds sequences, counts and times; no tensors, no model, no locks. A step is a loop over
+`schedule`, in which each `Work` is chosen when the one before it has been given to `update`.
+`serve.engine.rows` says who has a row, `serve.engine.waiting` who waits for one.
 """
 
 from __future__ import annotations
 
-import enum
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Set
-from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
-from itertools import islice
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
 
-from serve.engine.sequence import Sequence, SequenceGroup
-from serve.engine.waiting import WaitingLines
-from serve.models.backend import RowLayout
+from serve.engine.mail import Outbox
+from serve.engine.rows import Rows
+from serve.engine.sequence import (
+    Chunk,
+    Decode,
+    FinishReason,
+    OutOfMemory,
+    PassResult,
+    RowMove,
+    Score,
+    Sequence,
+    SequenceGroup,
+    SetAside,
+    TokenEvent,
+    Work,
+)
+from serve.engine.stats import StepStats
+from serve.engine.waiting import Deadlines, ScoringQueue, is_past
 
-# How many waiting requests that lack a row for a long prompt others may overtake in one step.
-MAX_OVERTAKEN = 64
-# After a decode step without memory: so many that had enough until one more sequence may run, twice
-# as many after the next such step, and so on. Each trial may cost a request.
-MIN_CALM_STEPS, MAX_CALM_STEPS = 64, 4096
+if TYPE_CHECKING:
+    from serve.engine.scoring import ScoringJob
+    from serve.sampling.sampler import SampledBatch
 
-CountCached = Callable[[SequenceGroup], int]
-"""How many of a prompt's leading tokens need not be computed; all of them: nor their logits."""
-
-
-class _Way(enum.Enum):
-    """How a waiting sequence's prompt gets into the cache, or that it cannot yet."""
-
-    FORK = enum.auto()
-    RESTORE = enum.auto()
-    PREFILL = enum.auto()
-    CHUNKS = enum.auto()
-    RESUME = enum.auto()
-    WAIT = enum.auto()
-
-
-@dataclass(frozen=True, slots=True)
-class RowMove:
-    """The cache row `source` must be copied over `target` before the next step."""
-
-    source: int
-    target: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class LongPrompt:
-    """A sequence whose prompt is entering `row`, which is none of the running ones' rows."""
-
-    sequence: Sequence
-    row: int
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A waiting sequence that need not wait for a row, and the running one that makes way."""
-
-    newcomer: Sequence
-    victim: Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class _RowsInUse:
-    """How many rows each client has, and each group, by `id`."""
-
-    by_client: Counter[str]
-    by_group: Counter[int]
-
-    @classmethod
-    def of(cls, sequences: SequenceOf[Sequence]) -> _RowsInUse:
-        return cls(
-            Counter(sequence.client for sequence in sequences),
-            Counter(id(sequence.group) for sequence in sequences),
-        )
-
-    def cost_of_losing(self, sequence: Sequence) -> tuple[int, int]:
-        """Order sequences: first those of the largest group, of these the shortest."""
-        return -self.by_group[id(sequence.group)], sequence.num_cached_tokens
-
-
-@dataclass(slots=True)
-class Admission:
-    """Sequences that just left the queue, by how their prompt gets into the cache.
-
-    `prefills` run through the model in one batch, `restores` are cached as a whole, `forks` copy
-    the prompt's keys and values from the sequence of the same group that is named beside them,
-    `resumed` were set aside. They take the next rows, in this order. `long_prompts` are not running
-    yet.
-    """
-
-    prefills: list[Sequence] = field(default_factory=list)
-    restores: list[Sequence] = field(default_factory=list)
-    forks: list[tuple[Sequence, Sequence]] = field(default_factory=list)
-    resumed: list[Sequence] = field(default_factory=list)
-    long_prompts: list[LongPrompt] = field(default_factory=list)
-
-    @property
-    def started(self) -> list[Sequence]:
-        """The sequences that run for the first time, in the order of their rows."""
-        return [*self.prefills, *self.restores, *(sequence for sequence, _ in self.forks)]
-
-    @property
-    def in_rows(self) -> list[Sequence]:
-        """The sequences that take the rows behind the running ones."""
-        return [*self.started, *self.resumed]
-
-    @property
-    def admitted(self) -> list[Sequence]:
-        """The sequences that have a row for the first time."""
-        return [*self.started, *(prompt.sequence for prompt in self.long_prompts)]
-
-    def __len__(self) -> int:
-        num_started = len(self.prefills) + len(self.restores) + len(self.forks)
-        return num_started + len(self.resumed) + len(self.long_prompts)
+OUT_OF_MEMORY = "the model ran out of memory on this request"
+NOT_FINITE = "the model returned non-finite logits"
 
 
 class Scheduler:
-    """Up to `max_num_seqs` sequences run or prefill, `max_num_seqs_per_client` of each client."""
+    """Decides what runs, and ends what is over; whoever is to know is told through `outbox`."""
 
     def __init__(
-        self, max_num_seqs: int, max_chunk_tokens: int, max_num_seqs_per_client: int | None = None
+        self,
+        rows: Rows,
+        eos_token_ids: frozenset[int],
+        outbox: Outbox,
+        stats: StepStats,
+        clock: Callable[[], float],
     ) -> None:
-        self.max_num_seqs = max_num_seqs
-        self._max_per_client = min(max_num_seqs_per_client or max_num_seqs, max_num_seqs)
-        # What one of several requests of a client may keep, and takes in one turn.
-        self._share = max(self._max_per_client // 2, 1)
-        self._max_active = max_num_seqs
-        self._calm_steps = 0  # that must pass before the next trial; 0: memory is not short
-        self._num_calm = 0
-        self.max_chunk_tokens = max_chunk_tokens
-        self.waiting = WaitingLines(self._share)
-        self.prefilling: deque[LongPrompt] = deque()
-        self.running: list[Sequence] = []
-        self._free_rows = list(RowLayout(max_num_seqs).prefill)
-
-    def add(self, sequences: Iterable[Sequence]) -> None:
-        self.waiting.add(sequences)
+        self.rows = rows
+        self.scoring = ScoringQueue()
+        self._eos_token_ids = eos_token_ids
+        self._outbox = outbox
+        self._stats = stats
+        self._clock = clock
+        # Passes beside decode steps: one per step, of the kinds that have work in turns.
+        self._kinds = deque([self._score, self._prefill, self._chunk])
+        self._has_passed = False
+        # A request id may name several: a generation, and the scoring of other samples.
+        self._groups: defaultdict[str, list[SequenceGroup]] = defaultdict(list)
+        # By `id` of the group: what ends before the next pass, for what reason and with what error.
+        # A step looks at these, and at the earliest deadline, never at everything that waits.
+        self._endings: dict[int, tuple[FinishReason, str]] = {}
+        self._deadlines = Deadlines(self._live_ids)
+        self._moves: list[RowMove] = []
 
     @property
-    def num_active(self) -> int:
-        return len(self.running) + len(self.prefilling)
-
-    def admit_no_more(self) -> None:
-        """Keep to as many sequences as there are now, one at least, while memory is short."""
-        self._max_active = max(self.num_active, 1)
-        self._num_calm = 0
-        self._calm_steps = min(max(2 * self._calm_steps, MIN_CALM_STEPS), MAX_CALM_STEPS)
-
-    def note_decoded(self) -> None:
-        """Let one more run, once as many as may have had memory enough for some time."""
-        if self._calm_steps == 0 or len(self.running) < self._max_active:
-            return
-        self._num_calm += 1
-        if self._num_calm < self._calm_steps:
-            return
-        self._num_calm = 0
-        if self._max_active < self.max_num_seqs:
-            self._max_active += 1
-        else:
-            self._calm_steps = 0
-
-    def find_claim(self, count_cached: CountCached = lambda group: 0) -> Claim | None:
-        """Return a sequence that must not wait until another ends, and the one that makes way.
-
-        A client without a row gets one of the client that has most, unless that is its only one. A
-        request without a row gets one of a request of its client that has more than half of what
-        the client may have. As many as there are rows may be set aside at a time.
-        """
-        rows = _RowsInUse.of(self._active())
-        poor = [c for c in self.waiting.clients if c not in rows.by_client] if self._is_full else []
-        large = [s.client for s in self.running if rows.by_group[id(s.group)] > self._share]
-        candidates = [c for c in dict.fromkeys([*poor, *large]) if c in self.waiting.clients]
-        if not candidates:
-            return None
-        if sum(sequence.kv is not None for sequence in self.waiting) >= self.max_num_seqs:
-            return None
-        for newcomer in islice(self.waiting.first_of_each(candidates), MAX_OVERTAKEN):
-            able = self._able_to_make_way(newcomer, rows)
-            if able and self._way_in(newcomer, {}, count_cached) is not _Way.WAIT:
-                return Claim(newcomer, min(able, key=rows.cost_of_losing))
-        return None
-
-    def _able_to_make_way(self, newcomer: Sequence, rows: _RowsInUse) -> list[Sequence]:
-        """Return the running sequences that may be set aside for it, the last ones first."""
-        client, running = newcomer.client, self.running[::-1]
-        if id(newcomer.group) in rows.by_group:
-            return []
-        if client in rows.by_client:
-            has_room = not self._is_full and rows.by_client[client] < self._max_per_client
-            own = [s for s in running if s.client == client]
-            return [] if has_room else [s for s in own if rows.by_group[id(s.group)] > self._share]
-        richest, count = rows.by_client.most_common(1)[0]
-        is_rich = self._is_full and count > 1
-        return [s for s in running if s.client == richest] if is_rich else []
-
-    def set_aside(self, sequence: Sequence) -> list[RowMove]:
-        """Let a running sequence, which has its `kv`, wait; returns what `retire` returns."""
-        self.waiting.put_back(sequence)
-        return self.retire([sequence])
-
-    def _active(self) -> list[Sequence]:
-        return [*self.running, *(prompt.sequence for prompt in self.prefilling)]
+    def num_here(self) -> int:
+        """How many samples and scoring requests have not ended."""
+        return self.rows.num_active + len(self.rows.waiting) + len(self.scoring)
 
     @property
-    def _is_full(self) -> bool:
-        return self.num_active >= self._max_active
+    def has_work(self) -> bool:
+        rows = self.rows
+        return bool(rows.running or rows.prefilling or rows.waiting or self.scoring)
 
-    def admit(
-        self,
-        max_batch_tokens: int,
-        count_cached: CountCached = lambda group: 0,
-        newcomer: Sequence | None = None,
-    ) -> Admission:
-        """Move sequences from the queue into free rows, in turns, `newcomer` first.
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is remembered of any request."""
+        return not (self.has_work or self._groups or self._endings)
 
-        Only a request that waits for a row for its long prompt, or for a long prompt that it
-        shares, is overtaken. A batch of prefills, padding included, stays within
-        `max_batch_tokens`, but always takes the first.
-        """
-        admission = Admission()
-        if self.num_active == 0:
-            self._max_active = self.max_num_seqs
-            self._calm_steps = 0
-        # By group: the sequence to fork from; None while a long prompt is entering.
-        holders: dict[int, Sequence | None] = {id(p.sequence.group): None for p in self.prefilling}
-        holders |= {id(s.group): s for s in self.running}
-        num_rows = _RowsInUse.of(self._active()).by_client
-        overtaken: set[int] = set()
-        while len(overtaken) < MAX_OVERTAKEN:
-            if self.num_active + len(admission.in_rows) >= self._max_active:
-                break
-            sequence = newcomer or self.waiting.next(num_rows, self._max_per_client, overtaken)
-            newcomer = None
-            if sequence is None:
-                break
-            way = self._way_in(sequence, holders, count_cached)
-            if way is _Way.PREFILL and not _fits(admission.prefills, sequence, max_batch_tokens):
-                break
-            if way is _Way.WAIT:
-                overtaken.add(id(sequence.group))
-                continue
-            self.waiting.take(sequence)
-            num_rows[sequence.client] += 1
-            self._place(sequence, way, admission, holders)
-        self.running += admission.in_rows
-        return admission
+    # -- commands ---------------------------------------------------------------------------
 
-    def _way_in(
-        self, sequence: Sequence, holders: dict[int, Sequence | None], count_cached: CountCached
-    ) -> _Way:
-        group = sequence.group
-        if sequence.kv is not None:
-            return _Way.RESUME
-        if id(group) in holders:
-            return _Way.WAIT if holders[id(group)] is None else _Way.FORK
-        num_tokens = len(group.request.prompt_token_ids)
-        num_cached = count_cached(group)
-        if num_cached == num_tokens:
-            return _Way.RESTORE
-        if num_cached == 0 and num_tokens <= self.max_chunk_tokens:
-            return _Way.PREFILL
-        return _Way.CHUNKS if self._has_free_row(sequence.client) else _Way.WAIT
+    def add(self, group: SequenceGroup, sequences: Iterable[Sequence]) -> None:
+        self._groups[group.request.request_id].append(group)
+        self.rows.waiting.add(sequences)
+        self._watch_deadline(group.request.request_id, group.request.deadline_s)
 
-    def _has_free_row(self, client: str) -> bool:
-        """Say whether a long prompt may enter; the last row is for a client that has none."""
-        has_none = all(prompt.sequence.client != client for prompt in self.prefilling)
-        return len(self._free_rows) > (0 if has_none else 1)
+    def add_scoring(self, job: ScoringJob) -> None:
+        self.scoring.add(job)
+        self._watch_deadline(job.request.request_id, job.request.deadline_s)
 
-    def _place(
-        self,
-        sequence: Sequence,
-        way: _Way,
-        admission: Admission,
-        holders: dict[int, Sequence | None],
+    def end_request(
+        self, request_id: str, reason: FinishReason, expired_by_s: float | None = None
     ) -> None:
-        group_id = id(sequence.group)
-        if way is _Way.FORK:
-            holder = holders[group_id]
-            assert holder is not None
-            admission.forks.append((sequence, holder))
-        elif way is _Way.RESUME:
-            admission.resumed.append(sequence)
-            holders.setdefault(group_id, sequence)
-        elif way is _Way.CHUNKS:
-            admission.long_prompts.append(LongPrompt(sequence, self._free_rows.pop(0)))
-            self.prefilling.append(admission.long_prompts[-1])
-            holders[group_id] = None
-        else:
-            started = admission.restores if way is _Way.RESTORE else admission.prefills
-            started.append(sequence)
-            holders[group_id] = sequence
+        """Mark groups for their end and fail scoring jobs: all of a request, or the expired ones.
 
-    def next_long_prompt(self) -> LongPrompt | None:
-        """Return the long prompt whose turn it is: of another client than the last one, if any."""
-        if not self.prefilling:
-            return None
-        last = self.prefilling[-1].sequence.client
-        others = (prompt for prompt in self.prefilling if prompt.sequence.client != last)
-        prompt = next(others, self.prefilling[0])
-        self.prefilling.remove(prompt)
-        self.prefilling.append(prompt)
-        return prompt
+        Keyed by request, not by group: a deadline may outlive what it was made for.
+        """
+        for group in self._groups.get(request_id, ()):
+            if expired_by_s is None or is_past(group.request.deadline_s, expired_by_s):
+                self._endings.setdefault(id(group), (reason, ""))
+        for job in self.scoring.of(request_id):
+            if expired_by_s is None or is_past(job.request.deadline_s, expired_by_s):
+                self._fail(job, reason, "")
 
-    def start(self, prompt: LongPrompt) -> int:
-        """Let the sequence of a complete long prompt run; returns the row to copy it to."""
-        self._leave(prompt)
-        self.running.append(prompt.sequence)
-        return len(self.running) - 1
+    def _watch_deadline(self, request_id: str, deadline_s: float | None) -> None:
+        if deadline_s is not None:
+            self._deadlines.add(deadline_s, request_id)
 
-    def _leave(self, prompt: LongPrompt) -> None:
-        self.prefilling.remove(prompt)
-        self._free_rows.append(prompt.row)
+    def _live_ids(self) -> set[str]:
+        return {*self._groups, *(job.request.request_id for job in self.scoring)}
 
-    def remove_waiting(self, group_ids: Set[int]) -> list[Sequence]:
-        """Take the sequences of these groups (by `id`) that do not run out; return them."""
-        entering = [p for p in self.prefilling if id(p.sequence.group) in group_ids]
-        for prompt in entering:
-            self._leave(prompt)
-        return [*(p.sequence for p in entering), *self.waiting.remove(group_ids)]
+    # -- what is next -----------------------------------------------------------------------
 
-    def clear(self) -> list[Sequence]:
-        """Forget everything; returns the sequences that were here."""
-        sequences = [*self.running, *(p.sequence for p in self.prefilling), *self.waiting]
-        for prompt in list(self.prefilling):
-            self._leave(prompt)
-        self.running.clear()
-        self.waiting.clear()
-        return sequences
+    def schedule(self) -> Iterator[Work]:
+        """Yield a decode step, then a prefill or scoring pass, where there is work for them."""
+        if self.rows.running:
+            yield Decode(tuple(self.rows.running), self._clock())
+        self._has_passed = False
+        # One more than there are kinds: admission may have given the kind behind it work.
+        for _ in range(len(self._kinds) + 1):
+            self._kinds.rotate(-1)
+            yield from self._kinds[-1]()
+            if self._has_passed:
+                return
 
-    def retire(self, finished: list[Sequence]) -> list[RowMove]:
-        """Free the rows of finished sequences; returns the copies that keep the rows compact."""
-        moves = []
-        for sequence in finished:
-            row = self.running.index(sequence)
-            last = self.running.pop()
-            if last is not sequence:
-                moves.append(RowMove(len(self.running), row, last.num_cached_tokens))
-                self.running[row] = last
+    def _prefill(self) -> Iterable[Work]:
+        """Let waiting sequences in."""
+        return self._admit() if self.rows.waiting else ()
+
+    def _admit(self) -> Iterator[Work]:
+        started_s = self._clock()
+        claim = self.rows.find_claim(started_s)
+        newcomer = None
+        if claim is not None:
+            yield claim
+            if claim.victim.kv is not None and not claim.newcomer.is_finished:
+                newcomer = claim.newcomer
+        if (prefill := self.rows.admit(started_s, newcomer)) is not None:
+            yield prefill
+
+    def _chunk(self) -> Iterable[Work]:
+        """Run the next chunk of a long prompt."""
+        prompt = self.rows.next_long_prompt()
+        if prompt is None:
+            return ()
+        return (Chunk(prompt, len(self.rows.running), self._clock()),)
+
+    def _score(self) -> Iterable[Work]:
+        """Run the next chunk of the scoring request whose turn it is."""
+        job = self.scoring.first
+        return () if job is None else (Score(job, self._clock()),)
+
+    # -- what came of it --------------------------------------------------------------------
+
+    def update(self, work: Work, result: PassResult) -> None:
+        """Take the tokens of a pass, and start and end sequences; `take_moves` says what moved."""
+        if result.out_of_memory is not None:
+            self._give_up(work, result.out_of_memory, has_run=result.num_rows > 0)
+        elif isinstance(work, SetAside):
+            self._moves += self.rows.set_aside(work.victim)
+        elif isinstance(work, Score) and work.job.is_done:
+            self.scoring.remove(work.job)
+            self._outbox.add_outcome(work.job.finish)
+        if not isinstance(work, Decode):
+            self._has_passed = bool(result.sequences) or isinstance(work, Chunk | Score)
+            self._start(work, result)
+        if result.batch is not None:
+            self._accept(result.sequences, result.batch)
+            if isinstance(work, Decode):
+                self.rows.note_decoded()
+
+    def _give_up(self, work: Work, lacking: OutOfMemory, *, has_run: bool) -> None:
+        """End what there was no memory for."""
+        if isinstance(work, Score):
+            self._fail(work.job, FinishReason.ERROR, OUT_OF_MEMORY)
+        self._end({id(group): (FinishReason.ERROR, OUT_OF_MEMORY) for group in lacking.groups})
+        if isinstance(work, Decode) and not has_run:
+            self.rows.admit_no_more()  # or the next ones would end others in turn
+
+    def _start(self, work: Work, result: PassResult) -> None:
+        """Note when prompts were complete; a sequence whose prompt was long runs from now on."""
+        for sequence in result.sequences:
+            sequence.prefilled_s = result.ended_s
+            self._stats.on_prompt(sequence.group)
+        if isinstance(work, Chunk) and result.batch is not None:
+            self.rows.start(work.prompt)
+
+    def _accept(self, sequences: tuple[Sequence, ...], batch: SampledBatch) -> None:
+        """Emit a token of each sequence, and retire the sequences that end."""
+        now_s = self._clock()
+        self._stats.on_tokens(sequences, batch.is_finite, now_s)
+        finished = []
+        for row, sequence in enumerate(sequences):
+            reason: FinishReason | None
+            # A score may be -inf or NaN, as in one pass: whoever asked for it judges.
+            if batch.is_finite[row] or sequence.group.is_scoring:
+                self._emit_token(sequence, batch, row, now_s)
+                reason, error = sequence.finish_reason(self._eos_token_ids), ""
+            else:
+                reason, error = FinishReason.ERROR, NOT_FINITE
+            if reason is not None:
+                finished.append(sequence)
+                self._emit_finished(sequence, reason, now_s, error)
+        self._moves += self.rows.retire(finished)
+
+    def take_moves(self) -> Iterable[RowMove]:
+        """Return, and forget, the copies of rows that are due before the next pass, in order."""
+        if not self._moves:
+            return ()
+        moves, self._moves = self._moves, []
         return moves
 
+    # -- endings ----------------------------------------------------------------------------
 
-def _fits(prefills: list[Sequence], sequence: Sequence, max_tokens: int) -> bool:
-    """Whether one more prefill keeps the batch, padded to its longest, within `max_tokens`."""
-    lengths = [len(s.group.request.prompt_token_ids) for s in (*prefills, sequence)]
-    return not prefills or max(lengths) * len(lengths) <= max_tokens
+    def end_due(self) -> None:
+        """End what was cancelled, and that whose deadline has come."""
+        now_s = self._clock()
+        for request_id in self._deadlines.pop_expired(now_s):
+            self.end_request(request_id, FinishReason.DEADLINE, expired_by_s=now_s)
+        if self._endings:
+            endings, self._endings = self._endings, {}
+            self._end(endings)
+
+    def end_all(self, reason: FinishReason, error: str) -> None:
+        """End everything, also in the middle of a step that failed."""
+        now_s = self._clock()
+        self._endings.clear()
+        self._moves.clear()
+        for sequence in self.rows.clear():
+            # A step may fail between a sequence's terminal event and its leaving the batch.
+            if not sequence.is_finished:
+                self._emit_finished(sequence, reason, now_s, error)
+        for job in self.scoring.clear():
+            self._outbox.add_outcome(partial(job.fail, reason, error))
+
+    def _end(self, endings: dict[int, tuple[FinishReason, str]]) -> None:
+        if not endings:
+            return
+        now_s = self._clock()
+        running = [s for s in self.rows.running if id(s.group) in endings]
+        for sequence in (*running, *self.rows.remove_waiting(endings.keys())):
+            reason, error = endings[id(sequence.group)]
+            self._emit_finished(sequence, reason, now_s, error)
+        self._moves += self.rows.retire(running)
+
+    def _fail(self, job: ScoringJob, reason: FinishReason, error: str) -> None:
+        self.scoring.remove(job)
+        self._outbox.add_outcome(partial(job.fail, reason, error))
+
+    # -- events -----------------------------------------------------------------------------
+
+    def _emit_token(self, sequence: Sequence, batch: SampledBatch, row: int, now_s: float) -> None:
+        if not sequence.token_ids:
+            sequence.first_token_s = now_s
+        sequence.last_token_s = now_s
+        event = TokenEvent(
+            index=sequence.index,
+            position=len(sequence.token_ids),
+            token_id=batch.token_ids[row],
+            logprob=batch.logprobs[row],
+            processed_logprob=batch.processed_logprobs[row],
+            top_logprobs=batch.top_logprobs[row],
+        )
+        sequence.append(event.token_id, event.logprob, event.processed_logprob)
+        self._outbox.add(sequence.group, event)
+
+    def _emit_finished(
+        self, sequence: Sequence, reason: FinishReason, now_s: float, error: str
+    ) -> None:
+        group = sequence.group
+        sequence.is_finished = True
+        group.num_unfinished -= 1
+        if group.num_unfinished == 0:
+            self._forget(group)
+        self._stats.on_finished(sequence, reason)
+        self._outbox.add_last(group, sequence.finished_event(reason, now_s, error))
+
+    def _forget(self, group: SequenceGroup) -> None:
+        request_id = group.request.request_id
+        others = [g for g in self._groups.pop(request_id) if g is not group]
+        if others:
+            self._groups[request_id] = others

@@ -11,19 +11,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from serve.engine.prefill import Prefiller, PromptEntry
-from serve.engine.prompt import TokenizedPrompt
+from serve.engine.prefix_cache import TokenizedPrompt
 from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
 from serve.errors import EngineFailedError, EngineStoppedError
 from serve.models.backend import Backend
 from serve.sampling.params import SamplingParams
 from serve.sampling.sampler import token_logprobs
 from serve.sampling.softmax import argmax
+
+if TYPE_CHECKING:
+    from serve.engine.runner import Prefiller, PromptEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,14 @@ class ScoringJob:
     def scored(self) -> list[ScoredCompletion]:
         """What a job that is done found out, in the order of the request."""
         return [self._scored[index] for index in range(len(self.request.completions))]
+
+    def finish(self) -> None:
+        """Tell whoever asked what the job, which is done, found out."""
+        self.future.set_result(self.scored)
+
+    def fail(self, reason: FinishReason, error: str) -> None:
+        """Tell whoever asked why the job came to nothing."""
+        self.future.set_exception(scoring_error(reason, error))
 
     def advance(self, prefiller: Prefiller, first_row: int, num_rows: int, max_tokens: int) -> None:
         """Run one pass of at most `max_tokens` in the `num_rows` cache rows from `first_row` on.

@@ -1,7 +1,7 @@
-"""What travels through an engine: requests, their sequences, and the events they emit.
+"""What travels through an engine: requests, their sequences, the work of a step, and events.
 
-Plain data and its rules; no tensors, no queues, no gRPC. A request with `num_samples` n is one
-`SequenceGroup` of n `Sequence`s that share a prompt and differ in `index`.
+Plain data and its rules; no queues, no gRPC; tensors are carried and not looked at. A request with
+`num_samples` n is one `SequenceGroup` of n `Sequence`s that share a prompt and differ in `index`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from serve.engine.prompt import TokenizedPrompt
+from serve.engine.prefix_cache import TokenizedPrompt
 from serve.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     import torch
 
+    from serve.engine.scoring import ScoringJob
+    from serve.sampling.sampler import SampledBatch
     from serve.text.stop_strings import StopCheck
 
 
@@ -152,7 +154,7 @@ class SequenceGroup:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One sample in the making. Its row in the KV cache is its place in `Scheduler.running`.
+    """One sample in the making. Its row in the KV cache is its place in `Rows.running`.
 
     While it is set aside for others it has no row, and `kv` is what was in it.
     """
@@ -263,6 +265,130 @@ def make_sequences(group: SequenceGroup) -> Iterable[Sequence]:
     for index in range(request.sampling.num_samples):
         check = request.make_stop_check() if request.make_stop_check else None
         yield Sequence(group, index, check)
+
+
+@dataclass(frozen=True, slots=True)
+class RowMove:
+    """The cache row `source` must be copied over `target` before the next pass."""
+
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class LongPrompt:
+    """A sequence whose prompt is entering `row`, which is none of the running ones' rows."""
+
+    sequence: Sequence
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Another token for every running sequence: sequence i is in row i."""
+
+    phase: ClassVar[str] = "decode"
+    sequences: tuple[Sequence, ...]
+    started_s: float
+
+    def expendable(self) -> tuple[SequenceGroup, ...]:
+        """Return the youngest request: what ends where there is no memory for all."""
+        return (max(self.sequences, key=lambda s: s.started_s).group,)
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """A running sequence is to make way for one that must not wait for a row."""
+
+    phase: ClassVar[str] = "prefill"
+    newcomer: Sequence
+    victim: Sequence
+    row: int
+    started_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Sequences that just left the queue, by how their prompt gets into the cache.
+
+    `prefills` run through the model in one batch, `restores` are cached as a whole, `forks` copy
+    the prompt's keys and values from the row that is named beside them, `resumed` were set aside.
+    They have the rows from `first_row` on, in this order. `long_prompts` do not run yet.
+    """
+
+    phase: ClassVar[str] = "prefill"
+    first_row: int
+    prefills: tuple[Sequence, ...]
+    restores: tuple[Sequence, ...]
+    forks: tuple[tuple[Sequence, int], ...]
+    resumed: tuple[Sequence, ...]
+    long_prompts: tuple[LongPrompt, ...]
+    started_s: float
+
+    @property
+    def started(self) -> list[Sequence]:
+        """The sequences that run for the first time, in the order of their rows."""
+        return [*self.prefills, *self.restores, *(sequence for sequence, _ in self.forks)]
+
+    @property
+    def num_in_rows(self) -> int:
+        return len(self.started) + len(self.resumed)
+
+    def expendable(self) -> tuple[SequenceGroup, ...]:
+        """Return all that cannot try again: the logits they need are gone."""
+        return tuple(sequence.group for sequence in self.started)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next tokens of a long prompt; behind the last ones its sequence runs in `target_row`."""
+
+    phase: ClassVar[str] = "prefill"
+    prompt: LongPrompt
+    target_row: int
+    started_s: float
+
+    def expendable(self) -> tuple[SequenceGroup, ...]:
+        return (self.prompt.sequence.group,)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The next tokens of a scoring request."""
+
+    phase: ClassVar[str] = "score"
+    job: ScoringJob
+    started_s: float
+
+    def expendable(self) -> tuple[SequenceGroup, ...]:
+        return ()
+
+
+Work = Decode | SetAside | Prefill | Chunk | Score
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfMemory:
+    """There was no memory for these requests (none: for nothing that must end)."""
+
+    groups: tuple[SequenceGroup, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """What came of some work.
+
+    `num_rows` went through the model, 0 where nothing did or there was no memory; the model had
+    `model_s` of the time, until `ended_s`. `sequences` each drew a token, a row of `batch`.
+    """
+
+    num_rows: int = 0
+    model_s: float = 0.0
+    ended_s: float = 0.0
+    sequences: tuple[Sequence, ...] = ()
+    batch: SampledBatch | None = None
+    out_of_memory: OutOfMemory | None = None
 
 
 def _stacked(logits: list[torch.Tensor]) -> torch.Tensor | None:

@@ -1,8 +1,10 @@
-"""What an engine tells about itself while it works."""
+"""What an engine tells about itself while it works, and how often it counts what."""
 
 from __future__ import annotations
 
-from serve.engine.sequence import FinishReason
+from serve.engine.sequence import FinishReason, PassResult, Sequence, SequenceGroup, Work
+
+_COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 class EngineObserver:
@@ -31,3 +33,52 @@ class EngineObserver:
 
     def on_wasted(self, finish_reason: FinishReason, num_tokens: int) -> None:
         """A sample ended before its end, so that `num_tokens` were generated for nothing."""
+
+
+class StepStats:
+    """Says what an observer is told of: of scoring, which generates nothing, only its steps."""
+
+    def __init__(self, observer: EngineObserver) -> None:
+        self._observer = observer
+
+    def on_step(self, work: Work, result: PassResult, now_s: float) -> None:
+        """Count a step in which the model ran."""
+        if result.num_rows:
+            step_s = now_s - work.started_s
+            self._observer.on_step(work.phase, result.num_rows, step_s, step_s - result.model_s)
+
+    def on_prompt(self, group: SequenceGroup) -> None:
+        """Count a request's prompt once, however often it is prefilled."""
+        if not group.is_prompt_counted and not group.is_scoring:
+            group.is_prompt_counted = True
+            self._observer.on_prompt(len(group.prompt.token_ids), group.num_cached_tokens)
+
+    def on_tokens(
+        self, sequences: tuple[Sequence, ...], is_drawn: list[bool], now_s: float
+    ) -> None:
+        """Count the tokens that are being emitted at `now_s`, of the sequences that drew one."""
+        num_tokens = 0
+        intervals: dict[float, int] = {}
+        for sequence, has_token in zip(sequences, is_drawn, strict=True):
+            group = sequence.group
+            if not has_token or group.is_scoring:
+                continue
+            num_tokens += 1
+            if sequence.token_ids:
+                itl_s = now_s - sequence.last_token_s
+                intervals[itl_s] = intervals.get(itl_s, 0) + 1
+            if not group.has_token:
+                group.has_token = True
+                arrival_s = group.arrival_s
+                self._observer.on_first_token(now_s - arrival_s, sequence.started_s - arrival_s)
+        self._observer.on_tokens(num_tokens)
+        for itl_s, count in intervals.items():
+            self._observer.on_token_interval(itl_s, count)
+
+    def on_finished(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Count a sample's end, and its tokens where they were for nothing."""
+        if sequence.group.is_scoring:
+            return
+        self._observer.on_finished(reason)
+        if reason not in _COMPLETE:
+            self._observer.on_wasted(reason, len(sequence.token_ids))

@@ -1,4 +1,6 @@
-"""Sequences that wait for a row: clients take turns, and so do the requests of one client.
+"""What waits in an engine: for a row, to be scored, and for its deadline.
+
+Sequences wait for a row: clients take turns, and so do the requests of one client.
 
 The client with the fewest rows is next, among equals the one that was served longest ago. Within a
 client requests are served as they came, but each for `max_turn` sequences at a time: between two of
@@ -7,11 +9,18 @@ its turns others begin, for as many sequences. So neither waits for the end of a
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from serve.engine.sequence import Sequence, SequenceGroup
+
+if TYPE_CHECKING:
+    from serve.engine.scoring import ScoringJob
+
+_MIN_PRUNED = 256  # deadlines
 
 
 @dataclass(slots=True, eq=False)
@@ -133,3 +142,83 @@ class WaitingLines:
     def _request(self, sequence: Sequence) -> _Request:
         line = self._lines.setdefault(sequence.client, {})
         return line.setdefault(id(sequence.group), _Request(sequence.group))
+
+
+class ScoringQueue:
+    """Scoring requests, one at a time; clients take turns.
+
+    The first job is the one under way, until it is removed; then the next client's first is."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, deque[ScoringJob]] = {}  # by client, whose turn it is first
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def __iter__(self) -> Iterator[ScoringJob]:
+        for line in self._lines.values():
+            yield from line
+
+    @property
+    def first(self) -> ScoringJob | None:
+        return next(iter(self), None)
+
+    def add(self, job: ScoringJob) -> None:
+        self._lines.setdefault(job.request.client, deque()).append(job)
+
+    def remove(self, job: ScoringJob) -> None:
+        """Take a job out; of the one under way the client has had its turn."""
+        client, is_first = job.request.client, job is self.first
+        line = self._lines[client]
+        line.remove(job)
+        if is_first or not line:
+            del self._lines[client]
+        if is_first and line:
+            self._lines[client] = line
+
+    def of(self, request_id: str) -> list[ScoringJob]:
+        """Return the jobs of a request."""
+        return [job for job in self if job.request.request_id == request_id]
+
+    def clear(self) -> list[ScoringJob]:
+        """Forget everything; returns the jobs that were here."""
+        jobs = list(self)
+        self._lines.clear()
+        return jobs
+
+
+def is_past(deadline_s: float | None, now_s: float) -> bool:
+    """Say whether a deadline, if there is one, has come."""
+    return deadline_s is not None and now_s >= deadline_s
+
+
+class Deadlines:
+    """Holds (deadline, request id) pairs; an id may have several, and outlive its request.
+
+    `live_ids` says which requests have not ended. It is asked now and then, so that memory follows
+    what lives and not what was ever added.
+    """
+
+    def __init__(self, live_ids: Callable[[], Set[str]]) -> None:
+        self._live_ids = live_ids
+        self._heap: list[tuple[float, str]] = []
+        self._max_len = _MIN_PRUNED
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def add(self, deadline_s: float, request_id: str) -> None:
+        heapq.heappush(self._heap, (deadline_s, request_id))
+        if len(self._heap) > self._max_len:
+            self._prune()
+
+    def pop_expired(self, now_s: float) -> Iterator[str]:
+        """Yield and forget the ids whose deadline has come."""
+        while self._heap and self._heap[0][0] <= now_s:
+            yield heapq.heappop(self._heap)[1]
+
+    def _prune(self) -> None:
+        live_ids = self._live_ids()
+        self._heap = [entry for entry in self._heap if entry[1] in live_ids]
+        heapq.heapify(self._heap)
+        self._max_len = max(_MIN_PRUNED, 2 * len(self._heap))

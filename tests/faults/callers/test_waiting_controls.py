@@ -7,10 +7,10 @@ from socketserver import TCPServer
 from typing import Any
 
 import pytest
+from serve.engine.outbox import Outbox
 
 from serve.app.server import SERVER_OPTIONS
 from serve.engine.engine import Engine
-from serve.engine.outbox import Outbox
 from serve.engine.sequence import TokenEvent
 from serve.http.server import _HttpServer
 from serve.rpc.calls import CallGuard

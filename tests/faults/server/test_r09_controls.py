@@ -6,10 +6,10 @@ import subprocess
 from typing import Any
 
 import pytest
+from serve.engine.outbox import Outbox
 
 from serve.engine import engine as engine_module
 from serve.engine.engine import Engine
-from serve.engine.outbox import Outbox
 from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import FinishReason, TokenEvent

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serve.engine.deadlines import Deadlines
+from serve.engine.waiting import Deadlines
 
 
 def test_expired_ids_come_earliest_first_and_once() -> None:

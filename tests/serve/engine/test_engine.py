@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from serve.engine.engine import MAX_FAILED_STEPS, Engine
-from serve.engine.prompt import BLOCK_TOKENS
+from serve.engine.prefix_cache import BLOCK_TOKENS
 from serve.engine.scoring import ScoringRequest
 from serve.engine.sequence import (
     Event,
@@ -138,7 +138,7 @@ def submit(
 def run(engine: Engine, max_steps: int = 500) -> None:
     """Step until nothing is left; `load` must say so."""
     for _ in range(max_steps):
-        engine.step()
+        engine.core.step()
         if is_idle(engine):
             return
     raise AssertionError(f"still busy: {engine.load()}")
@@ -175,7 +175,7 @@ def test_completions_are_those_of_decoding_alone(
     reader = Reader()
     engine.submit(GenerationRequest("r", PROMPT, params), reader)
     run(engine)
-    expected = [slow_completion(engine._runner._backend, index, params) for index in range(6)]
+    expected = [slow_completion(engine.core.runner.backend, index, params) for index in range(6)]
     assert reader.completions == expected
 
 
@@ -185,7 +185,7 @@ def test_same_seed_gives_the_same_tokens_alone_and_among_others(make_engine: Mak
     run(engine)
     crowd = [submit(engine, f"o{i}", (i + 10,) * (i + 1), seed=i, max_tokens=i + 2)
              for i in range(9)]  # fmt: skip
-    engine.step()
+    engine.core.step()
     again = submit(engine, num_samples=2, seed=9, max_tokens=15)
     run(engine)
     assert again.completions == alone.completions
@@ -203,7 +203,7 @@ def test_prompt_is_prefilled_once_for_all_its_samples(make_engine: MakeEngine) -
     engine = make_engine()
     submit(engine, num_samples=4, max_tokens=2, ignore_eos=True)
     run(engine)
-    assert [lengths for _, lengths, _ in engine._runner._backend.calls] == [[3], [1, 1, 1, 1]]
+    assert [lengths for _, lengths, _ in engine.core.runner.backend.calls] == [[3], [1, 1, 1, 1]]
 
 
 def test_newest_token_decides_about_eos_length_and_stop_strings(make_engine: MakeEngine) -> None:
@@ -240,9 +240,9 @@ def test_scoring_needs_no_row_of_a_running_sequence(make_engine: MakeEngine) -> 
     observed = Observed()
     engine = make_engine(max_num_seqs=1, observer=observed)
     submit(engine, max_tokens=9, ignore_eos=True)
-    engine.step()
+    engine.core.step()
     future = engine.score(ScoringRequest("s", PROMPT, ((1, 2),)))
-    engine.step()
+    engine.core.step()
     assert observed.phases == ["prefill", "decode", "score"]
     assert future.done()
 
@@ -261,7 +261,7 @@ def test_long_prompt_in_chunks_gives_what_one_pass_gives(make_engine: MakeEngine
     reader = submit(engine, prompt=LONG, num_samples=3, max_tokens=20)
     run(engine)
     assert reader.completions == expected.completions
-    calls = engine._runner._backend.calls
+    calls = engine.core.runner.backend.calls
     assert all(max(lengths) <= 8 for _, lengths, _ in calls)
     assert all(sum(lengths) <= 8 for _, lengths, past in calls if any(past))
     assert all(len(other.endings) == 1 for other in crowd)
@@ -273,10 +273,10 @@ def test_running_sequences_decode_between_the_chunks_of_a_long_prompt(
     observed = Observed()
     engine = make_engine(max_pass_tokens=8, observer=observed)
     reader = submit(engine, "short", max_tokens=30, ignore_eos=True)
-    engine.step()
+    engine.core.step()
     submit(engine, "long", LONG, max_tokens=2)
     for _ in range(4):
-        engine.step()
+        engine.core.step()
     assert len(reader.tokens[0]) == 5
     assert observed.phases == ["prefill", *["decode", "prefill"] * 4]
 
@@ -284,10 +284,10 @@ def test_running_sequences_decode_between_the_chunks_of_a_long_prompt(
 def test_short_prompt_waits_for_one_chunk_of_a_long_one(make_engine: MakeEngine) -> None:
     engine = make_engine(max_pass_tokens=8)
     submit(engine, "long", LONG, max_tokens=2)
-    engine.step()
+    engine.core.step()
     reader = submit(engine, "short", max_tokens=2)
-    engine.step()
-    engine.step()
+    engine.core.step()
+    engine.core.step()
     assert reader.tokens[0]
 
 
@@ -298,9 +298,9 @@ def test_cancelled_long_prompt_ends_and_frees_its_row(
     engine = make_engine(max_pass_tokens=8)
     reader = submit(engine, prompt=LONG, num_samples=2)
     for _ in range(num_steps):
-        engine.step()
+        engine.core.step()
     engine.cancel("r")
-    engine.step()
+    engine.core.step()
     assert reader.reasons == [FinishReason.CANCELLED] * 2
     assert is_idle(engine)
     again = submit(engine, prompt=LONG)
@@ -313,11 +313,11 @@ def test_prompt_that_comes_again_is_copied_and_gives_the_same(make_engine: MakeE
     engine = make_engine(observer=observed)
     first = submit(engine, seed=5, max_tokens=12)
     run(engine)
-    engine._runner._backend.calls.clear()
+    engine.core.runner.backend.calls.clear()
     again = submit(engine, seed=5, max_tokens=12)
     run(engine)
     assert again.completions == first.completions
-    assert all(lengths == [1] for _, lengths, _ in engine._runner._backend.calls)
+    assert all(lengths == [1] for _, lengths, _ in engine.core.runner.backend.calls)
     assert again.endings[0].num_cached_prompt_tokens == observed.cached_tokens == len(PROMPT)
     assert first.endings[0].num_cached_prompt_tokens == 0
 
@@ -328,10 +328,10 @@ def test_beginning_that_prompts_share_is_copied(make_engine: MakeEngine) -> None
     alone = submit(engine, prompt=(*shared, 7, 8, 9), cache_salt=None, max_tokens=12)
     submit(engine, "other", (*shared, 5, 5), max_tokens=1)
     run(engine)
-    engine._runner._backend.calls.clear()
+    engine.core.runner.backend.calls.clear()
     reader = submit(engine, prompt=(*shared, 7, 8, 9), max_tokens=12)
     run(engine)
-    assert engine._runner._backend.calls[0][1:] == ([3], [2 * BLOCK_TOKENS])
+    assert engine.core.runner.backend.calls[0][1:] == ([3], [2 * BLOCK_TOKENS])
     assert reader.endings[0].num_cached_prompt_tokens == 2 * BLOCK_TOKENS
     assert reader.completions == alone.completions
 
@@ -347,16 +347,16 @@ def test_prompt_is_run_again_for_another_tenant_and_for_those_who_opt_out(
     for salt in salts:
         reader = submit(engine, cache_salt=salt, max_tokens=1)
         run(engine)
-    assert len(engine._runner._backend.calls) == 2
+    assert len(engine.core.runner.backend.calls) == 2
     assert reader.endings[0].num_cached_prompt_tokens == 0
 
 
 def test_prompt_with_nonfinite_logits_is_not_cached(make_engine: MakeEngine) -> None:
     engine = make_engine()
-    engine._runner._backend.nan_after = PROMPT[-1]
+    engine.core.runner.backend.nan_after = PROMPT[-1]
     assert submit(engine).endings == {}
     run(engine)
-    engine._runner._backend.nan_after = None
+    engine.core.runner.backend.nan_after = None
     reader = submit(engine, max_tokens=1)
     run(engine)
     assert reader.reasons == [FinishReason.LENGTH]
@@ -371,7 +371,7 @@ def test_cancelled_request_ends_before_the_next_pass_and_frees_its_rows(
     engine = make_engine()
     reader = submit(engine, num_samples=6, max_tokens=50, ignore_eos=True)
     other = submit(engine, "other", max_tokens=3, ignore_eos=True)
-    engine.step()
+    engine.core.step()
     engine.cancel("r")
     run(engine, max_steps=4)
     assert reader.reasons == [FinishReason.CANCELLED] * 6
@@ -385,7 +385,7 @@ def test_unknown_request_id_cancels_nothing(make_engine: MakeEngine) -> None:
     engine.cancel("nobody")
     run(engine)
     engine.cancel("r")
-    engine.step()
+    engine.core.step()
     assert reader.reasons == [FinishReason.LENGTH]
 
 
@@ -396,10 +396,10 @@ def test_request_that_is_late_while_queued_never_reaches_the_model(
     engine = make_engine(clock=clock)
     reader = submit(engine, deadline_s=101.0, num_samples=2)
     clock.now_s = 101.0
-    engine.step()
+    engine.core.step()
     assert reader.reasons == [FinishReason.DEADLINE] * 2
     assert reader.endings[0].timings.queue_s == 1.0
-    assert engine._runner._backend.calls == [] and is_idle(engine)
+    assert engine.core.runner.backend.calls == [] and is_idle(engine)
 
 
 def test_request_that_expires_during_a_decode_step_is_not_let_in_by_the_same_step(
@@ -408,8 +408,8 @@ def test_request_that_expires_during_a_decode_step_is_not_let_in_by_the_same_ste
     clock = Clock()
     engine = make_engine(clock=clock)
     submit(engine, "running", max_tokens=50, ignore_eos=True)
-    engine.step()
-    backend, late = engine._runner._backend, submit(engine, "late", deadline_s=101.0)
+    engine.core.step()
+    backend, late = engine.core.runner.backend, submit(engine, "late", deadline_s=101.0)
     forward = backend.forward
 
     def slow_forward(*args: Any) -> torch.Tensor:
@@ -418,7 +418,7 @@ def test_request_that_expires_during_a_decode_step_is_not_let_in_by_the_same_ste
 
     monkeypatch.setattr(backend, "forward", slow_forward)
     num_calls = len(backend.calls)
-    engine.step()
+    engine.core.step()
     assert late.reasons == [FinishReason.DEADLINE]
     assert len(backend.calls) == num_calls + 1, "the decode step alone"
 
@@ -429,7 +429,7 @@ def test_request_that_is_late_while_running_keeps_its_tokens(make_engine: MakeEn
     reader = submit(engine, deadline_s=101.0, max_tokens=50, ignore_eos=True)
     timeless = submit(engine, "t", max_tokens=9, ignore_eos=True)
     for _ in range(3):
-        engine.step()
+        engine.core.step()
     clock.now_s = 102.0
     run(engine)
     assert reader.reasons == [FinishReason.DEADLINE]
@@ -451,9 +451,9 @@ def test_deadline_of_an_earlier_request_spares_a_later_one_of_the_same_id(
 
 
 def test_nonfinite_logits_end_their_sequence_alone(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    engine._runner._backend.nan_after = 30
-    observed = engine._observer = Observed()
+    observed = Observed()
+    engine = make_engine(observer=observed)
+    engine.core.runner.backend.nan_after = 30
     bad = submit(engine, "bad", (5, 30))
     good = submit(engine, "good", (5, 31), temperature=0.0, max_tokens=1)
     run(engine)
@@ -468,28 +468,28 @@ def test_failing_model_ends_all_in_flight_with_an_error_and_serves_on(
 ) -> None:
     engine = make_engine(max_num_seqs=2)
     readers = [submit(engine, str(i), max_tokens=50, ignore_eos=True) for i in range(3)]
-    engine.step()
+    engine.core.step()
     future = engine.score(ScoringRequest("s", PROMPT, ((1,),)))
-    engine._runner._backend.error = RuntimeError("out of memory")
-    engine._try_step()
+    engine.core.runner.backend.error = RuntimeError("out of memory")
+    engine.step()
     assert [reader.reasons for reader in readers] == [[FinishReason.ERROR]] * 3
     assert "out of memory" not in readers[0].endings[0].error
     assert isinstance(future.exception(0), EngineFailedError) and is_idle(engine)
-    engine._runner._backend.error = None
+    engine.core.runner.backend.error = None
     after = submit(engine, max_tokens=2, ignore_eos=True)
     run(engine)
     assert after.reasons == [FinishReason.LENGTH]
 
 
 def fail_steps(engine: Engine, count: int, **settings: Any) -> list[Reader]:
-    backend = engine._runner._backend
+    backend = engine.core.runner.backend
     backend.error = RuntimeError("the device is lost")  # type: ignore[attr-defined]
     readers = []
     for number in range(count):
-        if engine._intake.is_closed:
+        if engine.core.inbox.is_closed:
             break
         readers.append(submit(engine, f"failing-{number}", **settings))
-        engine._try_step()
+        engine.step()
     backend.error = None  # type: ignore[attr-defined]
     return readers
 
@@ -524,14 +524,14 @@ def test_cached_prompt_between_failures_is_no_success(make_engine: MakeEngine) -
 def test_rows_that_fail_to_move_leave_nobody_without_an_end(make_engine: MakeEngine) -> None:
     engine = make_engine(max_num_seqs=2)
     cancelled = submit(engine, "c", num_samples=4, max_tokens=50, ignore_eos=True)
-    engine.step()
+    engine.core.step()
 
-    def fail(finished: list[Any]) -> None:
+    def fail(moves: Any) -> None:
         raise RuntimeError("no memory to copy a row")
 
-    engine._runner.retire = fail  # type: ignore[method-assign]
+    engine.core.runner.move_rows = fail  # type: ignore[method-assign]
     engine.cancel("c")
-    engine._try_step()
+    engine.step()
     assert cancelled.reasons == [FinishReason.CANCELLED] * 4
     assert is_idle(engine) and engine.load().num_unaccounted == 0
 
@@ -544,7 +544,7 @@ def test_stop_check_that_cannot_be_made_is_the_callers_error(make_engine: MakeEn
 
     with pytest.raises(RuntimeError, match="stop check"):
         submit(engine, make_stop_check=fail)
-    assert is_idle(engine) and engine._groups == {}
+    assert is_idle(engine) and engine.core.scheduler.is_empty
 
 
 def test_step_that_fails_half_way_ends_nobody_twice(make_engine: MakeEngine) -> None:
@@ -555,7 +555,7 @@ def test_step_that_fails_half_way_ends_nobody_twice(make_engine: MakeEngine) -> 
 
     done = submit(engine, "done", max_tokens=1)
     broken = submit(engine, "broken", make_stop_check=lambda: fail, ignore_eos=True)
-    engine._try_step()
+    engine.step()
     assert done.reasons == [FinishReason.LENGTH]
     assert broken.reasons == [FinishReason.ERROR]
     assert is_idle(engine)
@@ -592,14 +592,14 @@ def test_load_counts_running_and_waiting_and_returns_to_zero(make_engine: MakeEn
     engine = make_engine(max_num_seqs=2)
     submit(engine, num_samples=5, max_tokens=3, ignore_eos=True)
     engine.score(ScoringRequest("s", PROMPT, ((1,),)))
-    engine.step()
+    engine.core.step()
     load = engine.load()
     assert (load.num_running, load.num_waiting, load.max_num_seqs) == (0, 6, 2)
-    engine.step()
+    engine.core.step()
     load = engine.load()
     assert (load.num_running, load.num_waiting, load.max_num_seqs) == (2, 4, 2)
     run(engine)
-    assert engine._groups == {}
+    assert engine.core.scheduler.is_empty
 
 
 # What is reported
@@ -639,9 +639,9 @@ def test_timings_run_from_arrival(make_engine: MakeEngine) -> None:
     engine = make_engine(clock=clock)
     reader = submit(engine, max_tokens=2, ignore_eos=True)
     clock.now_s += 2
-    engine.step()
+    engine.core.step()
     clock.now_s += 3
-    engine.step()
+    engine.core.step()
     timings = reader.endings[0].timings
     assert (timings.queue_s, timings.ttft_s, timings.decode_s) == (2.0, 2.0, 3.0)
 
@@ -690,7 +690,7 @@ def test_engine_that_never_started_ends_what_it_took(make_engine: MakeEngine) ->
 def test_dying_thread_ends_what_it_took_and_is_seen(make_engine: MakeEngine) -> None:
     engine = make_engine()
     reader = submit(engine)
-    engine._runner._backend.error = SystemExit()
+    engine.core.runner.backend.error = SystemExit()
     engine.start()
     engine._thread.join(10)
     assert reader.reasons == [FinishReason.ERROR]
@@ -703,7 +703,7 @@ class Hang:
     """A backend's `forward` that hangs from `begin` on, until `end`."""
 
     def __init__(self, engine: Engine) -> None:
-        backend = engine._runner._backend
+        backend = engine.core.runner.backend
         self._forward = backend.forward
         self._may_run = threading.Event()
         self.is_hung = threading.Event()
@@ -725,7 +725,7 @@ class Hang:
 
 def watch_until_it_ends(engine: Engine) -> None:
     until_s = time.monotonic() + 60
-    while not engine._intake.is_closed:
+    while not engine.core.inbox.is_closed:
         assert time.monotonic() < until_s
         engine.watch()
         time.sleep(0.01)
@@ -835,8 +835,8 @@ def test_random_traffic_ends_every_sequence_exactly_once(make_engine: MakeEngine
         if below(4) == 0:
             engine.cancel(str(below(number + 1)))
         for _ in range(below(4)):
-            engine.step()
+            engine.core.step()
             clock.now_s += 1
     run(engine, max_steps=5000)
     assert all(len(reader.endings) == count for reader, count in readers.values())
-    assert engine._groups == {}
+    assert engine.core.scheduler.is_empty

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from serve.engine.engine import Engine
-from serve.engine.prefill import PromptEntry
+from serve.engine.offline import OfflineEngine
+from serve.engine.runner import PromptEntry
 from serve.engine.scoring import ScoringRequest
 from serve.engine.sequence import GenerationRequest, Sequence, SequenceGroup
 from serve.sampling.params import SamplingParams
@@ -38,12 +39,12 @@ def test_engine_without_work_holds_no_logits(
     ends: list[Any] = []
     sampling = SamplingParams(num_samples=3, max_tokens=4, ignore_eos=True)
     engine.submit(GenerationRequest("r", prompt, sampling), ends.append)
-    steps = engine.run()
+    steps = OfflineEngine(engine).run()
     next(steps)
     assert held(prompt), "they would be seen"
     for _ in steps:
         pass
     engine.score(ScoringRequest("s", prompt, ((7, 8, 9), (4, 5)), with_logits=True))
-    for _ in engine.run():
+    for _ in OfflineEngine(engine).run():
         pass
     assert ends and held(prompt) == []

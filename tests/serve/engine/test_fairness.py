@@ -71,7 +71,7 @@ def submit(
 
 def steps_until(engine: Engine, is_there: Callable[[], object]) -> int:
     for number in range(1, 2000):
-        engine.step()
+        engine.core.step()
         assert engine.load().num_unaccounted == 0
         if is_there():
             return number
@@ -80,14 +80,14 @@ def steps_until(engine: Engine, is_there: Callable[[], object]) -> int:
 
 def run(engine: Engine) -> None:
     steps_until(engine, lambda: engine.load().num_running == engine.load().num_waiting == 0)
-    assert not engine._groups and not engine._scheduler.waiting.clients
+    assert engine.core.scheduler.is_empty
 
 
 def busy(engine: Engine, num_samples: int = 64, num_steps: int = 40) -> Reader:
     """Have one client fill all rows, and be in the middle of it."""
     many = submit(engine, "many", num_samples=num_samples)
     for _ in range(num_steps):
-        engine.step()
+        engine.core.step()
     assert engine.load().num_running == NUM_ROWS
     return many
 
@@ -122,8 +122,8 @@ def test_who_comes_during_a_decode_step_waits_for_no_other_one(make_engine: Make
         if not readers:
             readers.append(submit(engine, "other", temperature=0.0))
 
-    engine._runner._backend.before_pass = before_pass  # type: ignore[attr-defined]
-    engine.step()
+    engine.core.runner.backend.before_pass = before_pass  # type: ignore[attr-defined]
+    engine.core.step()
     assert readers[0].tokens == {0: 1}
 
 
@@ -141,7 +141,7 @@ def test_clients_come_to_have_the_same_rows(make_engine: MakeEngine) -> None:
     many = busy(engine)
     submit(engine, "other", num_samples=64)
     steps_until(engine, lambda: len(many.endings) >= NUM_ROWS)
-    rows = Counter(sequence.client for sequence in engine._scheduler.running)
+    rows = Counter(sequence.client for sequence in engine.core.scheduler.rows.running)
     assert rows == {"many": NUM_ROWS // 2, "other": NUM_ROWS // 2}
     run(engine)
 
@@ -162,7 +162,7 @@ def test_client_that_is_limited_leaves_rows_free_and_its_requests_share(
     steps_until(engine, lambda: few.tokens)
     other = submit(engine, "other", num_samples=6)
     steps_until(engine, lambda: len(other.tokens) == 4)
-    rows = Counter(sequence.client for sequence in engine._scheduler.running)
+    rows = Counter(sequence.client for sequence in engine.core.scheduler.rows.running)
     assert rows == {"many": 4, "other": 4}
     run(engine)
 
@@ -184,7 +184,7 @@ def test_caller_gets_first_tokens_while_another_call_of_its_host_has_all_rows(
         few = ask(live, route, num_samples=1, max_tokens=500)
         wait_until(lambda: all(pair.value("sequences_waiting", role=r.value) == 57 for r in roles))
         for role in roles:
-            running = pair.engines.get(role).engine._scheduler.running
+            running = pair.engines.get(role).engine.core.scheduler.rows.running
             assert {sequence.client for sequence in running} == {"host ipv4:127.0.0.1"}
         for backend in backends:
             backend.is_held.clear()
@@ -236,8 +236,8 @@ def test_samples_that_were_set_aside_get_the_tokens_that_they_would_have_got(
     for number in range(120):
         if number % 3 == 0:
             submit(engine, f"client {number % 4}", (number % 30 + 4,) * 3, max_tokens=6)
-        engine.step()
-        num_aside += sum(s.kv is not None for s in engine._scheduler.waiting)
+        engine.core.step()
+        num_aside += sum(s.kv is not None for s in engine.core.scheduler.rows.waiting)
     run(engine)
     assert num_aside > 50, "hardly anybody made way"
     assert many.completions == expected.completions
@@ -246,16 +246,16 @@ def test_samples_that_were_set_aside_get_the_tokens_that_they_would_have_got(
 def test_no_more_are_set_aside_than_there_are_rows(make_engine: MakeEngine) -> None:
     engine = make_engine()
     busy(engine)
-    aside = next(s for s in engine._scheduler.waiting)
+    aside = next(s for s in engine.core.scheduler.rows.waiting)
     few = submit(engine, "other")
-    engine._intake.run()
+    engine.core.inbox.run()
     for _ in range(NUM_ROWS):
-        engine._scheduler.waiting.put_back(replace(aside, kv=torch.empty(0)))
-    assert engine._scheduler.find_claim() is None
-    first = engine._scheduler.waiting.next({}, NUM_ROWS)
+        engine.core.scheduler.rows.waiting.put_back(replace(aside, kv=torch.empty(0)))
+    assert engine.core.scheduler.rows.find_claim(0.0) is None
+    first = engine.core.scheduler.rows.waiting.next({}, NUM_ROWS)
     assert first is not None
     first.kv = None
-    claim = engine._scheduler.find_claim()
+    claim = engine.core.scheduler.rows.find_claim(0.0)
     assert claim is not None and claim.newcomer.client == "other" and not few.tokens
 
 
@@ -264,10 +264,10 @@ def test_client_that_makes_way_keeps_a_row_and_nobody_moves_to_and_fro(
 ) -> None:
     engine = make_engine(max_num_seqs=2)
     set_aside: list[Any] = []
-    keep = engine._scheduler.set_aside
-    engine._scheduler.set_aside = lambda s: set_aside.append(s) or keep(s)  # type: ignore
+    keep = engine.core.scheduler.rows.set_aside
+    engine.core.scheduler.rows.set_aside = lambda s: set_aside.append(s) or keep(s)  # type: ignore
     first = submit(engine, "a", num_samples=2, max_tokens=30)
-    engine.step()
+    engine.core.step()
     readers = [first, *(submit(engine, client, num_samples=2, max_tokens=30) for client in "bc")]
     run(engine)
     assert [len(reader.endings) for reader in readers] == [2, 2, 2]
@@ -281,9 +281,9 @@ def test_prompt_that_cannot_enter_yet_sets_nobody_aside(make_engine: MakeEngine)
     submit(engine, "many", num_samples=4)
     steps_until(engine, lambda: engine.load().num_running == 8)
     submit(engine, "other", LONG)
-    engine.step()
-    assert len(engine._scheduler.running) == 4
-    assert not any(sequence.kv is not None for sequence in engine._scheduler.waiting)
+    engine.core.step()
+    assert len(engine.core.scheduler.rows.running) == 4
+    assert not any(sequence.kv is not None for sequence in engine.core.scheduler.rows.waiting)
     run(engine)
 
 
@@ -293,7 +293,7 @@ def test_samples_that_are_set_aside_are_cancelled_like_others(make_engine: MakeE
     few = submit(engine, "other", request_id="few")
     steps_until(engine, lambda: few.tokens)
     engine.cancel("r")
-    engine.step()
+    engine.core.step()
     assert many.reasons == {FinishReason.CANCELLED}
     assert sorted(Counter(many.tokens).values())[0] > 30, "the one that was set aside lost its own"
     run(engine)
@@ -309,7 +309,7 @@ def test_where_memory_is_short_nobody_is_set_aside_and_nobody_harmed(
     def read_kv(*where: int) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(engine._runner._backend, "read_kv", read_kv)
+    monkeypatch.setattr(engine.core.runner.backend, "read_kv", read_kv)
     few = submit(engine, "other")
     steps_until(engine, lambda: few.tokens)
     assert len(many.endings) == NUM_ROWS

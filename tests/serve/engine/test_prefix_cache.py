@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from serve.engine.prefill import Prefiller, chunk_size
-from serve.engine.prefix_cache import PrefixCache
-from serve.engine.prompt import BLOCK_TOKENS, TokenizedPrompt
+from serve.engine.prefix_cache import BLOCK_TOKENS, PrefixCache, TokenizedPrompt, chunk_size
+from serve.engine.runner import Prefiller
 
 FULL = 2 * BLOCK_TOKENS
 
@@ -24,7 +23,7 @@ def backend(make_backend: Any) -> Any:
 
 
 def fill(backend: Any, cache: PrefixCache, tokens: TokenizedPrompt) -> torch.Tensor:
-    [entry] = Prefiller(backend, cache, 10_000).run_batch(0, [tokens])
+    [entry] = Prefiller(backend, cache).run_batch(0, [tokens])
     assert entry.logits is not None
     return entry.logits
 

@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from serve.engine.engine import Engine
+from serve.engine.offline import OfflineEngine
 from serve.engine.scoring import ScoringRequest
 from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
 from serve.models.kv_cache import KVCache
@@ -65,7 +66,7 @@ def submit(engine: Engine, prompt: tuple[int, ...], num_samples: int = 1) -> lis
 
 
 def run(engine: Engine) -> None:
-    for _ in engine.run():
+    for _ in OfflineEngine(engine).run():
         pass
 
 
@@ -93,7 +94,7 @@ def fail_long(engine: Engine) -> None:
 def cancel_long(engine: Engine) -> None:
     ended = [submit(engine, (*LONG_BAD, i)) for i in range(3)]
     for _ in range(9):
-        engine.step()
+        engine.core.step()
     for i in range(3):
         engine.cancel(str((*LONG_BAD, i)))
     run(engine)
@@ -110,27 +111,27 @@ def score_in_one_pass(engine: Engine) -> None:
 
 
 def score_by_decoding(engine: Engine) -> None:
-    engine._scores_in_one_pass = False
+    engine.scores_in_one_pass = False
     lengths = (9, 4, 6)  # so that rows move while others hold NaN
     completions = tuple((3, POISON, *range(4, 4 + length)) for length in lengths)
     future = engine.score(ScoringRequest("a", (1, 2), completions))
     run(engine)
-    engine._scores_in_one_pass = True
+    engine.scores_in_one_pass = True
     assert all(np.isnan(score.logprobs).any() for score in future.result(0))
 
 
 def fail_the_engine(engine: Engine) -> None:
-    engine._scores_in_one_pass = False
+    engine.scores_in_one_pass = False
     engine.score(ScoringRequest("a", (1, 2), ((3, POISON, 4, 5, 6, 7),) * 3))
     for _ in range(4):
-        engine.step()
-    engine._scores_in_one_pass = True
-    engine._recover()
+        engine.core.step()
+    engine.scores_in_one_pass = True
+    engine.core.recover()
 
 
 def break_behind_the_pass(engine: Engine, error: Exception, prompt: tuple[int, ...]) -> None:
     """Have a pass write NaN, and fail before anybody sees its logits."""
-    backend = engine._runner._backend
+    backend = engine.core.runner.backend
     forward = backend.forward
 
     def failing(*args: Any) -> torch.Tensor:
@@ -145,8 +146,8 @@ def break_behind_the_pass(engine: Engine, error: Exception, prompt: tuple[int, .
 def submit_and_try(engine: Engine, prompt: tuple[int, ...]) -> list[FinishedEvent]:
     ended = submit(engine, prompt)
     while not ended:
-        engine._intake.run()
-        engine._try_step()
+        engine.core.inbox.run()
+        engine.step()
     return ended
 
 
@@ -157,11 +158,11 @@ def run_out_of_memory(engine: Engine) -> None:
 
 def fail_behind_the_pass(engine: Engine) -> None:
     break_behind_the_pass(engine, RuntimeError(), BAD)
-    engine._num_failed_steps = 0
+    engine.core._num_failed_steps = 0
 
 
 def sample_without_memory(engine: Engine) -> None:
-    with patch.object(engine._sampler, "sample", side_effect=torch.OutOfMemoryError()):
+    with patch.object(engine.core.runner.sampler, "sample", side_effect=torch.OutOfMemoryError()):
         (ended,) = submit_and_try(engine, BAD)
     assert ended.finish_reason is FinishReason.ERROR
 

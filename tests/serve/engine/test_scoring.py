@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from serve.engine.engine import Engine
-from serve.engine.prefill import Prefiller
-from serve.engine.prefix_cache import PrefixCache
-from serve.engine.prompt import TokenizedPrompt
+from serve.engine.offline import OfflineEngine
+from serve.engine.prefix_cache import PrefixCache, TokenizedPrompt
+from serve.engine.runner import Prefiller
 from serve.engine.scoring import (
     ForcedScores,
     ScoredCompletion,
@@ -50,7 +50,7 @@ def run_job(
     max_tokens: int = 1000,
 ) -> list[ScoredCompletion]:
     """Score to the end; every pass must take cache rows and tokens within its bounds."""
-    prefiller = Prefiller(backend, PrefixCache(backend, 0), max_tokens)
+    prefiller = Prefiller(backend, PrefixCache(backend, 0))
     job = ScoringJob(request)
     while not job.is_done:
         backend.calls.clear()
@@ -134,7 +134,7 @@ def test_logits_of_every_completion_position_come_when_asked_for(
 def test_prompt_runs_once_and_the_last_token_of_a_completion_never(make_backend: Any) -> None:
     backend = make_backend()
     job = ScoringJob(make_request())
-    prefiller = Prefiller(backend, PrefixCache(backend, 0), 1000)
+    prefiller = Prefiller(backend, PrefixCache(backend, 0))
     while not job.is_done:
         job.advance(prefiller, 0, 4, 1000)
     assert backend.calls == [(0, [3], [0]), (0, [3, 2, 1], [3, 3, 3])]
@@ -143,7 +143,7 @@ def test_prompt_runs_once_and_the_last_token_of_a_completion_never(make_backend:
 def test_prompt_that_was_generated_from_is_not_run_again(make_backend: Any) -> None:
     backend = make_backend()
     prefix_cache = PrefixCache(backend, 1 << 20)
-    prefiller = Prefiller(backend, prefix_cache, 1000)
+    prefiller = Prefiller(backend, prefix_cache)
     prefiller.run_batch(0, [TokenizedPrompt.of(PROMPT, "")])
     backend.calls.clear()
     job = ScoringJob(make_request())
@@ -159,7 +159,7 @@ def make_engine(backend: Any, *, in_one_pass: bool) -> Engine:
 def scores_of(engine: Engine, request: ScoringRequest) -> list[Any]:
     future = engine.score(request)
     while not future.done():
-        engine.step()
+        engine.core.step()
     return future.result()
 
 
@@ -190,7 +190,7 @@ def test_scoring_past_its_deadline_fails_with_timeout_and_runs_nothing(
     backend = make_backend()
     engine = make_engine(backend, in_one_pass=in_one_pass)
     future = engine.score(make_request(deadline_s=engine.clock() - 1))
-    engine.step()
+    engine.core.step()
     with pytest.raises(TimeoutError, match="deadline"):
         future.result(0)
     assert backend.calls == [] and engine.load().num_waiting == 0
@@ -201,7 +201,7 @@ def test_cancelled_scoring_fails_with_cancelled(make_backend: Any, in_one_pass: 
     engine = make_engine(make_backend(), in_one_pass=in_one_pass)
     future = engine.score(make_request())
     engine.cancel("r")
-    engine.step()
+    engine.core.step()
     with pytest.raises(CancelledError):
         future.result(0)
     assert engine.load().num_waiting == 0
@@ -233,7 +233,7 @@ def test_two_scorings_may_share_a_request_id(make_backend: Any) -> None:
     engine = make_engine(make_backend(), in_one_pass=False)
     futures = [engine.score(make_request()), engine.score(make_request(completions=((4, 4),)))]
     while not all(future.done() for future in futures):
-        engine.step()
+        engine.core.step()
     assert [len(future.result()) for future in futures] == [4, 1]
 
 
@@ -274,7 +274,7 @@ def test_token_that_the_model_does_not_have_fails_the_one_who_asks(
     size = backend.info.vocab_size
     with pytest.raises(EngineFailedError, match=f"no token {size}: its vocabulary has {size}"):
         engine.score(make_request(completions=((1, size - 1), (2, size, 3))))
-    for _ in engine.run():
+    for _ in OfflineEngine(engine).run():
         pass
     assert len(future.result()) == len(COMPLETIONS)
     assert engine.load().num_unaccounted == engine.load().num_waiting == 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from serve.engine.engine import Engine
+from serve.engine.offline import OfflineEngine
 from serve.engine.scoring import ScoringJob, ScoringRequest
-from serve.engine.scoring_queue import ScoringQueue
+from serve.engine.waiting import ScoringQueue
 
 
 def make(*clients: str) -> ScoringQueue:
@@ -52,6 +53,6 @@ def test_engine_scores_for_clients_in_turns(make_backend: Any) -> None:
     for client in "aaab":
         request = ScoringRequest("r", (5, 6, 7), ((8, 9),) * 3, client=client)
         engine.score(request).add_done_callback(lambda done, client=client: order.append(client))
-    for _ in engine.run():
+    for _ in OfflineEngine(engine).run():
         pass
     assert "".join(order) == "abaa"

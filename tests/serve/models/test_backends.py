@@ -292,7 +292,7 @@ def generate(backend: Any, **settings: Any) -> list[tuple[int, ...]]:
         prompt = tuple(text(3 + 2 * number, number))
         engine.submit(GenerationRequest(str(number), prompt, params), sink)
     while len(endings) < 8:
-        engine.step()
+        engine.core.step()
     return [endings[key] for key in sorted(endings)]
 
 
@@ -305,8 +305,8 @@ def test_samples_that_make_way_for_others_go_on_with_the_same_tokens(load: Any, 
         params = SamplingParams(num_samples=9, max_tokens=16, seed=5, ignore_eos=True)
         engine.submit(GenerationRequest("r", tuple(text(7)), params, client="a"), endings.extend)
         while sum(isinstance(event, FinishedEvent) for event in endings) < 9:
-            engine.step()
-            num_aside += sum(s.kv is not None for s in engine._scheduler.waiting)
+            engine.core.step()
+            num_aside += sum(s.kv is not None for s in engine.core.scheduler.rows.waiting)
             if num_others:
                 num_others -= 1
                 short = SamplingParams(max_tokens=3, seed=num_others, ignore_eos=True)
@@ -331,12 +331,12 @@ def test_int8_scores_by_forced_decoding_are_the_bits_of_its_samples(load: Any) -
     params = SamplingParams(num_samples=3, max_tokens=9, seed=5, ignore_eos=True)
     engine.submit(GenerationRequest("r", tuple(text(7)), params), endings.extend)
     while sum(isinstance(event, FinishedEvent) for event in endings) < 3:
-        engine.step()
+        engine.core.step()
     finished = [event for event in endings if isinstance(event, FinishedEvent)]
     completions = tuple(event.token_ids for event in finished)
     future = engine.score(ScoringRequest("s", tuple(text(7)), completions))
     while not future.done():
-        engine.step()
+        engine.core.step()
     assert [tuple(one.logprobs) for one in future.result()] == [e.logprobs for e in finished]
 
 
@@ -349,12 +349,12 @@ def test_greedy_completion_is_greedy_token_by_token(
     params = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
     engine.submit(GenerationRequest("r", tuple(text(7)), params), endings.extend)
     while not endings or not isinstance(endings[-1], FinishedEvent):
-        engine.step()
+        engine.core.step()
     greedy = endings[-1].token_ids
     other = (*greedy[:4], (greedy[4] + 1) % 100, *greedy[5:])
     future = engine.score(ScoringRequest("s", tuple(text(7)), (greedy, other)))
     while not future.done():
-        engine.step()
+        engine.core.step()
     found = [one.is_greedy.tolist() for one in future.result()]
     assert found[0] == [True] * 9 and found[1][:5] == [True] * 4 + [False]
 

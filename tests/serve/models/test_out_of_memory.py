@@ -12,9 +12,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from serve.engine.engine import MAX_FAILED_STEPS, OUT_OF_MEMORY, Engine
-from serve.engine.prompt import TokenizedPrompt
-from serve.engine.scheduler import MIN_CALM_STEPS
+from serve.engine.core import MAX_FAILED_STEPS
+from serve.engine.engine import Engine
+from serve.engine.prefix_cache import TokenizedPrompt
+from serve.engine.rows import MIN_CALM_STEPS
+from serve.engine.scheduler import OUT_OF_MEMORY
 from serve.engine.scoring import ScoringRequest
 from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
 from serve.errors import EngineFailedError, EngineStoppedError
@@ -119,10 +121,10 @@ def submit(engine: Engine, prompt: tuple[int, ...], num_samples: int = 2) -> lis
 
 def run(engine: Engine) -> None:
     for _ in range(500):
-        engine.step()
+        engine.core.step()
         load = engine.load()
         if load.num_running == load.num_waiting == 0:
-            assert load.num_unaccounted == 0 and not engine._groups and not engine._endings
+            assert load.num_unaccounted == 0 and engine.core.scheduler.is_empty
             return
     raise AssertionError(f"still busy: {engine.load()}")
 
@@ -200,7 +202,7 @@ def test_decode_step_without_memory_ends_the_youngest_and_lets_nobody_in_its_pla
     engine = make_engine(lambda lengths, tokens: max(lengths) > 1 or len(lengths) <= 4)
     ended = [submit(engine, PROMPTS[0])]
     for prompt in PROMPTS[1:]:
-        engine.step()
+        engine.core.step()
         ended.append(submit(engine, prompt))
     run(engine)
     reasons = [{event.finish_reason for event in events} for events in ended]
@@ -222,13 +224,13 @@ def test_memory_that_is_short_once_throttles_no_load_that_goes_on(
     for start in range(3):  # that never end together
         youngest = submit(engine, (start + 4, 5), num_samples=1)
         for _ in range(2):
-            engine.step()
+            engine.core.step()
     failures += [1, 1]  # a decode step, and its second try
     num_running = []
     for number in range(6 * MIN_CALM_STEPS):
         if engine.load().num_waiting < 2:
             submit(engine, (number % 30 + 4, 5), num_samples=1)
-        engine.step()
+        engine.core.step()
         num_running.append(engine.load().num_running)
     assert [event.error for event in youngest] == [OUT_OF_MEMORY]
     assert num_running[1] == 2 and 0 not in num_running
@@ -242,26 +244,26 @@ def test_work_that_ran_out_of_memory_is_no_success_between_failures(
     engine = make_engine()
     for number in range(MAX_FAILED_STEPS):
         run_without_memory(engine, number, is_sampling)
-        engine._runner._backend.error = RuntimeError("the device is lost")  # type: ignore[attr-defined]
+        engine.core.runner.backend.error = RuntimeError("the device is lost")  # type: ignore[attr-defined]
         submit(engine, (5, 6, number + 10))
-        engine._try_step()
-        engine._runner._backend.error = None  # type: ignore[attr-defined]
+        engine.step()
+        engine.core.runner.backend.error = None  # type: ignore[attr-defined]
     with pytest.raises(EngineStoppedError):
         submit(engine, (5, 6))
 
 
 def run_without_memory(engine: Engine, number: int, is_sampling: bool) -> None:
     """Score something, or decode a token, for which there is no memory."""
-    draw = engine._sampler.sample
+    draw = engine.core.runner.sampler.sample
     if is_sampling:
         submit(engine, (5, 6, number + 4), num_samples=1)
-        engine.step()
-        engine._sampler.sample = lambda *given: allocate_too_much()  # type: ignore
+        engine.core.step()
+        engine.core.runner.sampler.sample = lambda *given: allocate_too_much()  # type: ignore
     else:
         engine.score(ScoringRequest("s", (5, HEAVY), ((1, 2),)))
-        engine._runner._backend.fits = lambda lengths, tokens: HEAVY not in tokens  # type: ignore[attr-defined]
+        engine.core.runner.backend.fits = lambda lengths, tokens: HEAVY not in tokens  # type: ignore[attr-defined]
     run(engine)
-    engine._sampler.sample = draw  # type: ignore[method-assign]
+    engine.core.runner.sampler.sample = draw  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("in_one_pass", [True, False])
@@ -303,9 +305,9 @@ def test_scoring_that_there_is_no_memory_for_fails_alone(
 def test_cached_prompts_make_room(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine()
     answers(engine, PROMPTS)
-    cache = engine._runner._prefix_cache
+    cache = engine.core.runner.prefix_cache
     assert cache.size_bytes > 0
-    engine._runner._backend.fits = once(lambda lengths, tokens: False)  # type: ignore[attr-defined]
+    engine.core.runner.backend.fits = once(lambda lengths, tokens: False)  # type: ignore[attr-defined]
     answers(engine, [LONG])
     assert cache.count_cached(TokenizedPrompt.of(PROMPTS[0], "")) == 0
 
@@ -315,9 +317,9 @@ def test_prompt_that_there_is_no_memory_to_cache_is_answered(
 ) -> None:
     expected = answers(make_engine(), PROMPTS)
     engine = make_engine()
-    monkeypatch.setattr(engine._runner._backend, "read_kv", lambda *where: allocate_too_much())
+    monkeypatch.setattr(engine.core.runner.backend, "read_kv", lambda *where: allocate_too_much())
     assert answers(engine, PROMPTS) == expected
-    assert engine._runner._prefix_cache.size_bytes == 0
+    assert engine.core.runner.prefix_cache.size_bytes == 0
 
 
 @pytest.mark.parametrize("num_failures", [1, 2])
@@ -326,14 +328,14 @@ def test_sampling_out_of_memory_is_tried_again_and_then_ends_what_cannot_wait(
     make_engine: Callable[..., Engine], num_failures: int, is_first_token: bool
 ) -> None:
     engine = make_engine()
-    draw, failures = engine._sampler.sample, iter(range(num_failures))
+    draw, failures = engine.core.runner.sampler.sample, iter(range(num_failures))
 
     def sample(logits: torch.Tensor, sequences: Any) -> Any:
         if bool(sequences[0].token_ids) != is_first_token and next(failures, None) is not None:
             allocate_too_much()
         return draw(logits, sequences)
 
-    engine._sampler.sample = sample  # type: ignore[method-assign]
+    engine.core.runner.sampler.sample = sample  # type: ignore[method-assign]
     expected = answers(make_engine(), PROMPTS)
     got = answers(engine, PROMPTS)
     num_lost = sum(samples == [None, None] for samples in got)

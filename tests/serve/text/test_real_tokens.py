@@ -19,6 +19,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from estimators.divergence import exact_kl
 from serve.engine.engine import Engine
+from serve.engine.offline import OfflineEngine
 from serve.engine.scoring import ScoringRequest
 from serve.engine.sequence import FinishedEvent, GenerationRequest
 from serve.models.onnx_backend import OnnxBackend
@@ -96,7 +97,7 @@ def answer(backend: Any, temperature: float) -> list[FinishedEvent]:
     engine, events = Engine(backend, eos_token_ids=frozenset()), list[Any]()
     params = SamplingParams(num_samples=3, max_tokens=20, temperature=temperature, seed=1)
     engine.submit(GenerationRequest("r", PROMPT, params), events.extend)
-    for _ in engine.run():
+    for _ in OfflineEngine(engine).run():
         pass
     return [event for event in events if isinstance(event, FinishedEvent)]
 
@@ -138,7 +139,7 @@ def test_logprobs_are_normalised_over_real_tokens(load: Any, kind: str) -> None:
 def test_scores_and_their_logits_are_of_real_tokens(load: Any, in_one_pass: bool) -> None:
     engine = Engine(load("onnx"), eos_token_ids=frozenset(), scores_in_one_pass=in_one_pass)
     future = engine.score(ScoringRequest("s", PROMPT, ((3, 4, 5),), with_logits=True))
-    for _ in engine.run():
+    for _ in OfflineEngine(engine).run():
         pass
     (scored,) = future.result()
     assert scored.logits is not None and scored.logits.shape == (3, NUM_TOKENS)
