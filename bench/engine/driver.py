@@ -17,6 +17,7 @@ from bench.engine.graph import lengthen
 from bench.prompts import PromptSource
 from bundle.model_config import read_model_config
 from serve.engine.engine import Engine
+from serve.engine.offline import OfflineEngine
 from serve.engine.scoring import ScoredCompletion, ScoringRequest
 from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
 from serve.engine.stats import EngineObserver
@@ -241,7 +242,7 @@ class Driver:
     def work(self) -> Iterator[None]:
         """Step until nothing is left, yielding after each step."""
         torch.set_num_threads(self._num_torch_threads)
-        yield from self._engine.run()
+        yield from OfflineEngine(self._engine).run()
 
     def run(self) -> None:
         for _ in self.work():

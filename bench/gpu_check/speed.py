@@ -19,6 +19,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from bench.gpu_check.machine import Bench, Result, count_parameters
 from bundle.model_config import read_model_config
 from serve.engine.engine import Engine
+from serve.engine.offline import OfflineEngine
 from serve.engine.sequence import Event, GenerationRequest, TokenEvent
 from serve.engine.stats import EngineObserver
 from serve.models.backend import Backend
@@ -120,7 +121,7 @@ def _engine_step_s(bench: Bench, backend: Backend, batch: int) -> float:
     for index, prompt in enumerate(bench.tokens(batch, 32)):
         request = GenerationRequest(str(index), tuple(prompt), sampling, cache_salt=None)
         engine.submit(request, lambda events: None)
-    for _ in engine.run():
+    for _ in OfflineEngine(engine).run():
         pass
     return statistics.median(times.decode_s[batch])
 
@@ -231,7 +232,7 @@ def _token_times(bench: Bench, backend: Backend, num_samples: int = 1) -> list[f
     engine = Engine(backend, eos_token_ids=frozenset())
     (prompt,) = bench.tokens(1, 16)
     engine.submit(GenerationRequest("r", tuple(prompt), params, cache_salt=None), sink)
-    for _ in engine.run():
+    for _ in OfflineEngine(engine).run():
         pass
     return [later - earlier for earlier, later in itertools.pairwise(arrivals_s)]
 

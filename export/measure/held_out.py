@@ -41,6 +41,7 @@ from export.run.errors import ExportError
 from export.student.losses import exact_logprobs
 from export.teacher.examples import Example
 from serve.engine.engine import Engine
+from serve.engine.offline import OfflineEngine
 from serve.engine.scoring import ScoringRequest
 from serve.models.backend import Backend
 from serve.models.noise import MAX_PATH_NOISE_NATS, measure_noise_floor
@@ -173,33 +174,25 @@ def evaluate(
     return scores.held_out(hash_json(prompts))
 
 
-def _engine(name: str, backend: Backend) -> Engine:
-    return Engine(
-        backend,
-        eos_token_ids=frozenset(),
-        name=name,
-        scores_in_one_pass=measure_noise_floor(backend).path_nats <= MAX_PATH_NOISE_NATS,
-    )
+def _engine(name: str, backend: Backend) -> OfflineEngine:
+    in_one_pass = measure_noise_floor(backend).path_nats <= MAX_PATH_NOISE_NATS
+    engine = Engine(backend, eos_token_ids=frozenset(), name=name, scores_in_one_pass=in_one_pass)
+    return OfflineEngine(engine)
 
 
-def _logits(engine: Engine, batch: Sequence[Example]) -> list[torch.Tensor]:
+def _logits(engine: OfflineEngine, batch: Sequence[Example]) -> list[torch.Tensor]:
     """Return the raw logits `(T, V)` of each example's completion positions."""
-    futures = [
-        engine.score(
-            ScoringRequest(
-                request_id=str(index),
-                prompt_token_ids=example.prompt_token_ids,
-                completions=(example.completion_token_ids,),
-                with_logits=True,
-            )
+    requests = [
+        ScoringRequest(
+            request_id=str(index),
+            prompt_token_ids=example.prompt_token_ids,
+            completions=(example.completion_token_ids,),
+            with_logits=True,
         )
         for index, example in enumerate(batch)
     ]
-    for _ in engine.run():
-        pass
     logits = []
-    for future in futures:
-        (scored,) = future.result()
+    for (scored,) in engine.score(requests):
         assert scored.logits is not None, "asked for with_logits"
         logits.append(torch.from_numpy(scored.logits))
     return logits

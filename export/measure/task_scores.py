@@ -6,8 +6,7 @@ on its model, its task and its sample index alone, never on what else is in the 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,7 +21,8 @@ from export.teacher.grading import Grade, SecondOpinion, ask_second_opinion, gra
 from export.teacher.sample import task_seed
 from export.teacher.tasks import Task
 from serve.engine.engine import Engine
-from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
+from serve.engine.offline import OfflineEngine
+from serve.engine.sequence import FinishedEvent, FinishReason, GenerationRequest
 from serve.models.backend import Backend
 from serve.pair.answers.formats import starts_in_reasoning
 from serve.sampling.params import SamplingParams
@@ -171,8 +171,9 @@ def evaluate_tasks(
     total = len(backends) * len(tasks) * config.num_samples
     events: dict[tuple[str, str, int], FinishedEvent] = {}
     for model, backend in backends.items():
-        for task_id, event in _sample(_engine(model, backend, eos_token_ids, requests), requests):
-            events[model, task_id, event.index] = event
+        engine = _engine(model, backend, eos_token_ids, requests)
+        for request, event in engine.generate(requests):
+            events[model, request.request_id, event.index] = event
             progress(len(events), total)
     completions, second_opinion = _judge(tasks, requests, events, tokenizer)
     by_task: dict[tuple[str, str], list[TaskCompletion]] = {}
@@ -217,27 +218,11 @@ def _engine(
     backend: Backend,
     eos_token_ids: frozenset[int],
     requests: Sequence[GenerationRequest],
-) -> Engine:
+) -> OfflineEngine:
     num_samples = sum(request.sampling.num_samples for request in requests)
-    return Engine(backend, eos_token_ids=eos_token_ids, name=model, max_waiting=num_samples)
-
-
-def _sample(
-    engine: Engine, requests: Sequence[GenerationRequest]
-) -> Iterator[tuple[str, FinishedEvent]]:
-    """Yield every completion's task id and last event, in the order in which they finish."""
-    finished: list[tuple[str, FinishedEvent]] = []
-    for request in requests:
-        engine.submit(request, functools.partial(_keep_finished, finished, request.request_id))
-    for _ in engine.run():
-        yield from finished
-        finished.clear()
-
-
-def _keep_finished(
-    finished: list[tuple[str, FinishedEvent]], task_id: str, events: list[Event]
-) -> None:
-    finished += [(task_id, event) for event in events if isinstance(event, FinishedEvent)]
+    return OfflineEngine(
+        Engine(backend, eos_token_ids=eos_token_ids, name=model, max_waiting=num_samples)
+    )
 
 
 def _judge(

@@ -17,7 +17,8 @@ import torch
 from export.teacher.accept import repeated_share
 from export.teacher.examples import Example
 from serve.engine.engine import Engine
-from serve.engine.sequence import Event, FinishedEvent, GenerationRequest
+from serve.engine.offline import OfflineEngine
+from serve.engine.sequence import GenerationRequest
 from serve.models.backend import Backend
 from serve.models.torch_backend import TorchBackend
 from serve.sampling.params import SamplingParams
@@ -55,29 +56,27 @@ def answer_with(
     backend: Backend, prompts: Sequence[tuple[int, ...]], settings: AnswerSettings
 ) -> list[Example]:
     """Return a loaded model's completions of `prompts`, as `answer` does."""
-    finished: dict[int, tuple[int, ...]] = {}
     engine = Engine(
         backend,
         eos_token_ids=settings.eos_token_ids,
         max_waiting=len(prompts),
         name="student",
     )
-    for index, prompt in enumerate(prompts):
-        sampling = SamplingParams(
-            temperature=settings.temperature,
-            max_tokens=settings.max_tokens,
-            seed=settings.seed + index,
+    requests = [
+        GenerationRequest(
+            str(index),
+            prompt,
+            SamplingParams(
+                temperature=settings.temperature,
+                max_tokens=settings.max_tokens,
+                seed=settings.seed + index,
+            ),
         )
-
-        def keep(events: list[Event], index: int = index) -> None:
-            for event in events:
-                if isinstance(event, FinishedEvent):
-                    finished[index] = event.token_ids
-
-        engine.submit(GenerationRequest(str(index), prompt, sampling), keep)
-    for _ in engine.run():
-        pass
-    return [Example(prompt, finished[index]) for index, prompt in enumerate(prompts)]
+        for index, prompt in enumerate(prompts)
+    ]
+    ends = OfflineEngine(engine).generate(requests)
+    completions = {request.request_id: event.token_ids for request, event in ends}
+    return [Example(r.prompt_token_ids, completions[r.request_id]) for r in requests]
 
 
 def repetition(examples: Sequence[Example]) -> float:

@@ -22,7 +22,8 @@ from export.run.settings import SampleConfig
 from export.teacher.examples import Example
 from export.teacher.tasks import Task
 from serve.engine.engine import Engine
-from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
+from serve.engine.offline import OfflineEngine
+from serve.engine.sequence import FinishReason, GenerationRequest
 from serve.errors import InvalidFieldError
 from serve.models.torch_backend import TorchBackend
 from serve.sampling.params import SamplingParams
@@ -142,26 +143,33 @@ def _generate(
 def _answers(
     engine: Engine, tokenizer: Tokenizer, tasks: Sequence[Task], config: SampleConfig
 ) -> Iterable[Completion]:
-    finished: list[Completion] = []
-    for task in tasks:
-        prompt = _encode(tokenizer, task, config)
-        sampling = SamplingParams(
-            num_samples=num_samples_of(task, config),
-            temperature=config.temperature,
-            max_tokens=config.max_tokens,
-            seed=task_seed(config.seed, task.task_id),
+    by_id = {task.task_id: task for task in tasks}
+    requests = [_request(tokenizer, task, config) for task in tasks]
+    for request, event in OfflineEngine(engine).generate(requests):
+        task, reason = by_id[request.request_id], event.finish_reason.value
+        if reason not in _USABLE:
+            raise ExportError(
+                f"the teacher's answer to task {task.task_id} ended with "
+                f"{reason}: the log says why; finished rows are kept"
+            )
+        yield Completion(
+            task.task_id,
+            task.split,
+            request.prompt_token_ids,
+            event.token_ids,
+            reason,
+            event.index,
         )
-        request = GenerationRequest(task.task_id, prompt, sampling)
-        engine.submit(request, _sink(task, prompt, finished))
-    for _ in engine.run():
-        for completion in finished:
-            if completion.finish_reason not in _USABLE:
-                raise ExportError(
-                    f"the teacher's answer to task {completion.task_id} ended with "
-                    f"{completion.finish_reason}: the log says why; finished rows are kept"
-                )
-            yield completion
-        finished.clear()
+
+
+def _request(tokenizer: Tokenizer, task: Task, config: SampleConfig) -> GenerationRequest:
+    sampling = SamplingParams(
+        num_samples=num_samples_of(task, config),
+        temperature=config.temperature,
+        max_tokens=config.max_tokens,
+        seed=task_seed(config.seed, task.task_id),
+    )
+    return GenerationRequest(task.task_id, _encode(tokenizer, task, config), sampling)
 
 
 def _encode(tokenizer: Tokenizer, task: Task, config: SampleConfig) -> tuple[int, ...]:
@@ -175,22 +183,6 @@ def _encode(tokenizer: Tokenizer, task: Task, config: SampleConfig) -> tuple[int
             f"{config.max_tokens} exceed sample.max_model_len {config.max_model_len}"
         )
     return prompt
-
-
-def _sink(
-    task: Task, prompt: tuple[int, ...], finished: list[Completion]
-) -> Callable[[list[Event]], None]:
-    def sink(events: list[Event]) -> None:
-        for event in events:
-            if isinstance(event, FinishedEvent):
-                reason = event.finish_reason.value
-                finished.append(
-                    Completion(
-                        task.task_id, task.split, prompt, event.token_ids, reason, event.index
-                    )
-                )
-
-    return sink
 
 
 def task_seed(seed: int, task_id: str) -> int:

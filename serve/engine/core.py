@@ -33,7 +33,7 @@ class EngineCore:
         self.runner = runner
         self.num_unaccounted = 0
         self._outbox = outbox
-        self._stats = stats
+        self.stats = stats
         self._num_failed_steps = 0
 
     def step(self) -> None:
@@ -47,7 +47,7 @@ class EngineCore:
                 result = self.runner.run(work)
                 self.scheduler.update(work, result)
                 self.runner.move_rows(self.scheduler.take_moves())
-                self._stats.on_step(work, result, self.runner.clock())
+                self.stats.on_step(work, result, self.runner.clock())
                 if isinstance(work, Decode | Score) and result.out_of_memory is None:
                     self._num_failed_steps = 0
                 self._settle()

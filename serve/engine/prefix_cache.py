@@ -84,7 +84,7 @@ class PrefixCache:
 
     def __init__(self, backend: Backend, max_bytes: int) -> None:
         self._backend = backend
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._blocks: OrderedDict[bytes, _Block] = OrderedDict()
         self.size_bytes = 0
 
@@ -117,14 +117,14 @@ class PrefixCache:
 
     def store(self, prompt: TokenizedPrompt, row: int, logits: torch.Tensor) -> None:
         """Keep the prompt that `row` begins with, and the logits `(V,)` behind it, uncopied."""
-        if self._max_bytes == 0 or prompt.whole_name is None:
+        if self.max_bytes == 0 or prompt.whole_name is None:
             return
         num_full = len(prompt.block_names) * BLOCK_TOKENS
         self._add(prompt.whole_name, row, num_full, len(prompt.token_ids), logits)
         for index, name in reversed(list(enumerate(prompt.block_names))):
             start = index * BLOCK_TOKENS
             self._add(name, row, start, start + BLOCK_TOKENS, None)
-        while self.size_bytes > self._max_bytes:
+        while self.size_bytes > self.max_bytes:
             _, oldest = self._blocks.popitem(last=False)
             self.size_bytes -= oldest.size_bytes
 

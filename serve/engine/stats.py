@@ -39,19 +39,19 @@ class StepStats:
     """Says what an observer is told of: of scoring, which generates nothing, only its steps."""
 
     def __init__(self, observer: EngineObserver) -> None:
-        self._observer = observer
+        self.observer = observer
 
     def on_step(self, work: Work, result: PassResult, now_s: float) -> None:
         """Count a step in which the model ran."""
         if result.num_rows:
             step_s = now_s - work.started_s
-            self._observer.on_step(work.phase, result.num_rows, step_s, step_s - result.model_s)
+            self.observer.on_step(work.phase, result.num_rows, step_s, step_s - result.model_s)
 
     def on_prompt(self, group: SequenceGroup) -> None:
         """Count a request's prompt once, however often it is prefilled."""
         if not group.is_prompt_counted and not group.is_scoring:
             group.is_prompt_counted = True
-            self._observer.on_prompt(len(group.prompt.token_ids), group.num_cached_tokens)
+            self.observer.on_prompt(len(group.prompt.token_ids), group.num_cached_tokens)
 
     def on_tokens(
         self, sequences: tuple[Sequence, ...], is_drawn: list[bool], now_s: float
@@ -70,15 +70,15 @@ class StepStats:
             if not group.has_token:
                 group.has_token = True
                 arrival_s = group.arrival_s
-                self._observer.on_first_token(now_s - arrival_s, sequence.started_s - arrival_s)
-        self._observer.on_tokens(num_tokens)
+                self.observer.on_first_token(now_s - arrival_s, sequence.started_s - arrival_s)
+        self.observer.on_tokens(num_tokens)
         for itl_s, count in intervals.items():
-            self._observer.on_token_interval(itl_s, count)
+            self.observer.on_token_interval(itl_s, count)
 
     def on_finished(self, sequence: Sequence, reason: FinishReason) -> None:
         """Count a sample's end, and its tokens where they were for nothing."""
         if sequence.group.is_scoring:
             return
-        self._observer.on_finished(reason)
+        self.observer.on_finished(reason)
         if reason not in _COMPLETE:
-            self._observer.on_wasted(reason, len(sequence.token_ids))
+            self.observer.on_wasted(reason, len(sequence.token_ids))

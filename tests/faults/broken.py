@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from serve.engine.engine import Engine
-from serve.engine.intake import Intake
+from serve.engine.mail import Inbox
 from serve.engine.sequence import EventSink, GenerationRequest
 from serve.errors import QueueFullError
 from serve.pair.coordinator import Coordinator
@@ -57,13 +57,13 @@ def _leaking_tasks() -> Callable[..., Any]:
 
 def _leaking_queue() -> Callable[..., None]:
     """Every refused request keeps its place in the queue."""
-    check_room = Intake.check_room
+    check_room = Inbox.check_room
 
-    def leak(intake: Intake, count: int) -> None:
+    def leak(inbox: Inbox, count: int) -> None:
         try:
-            check_room(intake, count)
+            check_room(inbox, count)
         except QueueFullError:
-            intake.num_admitted += count
+            inbox.num_admitted += count
             raise
 
     return leak
@@ -75,7 +75,7 @@ _BUILDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
         "serve.pair.coordinator.Coordinator.answer": _leaking_tasks(),
     },
     "refusals": {
-        "serve.engine.intake.Intake.check_room": _leaking_queue(),
+        "serve.engine.mail.Inbox.check_room": _leaking_queue(),
         "serve.rpc.statuses._retry_after_s": lambda error: None,
     },
 }

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from serve.engine.engine import Engine
-from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
+from serve.engine.offline import OfflineEngine
+from serve.engine.sequence import FinishReason, GenerationRequest
 from serve.models.backend import Backend
 from serve.sampling.params import SamplingParams
 
@@ -18,24 +19,22 @@ PACKAGES = ("torch", "transformers", "onnxruntime")
 
 
 class TandemRunner:
-    """See `bench.peers.worker.PeerModel`. Works on the calling thread, as `Engine.run` does."""
+    """See `bench.peers.worker.PeerModel`. Works on the calling thread."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._engine = Engine(backend, eos_token_ids=frozenset())
+        self._engine = OfflineEngine(Engine(backend, eos_token_ids=frozenset()))
         self._request_ids = itertools.count()
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[int, ...]]:
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        finished: dict[str, FinishedEvent] = {}
-        for prompt in prompts:
-            request_id = str(next(self._request_ids))
-            request = GenerationRequest(request_id, tuple(prompt), sampling)
-            self._engine.submit(request, _Finish(request_id, finished))
-        for _ in self._engine.run():
-            pass
-        events = [finished[request_id] for request_id in sorted(finished, key=int)]
+        requests = [
+            GenerationRequest(str(next(self._request_ids)), tuple(prompt), sampling)
+            for prompt in prompts
+        ]
+        ends = {r.request_id: event for r, event in self._engine.generate(requests)}
+        events = [ends[request.request_id] for request in requests]
         assert all(e.finish_reason is FinishReason.LENGTH for e in events), events
         return [event.token_ids for event in events]
 
@@ -44,19 +43,6 @@ class TandemRunner:
         last = len(token_ids) - 1
         wanted = list(range(last - num_rows, last))
         return self._backend.forward(0, [token_ids], [0], [wanted]).numpy().copy()
-
-
-class _Finish:
-    """An event sink that keeps the terminal event of one request."""
-
-    def __init__(self, request_id: str, finished: dict[str, FinishedEvent]) -> None:
-        self._request_id = request_id
-        self._finished = finished
-
-    def __call__(self, events: list[Event]) -> None:
-        for event in events:
-            if isinstance(event, FinishedEvent):
-                self._finished[self._request_id] = event
 
 
 def load(options: dict[str, Any]) -> TandemRunner:

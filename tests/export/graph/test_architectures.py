@@ -71,7 +71,7 @@ def engine_tokens(backend: Any) -> list[int]:
     sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
     engine.submit(GenerationRequest("greedy", tuple(PROMPT), sampling), events.extend)
     while not any(isinstance(event, FinishedEvent) for event in events):
-        engine.step()
+        engine.core.step()
     return list(events[-1].token_ids)  # type: ignore[union-attr]
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from socketserver import TCPServer
 from typing import Any
 
 import pytest
-from serve.engine.outbox import Outbox
 
 from serve.app.server import SERVER_OPTIONS
+from serve.engine.core import EngineCore
 from serve.engine.engine import Engine
+from serve.engine.mail import Outbox
+from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import TokenEvent
 from serve.http.server import _HttpServer
 from serve.rpc.calls import CallGuard
@@ -39,23 +42,22 @@ def test_engine_that_hears_of_no_cancel_leaks(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_engine_that_hears_late_of_a_cancel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    end_request = Engine._end_request
+    end_request, step = Scheduler.end_request, EngineCore.step
+    told: list[list[Any]] = []  # how many steps are left, to whom, and what
 
-    def late(engine: Engine, *arguments: Any, num_steps: int = 4, **options: Any) -> None:
-        if num_steps:
-            again = {"num_steps": num_steps - 1, **options}
-            step = engine._balance
+    def hear(scheduler: Scheduler, *arguments: Any, **options: Any) -> None:
+        told.append([4, scheduler, partial(end_request, scheduler, *arguments, **options)])
 
-            def then() -> None:
-                engine._balance = step  # type: ignore[method-assign]
-                engine._intake.tell(lambda: late(engine, *arguments, **again))
-                step()
+    def step_and_hear(core: EngineCore) -> None:
+        step(core)
+        for late in [late for late in told if late[1] is core.scheduler]:
+            late[0] -= 1
+            if late[0] == 0:
+                told.remove(late)
+                late[2]()
 
-            engine._balance = then  # type: ignore[method-assign]
-        else:
-            end_request(engine, *arguments, **options)
-
-    monkeypatch.setattr(Engine, "_end_request", late)
+    monkeypatch.setattr(Scheduler, "end_request", hear)
+    monkeypatch.setattr(EngineCore, "step", step_and_hear)
     result = r01_cancel.run(Size.CI)
     assert any("samples ran on for more than 2 steps" in problem for problem in result.problems)
 
@@ -85,15 +87,15 @@ def test_recording_that_is_kept_is_memory(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_engine_that_looks_at_deadlines_too_seldom_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    look, num_looks = Engine._end_cancelled_and_expired, 0
+    look, num_looks = Scheduler.end_due, 0
 
-    def seldom(engine: Engine) -> None:
+    def seldom(scheduler: Scheduler) -> None:
         nonlocal num_looks
         num_looks += 1
         if num_looks % 3 == 0:
-            look(engine)
+            look(scheduler)
 
-    monkeypatch.setattr(Engine, "_end_cancelled_and_expired", seldom)
+    monkeypatch.setattr(Scheduler, "end_due", seldom)
     problems = r02_deadline.run(Size.CI).problems
     assert any("passes began behind a deadline" in problem for problem in problems)
 

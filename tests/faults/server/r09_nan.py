@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loadtest.ledger.journal import OK
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.engine.engine import Engine
+from serve.engine.offline import OfflineEngine
 from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
 from serve.models.onnx_backend import OnnxBackend
 from serve.models.torch_backend import TorchBackend
@@ -198,7 +199,7 @@ def _answers(engine: Engine, number: int, *, is_on: bool) -> list[Any]:
         engine.submit(
             GenerationRequest(f"{number}-{place}", prompt, sampling, cache_salt=None), sink
         )
-    for _ in engine.run():
+    for _ in OfflineEngine(engine).run():
         pass
     return [
         (event.finish_reason is FinishReason.ERROR) is is_on or "marked"

@@ -133,7 +133,7 @@ def _run_phase(
 ) -> None:
     for model in rig.engines.loaded:
         assert isinstance(model.engine, Engine)
-        model.engine._runner._prefix_cache.clear()  # or there were no prompts to run
+        model.engine.core.runner.prefix_cache.clear()  # or there were no prompts to run
     backends = [backend for backend in rig.backends.values() if isinstance(backend, TightBackend)]
     for backend in backends:
         backend.fits, backend.num_failed = phase.make(), 0

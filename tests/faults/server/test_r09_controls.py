@@ -6,15 +6,16 @@ import subprocess
 from typing import Any
 
 import pytest
-from serve.engine.outbox import Outbox
 
-from serve.engine import engine as engine_module
-from serve.engine.engine import Engine
-from serve.engine.runner import Runner
-from serve.engine.scheduler import Scheduler
-from serve.engine.sequence import FinishReason, TokenEvent
-from serve.engine.watchdog import StepWatch
+from serve.engine import core as core_module
+from serve.engine.core import EngineCore
+from serve.engine.mail import Outbox
+from serve.engine.rows import Rows
+from serve.engine.runner import ModelRunner
+from serve.engine.sequence import FinishReason, Sequence, TokenEvent
+from serve.engine.watchdog import Watchdog
 from serve.models.kv_cache import KVCache
+from serve.sampling.sampler import Sampler
 from tests.faults.bundles import r12_no_gpu
 from tests.faults.result import RowResult, Size
 from tests.faults.server import r09_nan, r10_engine, r11_out_of_memory
@@ -71,23 +72,22 @@ def test_r9_objects_to_nan_that_stays_in_the_cache(
 def test_r9_objects_to_a_batch_that_fails_as_a_whole(
     r09: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sample = Engine._sample
+    sample = Sampler.sample
 
-    def infectious(engine: Engine, *arguments: Any) -> Any:
-        batch = sample(engine, *arguments)
-        assert batch is not None
+    def infectious(sampler: Sampler, *arguments: Any) -> Any:
+        batch = sample(sampler, *arguments)
         batch.is_finite[:] = [all(batch.is_finite)] * len(batch.is_finite)
         return batch
 
-    monkeypatch.setattr(Engine, "_sample", infectious)
+    monkeypatch.setattr(Sampler, "sample", infectious)
     assert "batch mates differ" in found(r09.run(Size.CI))
 
 
 def test_r10_objects_to_a_hang_that_nobody_notices(
     r10: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look = StepWatch.look
-    monkeypatch.setattr(StepWatch, "look", lambda watch, step: look(watch, step) and is_late())
+    look = Watchdog.look
+    monkeypatch.setattr(Watchdog, "look", lambda watchdog: look(watchdog) and is_late())
     looks = iter(range(1000))
 
     def is_late() -> bool:
@@ -99,7 +99,7 @@ def test_r10_objects_to_a_hang_that_nobody_notices(
 def test_r10_objects_to_an_engine_that_fails_for_ever(
     r10: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "MAX_FAILED_STEPS", 10**9)
+    monkeypatch.setattr(core_module, "MAX_FAILED_STEPS", 10**9)
     assert "readiness stayed on" in found(r10("fails always"))
 
 
@@ -116,15 +116,15 @@ def test_r10_objects_to_a_dropped_event(r10: Any, monkeypatch: pytest.MonkeyPatc
 
 
 def test_r10_objects_to_a_slot_that_stays_taken(r10: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    clear = Scheduler.clear
+    clear = Rows.clear
 
-    def leaky(scheduler: Scheduler) -> Any:
-        sequences = clear(scheduler)
-        scheduler.running += sequences[:1]
+    def leaky(rows: Rows) -> Any:
+        sequences = clear(rows)
+        rows.running += sequences[:1]
         return sequences
 
     monkeypatch.setattr(r10_engine, "SETTLE_S", 0.1)
-    monkeypatch.setattr(Scheduler, "clear", leaky)
+    monkeypatch.setattr(Rows, "clear", leaky)
     assert "teacher slots: 1" in found(r10("thread dies"))
 
 
@@ -132,45 +132,46 @@ def test_r10_objects_to_an_end_that_is_told_twice(
     r10: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the lock's flag the step that hung goes on with what was ended without it."""
-    end_all = Engine._end_all
+    end_all = EngineCore.end_all
 
-    def twice(engine: Engine, reason: FinishReason, error: str) -> None:
-        if engine._is_abandoned and reason is FinishReason.ERROR:
-            engine._is_abandoned = False
-        end_all(engine, reason, error)
-        engine._observer.on_finished(reason)
+    def twice(core: EngineCore, reason: FinishReason, error: str) -> None:
+        watchdog = core.runner.watchdog
+        if watchdog.is_abandoned and reason is FinishReason.ERROR:
+            watchdog.is_abandoned = False
+        end_all(core, reason, error)
+        core.stats.observer.on_finished(reason)
 
-    monkeypatch.setattr(Engine, "_end_all", twice)
+    monkeypatch.setattr(EngineCore, "end_all", twice)
     assert "ended twice" in found(r10("hangs"))
 
 
 def test_r11_objects_where_nothing_is_tried_again(
     r11: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Runner, "try_twice", lambda runner, run: run(runner._max_pass_tokens))
+    monkeypatch.setattr(ModelRunner, "try_twice", lambda runner, run: run(runner.max_pass_tokens))
     assert "others were harmed" in found(r11("now and then"))
 
 
 def test_r11_objects_to_a_retry_of_the_same_size(r11: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stubborn(runner: Runner, run: Any) -> Any:
+    def stubborn(runner: ModelRunner, run: Any) -> Any:
         try:
-            return run(runner._max_pass_tokens)
+            return run(runner.max_pass_tokens)
         except RuntimeError:
-            return run(runner._max_pass_tokens)
+            return run(runner.max_pass_tokens)
 
-    monkeypatch.setattr(Runner, "try_twice", stubborn)
+    monkeypatch.setattr(ModelRunner, "try_twice", stubborn)
     assert "others were harmed" in found(r11("large passes"))
 
 
 def test_r11_objects_to_a_repeated_token(r11: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    finished = Engine._emit_finished
+    finished = Sequence.finished_event
 
-    def repeats(engine: Engine, sequence: Any, *rest: Any) -> None:
+    def repeats(sequence: Sequence, *arguments: Any) -> Any:
         sequence.token_ids += sequence.token_ids[-1:]
         sequence.logprobs += sequence.logprobs[-1:]
-        finished(engine, sequence, *rest)
+        return finished(sequence, *arguments)
 
-    monkeypatch.setattr(Engine, "_emit_finished", repeats)
+    monkeypatch.setattr(Sequence, "finished_event", repeats)
     assert r11("now and then").num_altered > 0
 
 

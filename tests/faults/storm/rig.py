@@ -65,7 +65,7 @@ class StormRig(Rig):
 
     def _engine(self, role: Role, metrics: ServerMetrics) -> Engine:
         engine = super()._engine(role, metrics)
-        sampler = engine._sampler
+        sampler = engine.core.runner.sampler
         sampler.sample = break_sampling(  # type: ignore[method-assign]
             sampler.sample, self.storm_backends[role]
         )

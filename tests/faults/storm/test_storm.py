@@ -9,8 +9,8 @@ from unittest.mock import patch
 
 import pytest
 
-from serve.engine.engine import Engine
-from serve.engine.runner import Runner
+from serve.engine.mail import Inbox
+from serve.engine.runner import ModelRunner
 from serve.engine.sequence import Event, TokenEvent
 from serve.pair.remote_messages import AnswerEvents
 from serve.pair.remote_teacher import RemoteTeacher
@@ -45,17 +45,17 @@ def share_tenants() -> list[Any]:
 
 
 def forget_taints() -> list[Any]:
-    return [patch.object(Runner, "_clean", lambda runner, row: None)]
+    return [patch.object(ModelRunner, "_clean", lambda runner, row: None)]
 
 
 def keep_slots() -> list[Any]:
-    release = Engine._release
+    release = Inbox.release
 
-    def leaking(engine: Engine) -> None:
-        if engine._num_inside % 5:
-            release(engine)
+    def leaking(inbox: Inbox, count: int) -> None:
+        if inbox.num_inside % 5:
+            release(inbox, count)
 
-    return [patch.object(Engine, "_release", leaking)]
+    return [patch.object(Inbox, "release", leaking)]
 
 
 def break_remote_teacher() -> list[Any]:

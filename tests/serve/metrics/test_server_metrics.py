@@ -295,13 +295,14 @@ def test_build_is_labelled(live: Any) -> None:
 
 
 class Clock:
-    """Every look at it is a second later."""
+    """Every look at it is a second later, or `tick_s`."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
+        self.tick_s = 1.0
 
     def __call__(self) -> float:
-        self.now_s += 1
+        self.now_s += self.tick_s
         return self.now_s
 
 
@@ -332,7 +333,7 @@ class Stepped:
 
     def step(self, count: int = 1) -> None:
         for _ in range(count):
-            self.engine._try_step()
+            self.engine.step()
 
     @property
     def is_idle(self) -> bool:
@@ -399,12 +400,12 @@ def test_time_to_first_token_is_one_per_request_however_many_samples_wait(
 ) -> None:
     """Of 64 samples 48 wait for a row: as 48 late first tokens they would page somebody."""
     stepped, seconds = Stepped(make_backend(max_num_seqs=16)), itertools.count()
-    stepped.engine.clock = lambda: 0.0
+    stepped.clock.now_s = stepped.clock.tick_s = 0.0
     for _ in range(2):
         stepped.submit("r", num_samples=64)
     while not stepped.is_idle:
         now_s = next(seconds) / 10
-        stepped.engine.clock = lambda now_s=now_s: now_s  # type: ignore[misc]
+        stepped.clock.now_s = now_s
         stepped.step()
     assert now_s > 10, "the last samples had to wait"
     for name in ("time_to_first_token", "request_queue"):
@@ -415,9 +416,9 @@ def test_time_to_first_token_is_one_per_request_however_many_samples_wait(
 def test_sequence_that_the_scheduler_loses_shows_in_the_ledger(
     stepped: Stepped, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scheduler = stepped.engine._scheduler
-    add = scheduler.add
-    monkeypatch.setattr(scheduler, "add", lambda sequences: add(list(sequences)[1:]))
+    waiting = stepped.engine.core.scheduler.rows.waiting
+    add = waiting.add
+    monkeypatch.setattr(waiting, "add", lambda sequences: add(list(sequences)[1:]))
     stepped.submit("r", num_samples=3, max_tokens=2)
     stepped.step(10)
     assert len(stepped.endings) == 2 and stepped.imbalance == 1
@@ -425,8 +426,8 @@ def test_sequence_that_the_scheduler_loses_shows_in_the_ledger(
 
 def test_scoring_that_is_lost_shows_in_the_ledger(stepped: Stepped) -> None:
     stepped.engine.score(ScoringRequest("r", (5, 6), ((7, 8),)))
-    stepped.engine._intake.run()
-    stepped.engine._scoring.clear()
+    stepped.engine.core.inbox.run()
+    stepped.engine.core.scheduler.scoring.clear()
     stepped.step()
     assert stepped.imbalance == 1
 
@@ -436,8 +437,9 @@ def test_sequence_that_is_lost_in_a_failure_shows_in_the_ledger_at_once(
 ) -> None:
     stepped.submit("r", num_samples=3)
     stepped.step(2)
-    clear = stepped.engine._scheduler.clear
-    monkeypatch.setattr(stepped.engine._scheduler, "clear", lambda: clear()[1:])
+    rows = stepped.engine.core.scheduler.rows
+    clear = rows.clear
+    monkeypatch.setattr(rows, "clear", lambda: clear()[1:])
     fail(stepped)
     stepped.step()
     assert len(stepped.endings) == 2 and stepped.imbalance == 1

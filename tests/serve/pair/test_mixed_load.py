@@ -172,7 +172,7 @@ def test_nothing_is_left_behind(load: Any, loop: asyncio.AbstractEventLoop) -> N
     status = live.control.status()
     assert (status.num_requests, status.num_shadows, status.ledger_imbalance) == (0, 0, 0)
     for engine in engines(live.pair):
-        assert not engine._groups and not engine._scoring and not engine._endings
+        assert engine.core.scheduler.is_empty
     assert live.server.coordinator._running == {}
     until_s = time.monotonic() + 60
     while asyncio.run_coroutine_threadsafe(count_tasks(), loop).result(10) > num_tasks:
