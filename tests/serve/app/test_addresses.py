@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trustme
 
 from bundle.errors import UserError
 from loadtest.client.oip_target import OipTarget
@@ -26,6 +25,7 @@ from serve.app.process import write_ready_file
 from serve.client import Client, ControlClient, Tls
 from serve.client.channel import Endpoint
 from serve.pair.remote_address import RemoteAddress
+from tests.support.authorities import Pki
 
 FREE = {"bundle": "x", "port": 0, "control_port": 0, "metrics_port": 0}
 
@@ -215,20 +215,16 @@ def test_remote_teacher_may_be_there(serving: Any, make_pair: Any, folder: Path,
             assert client.get_models().models
 
 
+@pytest.mark.parametrize(("name", "server_name"), [("localhost", None), ("other", "other")])
 def test_certificate_on_a_socket_is_that_of_localhost(
-    serving: Any, make_pair: Any, folder: Path
+    serving: Any, make_pair: Any, folder: Path, name: str, server_name: str | None
 ) -> None:
     """Another one's name is to be given."""
-    ca = trustme.CA()
-    paths = {name: folder / f"{name}.pem" for name in ("ca", "localhost", "other")}
-    ca.cert_pem.write_to_path(paths["ca"])
-    for name in ("localhost", "other"):
-        ca.issue_cert(name).private_key_and_cert_chain_pem.write_to_path(paths[name])
-    for name, server_name in (("localhost", None), ("other", "other")):
-        secured = {"tls_cert": paths[name], "tls_key": paths[name]}
-        tls = Tls(ca=paths["ca"], server_name=server_name)
-        with (
-            serving(make_pair(), host=f"unix:{folder}/a.sock", **secured) as live,
-            Client(live.server.address, tls=tls, timeout_s=30, max_attempts=1) as client,
-        ):
-            assert client.get_models().models
+    pki = Pki(folder, name)
+    secured = {"tls_cert": pki.cert, "tls_key": pki.key}
+    tls = Tls(ca=pki.client_ca, server_name=server_name)
+    with (
+        serving(make_pair(), host=f"unix:{folder}/a.sock", **secured) as live,
+        Client(live.server.address, tls=tls, timeout_s=30, max_attempts=1) as client,
+    ):
+        assert client.get_models().models

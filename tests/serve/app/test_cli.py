@@ -53,16 +53,6 @@ def test_print_config_shows_the_settings_in_force(
     assert line in printed.splitlines()
 
 
-def test_printed_config_is_a_config(tandem_main: Any, tmp_path: Path) -> None:
-    _, printed, _ = tandem_main("serve", "--bundle", "b", "--no-teacher", "--print-config")
-    file = tmp_path / "serve.yaml"
-    file.write_text(printed)
-    _, again, _ = tandem_main("serve", "--config", str(file), "--print-config")
-    assert [line.partition("  #")[0] for line in again.splitlines()] == [
-        line.partition("  #")[0] for line in printed.splitlines()
-    ]
-
-
 def test_wrong_settings_exit_with_2_and_a_line_each(
     tandem_main: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,14 +206,3 @@ def test_server_is_asked_to_drain(serving: Any, make_pair: Any, tandem_main: Any
         target = ["--target", live.server.control_address]
         assert tandem_main("control", "drain", *target)[1] == "draining\n"
         assert asked.is_set()
-
-
-def test_request_that_does_not_run_cannot_be_aborted(live: Any, tandem_main: Any) -> None:
-    target = ["--target", live.server.control_address]
-    code, _, complaint = tandem_main("control", "abort", "nobody", *target)
-    assert code == 1 and "NOT_FOUND" in complaint
-
-
-def test_certificate_that_cannot_be_read_is_a_user_error(tandem_main: Any) -> None:
-    code, _, complaint = tandem_main("control", "status", "--tls-ca", "/nowhere/ca.pem")
-    assert code == 1 and "/nowhere/ca.pem" in complaint

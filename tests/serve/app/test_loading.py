@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,9 +11,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-import trustme
 from prometheus_client import CollectorRegistry
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,6 +28,7 @@ from serve.models.noise import NoiseFloor
 from serve.pair.served import Role
 from serve.rpc.credentials.tokens import new_token
 from serve.rpc.replies import to_model
+from tests.support.authorities import Pki
 from tests.support.backends import save_byte_tokenizer
 from tests.support.manifests import manifest_of
 
@@ -207,24 +205,14 @@ def test_server_that_cannot_be_the_teacher_ends_the_start(
 def test_remote_teacher_is_called_over_tls_with_a_token(
     bundle: Path, serving: Any, make_pair: Any, tmp_path: Path
 ) -> None:
-    authority, (secret, sha256) = trustme.CA(), new_token()
-    issued = authority.issue_cert("127.0.0.1")
-    files = {name: tmp_path / name for name in ("ca", "cert", "key", "tokens", "token")}
-    authority.cert_pem.write_to_path(files["ca"])
-    issued.private_key_pem.write_to_path(files["key"])
-    files["cert"].write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
-    files["tokens"].write_text(f"student {sha256} inference\n")
-    files["token"].write_text(secret)
-    settings = {"tls_cert": files["cert"], "tls_key": files["key"]}
+    pki, (secret, sha256) = Pki(tmp_path), new_token()
+    tokens, token = tmp_path / "tokens", tmp_path / "token"
+    tokens.write_text(f"student {sha256} inference\n")
+    token.write_text(secret)
     pair = make_pair(roles=(Role.TEACHER,))
-    with serving(pair, auth_tokens=files["tokens"], **settings) as live:
+    with serving(pair, auth_tokens=tokens, tls_cert=pki.cert, tls_key=pki.key) as live:
         address = f"grpcs://{live.server.address}"
-        load(
-            bundle,
-            teacher=address,
-            teacher_tls_ca=files["ca"],
-            teacher_token_file=files["token"],
-        )
+        load(bundle, teacher=address, teacher_tls_ca=pki.client_ca, teacher_token_file=token)
     labels = {"rpc": "GetModels", "route": "none", "task": "other", "code": "OK"}
     assert pair.value("requests_total", **labels) == 1
 
@@ -315,19 +303,6 @@ def test_what_cannot_be_served_is_a_user_error(
         load(**{"bundle": bundle, **settings})
 
 
-def name_weights_elsewhere(folder: Path) -> None:
-    outside = folder.parent / "outside.safetensors"
-    (folder / "model.safetensors").rename(outside)
-    with safe_open(outside, "pt") as weights:
-        names = dict.fromkeys(weights.keys(), f"../{outside.name}")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-
-
-def pickle_weights(folder: Path) -> None:
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
 def drop_weights(folder: Path) -> None:
     path = folder / "model.safetensors"
     weights = load_file(path)
@@ -335,29 +310,21 @@ def drop_weights(folder: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def write(name: str, text: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_text(text)
+def break_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% if")
 
 
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (name_weights_elsewhere, "names weights elsewhere: '../outside.safetensors'"),
         (drop_weights, "lacks weights, model.layers.1.mlp.up_proj.weight first"),
-        (pickle_weights, "holds pickles, which can run code"),
-        (write("tokenizer.json", "{"), "tokenizer.json is damaged: EOF while parsing"),
-        (write("tokenizer_config.json", "[]"), "tokenizer_config.json holds no JSON object"),
-        (
-            write("chat_template.jinja", "{% if"),
-            "teacher: the chat template does not compile in line 1: unexp",
-        ),
-        (write("model.safetensors", "\xff" * 99), "cannot be read as safetensors: its header"),
-        (write("generation_config.json", "[" * 10**5), "_config.json is nested too deeply"),
+        (break_template, "teacher: the chat template does not compile in line 1: unexp"),
     ],
 )
-def test_model_that_is_damaged_or_leaves_its_folder_is_refused_in_one_line(
+def test_model_that_is_damaged_is_refused_in_one_line(
     bundle: Path, tmp_path: Path, damage: Callable[[Path], object], text: str
 ) -> None:
+    """Every damage: tests/bundle/test_model_folder.py, tests/serve/text/test_tokenizer_files.py."""
     folder = tmp_path / "teacher"
     shutil.copytree(bundle / "student", folder)
     damage(folder)
