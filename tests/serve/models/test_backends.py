@@ -8,7 +8,6 @@ its kernels round a pass over many tokens differently from a decode step.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     Qwen2Config,
@@ -28,17 +26,16 @@ from transformers import (
 from serve.engine.engine import Engine
 from serve.engine.scoring import ScoringRequest
 from serve.engine.sequence import FinishedEvent, GenerationRequest
-from serve.models.architectures import check_supported, sliding_windows
 from serve.models.noise import measure_noise_floor
 from serve.models.onnx_backend import OnnxBackend
-from serve.models.onnx_session import make_session
 from serve.models.torch_backend import TorchBackend
 from serve.sampling.params import SamplingParams
+from tests.support.tiny_graphs import MAX_POSITIONS, VOCAB_SIZE
 
-VOCAB_SIZE = 300
 MAX_MODEL_LEN = 48
 MAX_NUM_SEQS = 5
 KINDS = ("torch", "onnx", "int8")
+FOLDERS = {"onnx": "fp32", "int8": "int8"}
 FLOATS = ("torch", "onnx")
 LIMITS = {"max_num_seqs": MAX_NUM_SEQS, "max_model_len": MAX_MODEL_LEN}
 
@@ -46,53 +43,16 @@ Rows = list[list[int]]
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random Llama, and its graphs in `onnx/` and `int8/`."""
-    import onnx
-
-    from export.graph.quantize import WeightOnly, quantize_weights
-    from export.graph.surgery import save_onnx
-    from export.graph.trace import export_onnx
-
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
-    model = LlamaForCausalLM(config).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name:  # all ones, they would be one initializer and some Identity nodes
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    model.save_pretrained(folder)
-    for name in ("onnx", "int8"):
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text((folder / "config.json").read_text())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # exporters warn about themselves
-        path = export_onnx(model, folder / "onnx", max_model_len=256)
-        # Blocks of 128, as shipped: with 32 a lone row rounds like a pair, and proves nothing.
-        save_onnx(quantize_weights(onnx.load(path), WeightOnly(8, 128)), folder / "int8")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def load(model_dir: Path) -> Callable[[str], Any]:
+def load(graphs: Path) -> Callable[[str], Any]:
     """`load(kind)`: one backend per kind; tests overwrite each other's rows."""
     loaded: dict[str, Any] = {}
 
     def load(kind: str) -> Any:
         if kind not in loaded:
             loaded[kind] = (
-                TorchBackend.load(model_dir, device="cpu", dtype=torch.float32, **LIMITS)
+                TorchBackend.load(graphs, device="cpu", dtype=torch.float32, **LIMITS)
                 if kind == "torch"
-                else OnnxBackend.load(model_dir / kind, device="cpu", num_threads=1, **LIMITS)
+                else OnnxBackend.load(graphs / FOLDERS[kind], device="cpu", num_threads=1, **LIMITS)
             )
         return loaded[kind]
 
@@ -100,9 +60,9 @@ def load(model_dir: Path) -> Callable[[str], Any]:
 
 
 @pytest.fixture(scope="module")
-def reference(model_dir: Path) -> Callable[[list[int]], torch.Tensor]:
+def reference(graphs: Path) -> Callable[[list[int]], torch.Tensor]:
     """`reference(token_ids)`: transformers' own logits behind every token, `(T, V)`."""
-    model = LlamaForCausalLM.from_pretrained(model_dir, attn_implementation="eager").eval()
+    model = LlamaForCausalLM.from_pretrained(graphs, attn_implementation="eager").eval()
 
     @torch.no_grad()
     def logits(token_ids: list[int]) -> torch.Tensor:
@@ -262,11 +222,11 @@ def test_start_finds_a_way_that_holds(load: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("row_multiple", [2, 4, 8])
-def test_larger_multiples_of_rows_compute_the_same(model_dir: Path, row_multiple: int) -> None:
+def test_larger_multiples_of_rows_compute_the_same(graphs: Path, row_multiple: int) -> None:
     class Multiple(OnnxBackend):
         ROW_MULTIPLES = (row_multiple,)
 
-    backend = Multiple.load(model_dir / "int8", device="cpu", num_threads=1, **LIMITS)
+    backend = Multiple.load(graphs / "int8", device="cpu", num_threads=1, **LIMITS)
     whole = text(MAX_MODEL_LEN)
     expected = backend.forward(0, [whole], [0]).clone()
     backend.choose_kernels()
@@ -372,14 +332,25 @@ def test_info_describes_the_model(load: Any, kind: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FLOATS)
-def test_context_beyond_the_models_positions_is_refused(model_dir: Path, kind: str) -> None:
-    with pytest.raises(ValueError, match="max_model_len 257 exceeds the 256"):
+def test_context_beyond_the_models_positions_is_refused(graphs: Path, kind: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"max_model_len {MAX_POSITIONS + 1} exceeds the {MAX_POSITIONS}"
+    ):
         if kind == "torch":
             TorchBackend.load(
-                model_dir, device="cpu", dtype=torch.float32, max_num_seqs=1, max_model_len=257
+                graphs,
+                device="cpu",
+                dtype=torch.float32,
+                max_num_seqs=1,
+                max_model_len=MAX_POSITIONS + 1,
             )
         else:
-            OnnxBackend.load(model_dir / kind, device="cpu", max_num_seqs=1, max_model_len=257)
+            OnnxBackend.load(
+                graphs / FOLDERS[kind],
+                device="cpu",
+                max_num_seqs=1,
+                max_model_len=MAX_POSITIONS + 1,
+            )
 
 
 SIZES = {
@@ -457,51 +428,3 @@ def test_other_architectures_take_chunks_behind_cached_tokens(other: Any) -> Non
     backend.forward(0, [row[:9]], [0])
     logits = backend.forward(0, [row[9:]], [9], [range(11)])
     assert_close(logits, reference(row)[9:])
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("mistral", (6, 6, 6)),
-        ("mistral-full", (None, None, None)),
-        ("qwen2", (6, None, 6)),
-        ("qwen3", (None, None, None)),
-        ("smollm3", (6, None, 6)),
-    ],
-)
-def test_sliding_windows_are_those_of_the_layers(
-    name: str, expected: tuple[int | None, ...]
-) -> None:
-    assert sliding_windows(OTHERS[name]()) == expected
-
-
-def test_llama_has_no_windows() -> None:
-    config = LlamaConfig(num_hidden_layers=2, sliding_window=4)
-    assert sliding_windows(config) == (None, None)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("layer_types", ["chunked_attention"], "'qwen2': layer_types has 'chunked_attention'"),
-        ("rope_scaling", {"rope_type": "dynamic"}, "'qwen2': rope_scaling is of type 'dynamic'"),
-        ("rope_scaling", {"mrope_section": [2, 3, 3]}, "rope_scaling is of type 'mrope'"),
-    ],
-)
-def test_what_depends_on_more_than_tokens_and_positions_is_refused(
-    key: str, value: Any, message: str
-) -> None:
-    config = Qwen2Config()
-    setattr(config, key, value)
-    with pytest.raises(ValueError, match=message):
-        check_supported(config)
-
-
-def test_unsupported_architecture_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="'gpt2' is not supported; supported are llama"):
-        check_supported(type("Config", (), {"model_type": "gpt2"}))
-
-
-def test_session_never_falls_back_to_the_cpu(model_dir: Path) -> None:
-    with pytest.raises(RuntimeError, match="CUDAExecutionProvider"):
-        make_session(model_dir / "onnx" / "model.onnx", "cuda", None)

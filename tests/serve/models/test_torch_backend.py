@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from serve.models.architectures import check_supported, head_shape
 from serve.models.cuda_graphs import DecodeGraphs
 from serve.models.torch_backend import TorchBackend
 
@@ -181,7 +180,7 @@ def test_padded_static_steps_are_those_of_the_ordinary_path() -> None:
     torch.testing.assert_close(static, ordinary, rtol=0, atol=1e-3)
 
 
-def test_a_cast_model_keeps_exact_rotary_frequencies(tmp_path: Any) -> None:
+def test_cast_model_keeps_exact_rotary_frequencies(tmp_path: Any) -> None:
     model, ids = random_model(LlamaConfig(**SIZES)), text(500)
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     limits = {"device": "cpu", "max_num_seqs": 1, "max_model_len": 600}
@@ -200,29 +199,7 @@ def test_info_counts_the_parameters_of_the_whole_model() -> None:
     assert take(model).info.num_parameters == model.num_parameters() > 0
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("hidden_act", "gelu", "'llama': hidden_act is 'gelu', the decoder allows 'silu'"),
-        ("partial_rotary_factor", 0.5, "partial_rotary_factor is 0.5, the decoder allows 1.0"),
-        ("quantization_config", {"bits": 4}, "quantization_config is .*, the decoder allows None"),
-    ],
-)
-def test_what_the_decoder_would_compute_differently_is_refused(
-    key: str, value: Any, message: str
-) -> None:
-    config = LlamaConfig(**SIZES)
-    setattr(config, key, value)
-    with pytest.raises(ValueError, match=message):
-        check_supported(config)
-
-
 def test_unsupported_model_is_not_taken() -> None:
     model = random_model(LlamaConfig(**SIZES, hidden_act="relu"))
     with pytest.raises(ValueError, match="hidden_act is 'relu'"):
         take(model)
-
-
-def test_head_size_follows_from_the_hidden_size_where_none_is_given() -> None:
-    shape = head_shape(Qwen2Config(**SIZES))
-    assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (4, 2, 16)

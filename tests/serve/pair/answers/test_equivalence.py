@@ -121,7 +121,7 @@ def test_group_1_of_the_last_match_is_extracted() -> None:
     with_worker(check)
 
 
-def test_a_job_that_hangs_is_ended_and_the_others_have_results() -> None:
+def test_job_that_hangs_is_ended_and_the_others_have_results() -> None:
     async def check(worker: AnswerWorker) -> None:
         claim, short = WorkerClaim(), ("(a+)+$", "aa")
         assert await extract(worker, short, HANGING, short, claim=claim) == ["aa", TIMEOUT, "aa"]
@@ -132,7 +132,7 @@ def test_a_job_that_hangs_is_ended_and_the_others_have_results() -> None:
     with_worker(check, timeout_s=0.5)
 
 
-def test_a_claim_is_spent_after_two_failures() -> None:
+def test_claim_is_spent_after_two_failures() -> None:
     async def check(worker: AnswerWorker) -> None:
         claim, short = WorkerClaim(), ("(a)", "a")
         assert await extract(worker, HANGING, short, HANGING, claim=claim) == [
@@ -144,7 +144,7 @@ def test_a_claim_is_spent_after_two_failures() -> None:
     with_worker(check, timeout_s=0.1)
 
 
-def test_a_claim_is_spent_after_twice_the_time_limit_of_a_job() -> None:
+def test_claim_is_spent_after_twice_the_time_limit_of_a_job() -> None:
     async def check(worker: AnswerWorker) -> None:
         claim = WorkerClaim(used_s=7199.9)
         assert await extract(worker, HANGING, ("(a)", "a"), claim=claim) == [TIMEOUT, TIMEOUT]
@@ -153,7 +153,7 @@ def test_a_claim_is_spent_after_twice_the_time_limit_of_a_job() -> None:
     with_worker(check, timeout_s=3600)
 
 
-def test_a_job_ends_before_the_deadline() -> None:
+def test_job_ends_before_the_deadline() -> None:
     async def check(worker: AnswerWorker) -> None:
         claim = WorkerClaim(deadline_s=time.monotonic() + 0.4)
         assert await extract(worker, HANGING, ("(a)", "a"), claim=claim) == [TIMEOUT, TIMEOUT]
@@ -162,7 +162,7 @@ def test_a_job_ends_before_the_deadline() -> None:
     with_worker(check, timeout_s=3600)
 
 
-def test_a_turn_is_awaited_until_the_deadline_at_most() -> None:
+def test_turn_is_awaited_until_the_deadline_at_most() -> None:
     async def check(worker: AnswerWorker) -> None:
         busy = await begun(worker)
         claim = WorkerClaim(deadline_s=time.monotonic() + 0.2)
@@ -173,7 +173,7 @@ def test_a_turn_is_awaited_until_the_deadline_at_most() -> None:
     with_worker(check, timeout_s=3600)
 
 
-def test_a_claim_waits_four_time_limits_in_all() -> None:
+def test_claim_waits_four_time_limits_in_all() -> None:
     async def check(worker: AnswerWorker) -> None:
         async with worker.turn(WorkerClaim()) as turn:
             await turn.extract("(a)", "a")
@@ -185,7 +185,7 @@ def test_a_claim_waits_four_time_limits_in_all() -> None:
     with_worker(check, timeout_s=0.1)
 
 
-def test_a_job_that_takes_too_much_memory_has_no_result() -> None:
+def test_job_that_takes_too_much_memory_has_no_result() -> None:
     async def check(worker: AnswerWorker) -> None:
         jobs = [("(a)", "a" * (64 << 20)), ("(a)", "a")]
         assert await extract(worker, *jobs) == [FAILED, "a"]
@@ -193,7 +193,7 @@ def test_a_job_that_takes_too_much_memory_has_no_result() -> None:
     with_worker(check, timeout_s=20, memory_bytes=128 << 20)
 
 
-def test_a_killed_child_is_replaced(children: list[Process]) -> None:
+def test_killed_child_is_replaced(children: list[Process]) -> None:
     async def check(worker: AnswerWorker) -> None:
         job = await begun(worker)
         children[0].kill()
@@ -204,7 +204,7 @@ def test_a_killed_child_is_replaced(children: list[Process]) -> None:
     with_worker(check, timeout_s=20)
 
 
-def test_a_child_that_died_between_jobs_costs_none(children: list[Process]) -> None:
+def test_child_that_died_between_jobs_costs_none(children: list[Process]) -> None:
     async def check(worker: AnswerWorker) -> None:
         children[0].kill()
         await asyncio.to_thread(children[0].wait)
@@ -213,7 +213,7 @@ def test_a_child_that_died_between_jobs_costs_none(children: list[Process]) -> N
     with_worker(check)
 
 
-def test_a_child_without_a_parent_ends_a_hanging_job_itself() -> None:
+def test_child_without_a_parent_ends_a_hanging_job_itself() -> None:
     job = {"name": "extract", "arguments": HANGING, "alarm_s": 0.1}
     message = json.dumps(job).encode()
     ours, theirs = socket.socketpair()
@@ -223,7 +223,7 @@ def test_a_child_without_a_parent_ends_a_hanging_job_itself() -> None:
         assert child.wait(20) == -signal.SIGALRM
 
 
-def test_the_loop_keeps_its_pace_while_a_job_hangs() -> None:
+def test_loop_keeps_its_pace_while_a_job_hangs() -> None:
     async def check(worker: AnswerWorker) -> None:
         job = await begun(worker)
         for _ in range(10):
@@ -234,7 +234,7 @@ def test_the_loop_keeps_its_pace_while_a_job_hangs() -> None:
     with_worker(check, timeout_s=3600)
 
 
-def test_a_tenants_requests_beyond_the_bound_have_no_results_at_once() -> None:
+def test_tenants_requests_beyond_the_bound_have_no_results_at_once() -> None:
     async def check(worker: AnswerWorker) -> None:
         busy = await begun(worker)
         waiting = await begun(worker)
@@ -247,7 +247,7 @@ def test_a_tenants_requests_beyond_the_bound_have_no_results_at_once() -> None:
     with_worker(check, max_waiting=1)
 
 
-def test_an_innocent_tenant_waits_for_one_hanging_job_of_another_that_floods() -> None:
+def test_innocent_tenant_waits_for_one_hanging_job_of_another_that_floods() -> None:
     async def check(worker: AnswerWorker) -> None:
         claims = [WorkerClaim("flood") for _ in range(5)]
         flood = [
@@ -308,7 +308,7 @@ def test_nothing_runs_before_the_first_job(children: list[Process]) -> None:
 
 
 @pytest.mark.parametrize("interpreter", ["/nonexistent", "/bin/false"])
-def test_a_child_that_does_not_start_leaves_no_results(
+def test_child_that_does_not_start_leaves_no_results(
     interpreter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serve.pair.answers.equivalence.sys.executable", interpreter)
@@ -331,7 +331,7 @@ def test_symbolic_matching_needs_math_verify(monkeypatch: pytest.MonkeyPatch) ->
         check_available()
 
 
-def test_a_comparison_that_breaks_math_verify_finds_nothing(
+def test_comparison_that_breaks_math_verify_finds_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> bool:

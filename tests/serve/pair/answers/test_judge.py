@@ -188,13 +188,13 @@ def test_without_a_reference_answer_nothing_is_correct_or_wrong() -> None:
     assert (agreement.pass_at_k, agreement.reference_kind) == ({}, None)
 
 
-def test_an_absent_answer_is_wrong() -> None:
+def test_absent_answer_is_wrong() -> None:
     samples = samples_of(Role.STUDENT, "I do not know.")
     judged(EvaluationSpec("boxed", reference_answer="1"), ArmResult(Role.STUDENT, (1,), samples))
     assert [(s.answer, s.correct) for s in samples] == [(None, False)]
 
 
-def test_the_teachers_majority_is_the_reference_where_there_is_no_gold() -> None:
+def test_teachers_majority_is_the_reference_where_there_is_no_gold() -> None:
     agreement = judged(BOXED, boxed(Role.STUDENT, "1", "2"), boxed(Role.TEACHER, "1", "1", "3"))
     assert agreement.reference_kind is ReferenceKind.TEACHER_CONSENSUS
     assert agreement.pass_at_k == {
@@ -208,14 +208,14 @@ def test_no_format_no_agreement() -> None:
     assert arm.samples[0].answer is None
 
 
-def test_a_format_of_the_configuration_extracts_in_the_worker() -> None:
+def test_format_of_the_configuration_extracts_in_the_worker() -> None:
     samples = samples_of(Role.STUDENT, "2 + 2 = 3, no, = 4.0", "nothing", None)
     gold = EvaluationSpec("equals", reference_answer="4")
     judged(gold, ArmResult(Role.STUDENT, (1,), samples))
     assert [(s.answer, s.correct) for s in samples] == [("4", True), (None, False), (None, None)]
 
 
-def test_an_answer_whose_extraction_hangs_is_undecided_not_wrong() -> None:
+def test_answer_whose_extraction_hangs_is_undecided_not_wrong() -> None:
     samples = samples_of(Role.STUDENT, "aa", HANGING, "b")
     gold = EvaluationSpec("hanging", reference_answer="aa", pass_at_k=(1,))
     arm = ArmResult(Role.STUDENT, (1,), samples)
@@ -224,7 +224,7 @@ def test_an_answer_whose_extraction_hangs_is_undecided_not_wrong() -> None:
     assert agreement == Judgement({}, {}, ReferenceKind.GOLD, {NoResult.TIMEOUT: 1})
 
 
-def test_an_undecided_arm_leaves_the_other_its_vote() -> None:
+def test_undecided_arm_leaves_the_other_its_vote() -> None:
     arms = [
         ArmResult(r, (1,), samples_of(r, t)) for r, t in zip(Role, ("aa", HANGING), strict=True)
     ]
@@ -233,7 +233,7 @@ def test_an_undecided_arm_leaves_the_other_its_vote() -> None:
     assert (agreement.outcome, agreement.pass_at_k) == (None, {})
 
 
-def test_a_worker_that_turns_requests_away_leaves_them_undecided() -> None:
+def test_worker_that_turns_requests_away_leaves_them_undecided() -> None:
     samples = samples_of(Role.STUDENT, "x = 4")
     worker = AnswerWorker(1, max_waiting=0)
     agreement = judged(
@@ -242,7 +242,7 @@ def test_a_worker_that_turns_requests_away_leaves_them_undecided() -> None:
     assert (agreement.votes, agreement.undecided) == ({}, {NoResult.DROPPED: 1})
 
 
-def test_a_comparison_without_a_result_leaves_correct_unset() -> None:
+def test_comparison_without_a_result_leaves_correct_unset() -> None:
     gold = EvaluationSpec(
         "boxed", reference_answer="x+1", pass_at_k=(1,), answer_match=AnswerMatch.SYMBOLIC
     )
@@ -255,7 +255,7 @@ def test_a_comparison_without_a_result_leaves_correct_unset() -> None:
     assert agreement.undecided == {NoResult.TIMEOUT: 1}
 
 
-def test_a_reference_that_hangs_ends_the_request_by_its_deadline() -> None:
+def test_reference_that_hangs_ends_the_request_by_its_deadline() -> None:
     gold = EvaluationSpec(
         "boxed", reference_answer="9^{9^{9^9}}+x", answer_match=AnswerMatch.SYMBOLIC
     )
@@ -291,7 +291,7 @@ def test_equivalent_answers_are_right_and_share_a_vote() -> None:
     }  # fmt: skip
 
 
-def test_the_students_spelling_stands_for_both_whichever_arm_comes_first() -> None:
+def test_students_spelling_stands_for_both_whichever_arm_comes_first() -> None:
     worker = ListedWorker({"x+1", "1+x"})
     teacher, student = boxed(Role.TEACHER, "1+x"), boxed(Role.STUDENT, "x+1")
     agreement = judged(SYMBOLIC, teacher, student, worker=worker)
@@ -312,7 +312,7 @@ def test_words_and_numbers_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> 
     assert agreement.votes[Role.STUDENT].tied == ("0.3333333", "1/3", "listen+1", "on")
 
 
-def test_an_arm_whose_answers_cannot_all_be_compared_has_no_vote() -> None:
+def test_arm_whose_answers_cannot_all_be_compared_has_no_vote() -> None:
     worker = ListedWorker({"x+1", "1+x"}, unknown="x^x")
     student, teacher = boxed(Role.STUDENT, "x+1", "1+x"), boxed(Role.TEACHER, "1+x", "x^x", "x^x")
     agreement = judged(SYMBOLIC, student, teacher, worker=worker)
@@ -355,6 +355,6 @@ def test_symbolic_matching_is_refused_where_math_verify_is_missing(
         ("flat", "x", "'flat' has no group"),
     ],
 )
-def test_a_bad_format_is_refused_by_name(name: str, pattern: str, problem: str) -> None:
+def test_bad_format_is_refused_by_name(name: str, pattern: str, problem: str) -> None:
     with pytest.raises(ValueError, match=re.escape(problem)):
         compile_formats({"good": "(x)", name: pattern})

@@ -40,7 +40,7 @@ def test_tenants_alternate_and_each_ones_are_in_order() -> None:
     with_taken(check)
 
 
-def test_a_tenant_that_held_it_comes_after_others() -> None:
+def test_tenant_that_held_it_comes_after_others() -> None:
     async def check(lock: FairLock) -> None:
         served: list[str] = []
         tasks = [asyncio.create_task(waiter(lock, t, served)) for t in ("first", "other")]

@@ -1,0 +1,80 @@
+"""Sessions: their options, and that none falls back on another device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from serve.models.onnx_backend import OnnxBackend
+from serve.models.onnx_session import (
+    bind_tensor,
+    check_first_provider,
+    make_session,
+    provider_options,
+    session_options,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_cuda_that_is_missing_is_an_error_and_no_reason_for_the_cpu(graphs: Path) -> None:
+    with pytest.raises(RuntimeError, match="CUDAExecutionProvider is not available"):
+        make_session(graphs / "fp32" / "model.onnx", "cuda", None)
+    with pytest.raises(RuntimeError, match="CUDAExecutionProvider is not available"):
+        OnnxBackend.load(graphs / "float16", device="cuda", max_num_seqs=5, max_model_len=64)
+
+
+def test_session_that_fell_back_is_refused(graphs: Path) -> None:
+    session = make_session(graphs / "fp32" / "model.onnx", "cpu", 1)
+    with pytest.raises(RuntimeError, match="fell back from CUDAExecutionProvider"):
+        check_first_provider(session, "CUDAExecutionProvider")
+
+
+def test_cuda_options_name_stream_and_graphs() -> None:
+    options = provider_options(torch.device("cuda:1"), 4711, cuda_graphs=True)
+    assert (options["device_id"], options["user_compute_stream"]) == ("1", "4711")
+    assert options["enable_cuda_graph"] == "1" and options["use_tf32"] == "0"
+
+
+def test_cuda_without_a_stream_has_its_own() -> None:
+    options = provider_options(CUDA, 0, cuda_graphs=False)
+    assert "user_compute_stream" not in options and options["enable_cuda_graph"] == "0"
+
+
+def test_cpu_has_no_provider_options() -> None:
+    assert provider_options(CPU, 0, cuda_graphs=True) == {}
+
+
+def test_cuda_session_keeps_one_thread(tmp_path: Path) -> None:
+    assert session_options(tmp_path / "model.onnx", CUDA, None).intra_op_num_threads == 1
+    assert session_options(tmp_path / "model.onnx", CPU, 3).intra_op_num_threads == 3
+
+
+@pytest.mark.parametrize(("shares_cores", "is_stopped"), [(True, "1"), (False, "0")])
+def test_threads_spin_between_steps_only_where_no_other_model_computes(
+    tmp_path: Path, shares_cores: bool, is_stopped: str
+) -> None:
+    options = session_options(tmp_path / "model.onnx", CPU, None, shares_cores)
+    assert options.get_session_config_entry("session.force_spinning_stop") == is_stopped
+
+
+def test_bfloat16_is_bound_without_numpy() -> None:
+    cast = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
+    x = helper.make_tensor_value_info("x", TensorProto.BFLOAT16, [3])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [3])
+    model = helper.make_model(
+        helper.make_graph([cast], "cast", [x], [y]),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=10,
+    )
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    given, found = torch.tensor([1.5, -2.0, 3e38]).bfloat16(), torch.zeros(3)
+    binding = session.io_binding()
+    bind_tensor(binding.bind_input, "x", given)
+    bind_tensor(binding.bind_output, "y", found)
+    session.run_with_iobinding(binding)
+    assert torch.equal(found, given.float())
