@@ -90,7 +90,7 @@ def test_slow_and_wrong_refusals_are_found(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_label_of_the_client_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def on_divergence(self: ServerMetrics, *arguments: Any, **options: Any) -> None:
+    def on_divergences(self: ServerMetrics, *arguments: Any, **options: Any) -> None:
         nonlocal number
         number += 1
         texts.labels(str(number)).inc()
@@ -103,8 +103,8 @@ def test_label_of_the_client_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
             texts = Counter("texts", "of clients", ["text"], registry=registry)
 
     texts: Any = None
-    number, observe = 0, ServerMetrics.on_divergence
-    monkeypatch.setattr(ServerMetrics, "on_divergence", on_divergence)
+    number, observe = 0, ServerMetrics.on_divergences
+    monkeypatch.setattr(ServerMetrics, "on_divergences", on_divergences)
     monkeypatch.setattr("tests.faults.rig.ServerMetrics", Metrics)
     assert "series," in problems(r19_labels)
 
