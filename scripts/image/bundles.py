@@ -39,8 +39,8 @@ def prove_export(containers: Containers, image: str, folder: Path) -> Proof:
     return Proof("tandem export", is_kept, seen if is_kept else done.stderr[-500:])
 
 
-def export_here(folder: Path) -> None:
-    """Export the same bundle by the checkout's own environment: a serving image exports none.
+def export_here(folder: Path) -> Path:
+    """Return the same bundle, exported by the checkout's environment: a serving image cannot.
 
     Raises:
         ToolError: there is no such environment, or the export failed.
@@ -49,6 +49,7 @@ def export_here(folder: Path) -> None:
         raise ToolError(f"no bundle to serve: give --bundle, or make {PYTHON} by `make check`")
     folder.mkdir()
     run([str(PYTHON), str(TINY_BUNDLE), str(folder)], {"PYTHONPATH": str(ROOT)})
+    return folder / "run" / "bundle"
 
 
 def readable_copies(bundle: Path, scratch: Path) -> tuple[Path, Path | None]:

@@ -112,7 +112,7 @@ def prove(
     if variant.role == "export":
         yield prove_export(containers, variant.image, tiny)
     elif bundle is None:
-        export_here(tiny)
+        bundle = export_here(tiny)
     served: tuple[Path, Path | None] = (tiny / "run" / "bundle", tiny / "teacher")
     if bundle is not None:
         served = readable_copies(bundle, scratch)
