@@ -25,7 +25,7 @@ loadtest: $(STAMP) $(DEMO_BUNDLE)
 
 # Two lanes of the same length, for two cores.
 EXPORTED := tests/bench tests/bundle tests/deploy tests/estimators tests/export tests/faults/bundles \
-            tests/faults/export tests/faults/storm $(wildcard tests/test_*.py)
+            tests/faults/export tests/faults/storm tests/tandem $(wildcard tests/test_*.py)
 
 test: $(STAMP)
 	$(MAKE) --jobs 2 --output-sync=target --no-print-directory test-exported test-served

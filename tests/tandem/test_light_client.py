@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
-from bench.proxy.processes import TandemProcess
+import pytest
+
+from tests.support.processes import TandemProcess
+from tests.support.tiny_bundle import shared_tiny_bundle
 
 ROOT = Path(__file__).parents[2]
 MODELS = (
@@ -16,16 +19,26 @@ MODELS = (
 LOAD = ("--rates=5", "--duration=1", "--warmup=0", "--block=0.5", "--gap=0", "--max-tokens=4")
 
 
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[TandemProcess]:
+    flags = ("--bundle", str(shared_tiny_bundle()), "--device=cpu", "--max-model-len=512")
+    process = TandemProcess("server", tmp_path, flags)
+    process.start()
+    try:
+        process.wait_ready()
+        yield process
+    finally:
+        process.kill()
+
+
 def loadtest(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tests.support.without_packages", MODELS, "loadtest", *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_loadtest_without_models_runs_reports_gates_and_compares(
-    new_tandem: Callable[..., TandemProcess], tiny_teacher: Path, tmp_path: Path
+    server: TandemProcess, tmp_path: Path
 ) -> None:
-    server = new_tandem("--teacher", str(tiny_teacher))
-    server.wait_ready()
     folder = tmp_path / "run"
     commands = (
         ("run", f"--target={server.address}", f"--out={folder}", *LOAD),

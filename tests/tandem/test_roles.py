@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from tandem.roles import ROLES, install_command, read_project
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = {"client": PROJECT["dependencies"]} | PROJECT["optional-dependencies"]
 FILES = {
