@@ -6,18 +6,16 @@ commas. Values are taken as text and parsed by RunConfig, so that all errors are
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
-import typer
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from bundle.errors import UsageError
 from loadtest.config import RunConfig
-from tandem.flags import METAVARS, with_parameters
+from tandem.flags import METAVARS, FlagWords, with_flags
 
 # Sections of the help, each by its first field.
 SECTIONS = {
@@ -56,26 +54,11 @@ def _explain(error: ErrorDetails, flags: Mapping[str, str | None]) -> str:
 
 def with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command's `**flags` be one flag for each field of RunConfig."""
-    return with_parameters(command, _config_parameters())
+    return with_flags(command, RunConfig.model_fields, SECTIONS, _words_of)
 
 
-def _config_parameters() -> Iterator[inspect.Parameter]:
-    section = ""
-    for name, field in RunConfig.model_fields.items():
-        section = SECTIONS.get(name, section)
-        option = typer.Option(
-            flag_of(name),
-            help=field.description,
-            metavar=_metavar_of(name),
-            show_default=_default_of(name) or False,
-            rich_help_panel=section,
-        )
-        yield inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[str | None, option],
-        )
+def _words_of(name: str) -> FlagWords:
+    return FlagWords(flag_of(name), _metavar_of(name), _default_of(name))
 
 
 def flag_of(name: str) -> str:

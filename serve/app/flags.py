@@ -7,15 +7,12 @@ reported together and alike.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from typing import Annotated, Literal, get_args, get_origin
-
-import typer
+from collections.abc import Callable
+from typing import Literal, get_args, get_origin
 
 from serve.app.config import ServeConfig
 from serve.app.settings import flag_of, is_collection, to_json, types_of
-from tandem.flags import METAVARS, with_parameters
+from tandem.flags import METAVARS, FlagWords, with_flags
 
 # Sections of the help and of docs/serve.md, each by its first field.
 SECTIONS = {
@@ -33,27 +30,13 @@ SECTIONS = {
 
 def with_settings_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command's `**flags` be one flag for each field of ServeConfig, named alike."""
-    return with_parameters(command, _settings_parameters())
+    return with_flags(command, ServeConfig.model_fields, SECTIONS, _words_of)
 
 
-def _settings_parameters() -> Iterator[inspect.Parameter]:
-    section = ""
-    for name, field in ServeConfig.model_fields.items():
-        section = SECTIONS.get(name, section)
-        is_switch = field.annotation is bool
-        option = typer.Option(
-            _switch_of(name) if is_switch else flag_of(name),
-            help=" ".join((field.description or "").split()),
-            metavar=None if is_switch else metavar_of(name),
-            show_default=default_of(name) or False,
-            rich_help_panel=section,
-        )
-        yield inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[bool | None if is_switch else str | None, option],
-        )
+def _words_of(name: str) -> FlagWords:
+    if ServeConfig.model_fields[name].annotation is bool:
+        return FlagWords(_switch_of(name), None, default_of(name))
+    return FlagWords(flag_of(name), metavar_of(name), default_of(name))
 
 
 def _switch_of(name: str) -> str:
