@@ -62,9 +62,9 @@ def demo(
 
     console = Console(width=None if sys.stdout.isatty() else 100)
     bundle = run_export(load_config(recipe), ConsoleReporter())
-    _show_bundle(console, bundle)
+    show_bundle(console, bundle)
     with serving(bundle) as ready:
-        responses = list(_ask_all(console, ready["address"]))
+        responses = list(ask_all(console, ready["address"]))
         metrics = scrape(ready["metrics_url"]).values
     _show_metrics(console, metrics)
     differences = compare_with_responses(metrics, responses)
@@ -122,7 +122,7 @@ def _wait_ready(server: subprocess.Popen[bytes], ready_file: Path, log: Path) ->
     return ready
 
 
-def _ask_all(console: Any, address: str) -> Iterator[pb.CompareResponse]:
+def ask_all(console: Any, address: str) -> Iterator[pb.CompareResponse]:
     from serve.client import Client
     from serve.client.ask import Question
     from serve.client.side_by_side import render
@@ -149,7 +149,7 @@ def _ask_all(console: Any, address: str) -> Iterator[pb.CompareResponse]:
             yield response
 
 
-def _show_bundle(console: Any, bundle: Path) -> None:
+def show_bundle(console: Any, bundle: Path) -> None:
     from rich.table import Table
 
     from bundle.manifest import load_manifest
@@ -235,14 +235,14 @@ def expected_metrics(responses: list[pb.CompareResponse]) -> Series:
         if response.HasField("agreement"):
             agreement = response.agreement
             if agreement.HasField("student") and agreement.HasField("teacher"):
-                add("tandem_consensus_total", 1, outcome=_outcome(agreement))
+                add("tandem_consensus_total", 1, outcome=outcome_of(agreement))
             for role in ("student", "teacher"):
                 for k, value in getattr(agreement, f"{role}_pass_at_k").items():
                     add("tandem_pass_at_k_sum_total", value, role=role, k=str(k))
     return dict(said)
 
 
-def _outcome(agreement: pb.Agreement) -> str:
+def outcome_of(agreement: pb.Agreement) -> str:
     if agreement.HasField("same_answer"):
         return "agree" if agreement.same_answer else "disagree"
     votes = (agreement.student, agreement.teacher)

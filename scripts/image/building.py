@@ -71,7 +71,7 @@ def make_base(containers: Containers) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class ImageKind:
     """What an image is built for: serve or export, cpu or gpu."""
 
     role: str
@@ -86,12 +86,12 @@ class Variant:
         return [f"DEVICE={self.device}", f"ROLE={self.role}"]
 
 
-def build(containers: Containers, variant: Variant, torch_index: str | None) -> None:
+def build(containers: Containers, kind: ImageKind, torch_index: str | None) -> None:
     """Build the Dockerfile's image; its output goes to stderr. ToolError when it fails."""
     if torch_index is None:
         torch_index = "" if not _is_reachable(PYTORCH) else None
     arguments = [f"BASE_IMAGE={BASE}", f"GPU_BASE_IMAGE={BASE}", f"REVISION={_revision()}"]
-    arguments += variant.arguments
+    arguments += kind.arguments
     if torch_index is not None:
         arguments.append(f"TORCH_INDEX={torch_index}")
     flags = [f"--build-arg={argument}" for argument in arguments]
@@ -99,7 +99,7 @@ def build(containers: Containers, variant: Variant, torch_index: str | None) -> 
     # folder that it was mounted on in the layer.
     _bud(containers, "base", [*flags])
     with _pip_mounts(read_pip_settings()) as mounts:
-        _bud(containers, "image", [*flags, *mounts, f"--tag={variant.image}"])
+        _bud(containers, "image", [*flags, *mounts, f"--tag={kind.image}"])
 
 
 def _bud(containers: Containers, stage: str, flags: list[str]) -> None:

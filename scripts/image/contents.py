@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scripts.image.building import PipSettings, Variant
+from scripts.image.building import ImageKind, PipSettings
 from scripts.image.containers import Containers
 from scripts.image.proofs import Proof
 
@@ -21,15 +21,15 @@ PROGRAMS = ("bin", "sbin", "usr/bin", "usr/sbin", "usr/local/bin", "opt/tandem/b
 
 
 def prove_contents(
-    containers: Containers, variant: Variant, settings: PipSettings
+    containers: Containers, kind: ImageKind, settings: PipSettings
 ) -> Iterator[Proof]:
     """Yield what is looked for among the files and in the configuration of an image."""
-    config = containers.inspect(variant.image)
-    with containers.mounted(variant.image) as root:
+    config = containers.inspect(kind.image)
+    with containers.mounted(kind.image) as root:
         files = [Path(folder, name) for folder, _, names in os.walk(root) for name in names]
         inside = [str(path.relative_to(root)) for path in files]
         yield _none("no compiler", compilers(root))
-        if variant.role == "serve":
+        if kind.role == "serve":
             yield _none("no package of training", export_packages(root))
         yield _none("no cache of pip", [path for path in inside if is_pip_cache(path)])
         yield _none("no lists of apt", [path for path in inside if is_apt_list(path)])

@@ -25,7 +25,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from scripts.image.building import ROOT, Variant, build, make_base, read_pip_settings
+from scripts.image.building import ROOT, ImageKind, build, make_base, read_pip_settings
 from scripts.image.bundles import export_here, prove_export, readable_copies
 from scripts.image.containers import Containers, ToolError, install_tools
 from scripts.image.contents import prove_contents
@@ -78,18 +78,18 @@ def build_and_prove(options: argparse.Namespace) -> int:
     install_tools()
     containers = Containers(options.storage)
     containers.storage.mkdir(parents=True, exist_ok=True)
-    variant = Variant(options.role, options.device)
+    kind = ImageKind(options.role, options.device)
     try:
         say("making the base image")
         make_base(containers)
-        say(f"building {variant.image}")
-        build(containers, variant, options.torch_index)
+        say(f"building {kind.image}")
+        build(containers, kind, options.torch_index)
         build_s = time.monotonic() - began
         say("trying what it promises")
         with tempfile.TemporaryDirectory() as scratch:
             Path(scratch).chmod(0o755)
-            proofs = list(announced(prove(containers, variant, options.bundle, Path(scratch))))
-        facts = describe(containers, variant.image, build_s, time.monotonic() - began)
+            proofs = list(announced(prove(containers, kind, options.bundle, Path(scratch))))
+        facts = describe(containers, kind.image, build_s, time.monotonic() - began)
     finally:
         containers.leave_nothing_running()
     if options.out:
@@ -102,21 +102,21 @@ def build_and_prove(options: argparse.Namespace) -> int:
 
 
 def prove(
-    containers: Containers, variant: Variant, bundle: Path | None, scratch: Path
+    containers: Containers, kind: ImageKind, bundle: Path | None, scratch: Path
 ) -> Iterator[Proof]:
     """Yield every proof, the one that ends the server last."""
-    yield from prove_contents(containers, variant, read_pip_settings())
+    yield from prove_contents(containers, kind, read_pip_settings())
     if bundle is None and (ROOT / DEMO / "manifest.json").is_file():
         bundle = ROOT / DEMO
     tiny = scratch / "tiny"
-    if variant.role == "export":
-        yield prove_export(containers, variant.image, tiny)
+    if kind.role == "export":
+        yield prove_export(containers, kind.image, tiny)
     elif bundle is None:
         bundle = export_here(tiny)
     served: tuple[Path, Path | None] = (tiny / "run" / "bundle", tiny / "teacher")
     if bundle is not None:
         served = readable_copies(bundle, scratch)
-    with serving(containers, variant.image, *served) as server:
+    with serving(containers, kind.image, *served) as server:
         yield from prove_running(server)
 
 

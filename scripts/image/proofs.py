@@ -35,7 +35,7 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class ServerContainer:
     """A container with a server that is ready."""
 
     containers: Containers
@@ -73,7 +73,7 @@ class Server:
 @contextmanager
 def serving(
     containers: Containers, image: str, bundle: Path, teacher: Path | None
-) -> Iterator[Server]:
+) -> Iterator[ServerContainer]:
     """Start a server, wait until its HEALTHCHECK passes, remove it in the end.
 
     Raises:
@@ -91,7 +91,7 @@ def serving(
         began = time.monotonic()
         run_detached(containers, start)
         _wait_until_healthy(containers)
-        yield Server(containers, image, time.monotonic() - began)
+        yield ServerContainer(containers, image, time.monotonic() - began)
     finally:
         containers.podman("rm", "--force", "--ignore", "--time=0", SERVER)
 
@@ -127,7 +127,7 @@ def _log(containers: Containers) -> str:
 # --- the promises --------------------------------------------------------------------------------
 
 
-def prove_running(server: Server) -> Iterator[Proof]:
+def prove_running(server: ServerContainer) -> Iterator[Proof]:
     """Yield what can be seen of a server that runs. The drain, which ends it, comes last."""
     status = _status(server.state["Pid"])
     yield Proof("HEALTHCHECK passes", True, f"healthy {server.ready_after_s:.1f} s after start")
@@ -156,7 +156,7 @@ def _status(pid: int) -> dict[str, str]:
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
-def prove_memory_limit(server: Server) -> Iterator[Proof]:
+def prove_memory_limit(server: ServerContainer) -> Iterator[Proof]:
     """Yield the limit that the kernel has, and that it kills what goes beyond such a limit."""
     limit = server.execute(
         "from pathlib import Path; v1 = Path('/sys/fs/cgroup/memory/memory.limit_in_bytes'); "
@@ -168,14 +168,14 @@ def prove_memory_limit(server: Server) -> Iterator[Proof]:
     yield Proof("memory limit is enforced", (tight, loose) == (SIGKILLED, 0), seen)
 
 
-def _allocate(server: Server, memory_mib: int) -> int:
+def _allocate(server: ServerContainer, memory_mib: int) -> int:
     """Return the exit code of a process that takes 128 MiB under a limit."""
     flags = ["--rm", "--no-healthcheck", "--entrypoint=python", server.image, "-c", ALLOCATE]
     command = server.containers.hardened(*flags, memory_mib=memory_mib)
     return subprocess.run(command, capture_output=True, check=False).returncode
 
 
-def prove_doctor(server: Server) -> Proof:
+def prove_doctor(server: ServerContainer) -> Proof:
     found = server.execute(
         "import subprocess; words = ['tandem', 'doctor', '--role', 'serve', '--json']; "
         "print(subprocess.run(words, capture_output=True, text=True).stdout)"
@@ -185,7 +185,7 @@ def prove_doctor(server: Server) -> Proof:
     return Proof("tandem doctor", bool(findings) and not problems, f"problems: {problems}")
 
 
-def prove_answers(server: Server) -> Iterator[Proof]:
+def prove_answers(server: ServerContainer) -> Iterator[Proof]:
     """Yield health and a Compare of both models, with their k3."""
     done = subprocess.run(server.client("answer"), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -202,7 +202,7 @@ def prove_answers(server: Server) -> Iterator[Proof]:
     yield Proof("Compare", is_whole, f"{len(samples)} samples of 16 tokens, k3 {k3}")
 
 
-def prove_drain(server: Server) -> Proof:
+def prove_drain(server: ServerContainer) -> Proof:
     """Return whether a call that ran at SIGTERM came to its end, and the server then to its."""
     client = subprocess.Popen(
         server.client("drain"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -122,9 +122,10 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("tandem")
 
 
-def test_command_that_was_not_asked_for_cannot_run() -> None:
+def test_command_that_was_not_asked_for_cannot_run(commands: dict[str, Command]) -> None:
+    app = tandem.cli.build_app(["group"], commands)
     with pytest.raises(AssertionError, match="only the command that was asked for"):
-        tandem.cli._not_asked()
+        app(["greet"])
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

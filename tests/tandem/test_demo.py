@@ -12,7 +12,7 @@ from bundle.errors import UserError
 from loadtest.server_metrics import Scrape
 from protos.tandem.v1 import inference_pb2 as pb
 from tandem import demo
-from tandem.demo import _outcome, compare_with_responses, expected_metrics, serving
+from tandem.demo import compare_with_responses, expected_metrics, outcome_of, serving
 
 
 def sample(role: int, num_tokens: int, k3_sum: float, **fields: Any) -> pb.Sample:
@@ -165,7 +165,7 @@ def test_outcome_of_two_votes(
     agreement = pb.Agreement(student=student, teacher=teacher)
     if same_answer is not None:
         agreement.same_answer = same_answer
-    assert _outcome(agreement) == outcome
+    assert outcome_of(agreement) == outcome
 
 
 def test_model_without_a_vote_makes_no_outcome() -> None:
@@ -184,9 +184,9 @@ def test_demo_fails_when_the_metrics_are_not_what_the_answers_said(
     ready = {"address": "a:1", "metrics_url": "m"}
     monkeypatch.setattr("export.run.recipe.load_config", lambda recipe: None)
     monkeypatch.setattr("export.pipeline.run_export", lambda config, reporter: tmp_path)
-    monkeypatch.setattr(demo, "_show_bundle", lambda console, bundle: None)
+    monkeypatch.setattr(demo, "show_bundle", lambda console, bundle: None)
     monkeypatch.setattr(demo, "serving", lambda bundle: contextlib.nullcontext(ready))
-    monkeypatch.setattr(demo, "_ask_all", lambda console, address: make_responses()[:1])
+    monkeypatch.setattr(demo, "ask_all", lambda console, address: make_responses()[:1])
     monkeypatch.setattr(demo, "scrape", lambda url: Scrape(make_metrics()))
     with pytest.raises(UserError, match=r"not what the answers said: .*tandem_consensus_total"):
         demo.demo()

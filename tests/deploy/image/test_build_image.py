@@ -13,11 +13,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from scripts.image import bundles, contents, proofs
-from scripts.image.building import PipSettings, Variant, build, read_pip_settings
+from scripts.image.building import ImageKind, PipSettings, build, read_pip_settings
 from scripts.image.containers import Containers, ToolError, run
 from serve.http.server import MetricsServer
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HEALTHCHECK = ROOT / "scripts" / "image" / "healthcheck.py"
 
 
@@ -221,7 +221,7 @@ def test_build_that_fails_is_told_by_its_stage(
 ) -> None:
     containers = install("buildah", "exit 7")
     with pytest.raises(ToolError, match="buildah exits with 7 for the stage base"):
-        build(containers, Variant("serve", "gpu"), torch_index="")
+        build(containers, ImageKind("serve", "gpu"), torch_index="")
 
 
 def test_container_that_does_not_start_says_why(
