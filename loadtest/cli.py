@@ -162,7 +162,7 @@ def _describe(config: RunConfig, schedule: Schedule) -> str:
 def report(folder: Folder) -> None:
     """Write a run's report.html anew; a run that died is summed up from what it has left."""
     from loadtest.folder import REPORT_FILE, is_partial
-    from loadtest.report.report import write_report
+    from loadtest.report.page import write_report
     from loadtest.sum_up import sum_up
 
     if is_partial(folder):

@@ -16,7 +16,7 @@ from loadtest.client.runner import BlockCost
 from loadtest.config import RunConfig
 from loadtest.folder import RUN_FILE, SUMMARY_TEXT_FILE, read_records, read_run, write_text
 from loadtest.records import Phase, RequestRecord
-from loadtest.report.report import write_report
+from loadtest.report.page import write_report
 from loadtest.report.summary_text import to_markdown
 
 DIED = "it died before its end: a part of its load is missing"

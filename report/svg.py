@@ -16,7 +16,7 @@ from typing import Any, Literal
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00",
@@ -24,6 +24,7 @@ BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = (
 GREY = "#777777"
 WIDTH_IN = 9.0
 MIN_LOG_RANGE = 20.0  # values that differ by more are drawn on a logarithmic axis
+MAX_LABELLED_RANGE = 200.0  # logarithmic axes of less have labels between the powers of ten
 MAX_NAME_LETTERS = 40  # longer names would leave no room for the plot; tables have them whole
 STYLE = {
     "svg.hashsalt": "tandem",
@@ -78,6 +79,8 @@ def scale_axis(axes: Any, name: Literal["x", "y"], values: Iterable[float]) -> N
     if finite and min(finite) > 0 and max(finite) > MIN_LOG_RANGE * min(finite):
         axes.set(**{f"{name}scale": "log"})
         axis = getattr(axes, f"{name}axis")
+        if max(finite) < MAX_LABELLED_RANGE * min(finite):
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_minor_formatter(NullFormatter())
 

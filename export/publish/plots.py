@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import cycle, pairwise, product
 from typing import Any
 
-from matplotlib.transforms import Bbox
-
+from estimators.estimate import Estimate
+from report.pareto import ParetoPoint, draw_pareto
 from report.svg import (
     BLUE,
     GREEN,
@@ -54,7 +54,7 @@ class Increment:
 
 
 @dataclass(frozen=True, slots=True)
-class ParetoPoint:
+class Candidate:
     """A variant: seconds per decode step of one sequence, and KL(teacher ‖ variant) in nats."""
 
     name: str
@@ -133,26 +133,35 @@ def draw_waterfall(increments: Sequence[Increment]) -> str:
     return draw_svg("waterfall", 0.9 + 0.36 * len(increments), paint)
 
 
-def draw_pareto(points: Sequence[ParetoPoint], references: Sequence[tuple[str, float]]) -> str:
+def draw_tradeoff(candidates: Sequence[Candidate], references: Sequence[tuple[str, float]]) -> str:
     """Draw step time against KL; `references` are names and seconds per step, as vertical lines."""
 
-    def paint(figure: Any) -> None:
-        axes = figure.subplots()
-        axes.set_xlabel("time per decode step of one sequence, ms")
-        axes.set_ylabel(f"KL(teacher ‖ variant), {NATS}")
-        axes.margins(0.18, 0.25)
-        front = sorted((point.step_s * 1e3, point.kl) for point in points if point.is_on_front)
+    def dress(axes: Any) -> Sequence[Any]:
+        front = sorted((each.step_s * 1e3, each.kl) for each in candidates if each.is_on_front)
         if front:
             axes.plot(*zip(*front, strict=True), color=BLUE, drawstyle="steps-post")
-        for point in points:
-            axes.plot(point.step_s * 1e3, point.kl, **_marker(point))
-        scale_axis(axes, "y", [point.kl for point in points])
+        scale_axis(axes, "y", [each.kl for each in candidates])
         lines = sorted(references, key=lambda reference: reference[1])
         names = [_reference_line(axes, index, *line) for index, line in enumerate(lines)]
         axes.set_xlim(left=0)
-        _label_points(axes, points, names)
+        return names
 
-    return draw_svg("pareto", 4.6, paint)
+    axis_names = ("time per decode step of one sequence, ms", f"KL(teacher ‖ variant), {NATS}")
+    return draw_pareto(list(map(_point, candidates)), axis_names, dress)
+
+
+def _point(candidate: Candidate) -> ParetoPoint:
+    is_passed, is_default = candidate.is_passed, candidate.is_default
+    notes = [*["default"] * is_default, *["failed a gate"] * (not is_passed)]
+    return ParetoPoint(
+        shorten(candidate.name) + (f" ({', '.join(notes)})" if notes else ""),
+        x=Estimate(candidate.step_s * 1e3),
+        y=Estimate(candidate.kl),
+        color=BLUE if is_passed else VERMILION,
+        marker="*" if is_default else "o" if is_passed else "X",
+        size_pt=17 if is_default else 9,
+        is_filled=is_passed,
+    )
 
 
 def draw_phase(phase: PhaseCurves, svg_name: str) -> str:
@@ -212,27 +221,6 @@ def _bars(
     return draw_svg(svg_name, 3.2, paint)
 
 
-def _marker(point: ParetoPoint) -> dict[str, Any]:
-    color = BLUE if point.is_passed else VERMILION
-    return {
-        "marker": "*" if point.is_default else "o" if point.is_passed else "X",
-        "markersize": 17 if point.is_default else 9,
-        "color": color,
-        "markerfacecolor": color if point.is_passed else "none",
-        "linestyle": "none",
-        "zorder": 3,
-    }
-
-
-def _pareto_label(point: ParetoPoint) -> str:
-    notes = [
-        note
-        for note, holds in (("default", point.is_default), ("failed a gate", not point.is_passed))
-        if holds
-    ]
-    return shorten(point.name) + (f" ({', '.join(notes)})" if notes else "")
-
-
 def _reference_line(axes: Any, index: int, name: str, step_s: float) -> Any:
     axes.axvline(step_s * 1e3, color=GREY, linestyle="--", linewidth=1.2)
     return axes.annotate(
@@ -263,26 +251,4 @@ def _paint_terms(axes: Any, steps: Sequence[int], terms: Sequence[LossTerm]) -> 
         text.set_color(color)
         move_to_free_place(
             text, [(8, sign * dy) for dy in range(0, 90, 6) for sign in (1, -1)], taken
-        )
-
-
-def _label_points(axes: Any, points: Sequence[ParetoPoint], names: Sequence[Any]) -> None:
-    """Write each point's name near it, clear of `names`, of the points and of each other."""
-    axes.figure.draw_without_rendering()  # settles where the points are
-    centers = axes.transData.transform([(point.step_s * 1e3, point.kl) for point in points])
-    taken = [Bbox.from_extents(*(center - 8), *(center + 8)) for center in centers]
-    taken += [name.get_window_extent() for name in names]
-    heights = [sign * dy for dy in range(0, 120, 8) for sign in (1, -1)]
-    places = [(dx, dy) for dy in heights for dx in (12, -12)]
-    for point in points:
-        position = (point.step_s * 1e3, point.kl)
-        label = _pareto_label(point)
-        text = axes.annotate(label, position, (0, 0), textcoords="offset points", va="center")
-        move_to_free_place(text, places, taken, within=axes.bbox)
-        axes.annotate(
-            "",
-            position,
-            text.get_position(),
-            textcoords="offset points",
-            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6},
         )

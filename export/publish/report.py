@@ -8,38 +8,34 @@ server. Its text is in `data/report.html.j2`, its plots in `export.publish.plots
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
+from estimators.estimate import Estimate
 from export.publish.plots import (
+    Candidate,
     Hop,
-    ParetoPoint,
     PhaseCurves,
     RemovedLayer,
     draw_layer_ranking,
-    draw_pareto,
     draw_pass_rates,
     draw_phase,
+    draw_tradeoff,
     draw_waterfall,
     measured_increments,
 )
+from report.formats import (
+    NOT_MEASURED,
+    show_bytes,
+    show_estimate,
+    show_number,
+    show_percent,
+    show_time,
+)
+from report.page import render_page
 
-NOT_MEASURED = "not measured"
-NBSP = "\N{NO-BREAK SPACE}"  # between a number and its unit
 MAX_PROMPTS = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A number with the ends of its 95 % confidence interval, where it has one."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,26 +190,14 @@ def write_report(path: Path, data: ReportData) -> None:
 
 def render_report(data: ReportData) -> str:
     """Return the page."""
-    environment = Environment(
-        loader=PackageLoader("export", "data"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(FORMATS)
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "export",
+        _plots(data),
         data=data,
         default=next((row for row in data.variants if row.is_default), None),
         increments=measured_increments(data.hops),
         metrics=METRICS,
-        plots={name: Markup(svg) for name, svg in _plots(data).items()},
-        phase_plots=[
-            Markup(draw_phase(phase, f"phase{number}")) if phase.steps and phase.terms else None
-            for number, phase in enumerate(data.phases)
-        ],
-        undrawn=[row.name for row in data.variants if _pareto_point(row) is None],
+        undrawn=[row.name for row in data.variants if _candidate(row) is None],
         worst=sorted(data.comparisons, key=_badness, reverse=True)[:MAX_PROMPTS],
     )
 
@@ -223,85 +207,30 @@ def _plots(data: ReportData) -> dict[str, str]:
     plots = {}
     if increments := measured_increments(data.hops):
         plots["waterfall"] = draw_waterfall(increments)
-    if points := [point for row in data.variants if (point := _pareto_point(row))]:
+    if points := [point for row in data.variants if (point := _candidate(row))]:
         steps = [(row.name, row.step_s) for row in data.references if row.step_s is not None]
-        plots["pareto"] = draw_pareto(points, steps)
+        plots["pareto"] = draw_tradeoff(points, steps)
     if data.removed_layers:
         plots["layers"] = draw_layer_ranking(data.removed_layers)
     if data.accept_counts and data.accept_counts.num_prompts_by_pass_rate:
         plots["pass_rates"] = draw_pass_rates(data.accept_counts.num_prompts_by_pass_rate)
+    for number, phase in enumerate(data.phases):
+        if phase.steps and phase.terms:
+            plots[f"phase{number}"] = draw_phase(phase, f"phase{number}")
     return plots
 
 
-def _pareto_point(row: ModelRow) -> ParetoPoint | None:
+def _candidate(row: ModelRow) -> Candidate | None:
     if row.step_s is None or row.kl_to_teacher is None:
         return None
     kl = row.kl_to_teacher.value
     if not (math.isfinite(kl) and math.isfinite(row.step_s)):
         return None
-    return ParetoPoint(row.name, row.step_s, kl, row.is_passed, row.is_on_front, row.is_default)
+    return Candidate(row.name, row.step_s, kl, row.is_passed, row.is_on_front, row.is_default)
 
 
 def _badness(comparison: PromptComparison) -> float:
     return math.inf if math.isnan(comparison.kl) else comparison.kl
-
-
-def _or_missing(show: Callable[[float], str]) -> Callable[[float | None], str]:
-    def show_any(value: float | None) -> str:
-        if value is None:
-            return NOT_MEASURED
-        return show(value) if math.isfinite(value) else "not finite"
-
-    return show_any
-
-
-def _scaled(value: float, units: Sequence[str]) -> str:
-    """Write a value with the largest of its units, each a thousand of the one before."""
-    for unit in units[:-1]:
-        if abs(value) < 999.95:
-            return f"{value:.4g}{NBSP}{unit}".strip()
-        value /= 1000
-    return f"{value:.4g}{NBSP}{units[-1]}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
-show_number = _or_missing(lambda value: f"{value:.4g}")
-show_percent = _or_missing(lambda value: f"{value:.1%}")
-show_bytes = _or_missing(lambda value: _scaled(value, ("B", "kB", "MB", "GB", "TB")))
-show_count = _or_missing(lambda value: _scaled(value, ("", "thousand", "million", "billion")))
-show_ms = _or_missing(lambda value: f"{value * 1e3:.3g}{NBSP}ms")
-show_rate = _or_missing(lambda value: f"{1 / value:.4g}")
-show_duration = _or_missing(_duration)
-
-
-def show_estimate(estimate: Estimate | None) -> str:
-    """Write a number with its interval in brackets.
-
-    >>> show_estimate(Estimate(0.31274, 0.2, 0.4))
-    '0.3127 [0.2, 0.4]'
-    """
-    return _with_interval(estimate, "{:.4g}", "{:.3g}")
-
-
-def show_percent_estimate(estimate: Estimate | None) -> str:
-    return _with_interval(estimate, "{:.1%}", "{:.1%}")
-
-
-def _with_interval(estimate: Estimate | None, value_format: str, end_format: str) -> str:
-    if estimate is None:
-        return NOT_MEASURED
-    value = _or_missing(value_format.format)(estimate.value)
-    if estimate.low is None or estimate.high is None:
-        return value
-    low, high = (_or_missing(end_format.format)(end) for end in (estimate.low, estimate.high))
-    return f"{value} [{low}, {high}]"
 
 
 def _show_flips(flips: Flips | None) -> str:
@@ -319,31 +248,28 @@ def _show_margins(flips: Flips | None) -> str:
     return " / ".join(map(show_number, margins))
 
 
+def _tokens_per_s(row: ModelRow) -> str:
+    return show_number(None if row.step_s is None else 1 / row.step_s)
+
+
 METRICS: tuple[tuple[str, Callable[[ModelRow], str]], ...] = (
     ("size on disk", lambda row: show_bytes(row.size_bytes)),
     ("KL(teacher ‖ ·), nats per token", lambda row: show_estimate(row.kl_to_teacher)),
     ("its 99th percentile over tokens", lambda row: show_number(row.kl_to_teacher_p99)),
     ("KL(float student ‖ ·), nats per token", lambda row: show_estimate(row.kl_to_student)),
-    ("argmax agreement, teacher", lambda row: show_percent(row.argmax_agreement_with_teacher)),
+    ("top-1 agreement, teacher", lambda row: show_percent(row.argmax_agreement_with_teacher)),
     (
-        "argmax agreement, float student",
+        "top-1 agreement, float student",
         lambda row: show_percent(row.argmax_agreement_with_student),
     ),
     ("flips against the float student", lambda row: _show_flips(row.flips)),
     ("margin at flips: median / p90 / max", lambda row: _show_margins(row.flips)),
     ("perplexity of held-out text", lambda row: show_number(row.perplexity)),
-    ("prefill of one prompt", lambda row: show_ms(row.prefill_s)),
-    ("decode step of one sequence", lambda row: show_ms(row.step_s)),
-    ("decode speed of one sequence, tokens/s", lambda row: show_rate(row.step_s)),
+    ("prefill of one prompt", lambda row: show_time(row.prefill_s)),
+    ("decode step of one sequence", lambda row: show_time(row.step_s)),
+    (
+        "decode speed of one sequence, tokens/s",
+        _tokens_per_s,
+    ),
     ("peak memory", lambda row: show_bytes(row.peak_memory_bytes)),
 )
-FORMATS: dict[str, Callable[..., str]] = {
-    "number": show_number,
-    "percent": show_percent,
-    "bytes": show_bytes,
-    "count": show_count,
-    "ms": show_ms,
-    "duration": show_duration,
-    "estimate": show_estimate,
-    "percent_estimate": show_percent_estimate,
-}

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from bundle.manifest import Variant
 from bundle.model_folder import open_model_folder
+from estimators.estimate import Estimate
 from export.measure.held_out import STUDENT, TEACHER
 from export.measure.stage import TEXTS_NAME
 from export.publish.gates import TORCH, TRANSFORMERS
 from export.publish.plots import Hop, LossTerm, PhaseCurves, RemovedLayer
 from export.publish.report import (
     AcceptCounts,
-    Estimate,
     Flips,
     GateResult,
     ModelRow,

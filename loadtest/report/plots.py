@@ -10,23 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from report.svg import (
-    BLUE,
-    GREEN,
-    PURPLE,
-    VERMILION,
-    draw_svg,
-    move_to_free_place,
-    scale_axis,
-    shorten,
-)
+from estimators.estimate import Estimate
+from report.pareto import ParetoPoint, draw_pareto, ends_of, errors_of
+from report.svg import BLUE, GREEN, PURPLE, VERMILION, draw_svg, scale_axis, shorten
 
 MAX_COLUMNS = 3
 MAX_MARKED_POINTS = 12  # a curve of more is a line with a band
@@ -51,6 +44,10 @@ class Point:
     y: float
     low: float | None = None
     high: float | None = None
+
+    @property
+    def estimate(self) -> Estimate:
+        return Estimate(self.y, self.low, self.high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +89,6 @@ class HistogramPanel:
     histograms: tuple[ArmHistogram, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ParetoPoint:
-    """An arm at a load; `latency` and `quality` are (value, low, high), the ends None if unknown.
-
-    `load` is the label.
-    """
-
-    arm: str
-    load: str
-    latency: tuple[float, float | None, float | None]
-    quality: tuple[float, float | None, float | None]
-
-
 def arm_styles(arms: Sequence[str]) -> dict[str, ArmStyle]:
     """Return each arm's looks: student and teacher always their own, others in turn."""
     known = {"student": (BLUE, "o"), "teacher": (VERMILION, "s")}
@@ -125,7 +109,7 @@ def draw_curves(svg_name: str, panels: Sequence[CurvePanel], styles: Mapping[str
         for curve in panel.curves:
             _paint_curve(axes, curve, styles, line_style_of(panel.curves, curve))
         _set_loads(axes, panel.x_ticks)
-        scale(axes, "y", [point.y for curve in panel.curves for point in curve.points])
+        scale_axis(axes, "y", [point.y for curve in panel.curves for point in curve.points])
         low, high = panel.y_limits
         if axes.get_yscale() == "linear":
             axes.set_ylim(low, high)
@@ -158,25 +142,24 @@ def draw_histograms(
     return _draw_panels(svg_name, panels, paint, handles)
 
 
-def draw_pareto(
-    points: Sequence[ParetoPoint], axis_names: tuple[str, str], styles: Mapping[str, ArmStyle]
+def draw_tradeoff(
+    points: Mapping[str, Sequence[ParetoPoint]],
+    axis_names: tuple[str, str],
+    styles: Mapping[str, ArmStyle],
 ) -> str:
     """Draw latency against quality; the points of an arm are joined in the order given."""
+    xs = [point.x.value for mine in points.values() for point in mine]
 
-    def paint(figure: Any) -> None:
-        axes = figure.subplots()
-        axes.set_xlabel(axis_names[0])
-        axes.set_ylabel(axis_names[1])
-        axes.margins(0.12, 0.2)
-        for arm in dict.fromkeys(point.arm for point in points):
-            mine = [point for point in points if point.arm == arm]
-            _paint_with_errors(axes, mine, styles[arm])
-        scale(axes, "x", [point.latency[0] for point in points])
+    def dress(axes: Any) -> Sequence[Any]:
+        for arm, mine in points.items():
+            line = [(point.x.value, point.y.value) for point in mine]
+            axes.plot(*zip(*line, strict=True), color=styles[arm].color, linewidth=1.0)
+        scale_axis(axes, "x", xs)
         axes.set_ylim(bottom=max(axes.get_ylim()[0], -0.03 * axes.get_ylim()[1]))
-        add_legend(figure, curve_legend([Curve(point.arm, ()) for point in points], styles))
-        _label_points(axes, points, styles)
+        add_legend(axes.figure, curve_legend([Curve(arm, ()) for arm in points], styles))
+        return ()
 
-    return draw_svg("pareto", 4.6, paint)
+    return draw_pareto([point for mine in points.values() for point in mine], axis_names, dress)
 
 
 def _draw_panels(
@@ -207,27 +190,21 @@ def _paint_curve(axes: Any, curve: Curve, styles: Mapping[str, ArmStyle], line_s
     points = [point for point in curve.points if math.isfinite(point.y)]
     xs, ys = [point.x for point in points], [point.y for point in points]
     if len(points) > MAX_MARKED_POINTS:
-        lows, highs = zip(*(_ends(point) for point in points), strict=True)
+        lows, highs = zip(*(ends_of(point.estimate) for point in points), strict=True)
         axes.plot(xs, ys, line_style, color=style.color, linewidth=1.4)
         axes.fill_between(xs, lows, highs, color=style.color, alpha=0.18, linewidth=0)
         return
-    ends = [_ends(point) for point in points]
+    estimates = [point.estimate for point in points]
     axes.errorbar(
-        xs, ys, yerr=_errors(ys, ends), fmt=style.marker, linestyle=line_style, color=style.color,
-        markersize=5, linewidth=1.4, elinewidth=1.0, capsize=2.5,
+        xs, ys, yerr=errors_of(estimates), fmt=style.marker, linestyle=line_style,
+        color=style.color, markersize=5, linewidth=1.4, elinewidth=1.0, capsize=2.5,
         markerfacecolor=_face(style, line_style),
         transform=axes.transData + _dodge(axes, style, len(styles)),
     )  # fmt: skip
     # What is drawn beside its place does not count towards the limits.
+    ends = map(ends_of, estimates)
     axes.update_datalim([(x, end) for x, both in zip(xs, ends, strict=True) for end in both])
     axes.autoscale_view()
-
-
-def _ends(point: Point) -> tuple[float, float]:
-    """Return the interval's ends, the value itself where there are none."""
-    if point.low is None or point.high is None:
-        return point.y, point.y
-    return min(point.low, point.y), max(point.high, point.y)
 
 
 def _face(style: ArmStyle, line_style: str) -> str:
@@ -235,28 +212,10 @@ def _face(style: ArmStyle, line_style: str) -> str:
     return style.color if line_style == LINE_STYLES[0] else "white"
 
 
-def _errors(values: Sequence[float], ends: Sequence[tuple[float, float]]) -> list[list[float]]:
-    """Return how far the ends are below and above the values."""
-    pairs = list(zip(values, ends, strict=True))
-    return [
-        [value - low for value, (low, _) in pairs],
-        [high - value for value, (_, high) in pairs],
-    ]
-
-
 def _dodge(axes: Any, style: ArmStyle, num_arms: int) -> Any:
     """Return the shift, to the side alone, that keeps the arms' points apart."""
     offset_pt = DODGE_PT * (style.place - (num_arms - 1) / 2)
     return ScaledTranslation(offset_pt / 72, 0, axes.figure.dpi_scale_trans)
-
-
-def scale(axes: Any, name: Literal["x", "y"], values: Sequence[float]) -> None:
-    """Make an axis logarithmic where `scale_axis` does, with enough labels on a short one."""
-    scale_axis(axes, name, values)
-    axis = getattr(axes, f"{name}axis")
-    low, high = axis.get_view_interval()
-    if axis.get_scale() == "log" and high < 300 * low:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
 
 
 def line_style_of(curves: Sequence[Curve], curve: Curve) -> str:
@@ -310,29 +269,3 @@ def add_legend(figure: Any, handles: Sequence[Any]) -> None:
         figure.legend(
             handles=handles, loc="outside upper left", ncols=min(4, len(handles)), frameon=False
         )
-
-
-def _paint_with_errors(axes: Any, points: Sequence[ParetoPoint], style: ArmStyle) -> None:
-    xs, ys = [point.latency[0] for point in points], [point.quality[0] for point in points]
-    axes.errorbar(
-        xs, ys,
-        xerr=_errors(xs, [_ends(Point(0, *point.latency)) for point in points]),
-        yerr=_errors(ys, [_ends(Point(0, *point.quality)) for point in points]),
-        fmt=style.marker, linestyle="-", color=style.color,
-        markersize=7, linewidth=1.0, elinewidth=1.0, capsize=2.5,
-    )  # fmt: skip
-
-
-def _label_points(axes: Any, points: Sequence[ParetoPoint], styles: Mapping[str, ArmStyle]) -> None:
-    """Write each point's load near it, clear of the points and of each other."""
-    axes.figure.draw_without_rendering()  # settles where the points are
-    taken: list[Any] = []
-    heights = [sign * dy for dy in range(9, 120, 8) for sign in (1, -1)]
-    places = [(dx, dy) for dy in heights for dx in (7, -7)]
-    for point in points:
-        text = axes.annotate(
-            point.load, (point.latency[0], point.quality[0]), (0, 0),
-            textcoords="offset points", va="center", color=styles[point.arm].color, fontsize=9,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6},
-        )  # fmt: skip
-        move_to_free_place(text, places, taken, within=axes.bbox)

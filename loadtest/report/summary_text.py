@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from estimators.estimate import Estimate
 from loadtest.analysis.summary import ArmComparison, Cell, Summary
+from report.formats import (
+    NOT_MEASURED,
+    show_estimate,
+    show_number,
+    show_percent_estimate,
+    show_points,
+    show_ratio,
+    show_time,
+    show_time_estimate,
+)
 
 _PERCENTILES = ("p50", "p90", "p95", "p99")
 _OUTCOMES = {
@@ -76,63 +85,50 @@ def describe_comparison(found: ArmComparison, is_closed: bool) -> Iterator[str]:
     yield f"{found.num_pairs} pairs of requests."
     yield ""
     for name, ratio in found.ratios.items():
-        yield f"* {name}: {a} is {show_estimate(ratio, 'x')} as fast"
+        yield f"* {name}: {a} is {show_ratio(ratio)} as fast"
     for name, difference in found.differences.items():
-        yield f"* {name}: {a} − {b} = {show_estimate(difference, points=True)}"
+        yield f"* {name}: {a} − {b} = {show_points(difference)}"
     if found.mcnemar_p is not None:
-        yield f"* McNemar's p of their being right alike: {found.mcnemar_p:.3g}"
+        yield f"* McNemar's p of the correctness: {found.mcnemar_p:.3g}"
     if found.agreement is not None:
-        yield f"* same majority answer: {show_estimate(found.agreement)}"
+        yield f"* agreement of the majorities: {show_percent_estimate(found.agreement)}"
 
 
 def _latency_table(summary: Summary) -> Iterator[str]:
-    yield from _row("arm", "load", "milliseconds", "count", "mean", *_PERCENTILES)
+    yield from _row("arm", "load", "latency", "count", "mean", *_PERCENTILES)
     yield from _row(*["---"] * 9)
     for cell in summary.cells:
         for name in ("ttft", "itl", "tpot", "e2e"):
             found = getattr(cell, name)
-            mean = "–" if found.mean is None else f"{1000 * found.mean:.4g}"
-            values = [_milliseconds(getattr(found, each)) for each in _PERCENTILES]
-            yield from _row(cell.arm, f"{cell.load:g}", name, found.count, mean, *values)
+            values = [show_time_estimate(getattr(found, each)) for each in _PERCENTILES]
+            yield from _row(
+                cell.arm, f"{cell.load:g}", name, found.count, show_time(found.mean), *values
+            )
 
 
 def _load_table(summary: Summary) -> Iterator[str]:
     ks = sorted({k for c in summary.cells if c.quality for k in c.quality.pass_at_k})
-    quality = [*(f"pass@{k}" for k in ks), "majority", "k3", "exact KL"]
+    quality = [*(f"pass@{k}" for k in ks), "maj@n", "k3", "exact KL"]
     header = ["arm", "load", "offered", "ok", "req/s", "tokens/s", "goodput", *quality]
     yield from _row(*header)
     yield from _row(*["---"] * len(header))
     for cell in summary.cells:
         yield from _row(
             cell.arm, f"{cell.load:g}", cell.num_offered, cell.outcomes.get("ok", 0),
-            f"{cell.throughput_rps:.3g}", f"{cell.output_tokens_per_s:.4g}",
-            show_estimate(cell.goodput), *_quality(cell, ks),
+            show_number(cell.throughput_rps), show_number(cell.output_tokens_per_s),
+            show_percent_estimate(cell.goodput), *_quality(cell, ks),
         )  # fmt: skip
 
 
-def _quality(cell: Cell, ks: Iterable[int]) -> list[str]:
+def _quality(cell: Cell, ks: Iterable[int]) -> Iterator[str]:
     found = cell.quality
-    pass_at_k = [show_estimate(found.pass_at_k.get(k) if found else None) for k in ks]
-    others = (found.majority_correct, found.k3, found.exact_kl) if found else (None,) * 3
-    return [*pass_at_k, *map(show_estimate, others)]
+    for k in ks:
+        yield show_percent_estimate(found.pass_at_k.get(k) if found else None)
+    yield show_percent_estimate(found.majority_correct if found else None)
+    yield show_estimate(found.k3 if found else None)
+    yield show_estimate(found.exact_kl if found else None)
 
 
 def _row(*cells: object) -> Iterator[str]:
-    yield f"| {' | '.join(map(str, cells))} |"
-
-
-def _milliseconds(estimate: Estimate | None) -> str:
-    return show_estimate(estimate, factor=1000)
-
-
-def show_estimate(
-    estimate: Estimate | None, unit: str = "", *, factor: float = 1.0, points: bool = False
-) -> str:
-    """Write a number with its interval, – where there is none; `points` with a sign."""
-    if estimate is None:
-        return "–"
-    style = "+.3f" if points else ".4g" if factor != 1 else ".3g"
-    value = f"{factor * estimate.value:{style}}{unit}"
-    if estimate.low is None or estimate.high is None:
-        return value
-    return f"{value} [{factor * estimate.low:{style}}, {factor * estimate.high:{style}}]"
+    shown = ("–" if cell == NOT_MEASURED else str(cell) for cell in cells)
+    yield f"| {' | '.join(shown)} |"

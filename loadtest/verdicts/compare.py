@@ -20,8 +20,9 @@ from loadtest.analysis.summary import ArmComparison, Summary, read_summary
 from loadtest.client.requests_file import REQUESTS_FILE, read_requests
 from loadtest.config import RunConfig
 from loadtest.records import Phase, RequestRecord
-from loadtest.report.summary_text import describe_comparison, describe_failures, show_estimate
+from loadtest.report.summary_text import describe_comparison, describe_failures
 from loadtest.verdicts.gate import regression
+from report.formats import show_estimate
 
 # Settings that make numbers incomparable. The seed only makes runs unpaired.
 _SETTINGS = (

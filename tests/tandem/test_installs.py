@@ -90,7 +90,7 @@ def test_loadtest_plans_without_models(wheel: Path, tmp_path: Path) -> None:
     assert loadtest.roles == {"client", "loadtest"}
     planned = loadtest.tandem("loadtest", "plan", "--rates", "2", "--duration", "10", "--json")
     assert json.loads(planned.stdout.splitlines()[-1]), planned.stderr
-    loadtest.python("import loadtest.report.report")
+    loadtest.python("import loadtest.report.page")
 
 
 def test_export_makes_a_bundle_that_serve_accepts(wheel: Path, tmp_path: Path) -> None:

@@ -9,26 +9,26 @@ from xml.etree import ElementTree
 import pytest
 
 from export.publish.plots import (
+    Candidate,
     Hop,
     Increment,
     LossTerm,
-    ParetoPoint,
     PhaseCurves,
     RemovedLayer,
     draw_layer_ranking,
-    draw_pareto,
     draw_pass_rates,
     draw_phase,
+    draw_tradeoff,
     draw_waterfall,
     measured_increments,
 )
+from tests.support.pages import SVG, texts_of
 
-SVG = "{http://www.w3.org/2000/svg}"
 HOPS = (Hop("teacher", 0.0), Hop("pruned", 1.05), Hop("trained", 0.25), Hop("int8", 0.26))
-POINTS = (
-    ParetoPoint("fp32", 0.02, 0.30, is_passed=True, is_on_front=True, is_default=False),
-    ParetoPoint("int8", 0.01, 0.31, is_passed=True, is_on_front=True, is_default=True),
-    ParetoPoint("int4", 0.008, 0.9, is_passed=False, is_on_front=False, is_default=False),
+CANDIDATES = (
+    Candidate("fp32", 0.02, 0.30, is_passed=True, is_on_front=True, is_default=False),
+    Candidate("int8", 0.01, 0.31, is_passed=True, is_on_front=True, is_default=True),
+    Candidate("int4", 0.008, 0.9, is_passed=False, is_on_front=False, is_default=False),
 )
 PHASE = PhaseCurves(
     "soft KD",
@@ -39,7 +39,7 @@ PHASE = PhaseCurves(
 )
 PLOTS: dict[str, Callable[[], str]] = {
     "waterfall": lambda: draw_waterfall(measured_increments(HOPS)),
-    "pareto": lambda: draw_pareto(POINTS, [("torch", 0.025), ("transformers", 0.03)]),
+    "pareto": lambda: draw_tradeoff(CANDIDATES, [("torch", 0.025), ("transformers", 0.03)]),
     "phase": lambda: draw_phase(PHASE, "phase0"),
     "layers": lambda: draw_layer_ranking([RemovedLayer(12, 0.08), RemovedLayer(3, 0.2)]),
     "pass_rates": lambda: draw_pass_rates([5, 0, 2, 9]),
@@ -51,10 +51,6 @@ def drawn(name: str) -> str:
     return PLOTS[name]()
 
 
-def texts(svg: str) -> list[str]:
-    return [element.text or "" for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
-
-
 def place(svg: str, text: str) -> tuple[float, float]:
     """Return where a text is anchored, in points from the upper left."""
     element = text_element(svg, text)
@@ -63,14 +59,6 @@ def place(svg: str, text: str) -> tuple[float, float]:
     numbers = re.search(r"translate\(([\d.-]+) ([\d.-]+)\)", element.attrib["transform"])
     assert numbers, element.attrib
     return float(numbers[1]), float(numbers[2])
-
-
-def label_box(svg: str, text: str) -> tuple[float, float, float]:
-    """Return a label's left, right and height, at a width of 5.5 points per letter."""
-    x, y = place(svg, text)
-    width = 5.5 * len(text)
-    is_end = "text-anchor: end" in text_element(svg, text).attrib["style"]
-    return (x - width, x, y) if is_end else (x, x + width, y)
 
 
 def text_element(svg: str, text: str) -> ElementTree.Element:
@@ -105,9 +93,9 @@ def test_references_inside_a_plot_lead_somewhere(name: str) -> None:
 
 
 def test_long_names_leave_room_for_the_points() -> None:
-    long = ParetoPoint("a-variant-" * 20, 0.01, 0.3, True, True, True)
-    svg = draw_pareto([long], [("a teacher " * 20, 0.02)])
-    assert any(text.endswith("… (default)") for text in texts(svg))
+    long = Candidate("a-variant-" * 20, 0.01, 0.3, True, True, True)
+    svg = draw_tradeoff([long], [("a teacher " * 20, 0.02)])
+    assert any(text.endswith("… (default)") for text in texts_of(svg))
 
 
 # --- waterfall
@@ -136,7 +124,7 @@ def test_hop_behind_one_without_a_number_starts_before_it(kl: float | None) -> N
 
 
 def test_waterfall_labels_totals_and_signed_changes() -> None:
-    found = texts(drawn("waterfall"))
+    found = texts_of(drawn("waterfall"))
     assert {"teacher", "pruned", "trained", "int8"} <= set(found)
     assert [re.sub(r"\s+", " ", text) for text in found if text[0].isdigit() and "(" in text] == [
         "1.05 (+1.05)",
@@ -161,52 +149,21 @@ def test_waterfall_bar_lies_between_its_totals() -> None:
 
 
 def test_pareto_names_default_failed_variants_and_teachers() -> None:
-    found = texts(drawn("pareto"))
+    found = texts_of(drawn("pareto"))
     expected = {"fp32", "int8 (default)", "int4 (failed a gate)", "torch", "transformers"}
     assert expected <= set(found)
 
 
-def test_only_failed_variants_are_hollow() -> None:
-    svg = drawn("pareto")
-    hollow = [
-        use.attrib["style"]
-        for use in ElementTree.fromstring(svg).iter(f"{SVG}use")
-        if "fill: none" in use.attrib.get("style", "") or "fill-opacity: 0" in use.attrib["style"]
-    ]
-    assert len(hollow) == 1
-    assert "stroke: #d55e00" in hollow[0]
-
-
 def test_front_is_drawn_in_order_of_time_and_only_through_its_points() -> None:
-    def num_corners(points: tuple[ParetoPoint, ...]) -> list[int]:
-        paths = ElementTree.fromstring(draw_pareto(points, [])).iter(f"{SVG}path")
+    def num_corners(candidates: tuple[Candidate, ...]) -> list[int]:
+        paths = ElementTree.fromstring(draw_tradeoff(candidates, [])).iter(f"{SVG}path")
         lines = [p for p in paths if "stroke: #0072b2" in p.attrib.get("style", "")]
         return [len(re.findall("[ML]", p.attrib["d"])) for p in lines if "clip-path" in p.attrib]
 
-    assert num_corners(POINTS) == num_corners(POINTS[::-1]) == [3]  # steps: across, then down
-    assert num_corners(POINTS[2:]) == []
-
-
-def test_labels_of_variants_that_nearly_coincide_do_not_overlap() -> None:
-    points = tuple(
-        ParetoPoint(name, 0.01 + 1e-5 * index, 0.3, True, False, False)
-        for index, name in enumerate(("alpha", "beta", "gamma", "delta", "epsilon"))
-    )
-    svg = draw_pareto((*points, POINTS[0]), [])
-    boxes = [label_box(svg, point.name) for point in points]
-    for index, (left, right, y) in enumerate(boxes):
-        for other_left, other_right, other_y in boxes[:index]:
-            assert abs(y - other_y) >= 9 or right < other_left or other_right < left, boxes
-
-
-def test_kl_over_a_wide_range_gets_a_logarithmic_axis() -> None:
-    def y_ticks(kls: tuple[float, ...]) -> set[str]:
-        points = [ParetoPoint(str(kl), 0.01, kl, True, False, False) for kl in kls]
-        return set(texts(draw_pareto(points, [])))
-
-    assert {"0.01", "0.1", "1"} <= y_ticks((0.011, 0.9))
-    assert "0.1" not in y_ticks((0.3, 0.9))
-    assert "0.01" not in y_ticks((0.0, 0.9)), "zero has no logarithm"
+    assert (
+        num_corners(CANDIDATES) == num_corners(CANDIDATES[::-1]) == [3]
+    )  # steps: across, then down
+    assert num_corners(CANDIDATES[2:]) == []
 
 
 # --- training
@@ -219,15 +176,15 @@ def test_phase_has_a_panel_per_unit_then_learning_rate_and_repetition() -> None:
         for name in ("nats per token", "mean square", "learning rate", "repeated share")
     ]
     assert heights == sorted(heights)
-    assert {"forward KL", "hidden", "optimizer step"} <= set(texts(svg))
+    assert {"forward KL", "hidden", "optimizer step"} <= set(texts_of(svg))
 
 
 def test_phase_without_learning_rates_has_no_panel_for_them() -> None:
-    found = texts(draw_phase(PhaseCurves("SFT", (1, 2), PHASE.terms[:0], (1.0, 2.0)), "phase"))
+    found = texts_of(draw_phase(PhaseCurves("SFT", (1, 2), PHASE.terms[:0], (1.0, 2.0)), "phase"))
     assert "learning rate" in found
     assert "repeated share" not in found
     term = LossTerm("cross-entropy", (2.0, 1.0))
-    assert "learning rate" not in texts(draw_phase(PhaseCurves("SFT", (1, 2), (term,)), "phase"))
+    assert "learning rate" not in texts_of(draw_phase(PhaseCurves("SFT", (1, 2), (term,)), "phase"))
 
 
 def test_term_is_named_at_its_last_finite_value() -> None:
@@ -238,7 +195,7 @@ def test_term_is_named_at_its_last_finite_value() -> None:
 
     assert label_at((2.0, 1.0, math.nan))[0] < label_at((2.0, 1.5, 1.0))[0]
     everything_lost = PhaseCurves("KD", (1, 2), (LossTerm("soft", (math.nan, math.nan)),))
-    assert "soft" not in texts(draw_phase(everything_lost, "phase"))
+    assert "soft" not in texts_of(draw_phase(everything_lost, "phase"))
 
 
 def test_series_of_another_length_than_the_steps_is_refused() -> None:
@@ -252,11 +209,11 @@ def test_series_of_another_length_than_the_steps_is_refused() -> None:
 def test_layers_stand_in_order_of_removal_with_their_kl() -> None:
     svg = drawn("layers")
     assert place(svg, "12")[0] < place(svg, "3")[0]
-    assert {"0.08", "0.2"} <= set(texts(svg))
+    assert {"0.08", "0.2"} <= set(texts_of(svg))
 
 
 def test_pass_rates_are_equal_bins_from_0_to_100_percent() -> None:
-    found = texts(drawn("pass_rates"))
+    found = texts_of(drawn("pass_rates"))
     names = [text for text in found if "–" in text]
     assert names == ["0–25", "25–50", "50–75", "75–100"]
     assert [text for text in found if text in ("5", "0", "2", "9")][-4:] == ["5", "0", "2", "9"]

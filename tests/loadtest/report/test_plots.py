@@ -6,19 +6,20 @@ from xml.etree import ElementTree
 
 import pytest
 
+from estimators.estimate import Estimate
 from loadtest.report.plots import (
     MAX_MARKED_POINTS,
     ArmHistogram,
     Curve,
     CurvePanel,
     HistogramPanel,
-    ParetoPoint,
     Point,
     arm_styles,
     draw_curves,
     draw_histograms,
-    draw_pareto,
+    draw_tradeoff,
 )
+from report.pareto import ParetoPoint
 from report.svg import BLUE, VERMILION
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -152,18 +153,17 @@ def test_histogram_shows_shares_and_leaves_empty_ones_out() -> None:
     assert not styled(svg, "path", f"stroke: {VERMILION.lower()}", "fill: none")
 
 
-# --- Pareto
+# --- latency against quality
 
 
-def test_pareto_names_the_load_of_each_point_apart() -> None:
-    points = [
-        ParetoPoint(arm, f"{load} rps", (100.0 + load, 90.0, 120.0), (0.4, None, None))
-        for arm in ("student", "teacher")
-        for load in (1, 2, 4)
-    ]
-    svg = draw_pareto(points, ("latency", "pass@1"), STYLES)
+def test_tradeoff_has_an_arm_line_and_a_label_for_each_load() -> None:
+    points = {
+        arm: [
+            ParetoPoint(f"{load} rps", Estimate(100 + load, 90, 120), Estimate(0.4), color, "o")
+            for load in (1, 2, 4)
+        ]
+        for arm, color in (("student", BLUE), ("teacher", VERMILION))
+    }
+    svg = draw_tradeoff(points, ("latency", "pass@1"), STYLES)
     assert [texts(svg).count(f"{load} rps") for load in (1, 2, 4)] == [2, 2, 2]
     assert {"student", "teacher", "latency", "pass@1"} <= set(texts(svg))
-    places = [e.attrib["transform"] for e in ElementTree.fromstring(svg).iter(f"{SVG}text")
-              if (e.text or "").endswith("rps")]  # fmt: skip
-    assert len(set(places)) == len(places)

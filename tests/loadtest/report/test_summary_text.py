@@ -9,6 +9,7 @@ import pytest
 from estimators.estimate import Estimate
 from loadtest.analysis.summary import ArmComparison, Cell, Distribution, Quality, Summary, Validity
 from loadtest.report.summary_text import describe_failures, to_markdown
+from report.formats import NBSP
 
 NOTHING = Distribution(0, None, None, None, None, None)
 TTFT = Distribution(40, 0.02, Estimate(0.0123, 0.011, 0.0145, 40), None, None, None)
@@ -30,21 +31,25 @@ SUMMARY = Summary(
 )
 
 
+def lines_of(summary: Summary) -> list[str]:
+    return to_markdown(summary).replace(NBSP, " ").splitlines()
+
+
 def test_page_says_how_much_faster_and_how_much_worse() -> None:
-    lines = to_markdown(SUMMARY).splitlines()
+    lines = lines_of(SUMMARY)
     assert lines[0] == "# Load test"
     assert "## student against teacher at 2 requests/s" in lines
-    assert "* ttft_p50: student is 3.1x [2.9, 3.3] as fast" in lines
-    assert "* pass@1: student − teacher = -0.050 [-0.090, +0.010]" in lines
-    assert "* McNemar's p of their being right alike: 0.0625" in lines
-    assert "* same majority answer: 0.75 [0.5, 0.9]" in lines
+    assert "* ttft_p50: student is 3.1× [2.9, 3.3] as fast" in lines
+    assert "* pass@1: student − teacher = −5.0 points [−9.0, +1.0]" in lines
+    assert "* McNemar's p of the correctness: 0.0625" in lines
+    assert "* agreement of the majorities: 75.0% [50.0%, 90.0%]" in lines
 
 
 def test_tables_have_counts_and_dashes_for_what_was_not_measured() -> None:
-    lines = to_markdown(SUMMARY).splitlines()
-    assert "| student | 2 | ttft | 40 | 20 | 12.3 [11, 14.5] | – | – | – |" in lines
+    lines = lines_of(SUMMARY)
+    assert "| student | 2 | ttft | 40 | 20 ms | 12.3 ms [11, 14.5] | – | – | – |" in lines
     assert "| student | 2 | e2e | 0 | – | – | – | – | – |" in lines
-    assert "| student | 2 | 40 | 40 | 3.9 | 120 | – | 0.25 [0.1, 0.4] | – | 0.5 | – |" in lines
+    assert "| student | 2 | 40 | 40 | 3.9 | 120 | – | 25.0% [10.0%, 40.0%] | – | 0.5 | – |" in lines
     tables = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in tables} == {10, 12}
 

@@ -53,7 +53,7 @@ def test_runs_of_one_schedule_are_compared_request_by_request(tmp_path: Path) ->
     assert pairs.differences["pass@1"].value == 0.25
     assert pairs.mcnemar_p == 2 / 2**10
     text = to_text(found)
-    assert "* ttft_p50: student after is 2x" in text
+    assert "* ttft_p50: student after is 2×" in text
     assert json.loads(to_json(found))["pairs"][0]["num_pairs"] == 40
 
 

@@ -7,8 +7,7 @@ import pytest
 
 from estimators.estimate import Estimate
 from loadtest.analysis.summary import Cell, Distribution, Histogram, Quality, Summary, Validity
-from loadtest.report.plots import arm_styles
-from loadtest.report.report_plots import (
+from loadtest.report.plot_data import (
     KL_TO_TEACHER,
     PASS_AT_1,
     draw_plots,
@@ -16,12 +15,18 @@ from loadtest.report.report_plots import (
     pareto_points,
     pareto_quality,
 )
+from loadtest.report.plots import arm_styles
 
+STYLES = arm_styles(("student", "teacher"))
 NOTHING = Distribution(0, None, None, None, None, None)
 
 
 def estimate(value: float, low: float | None = None, high: float | None = None) -> Estimate:
     return Estimate(value, low, high, 9)
+
+
+def ends(found: Estimate) -> tuple[float, float | None, float | None]:
+    return found.value, found.low, found.high
 
 
 def quality(**values: Any) -> Quality:
@@ -49,10 +54,10 @@ def test_pareto_shows_pass_at_1_in_percent_and_latency_in_milliseconds() -> None
     judged = quality(pass_at_k={1: estimate(0.4, 0.3, 0.5)}, exact_kl=estimate(0.2))
     result = summary(cell("student", 2, judged))
     assert pareto_quality(result) == PASS_AT_1
-    (point,) = pareto_points(result)
-    assert (point.arm, point.load) == ("student", "2 rps")
-    assert point.latency == pytest.approx((200, 100, 300))
-    assert point.quality == pytest.approx((40, 30, 50))
+    ((arm, (point,)),) = pareto_points(result, STYLES).items()
+    assert (arm, point.label, point.color) == ("student", "2 rps", STYLES["student"].color)
+    assert ends(point.x) == pytest.approx((200, 100, 300))
+    assert ends(point.y) == pytest.approx((40, 30, 50))
 
 
 @pytest.mark.parametrize("kind", ["exact_kl", "k3"])
@@ -60,19 +65,19 @@ def test_pareto_falls_back_to_the_kl_with_the_teacher_at_0(kind: str) -> None:
     far = quality(**{kind: estimate(0.2, 0.1, 0.3)})
     result = summary(cell("student", 1, far), cell("teacher", 1, quality(k3=estimate(0.9))))
     assert pareto_quality(result) == KL_TO_TEACHER
-    student, teacher = pareto_points(result)
-    assert student.quality == (0.2, 0.1, 0.3)
-    assert teacher.quality == (0.0, None, None)
+    found = pareto_points(result, STYLES)
+    assert ends(found["student"][0].y) == (0.2, 0.1, 0.3)
+    assert ends(found["teacher"][0].y) == (0.0, None, None)
 
 
 def test_exact_kl_is_preferred_to_its_estimate() -> None:
     both = quality(exact_kl=estimate(0.2), k3=estimate(0.3))
-    (point,) = pareto_points(summary(cell("student", 1, both)))
-    assert point.quality[0] == 0.2
+    (point,) = pareto_points(summary(cell("student", 1, both)), STYLES)["student"]
+    assert point.y.value == 0.2
 
 
 def test_teacher_alone_has_no_kl_to_show() -> None:
-    assert pareto_points(summary(cell("teacher", 1, None))) == []
+    assert pareto_points(summary(cell("teacher", 1, None)), STYLES) == {}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -83,13 +88,7 @@ def test_point_without_a_finite_latency_or_quality_is_left_out(value: float) -> 
         cell("a", 1, good), cell("b", 1, bad), cell("c", 1, good, estimate(value)),
         cell("d", 1, None),
     )  # fmt: skip
-    assert [point.arm for point in pareto_points(result)] == ["a"]
-
-
-def test_interval_without_a_finite_end_is_drawn_as_none() -> None:
-    open_ended = quality(pass_at_k={1: estimate(0.4, 0.3, math.inf)})
-    (point,) = pareto_points(summary(cell("a", 1, open_ended)))
-    assert point.quality == pytest.approx((40, 30, None))
+    assert list(pareto_points(result, arm_styles("abcd"))) == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ from loadtest.report.plots import (
     Curve,
     CurvePanel,
     HistogramPanel,
-    ParetoPoint,
     Point,
     draw_curves,
     draw_histograms,
-    draw_pareto,
+    draw_tradeoff,
 )
 from loadtest.report.timeline import Gauge, draw_timeline, load_starts, tracks_of, turns_of
+from report.pareto import ParetoPoint
 
 NATS = "nats per token"
 PASS_AT_1 = "pass@1, %"
@@ -34,7 +34,6 @@ LATENCIES: tuple[tuple[str, Callable[[Cell], Distribution]], ...] = (
 )
 
 Styles = Mapping[str, ArmStyle]
-Ends = tuple[float, float | None, float | None]
 
 
 def draw_plots(
@@ -42,9 +41,9 @@ def draw_plots(
 ) -> dict[str, str]:
     """Return the plots that there is data for, as `<svg>` elements by name."""
     plots = {}
-    if points := pareto_points(summary):
+    if points := pareto_points(summary, styles):
         axis_names = ("median end-to-end latency, ms", pareto_quality(summary))
-        plots["pareto"] = draw_pareto(points, axis_names, styles)
+        plots["pareto"] = draw_tradeoff(points, axis_names, styles)
     for name, panels in (
         ("latency", _latency_panels(summary)),
         ("goodput", _goodput_panels(summary)),
@@ -80,27 +79,32 @@ def pareto_quality(summary: Summary) -> str:
     return PASS_AT_1 if is_judged else KL_TO_TEACHER
 
 
-def pareto_points(summary: Summary) -> list[ParetoPoint]:
-    """Return a point per arm and load of which latency (ms) and quality are known."""
+def pareto_points(summary: Summary, styles: Styles) -> dict[str, list[ParetoPoint]]:
+    """Return, by arm, a point per load of which latency (ms) and quality are known."""
     quality_of = _pass_at_1 if pareto_quality(summary) == PASS_AT_1 else _kl_to_teacher
-    points = []
+    points: dict[str, list[ParetoPoint]] = {}
     for cell in summary.cells:
-        latency, quality = _ends(cell.e2e.p50, 1e3), quality_of(cell)
+        latency, quality = _scaled(cell.e2e.p50, 1e3), quality_of(cell)
         if latency and quality:
-            points.append(ParetoPoint(cell.arm, load_label(summary, cell.load), latency, quality))
+            style = styles[cell.arm]
+            points.setdefault(cell.arm, []).append(
+                ParetoPoint(
+                    load_label(summary, cell.load), latency, quality, style.color, style.marker
+                )
+            )
     # The teacher's KL to itself says nothing alone.
-    is_measured = quality_of is _pass_at_1 or any(point.arm != TEACHER for point in points)
-    return points if is_measured else []
+    is_measured = quality_of is _pass_at_1 or bool(points.keys() - {TEACHER})
+    return points if is_measured else {}
 
 
-def _pass_at_1(cell: Cell) -> Ends | None:
-    return _ends(cell.quality.pass_at_k.get(1), 100) if cell.quality else None
+def _pass_at_1(cell: Cell) -> Estimate | None:
+    return _scaled(cell.quality.pass_at_k.get(1), 100) if cell.quality else None
 
 
-def _kl_to_teacher(cell: Cell) -> Ends | None:
+def _kl_to_teacher(cell: Cell) -> Estimate | None:
     if cell.arm == TEACHER:
-        return 0.0, None, None
-    return _ends(cell.quality.exact_kl or cell.quality.k3) if cell.quality else None
+        return Estimate(0.0)
+    return _scaled(cell.quality.exact_kl or cell.quality.k3) if cell.quality else None
 
 
 def _latency_panels(summary: Summary) -> list[CurvePanel]:
@@ -179,18 +183,16 @@ def _curve(
 def _points(
     values: Iterable[tuple[float, Estimate | None]], factor: float = 1.0
 ) -> tuple[Point, ...]:
-    return tuple(Point(x, *ends) for x, estimate in values if (ends := _ends(estimate, factor)))
+    scaled = ((x, _scaled(estimate, factor)) for x, estimate in values)
+    return tuple(Point(x, found.value, found.low, found.high) for x, found in scaled if found)
 
 
-def _ends(estimate: Estimate | None, factor: float = 1.0) -> Ends | None:
-    """Return value, low and high times the factor; None without a finite value."""
+def _scaled(estimate: Estimate | None, factor: float = 1.0) -> Estimate | None:
+    """Return an estimate times the factor; None without a finite value."""
     if estimate is None or not math.isfinite(estimate.value):
         return None
-    low, high = (
-        factor * end if end is not None and math.isfinite(end) else None
-        for end in (estimate.low, estimate.high)
-    )
-    return factor * estimate.value, low, high
+    low, high = (None if end is None else factor * end for end in (estimate.low, estimate.high))
+    return Estimate(factor * estimate.value, low, high)
 
 
 def _histogram_panels(

@@ -1,7 +1,7 @@
 """`report.html`: what a run found, in one file that needs no server, no network and no script.
 
 It is made from the artifacts of a run's folder alone. Its text is in `data/report.html.j2`, its
-plots come from `report_plots`. What was not measured is said, never drawn as 0.
+plots come from `plot_data`. What was not measured is said, never drawn as 0.
 """
 
 from __future__ import annotations
@@ -12,26 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from loadtest.analysis.summary import ArmComparison, Cell, Distribution, Summary, read_summary
 from loadtest.client.requests_file import REQUESTS_FILE, read_requests
 from loadtest.config import RunConfig
 from loadtest.flags import flag_of
 from loadtest.folder import REPORT_FILE, read_run, write_text
 from loadtest.records import RequestRecord
-from loadtest.report import report_text
-from loadtest.report.plots import arm_styles
-from loadtest.report.report_plots import (
+from loadtest.report.plot_data import (
     KL_TO_TEACHER,
     draw_plots,
     is_closed,
     load_label,
     pareto_quality,
 )
+from loadtest.report.plots import arm_styles
 from loadtest.report.summary_text import describe_failures
 from loadtest.report.timeline import Gauge
+from report import formats
+from report.page import render_page
 
 # Of run.json; what has a place of its own on the page, or would only be noise there.
 _SHOWN_ELSEWHERE = {
@@ -94,25 +92,21 @@ def write_report(folder: Path) -> Path:
 def render_report(result: Summary, run: Mapping[str, Any], records: Sequence[RequestRecord]) -> str:
     """Return the page; `run` is run.json, `records` the warm-up's too."""
     styles = arm_styles(_arms(result, records))
-    plots = draw_plots(result, records, gauges_of(run), styles)
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            summary=result,
-            styles=styles,
-            plots={name: Markup(svg) for name, svg in plots.items()},
-            failures=describe_failures(result),
-            headlines=headlines(result),
-            latencies=LATENCIES,
-            ks=sorted({k for cell in result.cells if cell.quality for k in cell.quality.pass_at_k}),
-            load_label=lambda load: load_label(result, load),
-            is_closed=is_closed(result),
-            is_kl_pareto=pareto_quality(result) == KL_TO_TEACHER,
-            facts=[(key, value) for key, value in run.items() if key not in _SHOWN_ELSEWHERE],
-            divergence_problem=run.get("divergence_problem"),
-            command=command_of(run),
-        )
+    return render_page(
+        "loadtest",
+        draw_plots(result, records, gauges_of(run), styles),
+        summary=result,
+        styles=styles,
+        failures=describe_failures(result),
+        headlines=headlines(result),
+        latencies=LATENCIES,
+        ks=sorted({k for cell in result.cells if cell.quality for k in cell.quality.pass_at_k}),
+        load_label=lambda load: load_label(result, load),
+        is_closed=is_closed(result),
+        is_kl_pareto=pareto_quality(result) == KL_TO_TEACHER,
+        facts=[(key, value) for key, value in run.items() if key not in _SHOWN_ELSEWHERE],
+        divergence_problem=run.get("divergence_problem"),
+        command=command_of(run),
     )
 
 
@@ -150,16 +144,16 @@ def findings(result: Summary, comparison: ArmComparison) -> list[HeadlineFinding
     speeds = [
         HeadlineFinding(
             _SPEEDS.get(name, name),
-            report_text.show_ratio(ratio),
-            report_text.judge(ratio, 1.0, "faster", "slower"),
+            formats.show_ratio(ratio),
+            formats.judge(ratio, 1.0, "faster", "slower"),
         )
         for name, ratio in comparison.ratios.items()
     ]
     differences = [
         HeadlineFinding(
             name,
-            report_text.show_points(difference),
-            report_text.judge(difference, 0.0, "better", "worse"),
+            formats.show_points(difference),
+            formats.judge(difference, 0.0, "better", "worse"),
         )
         for name, difference in comparison.differences.items()
     ]
@@ -172,23 +166,23 @@ def _closeness(result: Summary, comparison: ArmComparison) -> list[HeadlineFindi
     cell = result.cell(a, comparison.load)
     quality = cell.quality if cell else None
     p = comparison.mcnemar_p
-    judged = (
-        [] if comparison.differences else [HeadlineFinding("pass@k", report_text.NOT_MEASURED, "")]
-    )
+    judged = [] if comparison.differences else [HeadlineFinding("pass@k", formats.NOT_MEASURED, "")]
     return [
         *judged,
-        *([] if p is None else [HeadlineFinding("McNemar's p of being right", f"{p:.3g}", "")]),
+        *([] if p is None else [HeadlineFinding("McNemar's p of the correctness", f"{p:.3g}", "")]),
         HeadlineFinding(
-            "same majority answer", report_text.show_share_estimate(comparison.agreement), ""
+            "agreement of the majorities",
+            formats.show_percent_estimate(comparison.agreement),
+            "",
         ),
         HeadlineFinding(
             f"exact KL({a} ‖ {b}), nats per token",
-            report_text.show_estimate(quality.exact_kl if quality else None),
+            formats.show_estimate(quality.exact_kl if quality else None),
             "",
         ),
         HeadlineFinding(
             f"k3 estimate of KL({a} ‖ {b}), nats per token",
-            report_text.show_estimate(quality.k3 if quality else None),
+            formats.show_estimate(quality.k3 if quality else None),
             "",
         ),
     ]
@@ -220,35 +214,3 @@ def command_of(run: Mapping[str, Any]) -> str:
             parts = value if isinstance(value, list) else [value]
             words += [flag_of(name), ",".join(map(str, parts))]
     return shlex.join(words)
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("loadtest", "data"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(
-        number=report_text.show_number,
-        share=report_text.show_share,
-        time=report_text.show_time,
-        estimate=report_text.show_estimate,
-        share_estimate=report_text.show_share_estimate,
-        time_estimate=report_text.show_time_estimate,
-        plain=_plain,
-    )
-    return environment
-
-
-def _plain(value: object) -> str:
-    """Write a setting without the marks of JSON."""
-    if value is None or value in ("", [], {}):
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(each)}" for key, each in value.items())
-    return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
