@@ -1,8 +1,8 @@
-"""Requests that come again by their id: one run, any number of readers, and the memory of it.
+"""The idempotency cache: one run per request id, any number of readers, kept answers.
 
-While a run goes on, whoever asks for the same follows it from its first response. A run that
-succeeded, with nothing in its answer cut short or failed, is kept for some time. One that nobody
-follows any more is cancelled.
+While a run goes on, a repeated request follows it from its first response. A run that succeeded,
+with nothing in its answer cut short or failed, is kept for some time. A run without followers is
+cancelled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 Emit = Callable[[Any], None]
 Run = Callable[[Emit], Awaitable[bool]]
-"""Emits responses in order; returns whether whoever asks again shall get the same ones."""
+"""Emits responses in order; returns whether a repeated request is to get the same ones."""
 Admit = Callable[[], None]
 """Raises where a run would only be refused: before anything is made for it."""
 
