@@ -151,7 +151,7 @@ def test_spinning_is_bounded_unless_it_is_set(
     assert environ == expected
 
 
-@pytest.mark.parametrize("module", ["serve.app.config", "export.run.settings", "tandem"])
+@pytest.mark.parametrize("module", ["serve.app.config", "export.run.settings", "tandem.cli"])
 def test_spinning_is_bounded_before_torch_is_loaded(module: str) -> None:
     environ = {
         k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
