@@ -76,7 +76,7 @@ def _calls(tasks: Collection[str]) -> Iterator[tuple[str, str, str]]:
 
 
 def _begin_divergences(metrics: ServerMetrics, engines: Engines, tasks: Collection[str]) -> None:
-    """Of both models to one another; exact ones need both here."""
+    """Of both models to one another; exact ones need both models in this process."""
     is_exact = len(engines.local) == 2
     for model in engines.loaded:
         policy = model.role.value

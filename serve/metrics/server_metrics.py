@@ -52,7 +52,7 @@ class ServerMetrics(PairObserver):
         for reason in REJECTION_REASONS:
             self.admission_rejections.labels(reason)
         self.shadow = family.counter(
-            "shadow_total", "Comparisons behind an answer, by how they ended.", "outcome"
+            "shadow_total", "Shadow scorings by how they ended.", "outcome"
         )
         for outcome in ShadowOutcome:
             self.shadow.labels(outcome.value)
@@ -87,14 +87,14 @@ class ServerMetrics(PairObserver):
     def _define_tokens(self, family: MetricFamily) -> None:
         self.prompt_tokens = family.counter("prompt_tokens_total", "Prompt tokens.", "role")
         self.cached_prompt_tokens = family.counter(
-            "cached_prompt_tokens_total", "Those of them that were cached.", "role"
+            "cached_prompt_tokens_total", "Prompt tokens that the prefix cache held.", "role"
         )
         self.generation_tokens = family.counter(
             "generation_tokens_total", "Tokens sampled.", "role"
         )
         self.wasted_tokens = family.counter(
             "wasted_tokens_total",
-            "Those of them whose sample was not to end by itself.",
+            "Sampled tokens of samples that did not end by themselves.",
             "role",
             "reason",
         )
@@ -113,10 +113,12 @@ class ServerMetrics(PairObserver):
             lambda: sum(model.engine.load().num_unaccounted for model in self._models)
         )
         self.model_up = family.gauge(
-            "model_up", "1 while the model takes work; elsewhere: while it can be reached.", "role"
+            "model_up",
+            "1 while the model takes work, a remote one while it can be reached.",
+            "role",
         )
         self.remote_calls = family.counter(
-            "remote_calls_total", "Calls of a teacher elsewhere, by how they ended.", "rpc", "code"
+            "remote_calls_total", "Calls of the remote teacher by how they ended.", "rpc", "code"
         )
 
     def _define_divergences(self, family: MetricFamily) -> None:
@@ -140,7 +142,7 @@ class ServerMetrics(PairObserver):
             "divergence_truncated_samples_total", "Samples whose k1..k3 are biased.", "policy"
         )
         self.argmax_agreeing = family.counter(
-            "argmax_agreeing_tokens_total", "Positions whose likeliest token is the same.", "task"
+            "argmax_agreeing_tokens_total", "Positions with top-1 agreement.", "task"
         )
         self.compared_tokens = family.counter(
             "compared_tokens_total", "Positions compared over the full vocabulary.", "task"
@@ -159,7 +161,10 @@ class ServerMetrics(PairObserver):
         for reason in NoResult:
             self.answers_undecided.labels(reason.value)
         self.vote_share = family.histogram(
-            "consensus_vote_share", "The winner's part of the votes.", "role", buckets=SHARES
+            "consensus_vote_share",
+            "Share of the votes for the majority answer.",
+            "role",
+            buckets=SHARES,
         )
         pass_at_k_labels = ("role", "k", "reference", "task")
         self.pass_at_k_sum = family.counter(
@@ -177,7 +182,7 @@ class ServerMetrics(PairObserver):
     def watch(self, model: ServedModel) -> None:
         """Describe a model, and read its engine's load at every scrape.
 
-        A model elsewhere is described by the server that has it.
+        A remote model is described by its own server.
         """
         role, engine = model.role.value, model.engine
         self._models.append(model)

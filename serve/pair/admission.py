@@ -38,7 +38,7 @@ def tokenize(prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
 def check_known(field: str, token_ids: Sequence[int], model: ServedModel) -> None:
     """Check the tokens of a text: a tokenizer may have more of them than its model has rows for.
 
-    A model elsewhere is looked after by its own server.
+    A remote model's ids are checked by its own server.
 
     Raises:
         InvalidFieldError: the model has no row for one, and its step would fail for everyone.
@@ -57,8 +57,8 @@ def fit_context(
 ) -> GenerationSpec:
     """Return the request with a default `max_tokens` lowered to what the prompt leaves.
 
-    `others` are contexts of models elsewhere, which count as far as the prompt fits into them: what
-    does not is refused there.
+    `others` are the contexts of remote models. They count as far as the prompt fits into them; a
+    prompt that does not is refused by their own server.
 
     Raises:
         ContextLengthError: the prompt leaves no room for one token, or for those asked for.

@@ -56,7 +56,7 @@ RunArm = Callable[[ArmJob, OnChunk], Awaitable[ArmResult]]
 
 @dataclass(frozen=True, slots=True)
 class GenerationAnswer:
-    """What the models made of one prompt: the arms, the first one's first, and what they say."""
+    """The arms of one prompt, the first model's first, and the judgement of their answers."""
 
     arms: list[ArmResult]
     agreement: Judgement | None
@@ -70,7 +70,7 @@ class GenerationAnswer:
 
 @dataclass(frozen=True, slots=True)
 class ScoreAnswer:
-    """What the models think of given completions: by model, then by completion."""
+    """The scores of given completions: by model, then by completion."""
 
     scores: list[CompletionScore]
     requests: dict[Role, ScoringRequest]
@@ -78,7 +78,7 @@ class ScoreAnswer:
 
 @dataclass(frozen=True, slots=True)
 class _Terms:
-    """Under which engines take a request: see `ArmJob`."""
+    """What engines know a request by, besides its content: see `ArmJob`."""
 
     key: str
     tenant: str
@@ -96,7 +96,7 @@ class _Running:
 
 
 class Coordinator:
-    """Admits requests, has models answer and score them, and counts what came of it.
+    """Admits requests, runs their arms, has the answers judged, and tells the observer.
 
     Deadlines are on the monotonic clock, which is the engines'.
     """
@@ -309,7 +309,7 @@ class Coordinator:
         return partial(run_arm_or_spare, make_spare)
 
     def _shadow(self, job: ArmJob, arm: ArmResult) -> None:
-        """Have the other model score an answer of AUTO that nobody asked a divergence for."""
+        """Offer an answer of AUTO without a divergence to shadow scoring if the policy says so."""
         is_wanted = (
             job.spec.route is Route.AUTO
             and job.reference is None

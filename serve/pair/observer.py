@@ -1,4 +1,4 @@
-"""What the two models' answers came to, told to whoever counts it."""
+"""The results of requests, for metrics: arms, divergences, judgements, shadow scoring."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from serve.pair.request import GenerationSpec
 
 
 class ShadowOutcome(enum.Enum):
-    """How the scoring behind an answer ended; the value is its label in metrics."""
+    """How a shadow scoring ended; the value is its label in metrics."""
 
     COMPARED = "compared"
     DROPPED = "dropped"
@@ -32,7 +32,7 @@ class PairObserver:
         """The answers to one prompt were judged."""
 
     def on_shadow(self, outcome: ShadowOutcome) -> None:
-        """Scoring behind an answer ended."""
+        """A shadow scoring ended."""
 
     def on_drain(self) -> None:
         """No new work is taken from now on."""

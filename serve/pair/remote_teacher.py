@@ -1,7 +1,7 @@
-"""A teacher that another server answers for: an engine's surface over its Generate and Score.
+"""The remote teacher: an engine's interface over another server's Generate and Score.
 
-It may be lost at any time. Then what needs it fails at once, what waits for it ends, and probes go
-on until it is back. Lives on one asyncio loop; `serve.pair.remote_messages` translates.
+It may be lost at any time. Then requests that need it fail at once, calls that wait for it end, and
+probes go on until it is back. Lives on one asyncio loop; `serve.pair.remote_messages` translates.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which models answer a request, which one scores the answers, and what is scored in the shadow.
+"""Which models answer a request, which one scores the answers, and when shadow scoring happens.
 
 AUTO means the model that the traffic policy chose, or the one that is loaded alone. The samples
 of either model are scored by the other one, so the two must share a tokenizer.
@@ -26,7 +26,7 @@ class Route(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TrafficPolicy:
-    """Weights of the models (not both 0), and the share of shadowed requests, 0 to 1.
+    """Weights of the models (not both 0), and the share of requests with shadow scoring, 0 to 1.
 
     Both draws follow from the request id: a request that is repeated meets the same model.
     """
@@ -47,7 +47,7 @@ class TrafficPolicy:
         return Role.STUDENT if _uniform("route", request_id) < share else Role.TEACHER
 
     def wants_shadow(self, request_id: str) -> bool:
-        """Say whether the other model shall score the answer."""
+        """Say whether the other model scores the answer after it was returned."""
         return _uniform("shadow", request_id) < self.shadow_rate
 
 

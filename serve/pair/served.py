@@ -32,8 +32,8 @@ class ServedModel:
     """An engine, the tokenizer of its model, and where the model came from.
 
     `noise` was measured when it was loaded; `backend_noise_nats` is the mean KL(the model in torch
-    and float32 || as it is served), measured when it was exported. `address` is that of the server
-    that answers for it, empty where it is loaded here.
+    and float32 || as it is served), measured when it was exported. `address` is that of the remote
+    server, empty where the model is loaded in this process.
     """
 
     role: Role
@@ -64,7 +64,7 @@ class Engines:
 
     @property
     def local(self) -> tuple[ServedModel, ...]:
-        """Those of them that run in this process: without them there is no server."""
+        """The models that run in this process: without one there is no server."""
         return tuple(model for model in self.loaded if not model.address)
 
     def get(self, role: Role) -> ServedModel:

@@ -1,8 +1,8 @@
-"""Scoring behind the answer: the other model looks at samples that were returned already.
+"""Shadow scoring: the other model scores samples that were returned already.
 
-What comes of it goes to the metrics alone. A shadow can neither delay nor fail the answer that it
-belongs to, and foreground work of the other model waits for one shadow at most: they run one at a
-time per model, and those that find no place are dropped and counted.
+The result goes to the metrics alone. Shadow scoring neither delays nor fails the answer, and
+foreground work of the other model waits for one shadow at most: they run one at a time per model,
+and those beyond the bound are dropped and counted.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Shadows:
         except (DeadlineError, TimeoutError):
             return ShadowOutcome.DEADLINE
         except Exception:
-            # A shadow has nobody to tell: the log is where its failure can be found.
+            # No client waits for a shadow: the log alone can show its failure.
             logger.exception("a shadow of the %s failed", reference.role.value)
             return ShadowOutcome.ERROR
         self._observer.on_divergences(samples, job.spec)

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 _CHILD = Path(__file__).with_name("child.py")
 _START_TIMEOUT_S = 60.0
-# What a claim has of the child, and how long it may wait for its turns, in time limits of a job: a
-# request waits out another one that uses all its claim.
+# The child's time that a claim may use, and the wait for its turns, in time limits of a job: a
+# request outlasts another one that uses all of its claim.
 _MAX_JOB_TIMES = 2
 _MAX_WAIT_TIMES = 4
 # Each failure costs a restart besides the time limit.
@@ -46,7 +46,7 @@ _REPLY_S = 0.1
 
 
 class SymbolicUnavailableError(TandemError):
-    """Answers shall be matched symbolically, and math-verify is not installed."""
+    """Symbolic matching of answers needs math-verify, which is not installed."""
 
 
 def is_available() -> bool:
@@ -73,7 +73,7 @@ class NoResult(enum.Enum):
 
 @dataclass(slots=True)
 class WorkerClaim:
-    """What one request has of the worker, over all its turns.
+    """One request's budget at the worker, over all its turns.
 
     `deadline_s` is on the monotonic clock, None when there is none. `used_s` is the child's time so
     far, `waited_s` the wait for it; `spent` says why there are no further results, once that is so.
@@ -151,7 +151,7 @@ class AnswerWorker:
     async def run(self, claim: WorkerClaim, name: str, arguments: tuple[str, ...]) -> Any:
         """Return what the child's function makes of the arguments, or a NoResult.
 
-        Only for who has the turn. Starting the child takes of the deadline, not of the claim.
+        Only within a turn. The start of the child counts towards the deadline, not the claim.
         """
         if (reason := self._why_not(claim)) is not None:
             return reason
@@ -277,7 +277,7 @@ class _Child:
 
     @classmethod
     async def spawn(cls, memory_bytes: int) -> _Child:
-        """Start it, but do not wait for it. OSError when there is no process to be had."""
+        """Start it without waiting for it. OSError when no process can be started."""
         ours, theirs = socket.socketpair()
         reader, writer = await asyncio.open_connection(sock=ours)
         command = [sys.executable, "-P", str(_CHILD), str(memory_bytes)]

@@ -1,4 +1,4 @@
-"""Whose turn it is with what only one request can use at a time: tenants alternate."""
+"""A lock that tenants take in turns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import deque
 
 
 class FairLock:
-    """A lock that goes from tenant to tenant, and within a tenant to who waits longest.
+    """A lock that goes from tenant to tenant, and within a tenant to the longest wait.
 
     So a tenant waits for one holder of each other tenant, however many of theirs wait. Lives on one
     asyncio loop.
