@@ -42,7 +42,7 @@ _MAX_CHARS = 800
 _MAX_ABORT_S = 1.0
 _MAX_DETAIL_CHARS = 2400  # of all fields together
 
-_CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+STATUS_CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (MalformedMessageError, grpc.StatusCode.INVALID_ARGUMENT),
     (InvalidFieldError, grpc.StatusCode.INVALID_ARGUMENT),
     (TooLargeError, grpc.StatusCode.OUT_OF_RANGE),
@@ -86,7 +86,7 @@ class Status:
 
 def status_of(error: Exception) -> Status:
     """Map an exception; what is not expected is INTERNAL, its traceback in the log alone."""
-    code = next((code for kind, code in _CODES if isinstance(error, kind)), None)
+    code = next((code for kind, code in STATUS_CODES if isinstance(error, kind)), None)
     if code is None:
         text = str(error) if isinstance(error, EngineFailedError) else "internal error"
         return _internal(text, error)

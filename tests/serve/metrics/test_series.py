@@ -13,7 +13,7 @@ from protos.oip.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.metrics.series import CODES
 from serve.pair.served import Role
-from serve.rpc import statuses
+from serve.rpc.statuses import STATUS_CODES
 
 Series = set[tuple[str, tuple[tuple[str, str], ...]]]
 
@@ -92,7 +92,7 @@ def ask_control(live: Any) -> None:
 
 
 def test_all_codes_that_are_answered_are_known() -> None:
-    mapped = {code for _, code in statuses._CODES}
+    mapped = {code for _, code in STATUS_CODES}
     assert mapped < set(CODES) and len(set(CODES)) == len(CODES)
 
 

@@ -73,9 +73,7 @@ class FixedDay(datetime):
 
 @pytest.fixture(autouse=True)
 def one_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    utils = transformers.utils.chat_template_utils
-    utils._compile_jinja_template.cache_clear()
-    monkeypatch.setattr(utils, "datetime", FixedDay)
+    monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", FixedDay)
 
 
 @pytest.fixture(scope="session", params=SHAPES)

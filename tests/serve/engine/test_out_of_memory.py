@@ -6,11 +6,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper
 
 from serve.engine.core import MAX_FAILED_STEPS
 from serve.engine.engine import Engine
@@ -20,7 +17,6 @@ from serve.engine.scheduler import OUT_OF_MEMORY
 from serve.engine.scoring import ScoringRequest
 from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
 from serve.errors import EngineFailedError, EngineStoppedError
-from serve.models.backend import is_out_of_memory
 from serve.sampling.params import SamplingParams
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11), (12, 13), (14, 15, 16, 17, 18)]
@@ -33,54 +29,6 @@ Fits = Callable[[list[int], list[int]], bool]
 
 def allocate_too_much() -> None:
     torch.empty(1 << 48)
-
-
-# How runtimes say it
-
-
-def run_onnx_out_of_memory() -> None:
-    graph = helper.make_graph(
-        [helper.make_node("ConstantOfShape", ["shape"], ["y"])],
-        "large",
-        [helper.make_tensor_value_info("shape", TensorProto.INT64, [1])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    model.ir_version = 9
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    session.run(None, {"shape": np.array([1 << 44])})
-
-
-def run_cuda_out_of_memory() -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-
-
-@pytest.mark.parametrize(
-    "run",
-    [
-        allocate_too_much,
-        run_onnx_out_of_memory,
-        run_cuda_out_of_memory,
-        lambda: np.empty(1 << 48),
-        lambda: bytearray(1 << 48),
-    ],
-)
-def test_every_runtime_is_understood(run: Callable[[], Any]) -> None:
-    with pytest.raises(Exception) as caught:
-        run()
-    assert is_out_of_memory(caught.value)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("no device"), ValueError("memory format")])
-def test_other_errors_are_no_want_of_memory(error: Exception) -> None:
-    assert not is_out_of_memory(error)
-
-
-# What an engine makes of it
 
 
 @pytest.fixture
