@@ -83,7 +83,8 @@ class Engine:
     A pass that runs out of memory twice (see `ModelRunner`) ends the one request that it was for; a
     decode step, the youngest. A step that fails otherwise ends everything in flight, and
     `MAX_FAILED_STEPS` in a row end the engine. One that takes longer than `max_step_s` ends it too,
-    if somebody calls `watch`. It stays so: a new process is the way back (docs/log.md).
+    if somebody calls `watch`. It stays so: a new process is the way back
+    (docs/decisions/009-engine-failures.md).
     """
 
     def __init__(
