@@ -86,7 +86,7 @@ class ArmJob:
 
 
 @dataclass(slots=True)
-class Chunk:
+class SampleChunk:
     """New tokens of sample `index`, from `position` on, and the text that became certain."""
 
     role: Role
@@ -145,7 +145,7 @@ class ArmResult:
         return all(sample.is_complete for sample in self.samples)
 
 
-OnChunk = Callable[[Chunk], None]
+OnChunk = Callable[[SampleChunk], None]
 
 
 async def run_arm(job: ArmJob, on_chunk: OnChunk) -> ArmResult:
@@ -165,7 +165,7 @@ async def run_arm_or_spare(
     """As `run_arm`; where its model is lost before a token was shown, the spare one answers."""
     is_seen = False
 
-    def on_seen_chunk(chunk: Chunk) -> None:
+    def on_seen_chunk(chunk: SampleChunk) -> None:
         nonlocal is_seen
         is_seen = job.spec.output.stream
         on_chunk(chunk)
@@ -280,7 +280,7 @@ class _Drawing:
 
     def _take(self, events: list[Event]) -> None:
         """Pass one step's events on: at most one chunk per sample."""
-        chunks: dict[int, Chunk] = {}
+        chunks: dict[int, SampleChunk] = {}
         for event in events:
             if isinstance(event, TokenEvent):
                 self._add_token(chunks, event)
@@ -290,12 +290,12 @@ class _Drawing:
             if chunk.token_ids or chunk.text:
                 self._on_chunk(chunk)
 
-    def _chunk(self, chunks: dict[int, Chunk], index: int, position: int) -> Chunk:
+    def _chunk(self, chunks: dict[int, SampleChunk], index: int, position: int) -> SampleChunk:
         if index not in chunks:
-            chunks[index] = Chunk(self._job.model.role, index, position)
+            chunks[index] = SampleChunk(self._job.model.role, index, position)
         return chunks[index]
 
-    def _add_token(self, chunks: dict[int, Chunk], event: TokenEvent) -> None:
+    def _add_token(self, chunks: dict[int, SampleChunk], event: TokenEvent) -> None:
         chunk = self._chunk(chunks, event.index, event.position)
         chunk.token_ids.append(event.token_id)
         chunk.logprobs.append(event.logprob)
@@ -306,7 +306,7 @@ class _Drawing:
         self._release(chunk, text.push([event.token_id]))
         self._text_ends[event.index].append(text.num_chars)
 
-    def _finish(self, chunks: dict[int, Chunk], event: FinishedEvent) -> None:
+    def _finish(self, chunks: dict[int, SampleChunk], event: FinishedEvent) -> None:
         chunk = self._chunk(chunks, event.index, len(event.token_ids))
         self._release(chunk, self._texts[event.index].finish())
         whole = "".join(self._released[event.index])
@@ -328,7 +328,7 @@ class _Drawing:
             error=event.error,
         )
 
-    def _release(self, chunk: Chunk, text: str) -> None:
+    def _release(self, chunk: SampleChunk, text: str) -> None:
         if text:
             chunk.text += text
             self._released[chunk.index].append(text)

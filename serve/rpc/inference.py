@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.errors import ModelsNotComparableError
-from serve.pair.arm import ArmResult, Chunk
+from serve.pair.arm import ArmResult, SampleChunk
 from serve.pair.coordinator import Coordinator
 from serve.pair.request import GenerationSpec, ScoreSpec
 from serve.rpc import replies
@@ -82,7 +82,7 @@ class InferenceService:
     async def _fill(self, emit: Emit, call: Call, spec: GenerationSpec) -> bool:
         """Emit responses as they come from all arms; returns whether nothing in them failed."""
 
-        def on_chunk(chunk: Chunk) -> None:
+        def on_chunk(chunk: SampleChunk) -> None:
             if spec.output.stream:
                 emit(replies.to_chunk(chunk, spec))
 
@@ -200,5 +200,5 @@ def _digest(request: Message) -> bytes:
     return hashlib.sha256(request.DESCRIPTOR.name.encode() + b"\0" + data).digest()
 
 
-def _ignore(part: Chunk | ArmResult) -> None:
+def _ignore(part: SampleChunk | ArmResult) -> None:
     """Compare returns everything at its end."""

@@ -9,7 +9,7 @@ from estimators.consensus import Vote
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.engine.scoring import ScoringRequest
 from serve.pair.answers.judge import Judgement
-from serve.pair.arm import ArmResult, Chunk, SampleResult, TopLogprobs
+from serve.pair.arm import ArmResult, SampleChunk, SampleResult, TopLogprobs
 from serve.pair.divergence import CompletionScore, SampleDivergence
 from serve.pair.remote_teacher import RemoteTeacher
 from serve.pair.request import Basis, DivergenceSpec, GenerationSpec, ScoreSpec
@@ -24,7 +24,7 @@ def to_role(role: Role) -> str:
     return _name("ROLE", role)
 
 
-def to_chunk(chunk: Chunk, spec: GenerationSpec) -> pb.GenerateResponse:
+def to_chunk(chunk: SampleChunk, spec: GenerationSpec) -> pb.GenerateResponse:
     """Return an event of new tokens: one per token, so that it is filled in, not put together."""
     response, output = pb.GenerateResponse(), spec.output
     tokens = response.tokens

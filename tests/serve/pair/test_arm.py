@@ -18,7 +18,7 @@ from serve.engine.sequence import EventSink, FinishedEvent, FinishReason, Timing
 from serve.errors import DeadlineError, EngineFailedError, EngineStoppedError, QueueFullError
 from serve.pair.arm import (
     ArmJob,
-    Chunk,
+    SampleChunk,
     run_arm,
     run_second_arm,
 )
@@ -73,7 +73,7 @@ def make_job(tokenizer: Tokenizer) -> MakeJob:
     return make
 
 
-def ignore(chunk: Chunk) -> None:
+def ignore(chunk: SampleChunk) -> None:
     """Nobody looks."""
 
 
@@ -102,7 +102,7 @@ def test_arm_that_was_shut_down_returns_the_tokens_it_has(make_job: MakeJob) -> 
 def test_reader_that_fails_ends_the_arm_and_sees_no_more(make_job: MakeJob) -> None:
     engine, seen = ScriptedEngine(FinishReason.STOP, num_tokens=1), []
 
-    def fail(chunk: Chunk) -> None:
+    def fail(chunk: SampleChunk) -> None:
         seen.append(chunk.index)
         raise ValueError("broken reader")
 
@@ -126,7 +126,7 @@ def test_second_arm_that_is_refused_becomes_failed_samples(make_job: MakeJob) ->
 def test_second_arm_that_ends_early_keeps_what_chunks_have_brought(
     make_job: MakeJob, reason: FinishReason
 ) -> None:
-    chunks: list[Chunk] = []
+    chunks: list[SampleChunk] = []
     job = make_job(ScriptedEngine(reason, num_tokens=2))
     result = asyncio.run(run_second_arm(job, chunks.append))
     assert [sample.finish_reason for sample in result.samples] == [reason] * 2
