@@ -8,55 +8,27 @@ import random
 import struct
 from collections.abc import Mapping
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-PATH = b"/tandem.v1.InferenceService/Generate"
+from tests.support.http2 import (
+    CONTINUATION,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    HEADERS,
+    PING,
+    PREFACE,
+    RST,
+    SETTINGS,
+    WINDOW,
+    called,
+    frame,
+    header,
+    headers,
+    opened,
+)
+
 BOMB_BYTES = 60 << 20  # as gzip little enough for the first window of a connection
-_DATA, _HEADERS, _RST, _SETTINGS, _PING, _WINDOW, _CONTINUATION = 0, 1, 3, 4, 6, 8, 9
-_END_STREAM, _END_HEADERS = 1, 4
 PONG = b"are you?"
 _MAX_READ_S = 5.0
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """Return an HTTP/2 frame (RFC 9113, 4.1)."""
-    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(
-        ">I", stream
-    ) + payload  # fmt: skip
-
-
-def header(name: bytes, value: bytes) -> bytes:
-    """Return a header without indexing (RFC 7541, 6.2.2); neither has 127 bytes or more."""
-    return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
-
-
-def headers(path: bytes = PATH, **more: bytes) -> bytes:
-    """Return the headers of a gRPC call; `more` replaces and adds, "_" stands for "-"."""
-    pairs = {
-        b":method": b"POST",
-        b":scheme": b"http",
-        b":path": path,
-        b":authority": b"x",
-        b"content-type": b"application/grpc",
-        b"te": b"trailers",
-        **{name.replace("_", "-").encode(): value for name, value in more.items()},
-    }
-    return b"".join(header(name, value) for name, value in pairs.items())
-
-
-def opened(*frames: bytes) -> bytes:
-    """Return a connection's first bytes, and then frames."""
-    return PREFACE + frame(_SETTINGS, 0, 0, b"") + b"".join(frames)
-
-
-def called(message: bytes, path: bytes = PATH, flag: bytes = b"\0", **more: bytes) -> bytes:
-    """Return a connection with one call of one message, in frames of 16 KiB."""
-    data = flag + struct.pack(">I", len(message)) + message
-    parts = [data[start : start + 16384] for start in range(0, len(data), 16384)]
-    ends = [0] * (len(parts) - 1) + [_END_STREAM]
-    return opened(
-        frame(_HEADERS, _END_HEADERS, 1, headers(path, **more)),
-        *(frame(_DATA, end, 1, part) for end, part in zip(ends, parts, strict=True)),
-    )
 
 
 def bomb() -> bytes:
@@ -66,14 +38,14 @@ def bomb() -> bytes:
 
 
 def _cancelled(stream: int) -> bytes:
-    call = frame(_HEADERS, _END_HEADERS, stream, headers())
-    return call + frame(_RST, 0, stream, struct.pack(">I", 8))
+    call = frame(HEADERS, END_HEADERS, stream, headers())
+    return call + frame(RST, 0, stream, struct.pack(">I", 8))
 
 
 def raw_connections(rng: random.Random) -> Mapping[str, bytes]:
     """Return what to write to a connection, by what is wrong with it."""
-    call = frame(_HEADERS, _END_HEADERS, 1, headers())
-    lone = frame(_CONTINUATION, 0, 1, header(b"a", b"b" * 100))
+    call = frame(HEADERS, END_HEADERS, 1, headers())
+    lone = frame(CONTINUATION, 0, 1, header(b"a", b"b" * 100))
     return {
         "HTTP/1 GET": b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n",
         "HTTP/1 POST": b"POST / HTTP/1.1\r\nContent-Length: 999999\r\n\r\nabc",
@@ -84,25 +56,25 @@ def raw_connections(rng: random.Random) -> Mapping[str, bytes]:
         "half a preface": PREFACE[:10] + b"\0" * 20,
         "random behind the preface": PREFACE + rng.randbytes(500),
         "frame of 16 MiB": PREFACE + b"\xff\xff\xff\0\0\0\0\0\1" + bytes(1000),
-        "random as headers": opened(frame(_HEADERS, _END_HEADERS, 1, rng.randbytes(100))),
-        "message shorter than it says": opened(call, frame(_DATA, 1, 1, b"\0\0\0\0\5ab")),
-        "message of 4 GiB": opened(call, frame(_DATA, 1, 1, b"\0\xff\xff\xff\xffab")),
+        "random as headers": opened(frame(HEADERS, END_HEADERS, 1, rng.randbytes(100))),
+        "message shorter than it says": opened(call, frame(DATA, 1, 1, b"\0\0\0\0\5ab")),
+        "message of 4 GiB": opened(call, frame(DATA, 1, 1, b"\0\xff\xff\xff\xffab")),
         "unknown flag": called(b"ab", flag=b"\7"),
         "compressed without encoding": called(b"ab", flag=b"\1"),
         "unknown encoding": called(b"ab", flag=b"\1", grpc_encoding=b"snappy"),
         "damaged gzip": called(b"\x1f\x8b\x08ab", flag=b"\1", grpc_encoding=b"gzip"),
-        "no message": opened(frame(_HEADERS, _END_HEADERS | _END_STREAM, 1, headers())),
-        "twenty messages": opened(call, frame(_DATA, 1, 1, bytes(100))),
-        "even stream": opened(frame(_HEADERS, _END_HEADERS, 2, headers())),
-        "data on stream 0": opened(frame(_DATA, 0, 0, b"x")),
-        "settings of 3 bytes": opened(frame(_SETTINGS, 0, 0, b"123")),
-        "settings flood": opened(frame(_SETTINGS, 0, 0, b"") * 200),
-        "ping flood": opened(frame(_PING, 0, 0, b"12345678") * 200),
+        "no message": opened(frame(HEADERS, END_HEADERS | END_STREAM, 1, headers())),
+        "twenty messages": opened(call, frame(DATA, 1, 1, bytes(100))),
+        "even stream": opened(frame(HEADERS, END_HEADERS, 2, headers())),
+        "data on stream 0": opened(frame(DATA, 0, 0, b"x")),
+        "settings of 3 bytes": opened(frame(SETTINGS, 0, 0, b"123")),
+        "settings flood": opened(frame(SETTINGS, 0, 0, b"") * 200),
+        "ping flood": opened(frame(PING, 0, 0, b"12345678") * 200),
         "reset flood": opened(*(_cancelled(2 * i + 1) for i in range(50))),
-        "window overflow": opened(call, frame(_WINDOW, 0, 1, b"\x7f\xff\xff\xff") * 3),
-        "continuation flood": opened(frame(_HEADERS, 0, 1, headers()), lone * 300),
-        "no method": opened(frame(_HEADERS, 5, 1, header(b":path", b"/x"))),
-        "another method": opened(frame(_HEADERS, 5, 1, headers(**{":method": b"BREW"}))),
+        "window overflow": opened(call, frame(WINDOW, 0, 1, b"\x7f\xff\xff\xff") * 3),
+        "continuation flood": opened(frame(HEADERS, 0, 1, headers()), lone * 300),
+        "no method": opened(frame(HEADERS, 5, 1, header(b":path", b"/x"))),
+        "another method": opened(frame(HEADERS, 5, 1, headers(**{":method": b"BREW"}))),
         "path not UTF-8": called(b"", b"/tandem.v1.InferenceService/\xff"),
         "header not UTF-8": called(b"", authorization=b"Bearer \xff\xfe"),
         "header not base64": called(b"", x_bin=b"!!!!"),
@@ -123,7 +95,7 @@ async def knock(address: str, data: bytes, until: bytes = PONG) -> bytes:
     received = b""
     try:
         async with asyncio.timeout(_MAX_READ_S):
-            writer.write(data + frame(_PING, 0, 0, PONG))
+            writer.write(data + frame(PING, 0, 0, PONG))
             while until not in received and (more := await reader.read(1 << 16)):
                 received += more
     except ConnectionError:

@@ -21,10 +21,11 @@ import grpc
 from protos.oip import grpc_service_pb2 as oip
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.app.grpc_log import quiet_grpc, quiet_grpc_tracebacks
-from tests.faults.requests.hostile import PONG, called, knock, mutate, raw_connections
+from tests.faults.requests.hostile import PONG, knock, mutate, raw_connections
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of
 from tests.support.backends import HistoryBackend
+from tests.support.http2 import called
 
 NUM_MESSAGES = {Size.CI: 350, Size.FULL: 10_000}
 NUM_GOOD = {Size.CI: 100, Size.FULL: 4_000}

@@ -21,24 +21,18 @@ from serve.app.grpc_log import quiet_grpc
 quiet_grpc()
 assert "grpc" not in sys.modules
 import grpc
-
-def field(name, value):
-    return b"\\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
-
-def frame(kind, flags, stream, payload):
-    size = len(payload).to_bytes(3, "big")
-    return size + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+from tests.support.http2 import END_HEADERS, END_STREAM, HEADERS, PING, frame, headers, opened
 
 async def main():
     server = grpc.aio.server()
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"PRI * HTTP/2.0\\r\\n\\r\\nSM\\r\\n\\r\\n" + frame(4, 0, 0, b""))
+    writer.write(opened())
     for stream in (1, 3, 5):
-        headers = field(b":method", b"POST") + field(b":path", b"/x") + field(b"te", b"trailers")
-        writer.write(frame(1, 5, stream, headers + field(b"grpc-timeout", b"xxx")))
-    writer.write(frame(6, 0, 0, b"12345678"))
+        block = headers(grpc_timeout=b"xxx")
+        writer.write(frame(HEADERS, END_STREAM | END_HEADERS, stream, block))
+    writer.write(frame(PING, 0, 0, b"12345678"))
     seen = b""
     while b"12345678" not in seen:
         seen += await reader.read(4096)

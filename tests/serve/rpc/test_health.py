@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.pair.served import Role
 from serve.rpc.health import MAX_NAME_BYTES, Health
+from tests.support.http2 import DATA, HEADERS, called
 from tests.support.polling import wait_until
 
 UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
@@ -175,8 +176,6 @@ def test_watchers_that_never_read_hold_up_no_other(serving: Any, make_pair: Any)
         watched.cancel()
 
 
-_DATA, _HEADERS, _SETTINGS = 0, 1, 4
-_END_STREAM, _END_HEADERS = 1, 4
 _INITIAL_WINDOW_SIZE = 4
 
 
@@ -197,38 +196,17 @@ def watching_without_reading(address: str, num_watchers: int) -> Iterator[None]:
 
 
 def _watch_request(name: str) -> bytes:
-    headers = {
-        ":method": "POST",
-        ":scheme": "http",
-        ":path": "/grpc.health.v1.Health/Watch",
-        ":authority": "localhost",
-        "content-type": "application/grpc",
-        "te": "trailers",
-    }
-    # HPACK (RFC 7541, 6.2.2): literal fields without indexing, names and values below 127 bytes.
-    block = b"".join(
-        b"\0" + bytes([len(key)]) + key.encode() + bytes([len(value)]) + value.encode()
-        for key, value in headers.items()
-    )
     message = health_pb2.HealthCheckRequest(service=name).SerializeToString()
-    return (
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-        + _frame(_SETTINGS, 0, 0, struct.pack(">HI", _INITIAL_WINDOW_SIZE, 0))
-        + _frame(_HEADERS, _END_HEADERS, 1, block)
-        + _frame(_DATA, _END_STREAM, 1, struct.pack(">BI", 0, len(message)) + message)
-    )
-
-
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+    no_window = struct.pack(">HI", _INITIAL_WINDOW_SIZE, 0)
+    return called(message, b"/grpc.health.v1.Health/Watch", settings=no_window)
 
 
 def _wait_for_headers(received: Any) -> None:
     """Return when the response has begun: its first message waits for the window."""
     kind = None
-    while kind != _HEADERS:
+    while kind != HEADERS:
         header = received.read(9)
         assert len(header) == 9, "the server hung up"
         kind = header[3]
-        assert kind != _DATA
+        assert kind != DATA
         received.read(int.from_bytes(header[:3], "big"))
