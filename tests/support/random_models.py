@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -160,20 +157,6 @@ def random_examples(lengths: list[tuple[int, int]], seed: int = 0) -> list[Examp
         return tuple(torch.randint(VOCAB_SIZE, (count,), generator=generator).tolist())
 
     return [Example(tokens(prompt), tokens(completion)) for prompt, completion in lengths]
-
-
-def matmul_graph(weight: torch.Tensor) -> onnx.ModelProto:
-    """A graph of a single MatMul "product" of `x` and a weight `(N, K)`, the initializer "w"."""
-    num_outputs, num_inputs = weight.shape
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"], "product")],
-        "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, num_inputs])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, num_outputs])],
-        [numpy_helper.from_array(np.ascontiguousarray(weight.numpy().T), "w")],
-    )
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
 
 @dataclass(frozen=True, slots=True)

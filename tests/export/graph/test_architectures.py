@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ from serve.models.architectures import sliding_windows
 from serve.models.onnx_backend import OnnxBackend
 from serve.models.torch_backend import TorchBackend
 from serve.sampling.params import SamplingParams
-from tests.support.random_models import random_model
+from tests.support.graphs import load_graph
+from tests.support.random_models import ARCHITECTURES, NUM_LAYERS, export_model, random_model
 
 # Name -> nodes per layer. Biases, QK norms and windows tell their own stories.
 NODES_PER_LAYER = {
@@ -46,14 +46,13 @@ NODES_PER_LAYER = {
     "smollm3": 11,
     "smollm3-window": 11,
 }
-NUM_LAYERS = 5
 MAX_TOKENS = 20
 # Longer than the window, with what is decoded: 24.
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 8, 9, 79, 32, 38, 46]
 LIMITS = {"max_num_seqs": 1, "max_model_len": 64}
 
 
-@pytest.fixture(scope="session", params=list(NODES_PER_LAYER))
+@pytest.fixture(scope="session", params=list(ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -84,31 +83,22 @@ def generated_tokens(model: Any) -> list[int]:
     return completion
 
 
-def read_graph(folder: Path) -> onnx.GraphProto:
-    return onnx.load(folder / "model.onnx", load_external_data=False).graph
-
-
 # --- the graph
 
 
-def test_every_architecture_of_the_fixtures_is_tested() -> None:
-    known = random_model.__globals__["ARCHITECTURES"]
-    assert set(known) == set(NODES_PER_LAYER)
-
-
-def test_node_count_follows_the_formula(architecture: str, graphs: Any) -> None:
+def test_export_has_the_nodes_of_the_formula(architecture: str, graphs: Any) -> None:
     expected = NODES_PER_LAYER[architecture] * NUM_LAYERS + 11
-    assert len(read_graph(graphs.variants["fp32"]).node) == expected
+    assert len(load_graph(graphs.variants["fp32"], with_weights=False).graph.node) == expected
     assert expected_num_nodes(random_model(architecture)) == expected
 
 
-def test_graph_computes_what_transformers_does(graphs: Any) -> None:
+def test_export_computes_what_transformers_does(graphs: Any) -> None:
     parity = measure(graphs.student_dir, graphs.variants["fp32"])
     assert parity.max_mean_kl < 1e-6
     assert parity.max_logit_difference < 1e-3
 
 
-def test_int8_graph_has_no_float_product_and_runs(graphs: Any) -> None:
+def test_quantized_export_has_no_float_product_and_runs(graphs: Any) -> None:
     model = onnx.load(graphs.variants["int8"] / "model.onnx")
     kinds = [node.op_type for node in model.graph.node]
     assert float_matmuls(model) == []
@@ -117,7 +107,7 @@ def test_int8_graph_has_no_float_product_and_runs(graphs: Any) -> None:
     assert 0 < measure(graphs.student_dir, graphs.variants["int8"]).max_mean_kl < 0.1
 
 
-def test_all_runtimes_decode_the_same_tokens(graphs: Any) -> None:
+def test_export_decodes_the_same_tokens_in_all_runtimes(graphs: Any) -> None:
     from optimum.onnxruntime import ORTModelForCausalLM
 
     folder = graphs.variants["fp32"]
@@ -133,25 +123,23 @@ def test_all_runtimes_decode_the_same_tokens(graphs: Any) -> None:
     assert generated_tokens(optimum) == expected
 
 
-def test_attention_has_the_window_and_the_rotary_embedding_of_its_layer(graphs: Any) -> None:
+def test_export_gives_attention_the_window_and_rotary_embedding_of_its_layer(graphs: Any) -> None:
     config = AutoModelForCausalLM.from_pretrained(graphs.student_dir).config
     attributes = [
         {a.name: a.i for a in node.attribute}
-        for node in read_graph(graphs.variants["fp32"]).node
+        for node in load_graph(graphs.variants["fp32"], with_weights=False).graph.node
         if node.op_type == "GroupQueryAttention"
     ]
     windows = [-1 if window is None else window for window in sliding_windows(config)]
+    assert max(windows) < len(PROMPT) + MAX_TOKENS, "else the tests above would pass without any"
     assert [a["local_window_size"] for a in attributes] == windows
     rotary = getattr(config, "no_rope_layers", [1] * NUM_LAYERS)
     assert [a["do_rotary"] for a in attributes] == rotary
 
 
-def test_genai_config_names_the_architecture(architecture: str, graphs: Any) -> None:
-    genai = json.loads((graphs.variants["fp32"] / "genai_config.json").read_text())
-    assert genai["model"]["type"] == architecture.split("-")[0].replace("a3", "a")
-
-
-def test_vocabulary_may_be_larger_than_the_tokenizer(export_once: Callable[[str], Any]) -> None:
+def test_export_of_a_vocabulary_larger_than_the_tokenizer_is_run(
+    export_once: Callable[[str], Any],
+) -> None:
     from tokenizers import Tokenizer
 
     folder = export_once("qwen3-padded").variants["fp32"]
@@ -161,18 +149,12 @@ def test_vocabulary_may_be_larger_than_the_tokenizer(export_once: Callable[[str]
     assert logits.shape == (1, 640) and tokenizer.get_vocab_size() == 512
 
 
-def test_windows_are_shorter_than_what_is_read(export_once: Callable[[str], Any]) -> None:
-    """Else the tests above would pass without any window."""
-    config = json.loads((export_once("mistral-window").student_dir / "config.json").read_text())
-    assert config["sliding_window"] < len(PROMPT) + MAX_TOKENS
-
-
-@pytest.mark.parametrize("name", ["qwen3", "smollm3", "smollm3-window", "qwen2-window"])
-def test_student_with_fewer_layers_is_exported_exactly(
-    export_to: Callable[..., Any], tmp_path: Path, name: str
+@pytest.mark.parametrize("name", ["qwen3", "smollm3-window", "qwen2-window"])
+def test_export_of_a_student_with_fewer_layers_is_exact(
+    tiny_teacher: Path, tmp_path: Path, name: str
 ) -> None:
     student = drop_layers(random_model(name), [0, 2, 3])
-    exported = export_to(tmp_path, student)
+    exported = export_model(student, tiny_teacher, tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(exported.student_dir)
     ids = torch.tensor([PROMPT * 2])
     with torch.inference_mode():
@@ -180,15 +162,6 @@ def test_student_with_fewer_layers_is_exported_exactly(
     parity = measure(exported.student_dir, exported.variants["fp32"])
     assert parity.max_mean_kl < 1e-6
     assert parity.max_logit_difference < 1e-3
-
-
-@pytest.mark.parametrize("key", ["layer_types", "no_rope_layers"])
-def test_what_the_config_says_per_layer_is_cut_with_the_layers(key: str) -> None:
-    teacher = random_model("smollm3-window")
-    before = list(getattr(teacher.config, key))
-    student = drop_layers(teacher, [0, 3, 4])
-    assert getattr(student.config, key) == [before[i] for i in (0, 3, 4)]
-    assert getattr(teacher.config, key) == before
 
 
 # --- refusals
@@ -210,7 +183,7 @@ def test_what_the_config_says_per_layer_is_cut_with_the_layers(key: str) -> None
         (Qwen2Config, "layer_types", ["chunked_attention"], "layer_types has 'chunked_attention'"),
     ],
 )
-def test_what_the_graph_would_get_wrong_is_refused(
+def test_config_that_the_graph_would_get_wrong_is_refused(
     config_class: Any, key: str, value: Any, message: str
 ) -> None:
     config = config_class()
@@ -219,7 +192,7 @@ def test_what_the_graph_would_get_wrong_is_refused(
         check_exportable(config)
 
 
-def test_derived_head_size_is_checked_too(tmp_path: Path) -> None:
+def test_config_of_a_derived_head_size_is_checked_too(tmp_path: Path) -> None:
     model = random_model("qwen2", num_layers=1)
     model.config.num_attention_heads = 4
     with pytest.raises(ExportError, match="'qwen2': head_dim is 8"):
@@ -230,25 +203,25 @@ def test_derived_head_size_is_checked_too(tmp_path: Path) -> None:
 # --- beyond 2 GB
 
 
-def test_graph_that_the_tracer_split_is_read_back_whole(
+def test_export_split_by_the_tracer_is_read_back_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond 2 GB torch writes the weights to files of their own; here optimum is told to."""
     model = random_model("qwen3", num_layers=2)
-    for name, is_forced in (("inline", "0"), ("split", "1")):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv("FORCE_ONNX_EXTERNAL_DATA", is_forced)
-        export_onnx(copy.deepcopy(model), tmp_path / name, max_model_len=64)
     inline, split = tmp_path / "inline", tmp_path / "split"
+    for folder, is_forced in ((inline, "0"), (split, "1")):
+        folder.mkdir()
+        monkeypatch.setenv("FORCE_ONNX_EXTERNAL_DATA", is_forced)
+        export_onnx(copy.deepcopy(model), folder, max_model_len=64)
     assert (inline / DATA_FILE).read_bytes() == (split / DATA_FILE).read_bytes()
-    assert read_graph(inline).node == read_graph(split).node
-    for one, other in zip(
-        read_graph(inline).initializer, read_graph(split).initializer, strict=True
-    ):
-        assert (one.name, one.raw_data) == (other.name, other.raw_data)
+    one, other = (load_graph(folder, with_weights=False).graph for folder in (inline, split))
+    assert one.node == other.node
+    assert [(i.name, i.raw_data) for i in one.initializer] == [
+        (i.name, i.raw_data) for i in other.initializer
+    ]
 
 
-def test_fusions_never_hold_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_fuses_without_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They copy the whole model, which protobuf does by serialising it: 2 GB at most."""
     fuse, sizes = surgery.fuse_norms, []
     monkeypatch.setattr(
@@ -258,8 +231,12 @@ def test_fusions_never_hold_the_weights(tmp_path: Path, monkeypatch: pytest.Monk
     assert sizes[0] < 60_000 < (tmp_path / DATA_FILE).stat().st_size
 
 
-def test_weights_lie_beside_every_graph(graphs: Any) -> None:
+def test_export_writes_the_weights_beside_every_graph(graphs: Any) -> None:
     for folder in graphs.variants.values():
         assert (folder / "model.onnx").stat().st_size < 60_000
-        inline = [t for t in read_graph(folder).initializer if len(t.raw_data) >= 1024]
+        inline = [
+            t
+            for t in load_graph(folder, with_weights=False).graph.initializer
+            if len(t.raw_data) >= 1024
+        ]
         assert inline == [] and (folder / DATA_FILE).exists()

@@ -16,7 +16,7 @@ from export.graph.grid_graph import (
 from export.graph.quantize import WeightOnly, float_matmuls, quantize_weights
 from export.run.errors import ExportError
 from export.student.grid import BlockGrid, GridWeight, round_to_nearest
-from tests.support.random_models import matmul_graph
+from tests.support.graphs import matmul_graph
 
 
 def product(num_inputs: int, num_outputs: int) -> onnx.ModelProto:

@@ -6,32 +6,22 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from onnx import numpy_helper
+from onnxruntime import InferenceSession
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from export.graph.surgery import DATA_FILE, OPSET, check_node_count, load_untied
+from export.graph.surgery import DATA_FILE, OPSET, load_untied
 from export.graph.trace import export_onnx
-from tests.support.random_models import random_model
+from export.teacher.model_files import load_model
+from tests.support.graphs import load_graph, open_session
+from tests.support.random_models import NUM_LAYERS, random_model
 
-NUM_LAYERS = 5
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35]
 
 
-def read_graph(folder: Path) -> onnx.GraphProto:
-    return onnx.load(folder / "model.onnx", load_external_data=False).graph
-
-
-def open_plainly(folder: Path) -> ort.InferenceSession:
-    """Open a graph as any tool would, except that the warning about `logit_rows` is not shown."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    return ort.InferenceSession(folder / "model.onnx", options)
-
-
-def first_inputs(session: ort.InferenceSession, rows: list[list[int]]) -> dict[str, np.ndarray]:
+def first_inputs(session: InferenceSession, rows: list[list[int]]) -> dict[str, np.ndarray]:
     """Return the inputs of a prefill of rows of one length, `logit_rows` not among them."""
     inputs = {"input_ids": np.array(rows), "attention_mask": np.ones_like(rows)}
     for value in session.get_inputs():
@@ -43,32 +33,19 @@ def first_inputs(session: ort.InferenceSession, rows: list[list[int]]) -> dict[s
 
 @torch.inference_mode()
 def torch_logits(folder: Path, rows: list[list[int]]) -> np.ndarray:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    logits: np.ndarray = model(torch.tensor(rows)).logits.numpy()
+    logits: np.ndarray = load_model(folder, torch.float32)(torch.tensor(rows)).logits.numpy()
     return logits
 
 
 # --- the graph
 
 
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_graph_and_weights_are_all_that_is_written(tmp_path: Path, num_layers: int) -> None:
-    export_onnx(random_model("llama", num_layers=num_layers), tmp_path, max_model_len=64)
-    assert len(read_graph(tmp_path).node) == 11 * num_layers + 11
+def test_export_writes_graph_and_weights_alone(tmp_path: Path) -> None:
+    export_onnx(random_model("llama", num_layers=1), tmp_path, max_model_len=64)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", DATA_FILE]
 
 
-def test_attention_is_one_operator_and_norms_are_fused(exported: Any) -> None:
-    kinds = [node.op_type for node in read_graph(exported.variants["fp32"]).node]
-    assert kinds.count("GroupQueryAttention") == NUM_LAYERS
-    assert kinds.count("SkipSimplifiedLayerNormalization") == 2 * NUM_LAYERS
-    assert kinds.count("SimplifiedLayerNormalization") == 1
-    assert kinds.count("MatMul") + kinds.count("FusedMatMul") == 5 * NUM_LAYERS + 1
-
-
-def test_biases_as_long_as_those_of_real_models_hinder_no_fusion(tmp_path: Path) -> None:
+def test_export_of_biases_as_long_as_real_ones_is_fused(tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2}
     config = Qwen2Config(vocab_size=40, num_attention_heads=4, num_key_value_heads=2, **sizes)
     model = Qwen2ForCausalLM(config).eval()
@@ -81,40 +58,28 @@ def test_biases_as_long_as_those_of_real_models_hinder_no_fusion(tmp_path: Path)
     assert [node.op_type for node in graph.node].count("SkipSimplifiedLayerNormalization") == 4
 
 
-def test_inputs_and_outputs_have_the_names_of_the_ecosystem(exported: Any) -> None:
-    graph = read_graph(exported.variants["fp32"])
+def test_export_has_fused_operators_and_the_names_of_the_ecosystem(exported: Any) -> None:
+    model = load_graph(exported.variants["fp32"], with_weights=False)
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("GroupQueryAttention") == NUM_LAYERS
+    assert kinds.count("SkipSimplifiedLayerNormalization") == 2 * NUM_LAYERS
+    assert kinds.count("SimplifiedLayerNormalization") == 1
+    assert kinds.count("MatMul") + kinds.count("FusedMatMul") == 5 * NUM_LAYERS + 1
     layers = [(i, kind) for i in range(NUM_LAYERS) for kind in ("key", "value")]
-    assert [value.name for value in graph.input] == [
-        "input_ids",
-        "attention_mask",
-        *(f"past_key_values.{i}.{kind}" for i, kind in layers),
-        "logit_rows",
-    ]
-    assert [value.name for value in graph.output] == [
-        "logits",
-        *(f"present.{i}.{kind}" for i, kind in layers),
-    ]
-
-
-def test_opset_is_the_one_that_the_manifest_names(exported: Any) -> None:
-    model = onnx.load(exported.variants["fp32"] / "model.onnx", load_external_data=False)
+    past = [f"past_key_values.{i}.{kind}" for i, kind in layers]
+    inputs = ["input_ids", "attention_mask", *past, "logit_rows"]
+    assert [value.name for value in model.graph.input] == inputs
+    outputs = ["logits", *(f"present.{i}.{kind}" for i, kind in layers)]
+    assert [value.name for value in model.graph.output] == outputs
     assert {i.domain: i.version for i in model.opset_import}[""] == OPSET
 
 
-def test_only_float32_is_exported(tmp_path: Path) -> None:
+def test_export_of_bfloat16_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="bfloat16"):
         export_onnx(random_model().bfloat16(), tmp_path, max_model_len=64)
 
 
-def test_graph_with_too_many_nodes_is_refused(exported: Any) -> None:
-    model = onnx.load(exported.variants["fp32"] / "model.onnx", load_external_data=False)
-    num_nodes = len(model.graph.node)
-    check_node_count(model, num_nodes)
-    with pytest.raises(RuntimeError, match=f"has {num_nodes} nodes, at most {num_nodes - 1} "):
-        check_node_count(model, num_nodes - 1)
-
-
-def test_fusion_that_does_not_take_fails_the_export(
+def test_export_where_a_fusion_does_not_take_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.graph.surgery.fuse_norms", lambda model: model)
@@ -125,37 +90,26 @@ def test_fusion_that_does_not_take_fails_the_export(
 # --- the head
 
 
-def test_without_logit_rows_all_rows_have_logits(exported: Any) -> None:
+def test_exported_logits_are_of_all_rows_or_of_those_that_logit_rows_picks(exported: Any) -> None:
+    """By flattened position; none means all, as if the input were not there."""
     rows = [PROMPT, PROMPT[::-1]]
-    session = open_plainly(exported.variants["fp32"])
-    (logits,) = session.run(["logits"], first_inputs(session, rows))
-    assert logits.shape == (2, len(PROMPT), 97)
-    np.testing.assert_allclose(logits, torch_logits(exported.student_dir, rows), atol=1e-4)
-
-
-@pytest.mark.parametrize("wanted", [[19], [0, 9, 10, 19], [5, 5, 3]])
-def test_logit_rows_picks_flattened_positions(exported: Any, wanted: list[int]) -> None:
-    session = open_plainly(exported.variants["fp32"])
-    inputs = first_inputs(session, [PROMPT, PROMPT[::-1]])
+    session = open_session(exported.variants["fp32"])
+    inputs = first_inputs(session, rows)
     (everything,) = session.run(["logits"], inputs)
-    (picked,) = session.run(["logits"], {**inputs, "logit_rows": np.array(wanted)})
-    assert picked.shape == (1, len(wanted), 97)
-    np.testing.assert_allclose(picked[0], everything.reshape(-1, 97)[wanted], atol=1e-5)
-
-
-def test_empty_logit_rows_mean_all_rows(exported: Any) -> None:
-    session = open_plainly(exported.variants["fp32"])
-    inputs = first_inputs(session, [PROMPT])
-    (everything,) = session.run(["logits"], inputs)
+    assert everything.shape == (2, len(PROMPT), 97)
+    np.testing.assert_allclose(everything, torch_logits(exported.student_dir, rows), atol=1e-4)
+    for wanted in ([19], [0, 9, 10, 19], [5, 5, 3]):
+        (picked,) = session.run(["logits"], {**inputs, "logit_rows": np.array(wanted)})
+        assert picked.shape == (1, len(wanted), 97)
+        np.testing.assert_allclose(picked[0], everything.reshape(-1, 97)[wanted], atol=1e-5)
     (fed,) = session.run(["logits"], {**inputs, "logit_rows": np.zeros(0, np.int64)})
     np.testing.assert_array_equal(fed, everything)
 
 
-def test_tied_embedding_is_stored_once(exported: Any) -> None:
+def test_export_stores_a_tied_embedding_once(exported: Any) -> None:
     """The file holds the parameters that transformers counts, and the rotary tables."""
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(exported.student_dir)
+    model = load_model(exported.student_dir, torch.float32)
     rotary = 2 * 160 * (model.model.layers[0].self_attn.head_dim // 2)
     size_bytes = (exported.variants["fp32"] / DATA_FILE).stat().st_size
     embedding_bytes = 4 * model.model.embed_tokens.weight.numel()
@@ -164,12 +118,11 @@ def test_tied_embedding_is_stored_once(exported: Any) -> None:
 
 
 def test_load_untied_writes_the_head_out(exported: Any) -> None:
-    from transformers import AutoModelForCausalLM
 
     graph = load_untied(exported.variants["fp32"]).graph
     (head,) = [node for node in graph.node if "logits" in node.output]
     (weight,) = [i for i in graph.initializer if i.name == head.input[1]]
-    model = AutoModelForCausalLM.from_pretrained(exported.student_dir)
+    model = load_model(exported.student_dir, torch.float32)
     np.testing.assert_array_equal(numpy_helper.to_array(weight), model.lm_head.weight.detach().T)
     assert (head.op_type, list(head.attribute)) == ("MatMul", [])
 
