@@ -9,15 +9,15 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from onnxruntime import InferenceSession, SessionOptions
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from export.graph.half_precision import to_half
 from export.graph.surgery import LOGIT_ROWS
 from export.run.errors import ExportError
+from tests.support.graphs import load_graph, named_node, open_session, weights_of
+from tests.support.random_models import NUM_LAYERS
 
-NUM_LAYERS = 5
 BODY, HEAD = "/model/layers.0/mlp/down_proj/MatMul", "/lm_head/MatMul"
 
 
@@ -29,29 +29,10 @@ def graphs(exported_llama: Any) -> dict[str, onnx.ModelProto]:
     return {"fp32": load_graph(source), **halves}
 
 
-def load_graph(folder: Path) -> onnx.ModelProto:
-    return onnx.load(folder / "model.onnx")
-
-
-def named_node(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
-    (node,) = [node for node in model.graph.node if node.name == name]
-    return node
-
-
-def arrays(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    return {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
-
-
-def open_session(model: onnx.ModelProto) -> InferenceSession:
-    options = SessionOptions()
-    options.log_severity_level = 3
-    return InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
 @pytest.mark.parametrize(
     ("name", "onnx_type"), [("float16", TensorProto.FLOAT16), ("bfloat16", TensorProto.BFLOAT16)]
 )
-def test_cache_is_in_half_precision_and_logits_are_not(
+def test_to_half_rounds_the_cache_and_keeps_logits_in_float(
     graphs: dict[str, onnx.ModelProto], name: str, onnx_type: int
 ) -> None:
     graph = graphs[name].graph
@@ -66,13 +47,13 @@ def test_cache_is_in_half_precision_and_logits_are_not(
 @pytest.mark.parametrize(
     ("method", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)]
 )
-def test_all_weights_but_the_heads_are_rounded_to_half(
+def test_to_half_rounds_all_weights_but_the_heads(
     export_once: Callable[[str], Any], architecture: str, method: Any, dtype: torch.dtype
 ) -> None:
     source = load_graph(export_once(architecture).variants["fp32"])
-    before = arrays(source)
+    before = weights_of(source)
     (head,) = [n.input[1] for n in source.graph.node if "logits" in n.output]
-    for name, value in arrays(to_half(source, method)).items():
+    for name, value in weights_of(to_half(source, method)).items():
         if name == head or before[name].dtype != np.float32:
             assert value.dtype == before[name].dtype
             np.testing.assert_array_equal(value, before[name])
@@ -83,7 +64,7 @@ def test_all_weights_but_the_heads_are_rounded_to_half(
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
-def test_norms_keep_their_epsilon(graphs: dict[str, onnx.ModelProto], name: str) -> None:
+def test_to_half_keeps_the_epsilon_of_norms(graphs: dict[str, onnx.ModelProto], name: str) -> None:
     def epsilons(model: onnx.ModelProto) -> list[float]:
         return [a.f for n in model.graph.node for a in n.attribute if a.name == "epsilon"]
 
@@ -92,7 +73,7 @@ def test_norms_keep_their_epsilon(graphs: dict[str, onnx.ModelProto], name: str)
     assert min(epsilons(graphs[name])) > 0
 
 
-def test_bfloat16_has_sound_types_but_no_kernels_on_a_cpu(
+def test_to_half_in_bfloat16_has_sound_types_but_no_kernels_on_a_cpu(
     graphs: dict[str, onnx.ModelProto],
 ) -> None:
     """onnxruntime checks all types before it looks for kernels: see the mistake at the end."""
@@ -106,7 +87,7 @@ def test_bfloat16_has_sound_types_but_no_kernels_on_a_cpu(
         open_session(model)
 
 
-def test_weight_beyond_float16_is_refused(exported_llama: Any) -> None:
+def test_to_half_of_a_weight_beyond_float16_is_refused(exported_llama: Any) -> None:
     model = load_graph(exported_llama.variants["fp32"])
     name = named_node(model, BODY).input[1]
     (tensor,) = [i for i in model.graph.initializer if i.name == name]
@@ -115,4 +96,4 @@ def test_weight_beyond_float16_is_refused(exported_llama: Any) -> None:
     tensor.CopyFrom(numpy_helper.from_array(large, name))
     with pytest.raises(ExportError, match=rf"{name} reaches 70000, beyond 65504; use bfloat16"):
         to_half(model, "float16")
-    assert len(arrays(to_half(model, "bfloat16"))) > 0
+    assert len(weights_of(to_half(model, "bfloat16"))) > 0
