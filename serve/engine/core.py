@@ -48,7 +48,7 @@ class EngineCore:
                 self.scheduler.update(work, result)
                 self.runner.move_rows(self.scheduler.take_moves())
                 self.stats.on_step(work, result, self.runner.clock())
-                if isinstance(work, Decode | Score) and result.out_of_memory is None:
+                if isinstance(work, (Decode, Score)) and result.out_of_memory is None:
                     self._num_failed_steps = 0
                 self._settle()
             self._balance()

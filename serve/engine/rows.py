@@ -96,10 +96,10 @@ class _Admission:
     long_prompts: list[LongPrompt] = field(default_factory=list)
 
     @property
-    def in_rows(self) -> list[Sequence]:
+    def in_rows(self) -> tuple[Sequence, ...]:
         """The sequences that take the rows behind the running ones, in this order."""
-        forks = (sequence for sequence, _ in self.forks)
-        return [*self.prefills, *self.restores, *forks, *self.resumed]
+        forks = [sequence for sequence, _ in self.forks]
+        return (*self.prefills, *self.restores, *forks, *self.resumed)
 
     @property
     def num_in_rows(self) -> int:
@@ -233,10 +233,11 @@ class Rows:
         """Give them the rows behind the running ones; None where there is nobody."""
         if not admission.num_in_rows and not admission.long_prompts:
             return None
-        first_row = len(self.running)
-        self.running += admission.in_rows
+        first_row, in_rows = len(self.running), admission.in_rows
+        self.running += in_rows
         work = Prefill(
             first_row=first_row,
+            in_rows=in_rows,
             prefills=tuple(admission.prefills),
             restores=tuple(admission.restores),
             forks=tuple((fork, self.running.index(holder)) for fork, holder in admission.forks),
@@ -244,8 +245,10 @@ class Rows:
             long_prompts=tuple(admission.long_prompts),
             started_s=now_s,
         )
-        for sequence in (*work.started, *(prompt.sequence for prompt in work.long_prompts)):
+        for sequence in work.started:
             sequence.started_s = now_s
+        for prompt in work.long_prompts:
+            prompt.sequence.started_s = now_s
         return work
 
     def _way_in(self, sequence: Sequence, holders: dict[int, Sequence | None]) -> _Way:

@@ -190,20 +190,19 @@ class ModelRunner:
         """Bring prompts into rows, and draw their first tokens; long ones only begin."""
         for prompt in work.long_prompts:
             self._begin(prompt)
-        if work.num_in_rows == 0:
+        if not work.in_rows:
             return PassResult()
         too_large, times = self._pass(lambda: self._fill_rows(work))
         lacking = OutOfMemory(tuple(too_large)) if too_large else None
-        started = {
-            row: sequence
-            for row, sequence in enumerate(work.started, work.first_row)
-            if not any(sequence.group is group for group in too_large)
-        }
+        started = dict(enumerate(work.started, work.first_row))
+        for row in [r for r, s in started.items() if any(s.group is g for g in too_large)]:
+            del started[row]
         if not started:
             return PassResult(out_of_memory=lacking)
         logits = torch.stack([s.group.take_logits() for s in started.values()])
         result = self._draw(work, tuple(started.values()), started, logits, times)
-        return result if result.out_of_memory else replace(result, out_of_memory=lacking)
+        is_short = lacking is not None and result.out_of_memory is None
+        return replace(result, out_of_memory=lacking) if is_short else result
 
     def _advance(self, work: Chunk) -> PassResult:
         """Run a long prompt's next chunk; behind the last one, draw its sequence's first token."""
@@ -264,7 +263,7 @@ class ModelRunner:
         whose prompt alone takes more memory than there is.
         """
         first_row, too_large = work.first_row, []
-        for row in range(first_row, first_row + work.num_in_rows):
+        for row in range(first_row, first_row + len(work.in_rows)):
             self._clean(row)
         first_restored = first_row + len(work.prefills)
         for row, sequence in enumerate(work.restores, first_restored):

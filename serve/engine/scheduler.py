@@ -167,7 +167,7 @@ class Scheduler:
             self.scoring.remove(work.job)
             self._outbox.add_outcome(work.job.finish)
         if not isinstance(work, Decode):
-            self._has_passed = bool(result.sequences) or isinstance(work, Chunk | Score)
+            self._has_passed = bool(result.sequences) or isinstance(work, (Chunk, Score))
             self._start(work, result)
         if result.batch is not None:
             self._accept(result.sequences, result.batch)

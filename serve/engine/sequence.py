@@ -314,11 +314,12 @@ class Prefill:
 
     `prefills` run through the model in one batch, `restores` are cached as a whole, `forks` copy
     the prompt's keys and values from the row that is named beside them, `resumed` were set aside.
-    They have the rows from `first_row` on, in this order. `long_prompts` do not run yet.
+    Together they are `in_rows`, from `first_row` on. `long_prompts` do not run yet.
     """
 
     phase: ClassVar[str] = "prefill"
     first_row: int
+    in_rows: tuple[Sequence, ...]
     prefills: tuple[Sequence, ...]
     restores: tuple[Sequence, ...]
     forks: tuple[tuple[Sequence, int], ...]
@@ -327,13 +328,9 @@ class Prefill:
     started_s: float
 
     @property
-    def started(self) -> list[Sequence]:
+    def started(self) -> tuple[Sequence, ...]:
         """The sequences that run for the first time, in the order of their rows."""
-        return [*self.prefills, *self.restores, *(sequence for sequence, _ in self.forks)]
-
-    @property
-    def num_in_rows(self) -> int:
-        return len(self.started) + len(self.resumed)
+        return self.in_rows[: len(self.in_rows) - len(self.resumed)]
 
     def expendable(self) -> tuple[SequenceGroup, ...]:
         """Return all that cannot try again: the logits they need are gone."""

@@ -66,11 +66,15 @@ class Watchdog:
     def turn(self) -> Iterator[None]:
         """Run the block, the model's part of a step, in this engine's turn and as `unowned`."""
         self._step = 0  # the wait for the turn is another engine's step
-        with self.unowned(), self._arbiter.turn(self._priority) if self._arbiter else nullcontext():
-            if self.is_abandoned:
-                raise AbandonedError
-            self._step = next(self._numbers)
-            yield
+        self._ownership.release()
+        try:
+            with self._arbiter.turn(self._priority) if self._arbiter else nullcontext():
+                if self.is_abandoned:
+                    raise AbandonedError
+                self._step = next(self._numbers)
+                yield
+        finally:
+            self._take_back()
 
     @contextmanager
     def unowned(self) -> Iterator[None]:
@@ -79,9 +83,12 @@ class Watchdog:
         try:
             yield
         finally:
-            self._ownership.acquire()
-            if self.is_abandoned:
-                raise AbandonedError
+            self._take_back()
+
+    def _take_back(self) -> None:
+        self._ownership.acquire()
+        if self.is_abandoned:
+            raise AbandonedError
 
     @contextmanager
     def idle(self) -> Iterator[None]:

@@ -33,7 +33,7 @@ class Admitted:
     """An admission as lists, each of `forks` beside the sequence that it copies from."""
 
     def __init__(self, rows: Rows, work: Prefill | None) -> None:
-        work = work or Prefill(0, (), (), (), (), (), 0.0)
+        work = work or Prefill(0, (), (), (), (), (), (), 0.0)
         self.prefills, self.restores = list(work.prefills), list(work.restores)
         self.forks = [(sequence, rows.running[row]) for sequence, row in work.forks]
         self.long_prompts = list(work.long_prompts)
