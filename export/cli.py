@@ -44,7 +44,9 @@ RecipePath = Annotated[
         help="The recipe, such as export/recipes/demo.yaml.",
     ),
 ]  # fmt: skip
-Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False)]
+Folder = Annotated[
+    Path, typer.Argument(help="Folder of a run, or of a bundle.", exists=True, file_okay=False)
+]
 
 
 class InterruptedRunError(ExportError):

@@ -193,7 +193,9 @@ def compare(
 
 
 def _limit(flag: str, help: str) -> Any:
-    return typer.Option(flag, metavar="ARM.METRIC=NUMBER", help=f"{help} May be repeated.")
+    return typer.Option(
+        flag, metavar="ARM.METRIC=NUMBER", help=f"{help} May be repeated (default: none)."
+    )
 
 
 @app.command()
@@ -209,7 +211,10 @@ def gate(
         list[str] | None, _limit("--max-regress", "At most by this share worse than --baseline.")
     ] = None,
     baseline: Annotated[
-        Path | None, typer.Option(help="An earlier run's folder.", exists=True, file_okay=False)
+        Path | None,
+        typer.Option(
+            help="Folder of an earlier run (default: none).", exists=True, file_okay=False
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

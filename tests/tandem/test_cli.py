@@ -154,7 +154,7 @@ def parameters_of(name: str) -> Iterator[tuple[Any, str]]:
             yield each, (each.get_help_record(typer.Context(command)) or ("", ""))[1]
 
 
-@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"export", "loadtest"}))
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_help_of_every_flag_is_a_sentence_with_its_default(name: str) -> None:
     for each, shown in parameters_of(name):
         assert (each.help or "").endswith("."), f"{each.opts}: {each.help}"
