@@ -1,13 +1,14 @@
 """Where servers listen: how an address is written, and which ones only this machine can reach.
 
 The latter matters for listeners without TLS, and for tokens without it. `parse_host` reads what a
-server listens on, `parse_target` what a client is to call.
+server listens on, `parse_target` what a client calls, `RemoteAddress` where the remote teacher is.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
+from dataclasses import dataclass
 
 UNIX, ABSTRACT = "unix:", "unix-abstract:"
 DATA_PORT, CONTROL_PORT = 50051, 50052
@@ -16,6 +17,10 @@ _PLACE = re.compile(r"(\[[^\[\]\s/@,]+\]|[^\s:/\[\]@,]*)(?::(\d{1,9}))?", re.ASC
 MAX_UNIX_BYTES = 107
 # gRPC takes what follows "unix:" for a URI, and several of them for a list.
 _UNIX_NAME = re.compile(r"[^\s%?#,\x00-\x1f\x7f]+(?: +[^\s%?#,\x00-\x1f\x7f]+)*")
+_REMOTE_FORM = re.compile(
+    r"(grpcs?)://(\[[0-9a-fA-F:.]+(?:%[\w.-]+)?\]|[^\[\]:/@\s]+):(\d{1,5})/?", re.ASCII
+)
+_REMOTE_SOCKET = "grpc+"
 
 
 def is_unix(address: str) -> bool:
@@ -158,3 +163,62 @@ def join_port(host: str, port: int) -> str:
     if is_unix(host):
         return host
     return f"[{host.replace('%', '%25')}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteAddress:
+    """A server elsewhere; `grpcs` says that the connection is encrypted.
+
+    `host` is a Unix socket's address where that is meant; the port is 0 then.
+    """
+
+    host: str
+    port: int
+    is_encrypted: bool
+
+    @classmethod
+    def parse(cls, text: str) -> RemoteAddress:
+        """Return the address that a text names.
+
+        Raises:
+            ValueError: it names none.
+
+        >>> RemoteAddress.parse("grpc://teacher.example:50051").target
+        'dns:///teacher.example:50051'
+        >>> str(RemoteAddress.parse("grpcs://[::1]:443"))
+        'grpcs://[::1]:443'
+        >>> RemoteAddress.parse("grpc+unix:///run/teacher.sock").target
+        'unix:/run/teacher.sock'
+        """
+        if text.startswith(_REMOTE_SOCKET) and is_unix(text.removeprefix(_REMOTE_SOCKET)):
+            return cls(parse_unix(text.removeprefix(_REMOTE_SOCKET)), 0, is_encrypted=False)
+        found = _REMOTE_FORM.fullmatch(text)
+        if found is None or not 1 <= int(found[3]) <= 65535:
+            raise ValueError(
+                f"{text!r} is no address; must be grpc://HOST:PORT, grpcs://HOST:PORT or "
+                "grpc+unix:/PATH"
+            )
+        host = found[2].strip("[]").replace("%25", "%")
+        return cls(host, int(found[3]), found[1] == "grpcs")
+
+    @property
+    def target(self) -> str:
+        """The name that gRPC resolves to all addresses of the host, to spread calls over them."""
+        place = join_port(self.host, self.port)
+        return place if is_unix(place) else f"dns:///{place}"
+
+    def __str__(self) -> str:
+        if is_unix(self.host):
+            return _REMOTE_SOCKET + self.host
+        return f"grpc{'s' if self.is_encrypted else ''}://{join_port(self.host, self.port)}"
+
+
+def is_remote(text: object) -> bool:
+    """Say whether a text means an address, a right one or not, rather than a folder.
+
+    >>> is_remote("grpc://teacher:50051"), is_remote("models/teacher"), is_remote("http://x")
+    (True, False, True)
+    >>> is_remote("grpc+unix:/run/teacher.sock")
+    True
+    """
+    return isinstance(text, str) and ("://" in text or text.startswith(_REMOTE_SOCKET))

@@ -7,9 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from serve.addresses import is_loopback, is_unix, parse_host
+from serve.addresses import RemoteAddress, is_loopback, is_remote, is_unix, parse_host
 from serve.pair.answers.formats import compile_formats
-from serve.pair.remote_address import RemoteAddress, is_remote
 
 Backend = Literal["onnx", "torch"]
 Device = Literal["auto", "cpu", "cuda"]

@@ -10,12 +10,12 @@ from bundle.errors import UserError
 from bundle.manifest import TeacherReference
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1.inference_pb2_grpc import InferenceServiceStub
+from serve.addresses import RemoteAddress
 from serve.app.config import ServeConfig
 from serve.client.access import read_token
 from serve.client.channel import Endpoint, Tls
 from serve.client.failures import explain
 from serve.metrics.server_metrics import ServerMetrics
-from serve.pair.remote_address import RemoteAddress
 from serve.pair.remote_teacher import RemoteTeacher, teacher_of
 from serve.pair.served import Role, ServedModel
 

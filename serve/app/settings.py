@@ -27,8 +27,8 @@ from pydantic_core import ErrorDetails
 
 from bundle.errors import UsageError
 from bundle.yaml_file import parse_yaml
+from serve.addresses import is_remote
 from serve.app.config import ServeConfig
-from serve.pair.remote_address import is_remote
 
 ENV_PREFIX = "TANDEM_"
 

@@ -11,8 +11,8 @@ import grpc
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
 from protos.tandem.v1 import inference_pb2 as pb
+from serve.addresses import RemoteAddress
 from serve.client.channel import Endpoint
-from serve.pair.remote_address import RemoteAddress
 from serve.pair.remote_teacher import RemoteTeacher
 from serve.pair.served import Engines, Role, ServedModel
 from tests.support.polling import wait_until

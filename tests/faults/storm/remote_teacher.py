@@ -15,12 +15,12 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from serve.addresses import RemoteAddress
 from serve.app.config import ServeConfig
 from serve.app.remote import open_endpoint
 from serve.app.server import Server
 from serve.engine.engine import Engine
 from serve.metrics.server_metrics import ServerMetrics
-from serve.pair.remote_address import RemoteAddress
 from serve.pair.remote_teacher import RemoteTeacher
 from serve.pair.served import Engines, Role, ServedModel
 from serve.rpc.credentials.tokens import new_token

@@ -19,12 +19,12 @@ from loadtest.client.oip_target import OipTarget
 from loadtest.client.targets import TandemTarget
 from loadtest.config import RunConfig
 from protos.tandem.v1 import inference_pb2 as pb
+from serve.addresses import RemoteAddress
 from serve.app.config import ServeConfig
 from serve.app.listeners import check_listeners
 from serve.app.process import write_ready_file
 from serve.client import Client, ControlClient, Tls
 from serve.client.channel import Endpoint
-from serve.pair.remote_address import RemoteAddress
 from tests.support.authorities import Pki
 
 FREE = {"bundle": "x", "port": 0, "control_port": 0, "metrics_port": 0}

@@ -13,8 +13,8 @@ import trustme
 
 from bundle.errors import UserError
 from protos.tandem.v1 import inference_pb2 as pb
+from serve.addresses import RemoteAddress
 from serve.client.channel import Endpoint, Tls
-from serve.pair.remote_address import RemoteAddress
 from serve.pair.remote_teacher import teacher_of
 from serve.pair.served import Role
 from serve.rpc.credentials.tokens import new_token
