@@ -19,13 +19,14 @@ import typer
 
 from export.run.errors import ConfigError, ExportError
 from export.run.recipe import Recipe, load_recipe
+from export.run.variants import FLOAT_VARIANT
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
     from export.pipeline import Pipeline
-    from export.record import Change, RunRecord
+    from export.record import InputChange, RunRecord
     from export.run.processes import World
     from export.run.stages import StageSpec
 
@@ -143,17 +144,17 @@ def _begin(recipe: Recipe, reporter: ConsoleReporter, world: World) -> Pipeline:
         if last is not None:
             for change in (*file_changes(last), *_model_changes(last, pipeline)):
                 reporter.say(f"changed: {change}; what follows from it runs again")
-        record_run(recipe.path, config, pipeline.teacher, pipeline.student)
+        record_run(recipe.path, config, pipeline.inputs.teacher, pipeline.inputs.student)
     return pipeline
 
 
-def _model_changes(record: RunRecord, pipeline: Pipeline) -> list[Change]:
+def _model_changes(record: RunRecord, pipeline: Pipeline) -> list[InputChange]:
     from export.record import ModelInputs, model_changes
 
-    config, student = pipeline.config, pipeline.student
+    config, student = pipeline.config, pipeline.inputs.student
     return model_changes(
         record,
-        ModelInputs.of(config.teacher, pipeline.teacher),
+        ModelInputs.of(config.teacher, pipeline.inputs.teacher),
         ModelInputs.of(config.student or "", student) if student else None,
     )
 
@@ -163,9 +164,9 @@ _STAGES: Mapping[str, tuple[Callable[[Pipeline], list[StageSpec]], str]] = {
     "sample": (lambda p: [p.sampled], "Let the teacher answer every prompt."),
     "accept": (lambda p: [p.accepted], "Choose the answers that are trained on."),
     "cache": (lambda p: [p.cached], "Keep the teacher's logits on disk."),
-    "prune": (lambda p: [p.pruned], "Make the student, by pruning or from a checkpoint."),
+    "prune": (lambda p: [p.untrained], "Make the student, by pruning or from a checkpoint."),
     "distill": (lambda p: [p.distilled], "Train the student."),
-    "onnx": (lambda p: [p.exported], "Write the student's float graph."),
+    "onnx": (lambda p: [p.graph(FLOAT_VARIANT)], "Write the student's float graph."),
     "quantize": (lambda p: list(p.graphs.values()), "Write the graphs of all variants."),
     "evaluate": (lambda p: [p.evaluated], "Measure every variant."),
 }
@@ -281,7 +282,7 @@ class ConsoleReporter:
             print(f"[{time.monotonic() - self._started_s:5.0f} s] {message}", flush=True)
 
     def track(self, label: str) -> Callable[[int, int], None]:
-        """See `export.pipeline.Reporter`."""
+        """See `export.run.stages.ProgressReporter`."""
         if self._is_quiet or not sys.stdout.isatty():
             return self._lines(label)
         return self._bar(label)

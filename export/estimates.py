@@ -17,6 +17,19 @@ from dataclasses import dataclass
 import torch
 
 from export.run.settings import ExportConfig
+from export.run.stage_names import (
+    ACCEPT,
+    CACHE,
+    DISTILL,
+    EVALUATE,
+    GRAPH,
+    GRID,
+    PACKAGE,
+    PRETRAINED,
+    PRUNE,
+    SAMPLE,
+    split_name,
+)
 from export.run.training import PhaseConfig
 from export.run.variants import FLOAT_VARIANT, HalfVariant, WeightOnlyVariant
 from export.student.logits_cache import estimate_bytes
@@ -37,7 +50,7 @@ _SCALES = {"K": 1e3, "M": 1e6, "B": 1e9}
 
 
 @dataclass(frozen=True, slots=True)
-class ModelSize:
+class PlannedSize:
     """How large a model is, NaN where unknown, and how we know (`source`, for people)."""
 
     num_parameters: float = math.nan
@@ -53,7 +66,7 @@ class ModelSize:
         return self.num_parameters - (0 if self.is_tied else self.num_embedding_parameters)
 
 
-def size_from_name(spec: str) -> ModelSize:
+def size_from_name(spec: str) -> PlannedSize:
     """Return the size that a model's name states, if it states one.
 
     >>> size_from_name("Qwen/Qwen2.5-1.5B-Instruct@main").num_parameters
@@ -63,9 +76,9 @@ def size_from_name(spec: str) -> ModelSize:
     """
     found = _SIZE_IN_NAME.findall(spec.partition("@")[0].rpartition("/")[2])
     if not found:
-        return ModelSize()
+        return PlannedSize()
     number, scale = found[-1]
-    return ModelSize(float(number) * _SCALES[scale.upper()], "from its name")
+    return PlannedSize(float(number) * _SCALES[scale.upper()], "from its name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +160,7 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class StageEstimate:
     """What a stage will cost: NaN is unknown, None is not estimated."""
 
     completion_tokens: int | None = None
@@ -161,24 +174,24 @@ class Estimator:
 
     config: ExportConfig
     workload: Workload
-    teacher: ModelSize
-    student: ModelSize
+    teacher: PlannedSize
+    student: PlannedSize
     machine: Machine
 
-    def estimate(self, stage: str) -> Estimate:
-        """Return what the stage of that name will cost (`export.status.stage_names`)."""
-        kind, _, variant = stage.partition("-")
-        by_kind: dict[str, Callable[[], Estimate]] = {
-            "sample": self._sample,
-            "accept": self._accept,
-            "cache": self._cache,
-            "prune": self._prune,
-            "student": lambda: Estimate(size_bytes=self._float_bytes),
-            "distill": self._distill,
-            "onnx": lambda: Estimate(size_bytes=self._graph_bytes(variant)),
-            "grid": lambda: self._grid(variant),
-            "evaluate": self._evaluate,
-            "package": self._package,
+    def estimate(self, stage: str) -> StageEstimate:
+        """Return what the stage of that name will cost (`export.run.stage_names`)."""
+        kind, variant = split_name(stage)
+        by_kind: dict[str, Callable[[], StageEstimate]] = {
+            SAMPLE: self._sample,
+            ACCEPT: self._accept,
+            CACHE: self._cache,
+            PRUNE: self._prune,
+            PRETRAINED: lambda: StageEstimate(size_bytes=self._float_bytes),
+            DISTILL: self._distill,
+            GRAPH: lambda: StageEstimate(size_bytes=self._graph_bytes(variant)),
+            GRID: lambda: self._grid(variant),
+            EVALUATE: self._evaluate,
+            PACKAGE: self._package,
         }
         return by_kind[kind]()
 
@@ -186,16 +199,16 @@ class Estimator:
     def _float_bytes(self) -> float:
         return 4 * self.student.num_parameters
 
-    def _sample(self) -> Estimate:
+    def _sample(self) -> StageEstimate:
         tokens = self.workload.sampled.completion
         seconds = self.machine.sampling_s(2 * self.teacher.num_parameters * tokens)
-        return Estimate(tokens, seconds, _JSONL_BYTES_PER_TOKEN * tokens)
+        return StageEstimate(tokens, seconds, _JSONL_BYTES_PER_TOKEN * tokens)
 
-    def _accept(self) -> Estimate:
+    def _accept(self) -> StageEstimate:
         tokens = self.workload.accepted.completion + self.workload.held_out.completion
-        return Estimate(tokens, size_bytes=_JSONL_BYTES_PER_TOKEN * tokens)
+        return StageEstimate(tokens, size_bytes=_JSONL_BYTES_PER_TOKEN * tokens)
 
-    def _cache(self) -> Estimate:
+    def _cache(self) -> StageEstimate:
         tokens = self.workload.accepted
         flops = 2 * self.teacher.num_parameters * tokens.total
         # NaN times the tokens where a dense cache's vocabulary is unknown.
@@ -205,24 +218,24 @@ class Estimator:
         elif not math.isnan(self.teacher.vocab_size):
             row_bytes = estimate_bytes(1, int(self.teacher.vocab_size), self.config.cache)
         seconds = self.machine.training_s(flops)
-        return Estimate(tokens.completion, seconds, row_bytes * tokens.completion)
+        return StageEstimate(tokens.completion, seconds, row_bytes * tokens.completion)
 
-    def _prune(self) -> Estimate:
+    def _prune(self) -> StageEstimate:
         config, tokens = self.config.prune, self.workload.accepted
         num_first = self.teacher.num_layers - 1 - config.first_candidate
         num_tried = num_first + (config.num_removed_layers - 1) * config.num_candidates
         num_forwards = 1 + (num_tried if config.num_removed_layers else 0)
         share = min(config.num_texts / max(self.workload.num_accepted, 1), 1)
         flops = 2 * self.teacher.num_parameters * num_forwards * share * tokens.total
-        return Estimate(
+        return StageEstimate(
             round(share * tokens.completion), self.machine.training_s(flops), self._float_bytes
         )
 
-    def _distill(self) -> Estimate:
+    def _distill(self) -> StageEstimate:
         phases = self.config.distill.phases
         tokens = sum(phase.num_epochs for phase in phases) * self.workload.accepted.completion
         seconds = sum(self._phase_s(phase) for phase in phases)
-        return Estimate(tokens, seconds, self._training_bytes)
+        return StageEstimate(tokens, seconds, self._training_bytes)
 
     def _phase_s(self, phase: PhaseConfig) -> float:
         tokens, num_parameters = self.workload.accepted, self.student.num_parameters
@@ -237,13 +250,13 @@ class Estimator:
         """The student, and the checkpoint that is there until training ends."""
         return self._float_bytes + _CHECKPOINT_BYTES_PER_PARAMETER * self.student.num_parameters
 
-    def _grid(self, variant: str) -> Estimate:
+    def _grid(self, variant: str) -> StageEstimate:
         config = self.config.variants[variant]
         assert isinstance(config, WeightOnlyVariant) and config.train, variant
         tokens = self.workload.accepted
         flops = (2 + 6) * self.student.num_parameters * config.train.num_epochs * tokens.total
         num_tokens = config.train.num_epochs * tokens.completion
-        return Estimate(num_tokens, self.machine.training_s(flops), self._training_bytes)
+        return StageEstimate(num_tokens, self.machine.training_s(flops), self._training_bytes)
 
     def _graph_bytes(self, name: str) -> float:
         """Return a graph's size: float embedding, float32 scales; half precision: a float head."""
@@ -258,16 +271,16 @@ class Estimator:
             per_weight = config.bits / 8 + 4 / config.block_size
         return per_weight * student.num_linear_parameters + embedding_bytes
 
-    def _evaluate(self) -> Estimate:
+    def _evaluate(self) -> StageEstimate:
         config, held_out = self.config.evaluate, self.workload.held_out
         num_students = 2 + len(self.config.variants)  # the float one, its graph and the variants
         num_parameters = self.teacher.num_parameters + num_students * self.student.num_parameters
         answers = config.max_task_prompts * config.num_samples * config.task_max_tokens
         seconds = self.machine.training_s(2 * num_parameters * held_out.total)
         seconds += self.machine.sampling_s(2 * num_parameters * answers)
-        return Estimate((1 + num_students) * (held_out.completion + answers), seconds)
+        return StageEstimate((1 + num_students) * (held_out.completion + answers), seconds)
 
-    def _package(self) -> Estimate:
+    def _package(self) -> StageEstimate:
         """Everything that a bundle holds is a copy."""
         names = (FLOAT_VARIANT, *self.config.variants)
-        return Estimate(size_bytes=self._float_bytes + sum(map(self._graph_bytes, names)))
+        return StageEstimate(size_bytes=self._float_bytes + sum(map(self._graph_bytes, names)))

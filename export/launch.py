@@ -24,7 +24,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from export.run.peers import INTERRUPTED, Machine, MachinesMissingError, Peers
+from export.run.peers import INTERRUPTED, MachinesMissingError, Node, Peers
 
 # For the other machines to come: one that waits keeps its machine from whoever could use it.
 MAX_WAIT_S = 900.0
@@ -58,12 +58,12 @@ def main(words: Sequence[str]) -> int:
     return INTERRUPTED
 
 
-def _machine(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Machine:
+def _machine(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Node:
     needed = ("machine_rank", "main_process_ip", "main_process_port")
     missing = [f"--{name}" for name in needed if getattr(arguments, name) is None]
     if missing:
         parser.error(f"several machines need {', '.join(missing)}")
-    return Machine(
+    return Node(
         arguments.machine_rank,
         arguments.num_machines,
         arguments.main_process_ip,

@@ -18,27 +18,26 @@ from export.checks import Place, check_room, check_run
 from export.estimates import (
     SAMPLING_EFFICIENCY,
     TRAINING_EFFICIENCY,
-    Estimate,
     Estimator,
     Machine,
-    ModelSize,
+    PlannedSize,
+    StageEstimate,
     approximate_num_tokens,
     count_workload,
     size_from_name,
 )
 from export.run.model_specs import is_hub_id
 from export.run.settings import ExportConfig
+from export.run.stage_names import keeps_model
 from export.status import StageStatus, format_bytes, format_seconds, read_status
 from export.student.prune import kept_mlp_width
 from export.teacher.grading import describe_comparison, math_verify_version
 from export.teacher.source import TeacherFolder
 from export.teacher.tasks import Task
 
-_KEEP_MODELS = ("prune", "student", "distill", "onnx", "grid", "package")
-
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RunPlan:
     """The stages of a recipe, each with its state and, unless it is finished, its estimate.
 
     `notes` say what is left out of the data. `models` are the teacher, and the student where it is
@@ -46,15 +45,15 @@ class Plan:
     """
 
     config: ExportConfig
-    teacher: ModelSize
-    student: ModelSize
+    teacher: PlannedSize
+    student: PlannedSize
     machine: Machine
-    stages: tuple[tuple[StageStatus, Estimate], ...]
+    stages: tuple[tuple[StageStatus, StageEstimate], ...]
     notes: tuple[str, ...]
     models: tuple[TeacherFolder | None, ...]
 
 
-def make_plan(config: ExportConfig, machine: Machine, place: Place = str) -> Plan:
+def make_plan(config: ExportConfig, machine: Machine, place: Place = str) -> RunPlan:
     """Return the plan of a recipe; UserError as from `export.checks.check_run`."""
     checked = check_run(config, place)
     teacher = checked.teacher
@@ -68,7 +67,7 @@ def make_plan(config: ExportConfig, machine: Machine, place: Place = str) -> Pla
     models = (teacher, *([checked.student] if config.student else []))
     if None not in models:  # a recipe may be planned here for another machine
         check_room(config.output_dir, _kept_bytes(estimates), place)
-    return Plan(
+    return RunPlan(
         config, teacher_size, student_size, machine, estimates, checked.loaded.notes, models
     )
 
@@ -77,22 +76,22 @@ def _approximate(task: Task) -> int:
     return approximate_num_tokens(task.text)
 
 
-def _kept_bytes(stages: Iterable[tuple[StageStatus, Estimate]]) -> float:
+def _kept_bytes(stages: Iterable[tuple[StageStatus, StageEstimate]]) -> float:
     """Return what the models of the stages to run take; NaN where their size is unknown."""
     return sum(
         estimate.size_bytes
         for stage, estimate in stages
-        if stage.record is None and estimate.size_bytes and stage.name.startswith(_KEEP_MODELS)
+        if stage.record is None and estimate.size_bytes and keeps_model(stage.name)
     )
 
 
 # --- sizes
 
 
-def measure_teacher(teacher: TeacherFolder) -> ModelSize:
+def measure_teacher(teacher: TeacherFolder) -> PlannedSize:
     """Return the size of a model that is here."""
     config = teacher.model.config
-    return ModelSize(
+    return PlannedSize(
         num_parameters=teacher.reference.num_parameters,
         source="counted",
         num_embedding_parameters=config.vocab_size * config.hidden_size,
@@ -102,7 +101,7 @@ def measure_teacher(teacher: TeacherFolder) -> ModelSize:
     )
 
 
-def count_pruned(config: ExportConfig, teacher: TeacherFolder) -> ModelSize:
+def count_pruned(config: ExportConfig, teacher: TeacherFolder) -> PlannedSize:
     """Return the size that pruning will leave, from shapes alone."""
     model = teacher.model.config
     width = kept_mlp_width(model.intermediate_size, config.prune.kept_mlp_share)
@@ -116,21 +115,21 @@ def _size_of_student(
     config: ExportConfig,
     teacher: TeacherFolder | None,
     student: TeacherFolder | None,
-    teacher_size: ModelSize,
-) -> ModelSize:
+    teacher_size: PlannedSize,
+) -> PlannedSize:
     if config.student is not None:
         return size_from_name(config.student) if student is None else measure_teacher(student)
     if teacher is not None:
         return count_pruned(config, teacher)
     if math.isnan(teacher_size.num_parameters):
-        return ModelSize()
+        return PlannedSize()
     return replace(teacher_size, source="at most: the teacher's")
 
 
 # --- for people
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(plan: RunPlan, console: Console) -> None:
     """Print the whole recipe as YAML, then the table of stages and what its numbers are."""
     raw = plan.config.model_dump(mode="json")
     console.print(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), markup=False)
@@ -145,7 +144,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(f"\n{_explanation(plan)}", markup=False, highlight=False)
 
 
-def _table(plan: Plan) -> Table:
+def _table(plan: RunPlan) -> Table:
     table = Table(box=None)
     for header in ("stage", "state"):
         table.add_column(header, no_wrap=True)
@@ -156,7 +155,7 @@ def _table(plan: Plan) -> Table:
     return table
 
 
-def _numbers(stage: StageStatus, estimate: Estimate) -> tuple[str, str, str]:
+def _numbers(stage: StageStatus, estimate: StageEstimate) -> tuple[str, str, str]:
     if stage.record is not None:
         record = stage.record
         return "", format_bytes(record.size_bytes), format_seconds(record.seconds)
@@ -174,13 +173,13 @@ def _format_estimate(value: float | None, spell: Callable[[float], str]) -> str:
     return "unknown" if math.isnan(value) else f"~ {spell(value)}"
 
 
-def _format_size(size: ModelSize) -> str:
+def _format_size(size: PlannedSize) -> str:
     if math.isnan(size.num_parameters):
         return "size unknown: it is not on this disk, and its name does not say"
     return f"{size.num_parameters / 1e6:,.0f} M parameters ({size.source})"
 
 
-def _explanation(plan: Plan) -> str:
+def _explanation(plan: RunPlan) -> str:
     seconds = [e.seconds for s, e in plan.stages if s.record is None and e.seconds is not None]
     total = _format_estimate(sum(seconds), format_seconds)
     rate = plan.machine.matmul_flops_per_s / 1e12

@@ -142,7 +142,7 @@ def find_template_date(output_dir: Path) -> date:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class InputChange:
     """An input of a run that is not what it was; None: it was not there, or it is gone."""
 
     what: str
@@ -157,16 +157,16 @@ class Change:
         return f"{self.what} {then}, now it {found}"
 
 
-def file_changes(record: RunRecord) -> list[Change]:
+def file_changes(record: RunRecord) -> list[InputChange]:
     """Return which of recipe and JSONL sources are not as they were."""
     files = [("recipe", record.recipe), *(("JSONL source", f) for f in record.jsonl_sources)]
     hashes = [(f"the {what} {file.path}", file.sha256, _hash_of(file.path)) for what, file in files]
-    return [Change(*each) for each in hashes if each[1] != each[2]]
+    return [InputChange(*each) for each in hashes if each[1] != each[2]]
 
 
 def model_changes(
     record: RunRecord, teacher: ModelInputs | None, student: ModelInputs | None
-) -> list[Change]:
+) -> list[InputChange]:
     """Return what of the models is not as it was: their weights, and each file by its name."""
     return [
         *_changes_of("teacher", record.teacher, teacher),
@@ -174,14 +174,14 @@ def model_changes(
     ]
 
 
-def changes_on_disk(record: RunRecord) -> list[Change]:
+def changes_on_disk(record: RunRecord) -> list[InputChange]:
     """Return every change, for `status`: weights are read again only if they are newer."""
     began_s = (record.config.output_dir / RECORD_NAME).stat().st_mtime
     models = [_look_again(model, began_s) for model in (record.teacher, record.student)]
     return [*file_changes(record), *model_changes(record, *models)]
 
 
-def check_unchanged(record: RunRecord, changes: Sequence[Change]) -> None:
+def check_unchanged(record: RunRecord, changes: Sequence[InputChange]) -> None:
     """Raise InputChangedError, with a line for each change."""
     if changes:
         lines = "\n".join(map(str, changes))
@@ -191,13 +191,13 @@ def check_unchanged(record: RunRecord, changes: Sequence[Change]) -> None:
         )
 
 
-def _changes_of(role: str, then: ModelInputs, now: ModelInputs | None) -> list[Change]:
+def _changes_of(role: str, then: ModelInputs, now: ModelInputs | None) -> list[InputChange]:
     name = f"the {role} {then.spec}"
     if now is None:
-        return [Change(name, then.weights_sha256, None)]
-    changes = [Change(name, then.weights_sha256, now.weights_sha256)]
+        return [InputChange(name, then.weights_sha256, None)]
+    changes = [InputChange(name, then.weights_sha256, now.weights_sha256)]
     for file in differing_inputs(then.files, now.files):
-        changes.append(Change(f"{file} of {name}", then.files.get(file), now.files.get(file)))
+        changes.append(InputChange(f"{file} of {name}", then.files.get(file), now.files.get(file)))
     return [change for change in changes if change.then != change.now]
 
 

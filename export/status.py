@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +10,14 @@ from rich.table import Table
 
 from bundle.errors import BundleError
 from bundle.manifest import StageRecord, load_manifest
-from export.pipeline import Pipeline
+from export.inputs import RunInputs
+from export.pipeline import BUNDLE_NAME, Pipeline
 from export.run.settings import ExportConfig
-from export.run.stages import StageSpec, StageState, format_summary
-from export.run.variants import FLOAT_VARIANT, WeightOnlyVariant
-from export.student.checkpoint import Checkpoints
+from export.run.stage_names import PACKAGE, PRETRAINED, SAMPLE, stage_names
+from export.run.stages import QuietReporter, StageSpec, StageState, format_summary
+from export.student.checkpoint import CHECKPOINTS, Checkpoints
 from export.teacher.sample import ROWS_NAME, num_samples_of
 from export.teacher.source import TeacherFolder, find_teacher
-
-PACKAGE = "package"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,48 +30,24 @@ class StageStatus:
     progress: str = ""
 
 
-class QuietReporter:
-    """See `export.pipeline.Reporter`: says nothing."""
-
-    def say(self, message: str) -> None:
-        pass
-
-    def track(self, label: str) -> Callable[[int, int], None]:
-        return lambda done, total: None
-
-
-def stage_names(config: ExportConfig) -> list[str]:
-    """Return the names of all stages in the order in which they run, the bundle last."""
-    cached = ["cache"] if config.cache.kind != "none" else []
-    names = ["sample", "accept", *cached, "student" if config.student else "prune", "distill"]
-    names.append(f"onnx-{FLOAT_VARIANT}")
-    for name, variant in config.variants.items():
-        if isinstance(variant, WeightOnlyVariant) and variant.train:
-            names.append(f"grid-{name}")
-        names.append(f"onnx-{name}")
-    return [*names, "evaluate", PACKAGE]
-
-
 def read_status(config: ExportConfig, teacher: TeacherFolder | None) -> list[StageStatus]:
     """Return the status of every stage, in order; nothing is fetched or written.
 
     Without the teacher's hash no stage of its is known: all are to run. ExportError when a source
     of tasks is broken.
     """
+    names = stage_names(config)
     found: dict[str, StageStatus] = {}
     if teacher is not None:
         student = find_teacher(config.student, config.cache_dir) if config.student else None
-        pipeline = Pipeline(config, teacher, QuietReporter(), student=student)
-        specs = pipeline.specs if config.student is None or student else _known_specs(pipeline)
+        pipeline = Pipeline(RunInputs(config, teacher, student), QuietReporter())
+        # Without a pretrained student's hash, the stages from its own on are not known.
+        is_known = config.student is None or student is not None
+        known = names[:-1] if is_known else names[: names.index(PRETRAINED)]
+        specs = [pipeline.spec(name) for name in known]
         found = {spec.name: _status_of(pipeline, spec) for spec in specs}
-        found[PACKAGE] = _package_status(config.output_dir / "bundle", specs)
-    return [found.get(name, StageStatus(name)) for name in stage_names(config)]
-
-
-def _known_specs(pipeline: Pipeline) -> list[StageSpec]:
-    """Return the stages whose keys are known while a pretrained student is yet to be fetched."""
-    cached = [pipeline.cached] if pipeline.config.cache.kind != "none" else []
-    return [pipeline.sampled, pipeline.accepted, *cached]
+        found[PACKAGE] = _package_status(config.output_dir / BUNDLE_NAME, specs)
+    return [found.get(name, StageStatus(name)) for name in names]
 
 
 def _status_of(pipeline: Pipeline, spec: StageSpec) -> StageStatus:
@@ -86,10 +61,11 @@ def _status_of(pipeline: Pipeline, spec: StageSpec) -> StageStatus:
 def _progress(pipeline: Pipeline, spec: StageSpec) -> str:
     folder = pipeline.stages.partial_path(spec)
     try:
-        if spec.name == "sample":
-            total = sum(num_samples_of(task, pipeline.config.sample) for task in pipeline.tasks)
+        if spec.name == SAMPLE:
+            tasks = pipeline.inputs.loaded.tasks
+            total = sum(num_samples_of(task, pipeline.config.sample) for task in tasks)
             return f"{_count_lines(folder / ROWS_NAME)} of {total} completions"
-        saved = Checkpoints(folder / "checkpoints").load()
+        saved = Checkpoints(folder / CHECKPOINTS).load()
     except FileNotFoundError:  # renamed or removed by the run since we looked
         return ""
     return f"checkpoint: {_format_place(saved.place)}" if saved else ""

@@ -20,6 +20,7 @@ import torch
 
 from estimators.divergence import exact_kl
 
+PARITY_NAME = "parity.json"
 BATCH_SIZES = (1, 2, 5)
 PROMPT_LENGTHS = (1, 2, 33)
 PAST_LENGTHS = (1, 40)

@@ -67,6 +67,10 @@ def save_onnx(model: onnx.ModelProto, target_dir: Path) -> Path:
     return path
 
 
+def graph_size_bytes(folder: Path) -> int:
+    return sum((folder / name).stat().st_size for name in ("model.onnx", DATA_FILE))
+
+
 def check_node_count(model: onnx.ModelProto, max_nodes: int) -> None:
     """Raise RuntimeError when the fusions did not take: a slow graph is a wrong graph."""
     num_nodes = len(model.graph.node)

@@ -1,9 +1,9 @@
 """Two bundles side by side: what the second, B, gains or loses against the first, A.
 
 Everything is read from `manifest.json`, `eval/summary.json` and `eval/per_prompt.jsonl` (layout:
-`export.measure.held_out`); no model runs. A difference is B − A. Where both were measured on the
-same prompts it has a 95 % interval, from a bootstrap that draws the same prompts for both; it is
-each row's own, not corrected for the number of rows.
+`export.measure.summary`, `export.measure.held_out`); no model runs. A difference is B − A. Where
+both were measured on the same prompts it has a 95 % interval, from a bootstrap that draws the same
+prompts for both; it is each row's own, not corrected for the number of rows.
 """
 
 from __future__ import annotations
@@ -29,8 +29,15 @@ from estimators.bootstrap import (
 )
 from estimators.estimate import Estimate
 from estimators.pass_at_k import pass_at_k
-from export.measure.held_out import STUDENT, TEACHER
-from export.publish.select import SPEED_METRIC
+from export.measure.summary import (
+    SPEED_METRIC,
+    STUDENT,
+    SUMMARY_NAME,
+    TEACHER,
+    PassRates,
+    Summary,
+    read_summary,
+)
 from export.run.errors import ExportError
 
 Unit = Literal["nats per token", "share", "tokens/s", "bytes"]
@@ -39,7 +46,7 @@ RENDER_WIDTH = 150
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MetricRow:
     """One metric of one model in both bundles; None where a bundle does not have it."""
 
     model: str
@@ -71,16 +78,16 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class BundleComparison:
     """Bundle `b` against bundle `a`; `mismatches` say why the numbers may not be comparable."""
 
     a: Path
     b: Path
     mismatches: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[MetricRow, ...]
 
 
-def compare_bundles(a: Path, b: Path, *, is_forced: bool = False) -> Comparison:
+def compare_bundles(a: Path, b: Path, *, is_forced: bool = False) -> BundleComparison:
     """Compare what two bundles' exports measured.
 
     Raises:
@@ -95,7 +102,7 @@ def compare_bundles(a: Path, b: Path, *, is_forced: bool = False) -> Comparison:
             f"{a} and {b} cannot be compared: {'; '.join(mismatches)}; "
             "force it to see the numbers all the same"
         )
-    return Comparison(a, b, mismatches, tuple(_rows(_Both(*bundles))))
+    return BundleComparison(a, b, mismatches, tuple(_rows(_Both(*bundles))))
 
 
 # --- reading
@@ -106,24 +113,20 @@ class _Measured:
     """A bundle's numbers; `prompts` and `tasks` are the rows of each kind of `per_prompt.jsonl`."""
 
     manifest: Manifest
-    summary: Mapping[str, Any]
+    summary: Summary
     prompts: Sequence[Mapping[str, Any]]
     tasks: Sequence[Mapping[str, Any]]
 
 
 def _load(bundle: Path) -> _Measured:
     manifest = load_manifest(bundle)
-    summary_path, rows_path = bundle / "eval" / "summary.json", bundle / "eval" / "per_prompt.jsonl"
-    (summary,) = _read_json(summary_path, [_read(summary_path)])
-    for key in ("prompts_sha256", "num_prompts", "quality"):
-        if key not in summary:
-            raise ExportError(f"{summary_path} has no {key!r}: export the bundle again")
+    summary, rows_path = read_summary(bundle / "eval"), bundle / "eval" / "per_prompt.jsonl"
     rows = _read_json(rows_path, _read(rows_path).splitlines())
     prompts, tasks = ([r for r in rows if r["kind"] == kind] for kind in ("held_out", "task"))
-    if len(prompts) != summary["num_prompts"]:
+    if len(prompts) != summary.num_prompts:
         raise ExportError(
-            f"{rows_path} has {len(prompts)} held-out prompts, {summary_path.name} says "
-            f"{summary['num_prompts']}: export the bundle again"
+            f"{rows_path} has {len(prompts)} held-out prompts, {SUMMARY_NAME} says "
+            f"{summary.num_prompts}: export the bundle again"
         )
     return _Measured(manifest, summary, prompts, tasks)
 
@@ -151,16 +154,18 @@ def _at(value: Any, *path: str) -> Any:
 
 def _mismatches(a: _Measured, b: _Measured) -> tuple[str, ...]:
     teachers = [x.manifest.teacher.weights_sha256 for x in (a, b)]
-    prompts = [x.summary["prompts_sha256"] for x in (a, b)]
+    prompts = [x.summary.prompts_sha256 for x in (a, b)]
     pairs = [("the teachers' weights", *teachers), ("the held-out prompts", *prompts)]
     x, y = a.manifest.teacher.inputs, b.manifest.teacher.inputs
     if x is not None and y is not None:
         names = differing_inputs(x, y)
         pairs += [(f"the teachers' {n}", x.get(n, "none"), y.get(n, "none")) for n in names]
-    tasks = [x.summary["tasks"] for x in (a, b) if "tasks" in x.summary]
-    if len(tasks) == 2:
-        pairs.append(("the tasks", *(x["tasks_sha256"] for x in tasks)))
-        pairs += [(f"the tasks' {key}", *(str(x[key]) for x in tasks)) for key in TASK_SETTINGS]
+    if (p := a.summary.tasks) and (q := b.summary.tasks):
+        pairs.append(("the tasks", p.tasks_sha256, q.tasks_sha256))
+        pairs += [
+            (f"the tasks' {key}", str(getattr(p, key)), str(getattr(q, key)))
+            for key in TASK_SETTINGS
+        ]
     return tuple(f"{what} differ ({x[:12]} and {y[:12]})" for what, x, y in pairs if x != y)
 
 
@@ -180,7 +185,7 @@ class _Both:
 
     def held_out_difference(self, numerator: RowValue) -> Estimate | None:
         """Return ratio B − ratio A of sums per token; None unless the prompts are the same."""
-        if self.a.summary["prompts_sha256"] != self.b.summary["prompts_sha256"]:
+        if self.a.summary.prompts_sha256 != self.b.summary.prompts_sha256:
             return None
         a, b = _column(self.a.prompts, numerator), _column(self.b.prompts, numerator)
         if a is None or b is None:
@@ -190,8 +195,8 @@ class _Both:
 
     def task_difference(self, score: RowValue) -> Estimate | None:
         """Return mean B − mean A over the tasks; None unless they are the same."""
-        hashes = [_at(x.summary, "tasks", "tasks_sha256") for x in (self.a, self.b)]
-        if hashes[0] is None or hashes[0] != hashes[1]:
+        a_tasks, b_tasks = self.a.summary.tasks, self.b.summary.tasks
+        if not (a_tasks and b_tasks and a_tasks.tasks_sha256 == b_tasks.tasks_sha256):
             return None
         a, b = _column(self.a.tasks, score), _column(self.b.tasks, score)
         return None if a is None or b is None else bootstrap_mean_difference(a, b)
@@ -216,16 +221,16 @@ class _Metric:
     read: Callable[[_Measured], Estimate | None]
 
 
-def _row(both: _Both, model: str, metric: _Metric, paired: Estimate | None = None) -> Row:
+def _row(both: _Both, model: str, metric: _Metric, paired: Estimate | None = None) -> MetricRow:
     """Return a row with the paired difference, or else the plain one."""
     a, b = metric.read(both.a), metric.read(both.b)
     difference = None
     if a is not None and b is not None:
         difference = paired or Estimate(b.value - a.value)
-    return Row(model, metric.name, metric.unit, metric.is_lower_better, a, b, difference)
+    return MetricRow(model, metric.name, metric.unit, metric.is_lower_better, a, b, difference)
 
 
-def _rows(both: _Both) -> Iterator[Row]:
+def _rows(both: _Both) -> Iterator[MetricRow]:
     yield from _quality_rows(both, STUDENT)
     for variant in dict.fromkeys([*both.a.manifest.variants, *both.b.manifest.variants]):
         yield _kl_row(both, STUDENT, variant)
@@ -234,7 +239,7 @@ def _rows(both: _Both) -> Iterator[Row]:
         yield _size_row(both, variant)
 
 
-def _quality_rows(both: _Both, model: str) -> Iterator[Row]:
+def _quality_rows(both: _Both, model: str) -> Iterator[MetricRow]:
     yield _kl_row(both, TEACHER, model)
     yield _agreement_row(both, model)
     ks = _task_ks(both.a, model) | _task_ks(both.b, model)
@@ -244,92 +249,93 @@ def _quality_rows(both: _Both, model: str) -> Iterator[Row]:
         yield _majority_row(both, model)
 
 
-def _kl_row(both: _Both, reference: str, model: str) -> Row:
+def _kl_row(both: _Both, reference: str, model: str) -> MetricRow:
     def summed_kl(row: Mapping[str, Any]) -> float | None:
         forward_kl = _at(row, "forward_kl", reference, model)
         return None if forward_kl is None else forward_kl * row["num_tokens"]
 
     def read(measured: _Measured) -> Estimate | None:
-        found = _at(measured.summary, "quality", reference, model)
-        return _estimate(_at(found, "forward_kl"), _at(found, "forward_kl_ci"))
+        found = measured.summary.quality_of(reference, model)
+        if found is None or found.forward_kl is None:
+            return None
+        if found.forward_kl_ci is None:
+            return Estimate(found.forward_kl)
+        return Estimate(found.forward_kl, found.forward_kl_ci.low, found.forward_kl_ci.high)
 
     metric = _Metric(f"KL({reference} ‖ model)", "nats per token", True, read)
     return _row(both, model, metric, both.held_out_difference(summed_kl))
 
 
-def _agreement_row(both: _Both, model: str) -> Row:
+def _agreement_row(both: _Both, model: str) -> MetricRow:
     def num_agreeing(row: Mapping[str, Any]) -> float | None:
         num_flips = _at(row, "num_flips", TEACHER, model)
         return None if num_flips is None else row["num_tokens"] - num_flips
 
     def read(measured: _Measured) -> Estimate | None:
-        return _estimate(_at(measured.summary, "quality", TEACHER, model, "argmax_agreement"))
+        found = measured.summary.quality_of(TEACHER, model)
+        return Estimate(found.argmax_agreement) if found else None
 
-    metric = _Metric("argmax agreement", "share", False, read)
+    metric = _Metric("top-1 agreement", "share", False, read)
     return _row(both, model, metric, both.held_out_difference(num_agreeing))
 
 
-def _pass_at_k_row(both: _Both, model: str, k: int) -> Row:
+def _pass_at_k_row(both: _Both, model: str, k: int) -> MetricRow:
     def score(row: Mapping[str, Any]) -> float | None:
         n, num_correct = row["num_samples"], _at(row, "num_correct", model)
         return None if num_correct is None or k > n else pass_at_k(n, num_correct, k)
 
     def read(measured: _Measured) -> Estimate | None:
-        return _task_estimate(measured, model, "pass_at_k", str(k))
+        rates = _pass_rates(measured, model)
+        return rates.pass_at_k.get(k) if rates else None
 
     metric = _Metric(f"pass@{k}", "share", False, read)
     return _row(both, model, metric, both.task_difference(score))
 
 
-def _majority_row(both: _Both, model: str) -> Row:
+def _majority_row(both: _Both, model: str) -> MetricRow:
     def majority(row: Mapping[str, Any]) -> float | None:
         found: float | None = _at(row, "majority", model)
         return found
 
-    metric = _Metric(
-        "maj@n", "share", False, lambda measured: _task_estimate(measured, model, "majority_at_n")
-    )
+    def read(measured: _Measured) -> Estimate | None:
+        rates = _pass_rates(measured, model)
+        return rates.majority_at_n if rates else None
+
+    metric = _Metric("maj@n", "share", False, read)
     return _row(both, model, metric, both.task_difference(majority))
 
 
-def _speed_row(both: _Both, name: str) -> Row:
+def _speed_row(both: _Both, name: str) -> MetricRow:
     def read(measured: _Measured) -> Estimate | None:
         variant = measured.manifest.variants.get(name)
-        return _estimate(variant.metrics.get(SPEED_METRIC)) if variant else None
+        tokens_per_s = variant.metrics.get(SPEED_METRIC) if variant else None
+        return None if tokens_per_s is None else Estimate(tokens_per_s)
 
     return _row(both, name, _Metric("decode speed", "tokens/s", False, read))
 
 
-def _size_row(both: _Both, name: str) -> Row:
+def _size_row(both: _Both, name: str) -> MetricRow:
     def read(measured: _Measured) -> Estimate | None:
         variant = measured.manifest.variants.get(name)
-        return _estimate(variant.size_bytes) if variant else None
+        return Estimate(variant.size_bytes) if variant else None
 
     return _row(both, name, _Metric("size of the graph", "bytes", True, read))
 
 
 def _task_ks(measured: _Measured, model: str) -> set[int]:
-    found = _at(measured.summary, "tasks", "models", model, "overall", "pass_at_k")
-    return {int(k) for k in found or ()}
+    rates = _pass_rates(measured, model)
+    return set(rates.pass_at_k) if rates else set()
 
 
-def _task_estimate(measured: _Measured, model: str, *path: str) -> Estimate | None:
-    found = _at(measured.summary, "tasks", "models", model, "overall", *path)
-    return _estimate(_at(found, "value"), _at(found, "interval"))
-
-
-def _estimate(value: float | None, interval: Mapping[str, float] | None = None) -> Estimate | None:
-    if value is None:
-        return None
-    if interval is None:
-        return Estimate(value)
-    return Estimate(value, interval["low"], interval["high"])
+def _pass_rates(measured: _Measured, model: str) -> PassRates | None:
+    tasks = measured.summary.tasks
+    return tasks.models[model].overall if tasks and model in tasks.models else None
 
 
 # --- text
 
 
-def render(comparison: Comparison) -> str:
+def render(comparison: BundleComparison) -> str:
     """Return the comparison as a table for a terminal, `RENDER_WIDTH` columns wide."""
     table = Table(title="95 % intervals over prompts; of B − A where the prompts are the same")
     for header in ("model", "metric"):

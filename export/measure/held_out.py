@@ -1,16 +1,7 @@
-"""What each variant costs in quality on held-out text: exact KL, argmax agreement, perplexity.
+"""What each variant costs in quality on held-out text: exact KL, top-1 agreement, perplexity.
 
 Every model runs in the engine that serves it and scores the teacher's own completions of the test
 prompts, so the numbers are of the path that users get. KL is over the full vocabulary, in float64.
-
-`eval/summary.json` is strict JSON: what came out as NaN or infinity is null.
-
-    prompts_sha256, num_prompts, num_tokens   of the held-out text; a hash of the prompts' token ids
-    quality      reference → model → the fields of `Agreement`
-    perplexity   model → perplexity of the held-out text
-    tasks        `export.measure.task_scores.TaskEvaluation.summary()`; absent without such prompts
-    speed        contender → the fields of `export.measure.speed.Speed`
-    memory       variant → peak bytes (`export.measure.memory`)
 
 `eval/per_prompt.jsonl` has one row per held-out prompt, then one per task:
 
@@ -19,16 +10,14 @@ prompts, so the numbers are of the path that users get. KL is over the full voca
                       num_flips: reference → model → positions
     kind "task"       as `export.measure.task_scores.TaskEvaluation.rows()` says
 
-`HeldOut.summary()` is the summary but for `tasks`, `speed` and `memory`, `HeldOut.rows()` the rows
-of the first kind.
+`HeldOut.rows()` are the rows of the first kind; `export.measure.summary` has what goes beside them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +26,7 @@ from numpy.typing import NDArray
 from bundle.hashing import hash_json
 from estimators.bootstrap import bootstrap_ratio
 from estimators.estimate import Interval
+from export.measure.summary import FlipMargins, Quality, to_json
 from export.run.errors import ExportError
 from export.student.losses import exact_logprobs
 from export.teacher.examples import Example
@@ -46,7 +36,6 @@ from serve.engine.scoring import ScoringRequest
 from serve.models.backend import Backend
 from serve.models.noise import MAX_PATH_NOISE_NATS, measure_noise_floor
 
-TEACHER, STUDENT = "teacher", "student"
 # Float32 logits of all models for one batch of prompts; beyond it batches get smaller.
 MAX_LOGITS_BYTES = 2**30
 # Float64 log-probabilities of all models exist for so many positions of one prompt at a time.
@@ -58,34 +47,7 @@ MIN_FLIPS_FOR_P90 = 10
 Pair = tuple[str, str]
 """(reference, model)"""
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class FlipMargins:
-    """How sure the reference was where the model prefers another token: its largest logit minus
-    its second largest, over the flips. `p90` is None for fewer than 10 flips."""
-
-    median: float
-    p90: float | None
-    max: float
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """A model against a reference, over completion tokens: `forward_kl` is KL(reference ‖ model)
-    in nats per token; `argmax_agreement` the share of positions with the same likeliest token.
-
-    `forward_kl_ci` is at 95 %, over prompts; None where `estimators.bootstrap` has none and for a
-    KL that is not a number. `forward_kl_p99` is the quantile over tokens, None below 100 tokens.
-    """
-
-    forward_kl: float
-    forward_kl_ci: Interval | None
-    forward_kl_p99: float | None
-    argmax_agreement: float
-    num_tokens: int
-    num_flips: int
-    flip_margins: FlipMargins | None
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,28 +71,19 @@ class HeldOut:
 
     prompts_sha256: str
     num_tokens: int
-    agreements: Mapping[Pair, Agreement]
+    agreements: Mapping[Pair, Quality]
     perplexity: Mapping[str, float]
     prompts: tuple[PromptRecord, ...]
 
-    def summary(self) -> dict[str, Any]:
-        """Return this module's part of `summary.json`."""
-        agreements = {pair: asdict(agreement) for pair, agreement in self.agreements.items()}
-        summary: dict[str, Any] = _strict(
-            {
-                "prompts_sha256": self.prompts_sha256,
-                "num_prompts": len(self.prompts),
-                "num_tokens": self.num_tokens,
-                "quality": _nested(agreements),
-                "perplexity": self.perplexity,
-            }
-        )
-        return summary
+    @property
+    def quality(self) -> dict[str, dict[str, Quality]]:
+        """The agreements by reference and model."""
+        return _nested(self.agreements)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return this module's rows of `per_prompt.jsonl`."""
         return [
-            _strict(
+            to_json(
                 {
                     "kind": "held_out",
                     "prompt": record.prompt,
@@ -259,7 +212,7 @@ class _TokenScores:
             prompts_sha256=prompts_sha256,
             num_tokens=len(prompts),
             agreements={
-                pair: _agreement(prompts, kl, flips[pair], margins[pair[0]])
+                pair: _quality(prompts, kl, flips[pair], margins[pair[0]])
                 for pair, kl in forward_kl.items()
             },
             perplexity={name: _perplexity(values) for name, values in nll.items()},
@@ -282,11 +235,11 @@ def _forward_kls(
             yield name, torch.einsum("tv,tv->t", probabilities, expected - actual)
 
 
-def _agreement(prompts: Array, forward_kl: Array, flips: Array, margins: Array) -> Agreement:
+def _quality(prompts: Array, forward_kl: Array, flips: Array, margins: Array) -> Quality:
     num_tokens, num_flips = len(flips), int(flips.sum())
     is_number = bool(np.isfinite(forward_kl).all())
     has_p99 = is_number and num_tokens >= MIN_TOKENS_FOR_P99
-    return Agreement(
+    return Quality(
         forward_kl=float(forward_kl.mean()),
         forward_kl_ci=_interval(prompts, forward_kl) if is_number else None,
         forward_kl_p99=float(np.quantile(forward_kl, 0.99)) if has_p99 else None,
@@ -341,17 +294,8 @@ def _joined(pieces: Mapping[Any, Sequence[torch.Tensor]]) -> dict[Any, Array]:
     return {key: torch.cat(list(tensors)).numpy() for key, tensors in pieces.items()}
 
 
-def _nested(by_pair: Mapping[Pair, Any]) -> dict[str, dict[str, Any]]:
-    nested: dict[str, dict[str, Any]] = {}
+def _nested(by_pair: Mapping[Pair, T]) -> dict[str, dict[str, T]]:
+    nested: dict[str, dict[str, T]] = {}
     for (reference, model), value in by_pair.items():
         nested.setdefault(reference, {})[model] = value
     return nested
-
-
-def _strict(value: Any) -> Any:
-    """Return a JSON value with null for every number that JSON cannot spell."""
-    if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

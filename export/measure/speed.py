@@ -9,23 +9,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from export.measure.summary import Speed
 from serve.models.backend import Backend
 
 PROMPT_TOKENS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Medians over the rounds: `prefill_s` of the prompt, `decode_tokens_per_s` behind it."""
-
-    prefill_s: float
-    decode_tokens_per_s: float
 
 
 Contender = Callable[[list[int], int], tuple[float, float]]

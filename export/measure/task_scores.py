@@ -7,14 +7,14 @@ on its model, its task and its sample index alone, never on what else is in the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from bundle.hashing import hash_json
 from estimators.bootstrap import bootstrap_mean
 from estimators.consensus import majority_vote, vote_correctness
-from estimators.estimate import Estimate
 from estimators.pass_at_k import pass_at_k
+from export.measure.summary import PassRates, SolvedTasks, TaskSummary
 from export.run.errors import ExportError
 from export.run.settings import EvaluateConfig
 from export.teacher.grading import Grade, SecondOpinion, ask_second_opinion, grade
@@ -62,15 +62,6 @@ class TaskResult:
 
 
 @dataclass(frozen=True, slots=True)
-class TaskScores:
-    """One model over some tasks: means over prompts, with 95 % intervals over prompts."""
-
-    num_prompts: int
-    pass_at_k: Mapping[int, Estimate]
-    majority_at_n: Estimate
-
-
-@dataclass(frozen=True, slots=True)
 class TaskEvaluation:
     """All models over the same tasks; `results` and `completions` follow the tasks' order."""
 
@@ -79,12 +70,12 @@ class TaskEvaluation:
     completions: tuple[TaskCompletion, ...]
     second_opinion: SecondOpinion = field(default_factory=SecondOpinion)
 
-    def scores(self, model: str, family: str | None = None) -> TaskScores:
+    def pass_rates(self, model: str, family: str | None = None) -> PassRates:
         """Return a model's scores over all tasks, or over those of one family."""
         results = [r for r in self.results[model] if family in (None, r.family)]
         num_correct = [r.num_correct for r in results]
         n = self.config.num_samples
-        return TaskScores(
+        return PassRates(
             num_prompts=len(results),
             pass_at_k={
                 k: bootstrap_mean(pass_at_k(n, num_correct, k)) for k in sorted({1, *self.config.k})
@@ -92,31 +83,26 @@ class TaskEvaluation:
             majority_at_n=bootstrap_mean([r.majority for r in results]),
         )
 
-    def summary(self) -> dict[str, Any]:
-        """Return the section `tasks` of `summary.json`.
-
-        `tasks_sha256` of the task ids; the settings; what math-verify decided; models: model →
-        `overall` and `families`: family, each with the fields of `TaskScores` (k as text), and
-        `num_failed` completions.
-        """
+    def summary(self) -> TaskSummary:
+        """Return the section `tasks` of `summary.json`."""
         first = next(iter(self.results.values()))
         families = sorted({result.family for result in first})
-        return {
-            "tasks_sha256": hash_json([result.task_id for result in first]),
-            "num_samples": self.config.num_samples,
-            "temperature": self.config.temperature,
-            "max_tokens": self.config.task_max_tokens,
-            "seed": self.config.seed,
-            "second_opinion": asdict(self.second_opinion),
-            "models": {
-                model: {
-                    "overall": _scores_to_json(self.scores(model)),
-                    "families": {f: _scores_to_json(self.scores(model, f)) for f in families},
-                    "num_failed": self._num_failed(model),
-                }
+        return TaskSummary(
+            tasks_sha256=hash_json([result.task_id for result in first]),
+            num_samples=self.config.num_samples,
+            temperature=self.config.temperature,
+            max_tokens=self.config.task_max_tokens,
+            seed=self.config.seed,
+            second_opinion=self.second_opinion,
+            models={
+                model: SolvedTasks(
+                    self.pass_rates(model),
+                    {family: self.pass_rates(model, family) for family in families},
+                    self._num_failed(model),
+                )
                 for model in self.results
             },
-        }
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of `per_prompt.jsonl` of kind "task".
@@ -276,16 +262,3 @@ def _result(task: Task, completions: Sequence[TaskCompletion]) -> TaskResult:
         num_correct=sum(c.is_correct for c in completions),
         majority=vote_correctness(vote, right_answers.__contains__) or 0.0,
     )
-
-
-def _scores_to_json(scores: TaskScores) -> dict[str, Any]:
-    return {
-        "num_prompts": scores.num_prompts,
-        "pass_at_k": {str(k): _to_json(estimate) for k, estimate in scores.pass_at_k.items()},
-        "majority_at_n": _to_json(scores.majority_at_n),
-    }
-
-
-def _to_json(estimate: Estimate) -> dict[str, Any]:
-    interval = estimate.interval
-    return {"value": estimate.value, "interval": asdict(interval) if interval else None}

@@ -1,4 +1,4 @@
-"""The bundle's folders and its manifest, from the folders that the stages left.
+"""The last step of an export: judge the variants, write report and bundle, verify it.
 
 `student/` opens in transformers, `onnx/<variant>/` in onnxruntime, optimum and onnxruntime-genai.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,31 +25,69 @@ from bundle.manifest import (
     write_manifest,
 )
 from bundle.verify import list_entries, verify_bundle
-from export.run.stages import RECORD_NAME
+from export.measure.summary import read_summary
+from export.publish.finished import FinishedRun
+from export.publish.gates import describe_evaluation, describe_variant
+from export.publish.report import write_report
+from export.publish.report_data import collect_report
+from export.publish.select import GateError, choose_default
+from export.publish.verify import verify_bundle_deep
+from export.run.files import writing_to
+from export.run.stages import RECORD_NAME, fresh
+
+REPORT_NAME = "report.html"
 
 
-def write_bundle(
-    target: Path,
-    *,
-    student_dir: Path,
-    variant_dirs: Mapping[str, Path],
-    eval_dir: Path,
-    report: Path | None = None,
-    teacher: TeacherReference,
-    student: StudentInfo,
-    lineage: tuple[StageRecord, ...],
-    variants: Mapping[str, Variant],
-    default_variant: str,
-    metrics: Evaluation,
-) -> Manifest:
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """The variants with their gates judged, the one that is served by default, what it all was."""
+
+    variants: Mapping[str, Variant]
+    default: str
+    evaluation: Evaluation
+
+
+def publish(run: FinishedRun, target: Path, say: Callable[[str], None]) -> None:
+    """Write a bundle from finished stages to `target`, unless it is there already.
+
+    GateError when no variant passed; the report of what failed is then in the output folder.
+    """
+    summary = read_summary(run.artifacts.evaluation)
+    variants = {
+        name: describe_variant(name, folder, run.config, summary)
+        for name, folder in run.artifacts.graphs.items()
+    }
+    report = run.config.output_dir / REPORT_NAME
+    try:
+        default = choose_default(variants, run.config.select)
+    except GateError:
+        write_report(report, collect_report(run, variants, summary, default=None))
+        say(f"what failed, and where the quality went: {report}")
+        raise
+    if is_packaged(target, run.records, variants, default):
+        shutil.rmtree(_aside(target), ignore_errors=True)  # of a run killed before it did so
+        _restore_report(target / "eval" / REPORT_NAME, report)
+        say(f"bundle: finished before, {target}, default variant {default}")
+        return
+    partial = target.with_name(f"{target.name}.partial")
+    with writing_to(partial):
+        write_report(report, collect_report(run, variants, summary, default=default))
+        verdicts = Verdicts(variants, default, describe_evaluation(run.config, summary))
+        write_bundle(fresh(partial), run, verdicts, report)
+    verify_bundle_deep(partial)
+    put_in_place(partial, target)
+    say(f"bundle: {target}, default variant {default}; read {target / 'eval' / REPORT_NAME}")
+
+
+def write_bundle(target: Path, run: FinishedRun, verdicts: Verdicts, report: Path) -> Manifest:
     """Write a bundle into the empty folder `target` and return its manifest."""
-    _copy_stage(student_dir, target / "student")
-    for name, folder in variant_dirs.items():
+    _copy_stage(run.artifacts.student, target / "student")
+    for name, folder in run.artifacts.graphs.items():
         _copy_stage(folder, target / "onnx" / name)
-    _copy_stage(eval_dir, target / "eval")
-    if report is not None:
-        shutil.copy(report, target / "eval")
-    card = model_card(teacher, student, variants, default_variant, metrics)
+    _copy_stage(run.artifacts.evaluation, target / "eval")
+    shutil.copy(report, target / "eval")
+    teacher, student = run.describe_teacher(), run.describe_student()
+    card = model_card(teacher, student, verdicts)
     (target / "README.md").write_text(card, encoding="utf-8")
     manifest = Manifest(
         created_at=datetime.now(UTC),
@@ -58,10 +97,10 @@ def write_bundle(
         chat_template_sha256=hash_file(target / "student" / "chat_template.jinja"),
         teacher=teacher,
         student=student,
-        lineage=lineage,
-        variants=dict(variants),
-        default_variant=default_variant,
-        metrics=metrics,
+        lineage=run.records,
+        variants=dict(verdicts.variants),
+        default_variant=verdicts.default,
+        metrics=verdicts.evaluation,
     )
     write_manifest(target, manifest)
     return manifest
@@ -93,6 +132,26 @@ def _copy_stage(source: Path, target: Path) -> None:
     shutil.copytree(source, target, ignore=ignore, copy_function=shutil.copyfile)
 
 
+def put_in_place(partial: Path, target: Path) -> None:
+    """Rename a whole bundle to where another may lie, which is kept until then."""
+    aside = _aside(target)
+    shutil.rmtree(aside, ignore_errors=True)
+    if target.exists():
+        target.replace(aside)
+    partial.replace(target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f"{target.name}.old")
+
+
+def _restore_report(packaged: Path, report: Path) -> None:
+    """Put the bundle's report back where a run with stricter gates left one of its failure."""
+    if not report.exists() or report.read_bytes() != packaged.read_bytes():
+        shutil.copy(packaged, report)
+
+
 _CARD_METRICS = (
     "kl_to_student",
     "kl_to_teacher",
@@ -101,15 +160,10 @@ _CARD_METRICS = (
 )
 
 
-def model_card(
-    teacher: TeacherReference,
-    student: StudentInfo,
-    variants: Mapping[str, Variant],
-    default_variant: str,
-    metrics: Evaluation,
-) -> str:
+def model_card(teacher: TeacherReference, student: StudentInfo, verdicts: Verdicts) -> str:
     """Return the bundle's README.md: everything in it is in the manifest too."""
-    rows = [_card_row(name, v, name == default_variant) for name, v in variants.items()]
+    metrics = verdicts.evaluation
+    rows = [_card_row(n, v, n == verdicts.default) for n, v in verdicts.variants.items()]
     return "\n".join(
         [
             "# A Tandem student",
@@ -121,7 +175,7 @@ def model_card(
             f"(temperature {metrics.temperature:g}); KL in nats per token; speed of one sequence "
             "on the machine that exported.",
             "",
-            "| variant | size | KL to float student | KL to teacher | argmax agreement "
+            "| variant | size | KL to float student | KL to teacher | top-1 agreement "
             "| tokens/s | gates |",
             "|---|---|---|---|---|---|---|",
             *rows,

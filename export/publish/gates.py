@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,21 +10,26 @@ from typing import Any
 import onnx
 
 from bundle.manifest import Evaluation, Gate, Variant
+from export.graph.parity import PARITY_NAME
 from export.graph.quantize import float_matmuls, quantized_node_counts
-from export.graph.surgery import DATA_FILE, OPSET
-from export.measure.held_out import STUDENT, TEACHER
+from export.graph.surgery import OPSET, graph_size_bytes
+from export.measure.summary import (
+    KL_METRIC,
+    SPEED_METRIC,
+    STUDENT,
+    TEACHER,
+    TORCH,
+    TRANSFORMERS,
+    Summary,
+)
 from export.run.files import read_json
 from export.run.settings import ExportConfig
 from export.run.variants import FLOAT_VARIANT, WeightOnlyVariant
 
-TRANSFORMERS, TORCH = "teacher_transformers", "teacher_torch"
-PARITY_NAME, SUMMARY_NAME = "parity.json", "summary.json"
 KL_UNIT, LOGIT_UNIT = "nats per token", "logits"
 
 
-def describe_variant(
-    name: str, folder: Path, config: ExportConfig, summary: Mapping[str, Any]
-) -> Variant:
+def describe_variant(name: str, folder: Path, config: ExportConfig, summary: Summary) -> Variant:
     """Return the manifest's entry of one variant, its gates judged.
 
     One that this machine could not run has no gates and no metrics, so it has not passed.
@@ -33,7 +37,7 @@ def describe_variant(
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     recipe = config.variants.get(name)
     blockwise = recipe if isinstance(recipe, WeightOnlyVariant) else None
-    is_measured = name in summary["quality"][TEACHER]
+    is_measured = summary.quality_of(TEACHER, name) is not None
     return Variant(
         precision=_precision(name, recipe),
         block_size=blockwise.block_size if blockwise else None,
@@ -45,47 +49,44 @@ def describe_variant(
         float_matmuls=tuple(float_matmuls(model)),
         size_bytes=graph_size_bytes(folder),
         num_nodes=len(model.graph.node),
-        gates=_gates(name, folder, config, summary["quality"]) if is_measured else (),
+        gates=_gates(name, folder, config, summary) if is_measured else (),
         metrics=_metrics(name, summary) if is_measured else {},
     )
 
 
-def describe_evaluation(config: ExportConfig, summary: Mapping[str, Any]) -> Evaluation:
+def describe_evaluation(config: ExportConfig, summary: Summary) -> Evaluation:
     """Return the manifest's record of what was measured of the float student, and how."""
-    student = summary["quality"][TEACHER][STUDENT]
+    student = summary.quality[TEACHER][STUDENT]
     values = {
-        "student_kl": student["forward_kl"],
-        "student_argmax_agreement": student["argmax_agreement"],
-        "num_tokens": student["num_tokens"],
+        "student_kl": student.forward_kl,
+        "student_argmax_agreement": student.argmax_agreement,
+        "num_tokens": student.num_tokens,
     }
     for name in (TRANSFORMERS, TORCH):
-        values[f"{name}_tokens_per_s"] = summary["speed"][name]["decode_tokens_per_s"]
+        values[f"{name}_tokens_per_s"] = summary.speed[name].decode_tokens_per_s
     for name in (TEACHER, STUDENT):
         for key, value in task_values(summary, name).items():
             values[f"{name}_{key}"] = value
     return Evaluation(
-        num_prompts=summary["num_prompts"],
-        num_samples=config.evaluate.num_samples if "tasks" in summary else 1,
-        k=config.evaluate.k if "tasks" in summary else (),
+        num_prompts=summary.num_prompts,
+        num_samples=config.evaluate.num_samples if summary.tasks else 1,
+        k=config.evaluate.k if summary.tasks else (),
         temperature=config.sample.temperature,
         seed=config.sample.seed,
         values=_finite(values),
     )
 
 
-def task_values(summary: Mapping[str, Any], model: str) -> dict[str, float | None]:
+def task_values(summary: Summary, model: str) -> dict[str, float | None]:
     """Return a model's pass@k and maj@n over all tasks, by name; empty without tasks."""
-    if "tasks" not in summary:
+    if summary.tasks is None:
         return {}
-    tasks = summary["tasks"]
-    overall = tasks["models"][model]["overall"]
-    values = {f"pass_at_{k}": e["value"] for k, e in overall["pass_at_k"].items()}
-    values[f"maj_at_{tasks['num_samples']}"] = overall["majority_at_n"]["value"]
+    overall = summary.tasks.models[model].overall
+    values: dict[str, float | None] = {
+        f"pass_at_{k}": estimate.value for k, estimate in overall.pass_at_k.items()
+    }
+    values[f"maj_at_{summary.tasks.num_samples}"] = overall.majority_at_n.value
     return values
-
-
-def graph_size_bytes(folder: Path) -> int:
-    return sum((folder / name).stat().st_size for name in ("model.onnx", DATA_FILE))
 
 
 def _precision(name: str, recipe: Any) -> str:
@@ -97,13 +98,11 @@ def _precision(name: str, recipe: Any) -> str:
     return {"dynamic": "int8", "static": "int8"}.get(method, method)
 
 
-def _gates(
-    name: str, folder: Path, config: ExportConfig, quality: Mapping[str, Any]
-) -> tuple[Gate, ...]:
-    gates = config.gates
-    found = [_gate("kl_to_teacher", quality[TEACHER][name]["forward_kl"], gates.student_kl)]
+def _gates(name: str, folder: Path, config: ExportConfig, summary: Summary) -> tuple[Gate, ...]:
+    gates, quality = config.gates, summary.quality
+    found = [_gate("kl_to_teacher", quality[TEACHER][name].forward_kl, gates.student_kl)]
     if name == FLOAT_VARIANT:
-        parity = json.loads((folder / PARITY_NAME).read_text(encoding="utf-8"))
+        parity = read_json(folder / PARITY_NAME)
         difference = parity["max_logit_difference"]
         found.append(_gate("parity_with_torch", parity["max_mean_kl"], gates.onnx_kl))
         found.append(_gate("logit_difference", difference, gates.onnx_logit_difference, LOGIT_UNIT))
@@ -111,8 +110,7 @@ def _gates(
     recipe = config.variants[name]
     is_trained = isinstance(recipe, WeightOnlyVariant) and recipe.train is not None
     threshold = gates.trained_kl if is_trained else gates.quantized_kl
-    kl_to_student = quality[STUDENT][name]["forward_kl"]
-    return (*found, _gate("kl_to_float_student", kl_to_student, threshold))
+    return (*found, _gate("kl_to_float_student", quality[STUDENT][name].forward_kl, threshold))
 
 
 def _gate(name: str, measured: float | None, threshold: float, unit: str = KL_UNIT) -> Gate:
@@ -127,32 +125,27 @@ def _gate(name: str, measured: float | None, threshold: float, unit: str = KL_UN
     )
 
 
-def _metrics(name: str, summary: Mapping[str, Any]) -> dict[str, float]:
+def _metrics(name: str, summary: Summary) -> dict[str, float]:
     """Return what was measured; what came out as NaN or infinity is left out, as by the gates."""
-    quality, speed = summary["quality"], summary["speed"]
-    tokens_per_s = speed[name]["decode_tokens_per_s"]
+    to_teacher, to_student = summary.quality[TEACHER][name], summary.quality[STUDENT][name]
+    tokens_per_s = summary.speed[name].decode_tokens_per_s
+    by_transformers, by_torch = (summary.speed[n] for n in (TRANSFORMERS, TORCH))
     return _finite(
         {
-            "kl_to_teacher": quality[TEACHER][name]["forward_kl"],
-            "argmax_agreement_with_teacher": quality[TEACHER][name]["argmax_agreement"],
-            "kl_to_student": quality[STUDENT][name]["forward_kl"],
-            "argmax_agreement_with_student": quality[STUDENT][name]["argmax_agreement"],
-            "perplexity": summary["perplexity"][name],
+            KL_METRIC: to_teacher.forward_kl,
+            "argmax_agreement_with_teacher": to_teacher.argmax_agreement,
+            "kl_to_student": to_student.forward_kl,
+            "argmax_agreement_with_student": to_student.argmax_agreement,
+            "perplexity": summary.perplexity[name],
             **task_values(summary, name),
-            "prefill_s": speed[name]["prefill_s"],
-            "decode_tokens_per_s": tokens_per_s,
-            "speedup_over_transformers": tokens_per_s / speed[TRANSFORMERS]["decode_tokens_per_s"],
-            "speedup_over_torch_teacher": tokens_per_s / speed[TORCH]["decode_tokens_per_s"],
-            "peak_memory_bytes": summary["memory"][name],
+            "prefill_s": summary.speed[name].prefill_s,
+            SPEED_METRIC: tokens_per_s,
+            "speedup_over_transformers": tokens_per_s / by_transformers.decode_tokens_per_s,
+            "speedup_over_torch_teacher": tokens_per_s / by_torch.decode_tokens_per_s,
+            "peak_memory_bytes": summary.memory[name],
         }
     )
 
 
 def _finite(values: Mapping[str, float | None]) -> dict[str, float]:
     return {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """Return what `export.measure.stage` measured, from its stage's folder."""
-    summary: dict[str, Any] = read_json(folder / SUMMARY_NAME)
-    return summary

@@ -8,14 +8,22 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bundle.manifest import Variant
 from bundle.model_folder import open_model_folder
 from estimators.estimate import Estimate
-from export.measure.held_out import STUDENT, TEACHER
 from export.measure.stage import TEXTS_NAME
-from export.publish.gates import TORCH, TRANSFORMERS
+from export.measure.summary import (
+    STUDENT,
+    TEACHER,
+    TORCH,
+    TRANSFORMERS,
+    PassRates,
+    Quality,
+    Summary,
+)
+from export.publish.finished import FinishedRun
 from export.publish.plots import Hop, LossTerm, PhaseCurves, RemovedLayer
 from export.publish.report import (
     AcceptCounts,
@@ -33,27 +41,26 @@ from export.publish.select import pareto_front
 from export.run.files import read_json
 from export.run.variants import FLOAT_VARIANT
 from export.student.phases import HELD_OUT_NAME
+from export.student.prune import read_removals
+from export.student.trainer import PROBES_NAME, TRAINING_NAME
 from export.teacher.accept import SUMMARY_NAME as ACCEPT_NAME
 from export.teacher.grading import SecondOpinion
-
-if TYPE_CHECKING:
-    from export.pipeline import Pipeline
 
 _FLOAT_HOP = f"ONNX {FLOAT_VARIANT}"
 _TERMS = {"soft": "divergence", "hard": "cross-entropy", "attention": "attention maps"}
 
 
 def collect_report(
-    pipeline: Pipeline,
+    run: FinishedRun,
     variants: Mapping[str, Variant],
-    summary: Mapping[str, Any],
+    summary: Summary,
     *,
     default: str | None,
 ) -> ReportData:
-    """Return the report of a pipeline whose stages are all finished."""
-    distilled = open_model_folder(pipeline.path(pipeline.distilled), has_tokenizer=False)
+    """Return the report of a finished run."""
+    distilled = open_model_folder(run.artifacts.student, has_tokenizer=False)
     num_layers = distilled.config.num_hidden_layers
-    reference = pipeline.teacher.reference
+    reference = run.teacher.reference
     front = pareto_front(variants)
     return ReportData(
         title=f"{reference.source} distilled into {num_layers} layers",
@@ -61,52 +68,53 @@ def collect_report(
             _variant_row(name, variant, summary, name == default, name in front)
             for name, variant in variants.items()
         ),
-        conditions=_conditions(pipeline, summary),
+        conditions=_conditions(run, summary),
         teacher=ModelSize(
             reference.source,
             reference.num_parameters,
-            pipeline.teacher.model.config.num_hidden_layers,
+            run.teacher.model.config.num_hidden_layers,
         ),
         student=ModelSize("student", distilled.num_parameters, num_layers),
         references=tuple(
             ModelRow(
                 name,
-                step_s=1 / summary["speed"][name]["decode_tokens_per_s"],
-                prefill_s=summary["speed"][name]["prefill_s"],
+                step_s=1 / summary.speed[name].decode_tokens_per_s,
+                prefill_s=summary.speed[name].prefill_s,
             )
             for name in (TORCH, TRANSFORMERS)
         ),
-        hops=tuple(_hops(pipeline, variants, summary)),
-        phases=tuple(_all_phases(pipeline)),
-        removed_layers=tuple(RemovedLayer(r.layer, r.kl) for r in pipeline.removals),
-        accept_counts=_accept_counts(pipeline.path(pipeline.accepted) / ACCEPT_NAME),
+        hops=tuple(_hops(run, variants, summary)),
+        phases=tuple(_all_phases(run)),
+        removed_layers=tuple(
+            RemovedLayer(r.layer, r.kl) for r in read_removals(run.artifacts.untrained)
+        ),
+        accept_counts=_accept_counts(run.artifacts.accepted / ACCEPT_NAME),
         task_scores=_task_scores(summary, variants, default),
-        comparisons=tuple(_comparisons(pipeline.path(pipeline.evaluated) / TEXTS_NAME)),
-        stages=tuple(_stage_costs(pipeline)),
+        comparisons=tuple(_comparisons(run.artifacts.evaluation / TEXTS_NAME)),
+        stages=tuple(_stage_costs(run)),
     )
 
 
-def _conditions(pipeline: Pipeline, summary: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    sample = pipeline.config.sample
+def _conditions(run: FinishedRun, summary: Summary) -> tuple[tuple[str, str], ...]:
+    sample = run.config.sample
     return (
         ("machine", f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"),
-        ("held-out prompts", f"{summary['num_prompts']}, {summary['num_tokens']} tokens"),
+        ("held-out prompts", f"{summary.num_prompts}, {summary.num_tokens} tokens"),
         ("sampling", f"temperature {sample.temperature:g}, seed {sample.seed}"),
-        ("teacher weights, sha256", pipeline.teacher.reference.weights_sha256),
+        ("teacher weights, sha256", run.teacher.reference.weights_sha256),
     )
 
 
 def _variant_row(
-    name: str, variant: Variant, summary: Mapping[str, Any], is_default: bool, is_on_front: bool
+    name: str, variant: Variant, summary: Summary, is_default: bool, is_on_front: bool
 ) -> ModelRow:
     gates = tuple(
         GateResult(g.name, g.measured, g.threshold, g.passed, g.unit) for g in variant.gates
     )
     if not variant.metrics:
         return ModelRow(name, gates=gates, size_bytes=variant.size_bytes)
-    to_teacher = summary["quality"][TEACHER][name]
-    to_student = summary["quality"][STUDENT][name]
-    speed = summary["speed"][name]
+    to_teacher, to_student = (summary.quality[reference][name] for reference in (TEACHER, STUDENT))
+    speed = summary.speed[name]
     return ModelRow(
         name=name,
         gates=gates,
@@ -114,71 +122,58 @@ def _variant_row(
         is_on_front=is_on_front,
         size_bytes=variant.size_bytes,
         kl_to_teacher=_kl(to_teacher),
-        kl_to_teacher_p99=to_teacher["forward_kl_p99"],
+        kl_to_teacher_p99=to_teacher.forward_kl_p99,
         kl_to_student=_kl(to_student),
-        argmax_agreement_with_teacher=to_teacher["argmax_agreement"],
-        argmax_agreement_with_student=to_student["argmax_agreement"],
+        argmax_agreement_with_teacher=to_teacher.argmax_agreement,
+        argmax_agreement_with_student=to_student.argmax_agreement,
         flips=_flips(to_student),
-        perplexity=summary["perplexity"][name],
-        prefill_s=speed["prefill_s"],
-        step_s=1 / speed["decode_tokens_per_s"],
-        peak_memory_bytes=summary["memory"].get(name),
+        perplexity=summary.perplexity[name],
+        prefill_s=speed.prefill_s,
+        step_s=1 / speed.decode_tokens_per_s,
+        peak_memory_bytes=summary.memory.get(name),
     )
 
 
-def _kl(agreement: Mapping[str, Any]) -> Estimate | None:
-    if agreement["forward_kl"] is None:
+def _kl(quality: Quality) -> Estimate | None:
+    if quality.forward_kl is None:
         return None
-    return _estimate(agreement["forward_kl"], agreement["forward_kl_ci"])
-
-
-def _estimate(value: float, interval: Mapping[str, float] | None) -> Estimate:
+    interval = quality.forward_kl_ci
     if interval is None:
-        return Estimate(value)
-    return Estimate(value, interval["low"], interval["high"])
+        return Estimate(quality.forward_kl)
+    return Estimate(quality.forward_kl, interval.low, interval.high)
 
 
-def _flips(agreement: Mapping[str, Any]) -> Flips:
-    margins = agreement["flip_margins"] or dict.fromkeys(("median", "p90", "max"))
-    return Flips(
-        agreement["num_flips"],
-        agreement["num_tokens"],
-        margins["median"],
-        margins["p90"],
-        margins["max"],
-    )
+def _flips(quality: Quality) -> Flips:
+    margins = quality.flip_margins
+    if margins is None:
+        return Flips(quality.num_flips, quality.num_tokens, None, None, None)
+    return Flips(quality.num_flips, quality.num_tokens, margins.median, margins.p90, margins.max)
 
 
-def _hops(
-    pipeline: Pipeline, variants: Mapping[str, Variant], summary: Mapping[str, Any]
-) -> list[Hop]:
+def _hops(run: FinishedRun, variants: Mapping[str, Variant], summary: Summary) -> list[Hop]:
     """Return the way from the teacher: up to the last phase in training's arithmetic (bfloat16),
     from the ONNX graph on in the runtime's own."""
-    path = pipeline.path(pipeline.distilled) / HELD_OUT_NAME
+    path = run.artifacts.student / HELD_OUT_NAME
     before, *after_phases = read_json(path)
-    quality = summary["quality"][TEACHER]
-    first = "pruned" if pipeline.config.student is None else "pretrained"
+    quality = summary.quality[TEACHER]
+    first = "pruned" if run.config.student is None else "pretrained"
     hops = [Hop(f"{first} student", before)]
     hops += [Hop(f"phase {i}", kl) for i, kl in enumerate(after_phases, start=1)]
-    hops.append(Hop(_FLOAT_HOP, quality[FLOAT_VARIANT]["forward_kl"]))
+    hops.append(Hop(_FLOAT_HOP, quality[FLOAT_VARIANT].forward_kl))
     others = [name for name in variants if name != FLOAT_VARIANT and name in quality]
-    return hops + [Hop(n, quality[n]["forward_kl"], after=_FLOAT_HOP) for n in others]
+    return hops + [Hop(n, quality[n].forward_kl, after=_FLOAT_HOP) for n in others]
 
 
-def _all_phases(pipeline: Pipeline) -> list[PhaseCurves]:
-    from export.pipeline import PROBES_NAME, TRAINING_NAME
-
-    folder = pipeline.path(pipeline.distilled)
+def _all_phases(run: FinishedRun) -> list[PhaseCurves]:
+    folder = run.artifacts.student
     probes = read_json(folder / PROBES_NAME)
     phases = [
         _phase(f"phase {number + 1}", steps, [p for p in probes if p["phase"] == number])
         for number, steps in _by_phase(folder / TRAINING_NAME).items()
     ]
-    for name in pipeline.trained_variants:
-        path = pipeline.path(pipeline.trained(name)) / TRAINING_NAME
-        phases += [
-            _phase(f"on the grid of {name}", steps, []) for steps in _by_phase(path).values()
-        ]
+    for name, trained in run.artifacts.trained.items():
+        by_phase = _by_phase(trained / TRAINING_NAME)
+        phases += [_phase(f"on the grid of {name}", steps, []) for steps in by_phase.values()]
     return phases
 
 
@@ -231,35 +226,30 @@ def _accept_counts(path: Path) -> AcceptCounts:
 
 
 def _task_scores(
-    summary: Mapping[str, Any], variants: Mapping[str, Variant], default: str | None
+    summary: Summary, variants: Mapping[str, Variant], default: str | None
 ) -> TaskScores | None:
-    if "tasks" not in summary:
+    if summary.tasks is None:
         return None
-    tasks = summary["tasks"]
+    models = summary.tasks.models
     shown = [TEACHER, STUDENT, *([default] if default and default != FLOAT_VARIANT else [])]
-    families = ["overall", *tasks["models"][TEACHER]["families"]]
-    ks = sorted(map(int, tasks["models"][TEACHER]["overall"]["pass_at_k"]))
-    rows = [
-        _task_row(family, model, tasks["models"][model], ks)
-        for family in families
+    ks = sorted(models[TEACHER].overall.pass_at_k)
+    rows = [_task_row("overall", model, models[model].overall, ks) for model in shown]
+    rows += [
+        _task_row(family, model, models[model].families[family], ks)
+        for family in models[TEACHER].families
         for model in shown
     ]
-    return TaskScores(tasks["num_samples"], tuple(ks), tuple(rows))
+    return TaskScores(summary.tasks.num_samples, tuple(ks), tuple(rows))
 
 
-def _task_row(family: str, model: str, scores: Mapping[str, Any], ks: list[int]) -> TaskRow:
-    of_family = scores["overall"] if family == "overall" else scores["families"][family]
+def _task_row(family: str, model: str, rates: PassRates, ks: list[int]) -> TaskRow:
     return TaskRow(
         family,
         model,
-        of_family["num_prompts"],
-        tuple(_json_estimate(of_family["pass_at_k"][str(k)]) for k in ks),
-        _json_estimate(of_family["majority_at_n"]),
+        rates.num_prompts,
+        tuple(rates.pass_at_k[k] for k in ks),
+        rates.majority_at_n,
     )
-
-
-def _json_estimate(raw: Mapping[str, Any]) -> Estimate:
-    return _estimate(raw["value"], raw["interval"])
 
 
 def _comparisons(path: Path) -> list[PromptComparison]:
@@ -275,6 +265,5 @@ def _comparisons(path: Path) -> list[PromptComparison]:
     ]
 
 
-def _stage_costs(pipeline: Pipeline) -> list[StageCost]:
-    records = [pipeline.stages.finished(spec).record for spec in pipeline.specs]
-    return [StageCost(r.name, r.seconds, r.peak_memory_bytes, r.size_bytes) for r in records]
+def _stage_costs(run: FinishedRun) -> list[StageCost]:
+    return [StageCost(r.name, r.seconds, r.peak_memory_bytes, r.size_bytes) for r in run.records]

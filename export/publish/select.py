@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from bundle.manifest import Gate, Variant
+from export.measure.summary import KL_METRIC, SPEED_METRIC
 from export.run.errors import ExportError
 from export.run.settings import SelectConfig
-
-SPEED_METRIC, KL_METRIC = "decode_tokens_per_s", "kl_to_teacher"
 
 
 class GateError(ExportError):

@@ -36,7 +36,7 @@ class MachinesMissingError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class Node:
     """One of `num_machines`; `port` is where machine 0, at `main_host`, listens to the others."""
 
     rank: int
@@ -71,7 +71,7 @@ class Peers:
         self._watcher.start()
 
     @classmethod
-    def meet(cls, machine: Machine, on_loss: Callable[[str], None], timeout_s: float) -> Peers:
+    def meet(cls, machine: Node, on_loss: Callable[[str], None], timeout_s: float) -> Peers:
         """Wait until every machine is there; MachinesMissingError after `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s
         if not machine.is_main:
@@ -152,9 +152,7 @@ def _listen(port: int) -> socket.socket:
     return socket.create_server(("", port))
 
 
-def _gather(
-    listener: socket.socket, machine: Machine, deadline_s: float
-) -> dict[int, socket.socket]:
+def _gather(listener: socket.socket, machine: Node, deadline_s: float) -> dict[int, socket.socket]:
     """Return the links to all other machines by rank, once they are all there."""
     links: dict[int, socket.socket] = {}
     while len(links) < machine.num_machines - 1:
@@ -181,7 +179,7 @@ def _gather(
     return links
 
 
-def _join(machine: Machine, deadline_s: float) -> socket.socket:
+def _join(machine: Node, deadline_s: float) -> socket.socket:
     """Return the link to machine 0, once all are there; its name may not resolve at first."""
     while time.monotonic() < deadline_s:
         with suppress(OSError):

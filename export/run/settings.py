@@ -202,6 +202,11 @@ class ExportConfig(Section):
     gates: GatesConfig = GatesConfig()
     select: SelectConfig = SelectConfig()
 
+    @property
+    def reads_cache(self) -> bool:
+        """Whether any phase of training reads the teacher's logits from the cache."""
+        return any(phase.teacher_logits == "cache" for phase in self.distill.phases)
+
     @model_validator(mode="after")
     def _check_together(self) -> ExportConfig:
         faults = [*self._faults_of_sections(), *self._faults_of_cache(), *self._faults_of_sharing()]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bundle.hashing import hash_json
 from bundle.manifest import StageRecord
@@ -30,6 +30,26 @@ RECORD_NAME = "stage.json"
 
 Build = Callable[[Path], dict[str, Any]]
 """Fills the folder it is given and returns a summary for people: small, JSON."""
+
+
+class ProgressReporter(Protocol):
+    """Where an export tells people how far it is."""
+
+    def say(self, message: str) -> None: ...
+
+    def track(self, label: str) -> Callable[[int, int], None]:
+        """Return a function to be called with (done, total)."""
+        ...
+
+
+class QuietReporter:
+    """See `ProgressReporter`: says nothing."""
+
+    def say(self, message: str) -> None:
+        pass
+
+    def track(self, label: str) -> Callable[[int, int], None]:
+        return lambda done, total: None
 
 
 @dataclass(frozen=True)

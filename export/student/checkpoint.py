@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+CHECKPOINTS = "checkpoints"
+"""A stage's folder of them."""
+
 _PREFIX = "checkpoint-"
 _STATE, _TENSORS = "state.json", "tensors.safetensors"
 _MOVED, _OPTIMIZER = "moved/", "optimizer/"

@@ -18,6 +18,7 @@ from torch import nn
 
 from export.student.grid import BlockGrid, GridWeight, absmax_scales, encode, inverse_scales
 
+GRID_NAME = "grid.safetensors"
 # The scales move by this share of themselves where a weight moves by one learning rate.
 SCALE_RATE = 1.0
 # Weights per piece: what is made in between stays in the cache of a core.

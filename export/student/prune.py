@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from export.run.errors import ExportError
+from export.run.files import read_json, write_json
 from export.run.settings import PruneConfig
 from export.student.losses import forward_kl
 from export.teacher.examples import Example, collate
 from serve.text.real_tokens import EVERY_ROW, RealTokens
 
+REMOVALS_NAME = "removals.json"
 MLP_WIDTH_MULTIPLE = 32
 """So that blocks of 16 and 32 (`export.run.variants.WeightOnlyVariant`) divide down_proj evenly."""
 
@@ -31,6 +34,22 @@ class Removal:
 
     layer: int
     kl: float
+
+
+def write_removals(folder: Path, removals: Sequence[Removal]) -> None:
+    write_json(folder / REMOVALS_NAME, [asdict(removal) for removal in removals])
+
+
+def read_removals(folder: Path) -> list[Removal]:
+    """Return the layers that went, in that order; none where the student was not pruned."""
+    path = folder / REMOVALS_NAME
+    return [Removal(**raw) for raw in read_json(path)] if path.exists() else []
+
+
+def kept_layers(removals: Sequence[Removal], num_teacher_layers: int) -> list[int]:
+    """Return the teacher's layers that the student has."""
+    removed = {removal.layer for removal in removals}
+    return [layer for layer in range(num_teacher_layers) if layer not in removed]
 
 
 @torch.inference_mode()

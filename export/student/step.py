@@ -34,7 +34,7 @@ _MEASURED_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Objective:
+class StepObjective:
     """What a step minimises: the loss on tokens, and how much of each matching term is added."""
 
     loss: DistillationLoss = field(default_factory=DistillationLoss)
@@ -42,7 +42,7 @@ class Objective:
     attention_weight: float = 0.0
 
     @classmethod
-    def of(cls, phase: PhaseConfig, real_tokens: RealTokens = EVERY_ROW) -> Objective:
+    def of(cls, phase: PhaseConfig, real_tokens: RealTokens = EVERY_ROW) -> StepObjective:
         loss = DistillationLoss(
             phase.alpha, phase.temperature, phase.divergence, phase.jsd_beta, real_tokens
         )
@@ -194,7 +194,7 @@ def _run(decoder: Any, **inputs: torch.Tensor) -> torch.Tensor:
 def accumulate(
     forward: Forward,
     micro_batches: Sequence[Sequence[Example]],
-    objective: Objective,
+    objective: StepObjective,
     *,
     world: World | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -219,7 +219,7 @@ def accumulate(
 def _backward(
     forward: Forward,
     batch: Sequence[Example],
-    objective: Objective,
+    objective: StepObjective,
     num_tokens: int,
     device: torch.device,
 ) -> torch.Tensor:
@@ -244,7 +244,7 @@ def _backward(
 
 
 def _weigh(
-    matching: MatchingSums | None, objective: Objective, like: torch.Tensor
+    matching: MatchingSums | None, objective: StepObjective, like: torch.Tensor
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Return what matching adds to the loss, and its two sums."""
     if matching is None:

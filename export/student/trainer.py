@@ -17,13 +17,16 @@ from typing import Any, Protocol
 
 import torch
 
+from export.run.files import write_json
 from export.run.processes import World
 from export.run.training import PhaseConfig
 from export.student.checkpoint import Checkpoints
 from export.student.on_policy import COLLAPSE_SHARE
-from export.student.step import Forward, Objective, StepSums, accumulate, plan_steps, schedule
+from export.student.step import Forward, StepObjective, StepSums, accumulate, plan_steps, schedule
 from export.teacher.examples import Example
 from serve.text.real_tokens import EVERY_ROW, RealTokens
+
+TRAINING_NAME, PROBES_NAME = "training.jsonl", "probes.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +152,13 @@ class Log:
             [ProbeRecord(**probe) for probe in raw["probes"]],
         )
 
-    def write_steps(self, path: Path) -> None:
+    def write_steps(self, folder: Path) -> None:
         """Write one JSON row per step."""
-        path.write_text("".join(json.dumps(asdict(step)) + "\n" for step in self.steps))
+        rows = "".join(json.dumps(asdict(step)) + "\n" for step in self.steps)
+        (folder / TRAINING_NAME).write_text(rows)
+
+    def write_probes(self, folder: Path) -> None:
+        write_json(folder / PROBES_NAME, [asdict(probe) for probe in self.probes])
 
 
 class Trainer:
@@ -226,7 +233,7 @@ class Trainer:
         factor = schedule(progress, phase.config.warmup_share)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        objective = Objective.of(phase.config, phase.real_tokens)
+        objective = StepObjective.of(phase.config, phase.real_tokens)
         sums = accumulate(
             phase.forward, steps[place.step], objective, world=self._world, dtype=self._dtype
         )

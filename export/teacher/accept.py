@@ -19,6 +19,7 @@ from typing import Literal, get_args
 
 from export.run.errors import ExportError
 from export.run.settings import AcceptConfig
+from export.teacher.examples import Example
 from export.teacher.grading import Grade, SecondOpinion, ask_second_opinion, grade
 from export.teacher.sample import ROWS_NAME, Completion, read_completions, write_completions
 from export.teacher.tasks import Task
@@ -72,7 +73,7 @@ class AcceptSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class Accepted:
+class AcceptedCompletions:
     """The completions to go on with, in order of tasks and sample indices, and what was dropped."""
 
     completions: tuple[Completion, ...]
@@ -84,7 +85,7 @@ def accept(
     completions: Sequence[Completion],
     config: AcceptConfig,
     tokenizer: Tokenizer,
-) -> Accepted:
+) -> AcceptedCompletions:
     """Judge the completions of `tasks`; the order of the result is theirs, not the input's.
 
     Raises:
@@ -110,21 +111,26 @@ def accept(
             f"none of the teacher's {summary.num_sampled} completions was accepted "
             f"({json.dumps(summary.num_rejected)}): loosen the section accept, or sample more"
         )
-    return Accepted(tuple(kept), summary)
+    return AcceptedCompletions(tuple(kept), summary)
 
 
-def write_accepted(folder: Path, accepted: Accepted) -> None:
+def write_accepted(folder: Path, accepted: AcceptedCompletions) -> None:
     """Write `completions.jsonl`, as `export.teacher.sample` does, and `accept.json`."""
     write_completions(folder / ROWS_NAME, accepted.completions)
     text = json.dumps(dataclasses.asdict(accepted.summary), indent=2) + "\n"
     (folder / SUMMARY_NAME).write_text(text, encoding="utf-8")
 
 
-def read_accepted(folder: Path) -> Accepted:
+def read_accepted(folder: Path) -> AcceptedCompletions:
     raw = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
     raw["pass_rate_histogram"] = tuple(raw["pass_rate_histogram"])
     raw["second_opinion"] = SecondOpinion(**raw["second_opinion"])
-    return Accepted(tuple(read_completions(folder / ROWS_NAME)), AcceptSummary(**raw))
+    return AcceptedCompletions(tuple(read_completions(folder / ROWS_NAME)), AcceptSummary(**raw))
+
+
+def read_examples(folder: Path, split: str) -> list[Example]:
+    """Return the accepted ("train") or held-out ("test") completions of the stage's folder."""
+    return [row.example for row in read_accepted(folder).completions if row.split == split]
 
 
 def repeated_share(token_ids: Sequence[int]) -> float:

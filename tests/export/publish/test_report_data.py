@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from bundle.manifest import Gate, StageRecord, TeacherReference, Variant
 from bundle.model_folder import open_model_folder
+from estimators.estimate import Estimate
 from export.measure.held_out import STUDENT, TEACHER
 from export.pipeline import Pipeline
 from export.publish.gates import TORCH, TRANSFORMERS
 from export.publish.plots import Hop, RemovedLayer
 from export.publish.report import (
     AcceptCounts,
-    Estimate,
     Flips,
     ModelRow,
     ModelSize,

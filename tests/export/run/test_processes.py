@@ -53,7 +53,7 @@ def train(folder: Path, kind: str, world: World) -> Log:
     )
     log = trainer.run([lambda: phase])
     student.save_pretrained(target)
-    log.write_steps(target / "training.jsonl")
+    log.write_steps(target)
     return log
 
 

@@ -20,8 +20,8 @@ from export.student.step import (
     HEAD_SLICE,
     CachedPair,
     Forward,
-    Objective,
     Pair,
+    StepObjective,
     accumulate,
     measure_kl,
     plan_steps,
@@ -34,7 +34,7 @@ from tests.support.random_models import random_examples, random_model
 UNEVEN = [(3, 1), (5, 9), (2, 4), (7, 2)]
 BATCH = random_examples([*UNEVEN, (90, 14)])
 LOSS = DistillationLoss(alpha=0.5, temperature=2.0)
-OBJECTIVE = Objective(LOSS)
+OBJECTIVE = StepObjective(LOSS)
 # Its roundings depend on how a step is cut into batches; bfloat16's would hide everything else.
 EXACT = torch.float32
 
@@ -52,7 +52,7 @@ def pair() -> Pair:
 def gradients(
     forward: Forward,
     micro_batches: list[list[Example]],
-    objective: Objective = OBJECTIVE,
+    objective: StepObjective = OBJECTIVE,
     dtype: torch.dtype = EXACT,
 ) -> dict[str, torch.Tensor]:
     """Return one step's mean loss under "loss", and the gradient of every parameter."""
@@ -97,7 +97,7 @@ def test_gradient_is_the_same_however_the_step_is_cut(pair: Pair, cut: list[list
 def test_gradient_of_matching_is_the_same_however_the_step_is_cut(
     matched: tuple[Pair, Matching], cut: list[list[Example]]
 ) -> None:
-    pair, objective = matched[0], Objective(LOSS, 0.1, 0.1)
+    pair, objective = matched[0], StepObjective(LOSS, 0.1, 0.1)
     actual, expected = (gradients(pair, step, objective) for step in (cut, [BATCH]))
     assert actual.keys() == expected.keys()
     for name, value in expected.items():  # terms of many sizes: rounded relative to the largest
@@ -108,7 +108,7 @@ def test_gradient_is_that_of_one_plain_backward_of_loss_and_matching(
     matched: tuple[Pair, Matching],
 ) -> None:
     pair, matching = matched
-    batch, objective = random_examples([*UNEVEN, (9, HEAD_SLICE)]), Objective(LOSS, 0.25, 3.0)
+    batch, objective = random_examples([*UNEVEN, (9, HEAD_SLICE)]), StepObjective(LOSS, 0.25, 3.0)
     actual = gradients(pair, [batch], objective)
     projections = [p.grad.clone() for p in matching.parameters() if p.grad is not None]
     assert len(projections) == 2 and all(p.abs().sum() > 0 for p in projections)
@@ -182,7 +182,7 @@ def test_attention_is_not_seen_unless_it_is_eager(matched: tuple[Pair, Matching]
     pair, _ = matched
     for model in (pair.student, pair.teacher):
         model.set_attn_implementation("sdpa")
-    sums = accumulate(pair, [random_examples(UNEVEN)], Objective(LOSS, 1.0, 1.0), dtype=EXACT)
+    sums = accumulate(pair, [random_examples(UNEVEN)], StepObjective(LOSS, 1.0, 1.0), dtype=EXACT)
     assert sums.attention == 0 and sums.hidden > 0
 
 
@@ -191,7 +191,7 @@ def test_objective_is_that_of_the_phase() -> None:
         alpha=0.7, temperature=3.0, divergence="jsd", jsd_beta=0.2, hidden_weight=0.1,
         attention_weight=0.4,
     )  # fmt: skip
-    assert Objective.of(phase, RealTokens(90)) == Objective(
+    assert StepObjective.of(phase, RealTokens(90)) == StepObjective(
         DistillationLoss(0.7, 3.0, "jsd", 0.2, RealTokens(90)), 0.1, 0.4
     )
 
@@ -217,7 +217,7 @@ def test_columns_beyond_the_real_tokens_have_no_part(pair: Pair) -> None:
     batches = [random_examples(UNEVEN)]
     below_90 = [[Example(e.prompt_token_ids, tuple(t % 90 for t in e.completion_token_ids))
                  for e in batches[0]]]  # fmt: skip
-    objective = Objective(DistillationLoss(real_tokens=RealTokens(90)))
+    objective = StepObjective(DistillationLoss(real_tokens=RealTokens(90)))
     before = gradients(pair, below_90, objective)
     kl = measure_kl(pair, below_90[0], real_tokens=RealTokens(90), dtype=EXACT)
     with torch.no_grad():
@@ -234,7 +234,7 @@ def test_teacher_with_a_larger_padded_vocabulary_needs_real_tokens() -> None:
     pair, batch = Pair(student, teacher), random_examples(UNEVEN)
     with pytest.raises(ExportError, match=r"97 columns, the teacher's 128.*real_tokens"):
         gradients(pair, [batch])
-    padded = Objective(DistillationLoss(alpha=1.0, real_tokens=RealTokens(97)))
+    padded = StepObjective(DistillationLoss(alpha=1.0, real_tokens=RealTokens(97)))
     assert float(gradients(pair, [batch], padded)["loss"]) == pytest.approx(0, abs=1e-6)
     kl = measure_kl(pair, batch, real_tokens=RealTokens(97), dtype=EXACT)
     assert kl == pytest.approx(0, abs=1e-6)

@@ -246,7 +246,7 @@ def test_every_step_is_recorded_and_shown(tmp_path: Path) -> None:
         expected = alpha * 4 * record.soft + (1 - alpha) * record.hard
         assert record.total == pytest.approx(expected, rel=1e-5)
         assert record.hidden == record.attention == 0
-    log.write_steps(tmp_path / "training.jsonl")
+    log.write_steps(tmp_path)
     rows = (tmp_path / "training.jsonl").read_text().splitlines()
     assert [json.loads(row) for row in rows] == [asdict(record) for record in log.steps]
 
