@@ -19,6 +19,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import tandem.cli
 from export.pipeline import open_pipeline
 from export.run.recipe import load_config
+from export.teacher.accept import read_examples
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client
 from serve.text.tokenizer import Tokenizer
@@ -121,7 +122,8 @@ def test_tokenizer_and_heads_have_three_sizes(recipe: Path) -> None:
 
 
 def test_text_and_measurements_of_the_export_are_of_real_tokens(pipeline: Any) -> None:
-    examples = [*pipeline.examples("train"), *pipeline.examples("test")]
+    accepted = pipeline.artifacts.accepted
+    examples = [*read_examples(accepted, "train"), *read_examples(accepted, "test")]
     sampled = {token_id for example in examples for token_id in example.completion_token_ids}
     assert max(sampled) < NUM_TOKENS and not sampled & set(MISSING)
     summary = json.loads((pipeline.path(pipeline.evaluated) / "summary.json").read_text())
@@ -136,7 +138,7 @@ def test_text_and_measurements_of_the_export_are_of_real_tokens(pipeline: Any) -
 
 def test_answers_on_the_wire_and_their_exact_divergence_are_of_real_tokens(pipeline: Any) -> None:
     bundle = pipeline.config.output_dir / "bundle"
-    teacher = ["--teacher", str(pipeline.teacher.path), "--teacher-dtype", "float32"]
+    teacher = ["--teacher", str(pipeline.inputs.teacher.path), "--teacher-dtype", "float32"]
     request = pb.CompareRequest(
         prompt="What is 3 plus 4?",
         sampling=pb.SamplingParams(num_samples=8, temperature=1.0, max_tokens=24, seed=7),

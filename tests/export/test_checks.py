@@ -16,11 +16,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tandem.cli
 from bundle.errors import UserError
 from export.checks import check_room, check_run
+from export.inputs import RunInputs
 from export.pipeline import Pipeline
 from export.run.errors import ExportError
 from export.run.files import read_json, write_json
 from export.run.recipe import load_recipe
-from export.status import QuietReporter
+from export.run.stages import QuietReporter
 from export.teacher.model_files import TOKENIZER_FILES
 
 LONG = "word " * 300
@@ -248,8 +249,8 @@ def test_prompt_that_does_not_fit_is_refused_by_its_line_or_dropped(
     checked = check_run(recipe.config, recipe.place)
     assert checked.teacher is not None and len(checked.loaded.tasks) == 12
     assert "tasks.sources: 1 prompts that do not fit are dropped:" in checked.loaded.notes
-    pipeline = Pipeline(recipe.config, checked.teacher, QuietReporter())
-    assert pipeline.tasks == checked.loaded.tasks
+    pipeline = Pipeline(RunInputs(recipe.config, checked.teacher), QuietReporter())
+    assert pipeline.inputs.loaded.tasks == checked.loaded.tasks
 
 
 def test_long_prompt_that_is_trained_on_alone_may_exceed_the_graph(folder: Path) -> None:

@@ -97,8 +97,8 @@ def test_machines_that_do_not_come_are_named_with_5(
 def test_signal_before_anything_runs_is_answered_with_5(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def meet(machine: peers.Machine, on_loss: Callable[[str], None], timeout_s: float) -> None:
-        assert machine == peers.Machine(0, 2, "127.0.0.1", 29501)
+    def meet(machine: peers.Node, on_loss: Callable[[str], None], timeout_s: float) -> None:
+        assert machine == peers.Node(0, 2, "127.0.0.1", 29501)
         on_loss("machine 1 is gone")
         raise AssertionError("the signal has been raised")
 

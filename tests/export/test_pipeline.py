@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bundle.manifest import TeacherReference
+from export.inputs import RunInputs
 from export.pipeline import Pipeline, open_pipeline
 from export.run.files import read_json, write_json
 from export.run.settings import ExportConfig
 from export.student.phases import HELD_OUT_NAME
+from export.student.prune import read_removals
+from export.teacher.accept import read_examples
 from export.teacher.model_files import TOKENIZER_FILES
 from export.teacher.source import TeacherFolder
+from tests.support.recipes import ACCEPT_ALL, RecordingReporter
 
 TEACHER = TeacherFolder(
     Path("unused"),
@@ -53,17 +56,6 @@ SPECS = [
 ]
 
 
-@dataclass
-class Reporter:
-    said: list[str] = field(default_factory=list)
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
-
-    def track(self, label: str) -> Callable[[int, int], None]:
-        return lambda done, total: None
-
-
 def change(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     """Return a copy of `recipe` in which the option at the dotted `path` is `value`."""
     changed = copy.deepcopy(recipe)
@@ -76,7 +68,7 @@ def change(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 
 def describe(recipe: dict[str, Any], teacher: TeacherFolder = TEACHER) -> Pipeline:
-    return Pipeline(ExportConfig.model_validate(recipe), teacher, Reporter())
+    return Pipeline(RunInputs(ExportConfig.model_validate(recipe), teacher), RecordingReporter())
 
 
 def keys(pipeline: Pipeline) -> dict[str, str]:
@@ -221,16 +213,11 @@ def open_run(tiny_teacher: Path, run_folder: Path) -> Callable[..., Pipeline]:
             "cache_dir": str(run_folder / "teachers"),
             "tasks": {"max_train": 24, "max_test": 4},
             "sample": {"max_tokens": 12, "max_num_seqs": 32, "max_model_len": 256},
-            "accept": {
-                "require_correct": False,
-                "drop_truncated": False,
-                "max_repetition": 1.0,
-                "max_foreign_letters": 1.0,
-            },
+            "accept": ACCEPT_ALL,
             "prune": {"num_removed_layers": 1, "num_texts": 2, "num_candidates": 1},
             "distill": {"phases": [{"tokens_per_step": 64, "learning_rate": 1e-3} | phase]},
         }
-        return open_pipeline(ExportConfig.model_validate(settings | sections), Reporter())
+        return open_pipeline(ExportConfig.model_validate(settings | sections), RecordingReporter())
 
     return open_run
 
@@ -247,12 +234,11 @@ def test_examples_are_the_accepted_completions_of_a_split(
 ) -> None:
     pipeline = open_run({})
     summary = pipeline.run(pipeline.accepted).record.summary
-    train, test = pipeline.examples("train"), pipeline.examples("test")
+    train, test = (read_examples(pipeline.artifacts.accepted, split) for split in ("train", "test"))
     assert (len(train), len(test)) == (summary["accepted"], summary["held_out"])
     assert 12 < len(train) <= 24 and len(test) == 4
     assert not set(train) & set(test)
     assert all(1 <= len(example.completion_token_ids) <= 12 for example in (*train, *test))
-    assert (list(pipeline.text.train), list(pipeline.text.held_out)) == (train, test)
 
 
 # Float16 logits, and all but the 256 likeliest tokens of 512 in one bucket.
@@ -297,8 +283,8 @@ def test_pretrained_student_takes_the_place_of_pruning(
     assert names[:4] == ["sample", "accept", "student", "distill"]
     before, after = held_out_kls(pipeline)
     assert 0 < after < before
-    assert pipeline.removed_layers == []
-    assert pipeline.run(pipeline.pruned).record.summary["layers"] == 2
+    assert read_removals(pipeline.artifacts.untrained) == []
+    assert pipeline.run(pipeline.untrained).record.summary["layers"] == 2
 
 
 def test_pretrained_student_is_known_by_its_weights_wherever_it_lies(
@@ -307,7 +293,7 @@ def test_pretrained_student_is_known_by_its_weights_wherever_it_lies(
     first = save_student(tmp_path / "first", tiny_teacher, 32)
     moved = shutil.copytree(first, tmp_path / "moved")
     other = save_student(tmp_path / "other", tiny_teacher, 16)
-    found = [open_run({}, student=str(path)).pruned.key for path in (first, moved, other)]
+    found = [open_run({}, student=str(path)).untrained.key for path in (first, moved, other)]
     assert found[0] == found[1] != found[2]
 
 
@@ -315,11 +301,11 @@ def test_pretrained_student_is_another_one_with_another_configuration(
     open_run: Callable[..., Pipeline], tiny_teacher: Path, tmp_path: Path
 ) -> None:
     folder = save_student(tmp_path / "small", tiny_teacher, 32)
-    before = open_run({}, student=str(folder)).pruned.key
+    before = open_run({}, student=str(folder)).untrained.key
     raw = read_json(folder / "config.json")
     write_json(folder / "config.json", raw | {"rope_theta": 5e5})
     (folder / "README.md").touch()
-    assert open_run({}, student=str(folder)).pruned.key != before
+    assert open_run({}, student=str(folder)).untrained.key != before
 
 
 def test_student_far_smaller_than_its_teacher_is_warned_about(
@@ -327,8 +313,8 @@ def test_student_far_smaller_than_its_teacher_is_warned_about(
 ) -> None:
     folder = save_student(tmp_path / "tiny", tiny_teacher, 8)
     pipeline = open_run({}, student=str(folder))
-    pipeline.run(pipeline.pruned)
-    assert isinstance(pipeline.reporter, Reporter)
+    pipeline.run(pipeline.untrained)
+    assert isinstance(pipeline.reporter, RecordingReporter)
     warnings = [line for line in pipeline.reporter.said if line.startswith("warning: ")]
     assert len(warnings) == 1
     assert "times fewer parameters than the teacher" in warnings[0]
@@ -337,5 +323,5 @@ def test_student_far_smaller_than_its_teacher_is_warned_about(
 def test_bfloat16_graph_is_not_measured_where_no_kernel_runs_it() -> None:
     variants = {"half": {"method": "float16"}, "bf16": {"method": "bfloat16"}, "int8": INT8}
     pipeline = describe(change(RECIPE, "variants", variants))
-    assert pipeline.measured_graphs.keys() == {"fp32", "half", "int8"}
+    assert pipeline.artifacts.measured_graphs.keys() == {"fp32", "half", "int8"}
     assert pipeline.graphs.keys() == {"fp32", "half", "bf16", "int8"}

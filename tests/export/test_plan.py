@@ -14,22 +14,23 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from bundle.errors import ModelFolderError
 from bundle.manifest import StageRecord
 from export.estimates import (
-    Estimate,
     Estimator,
     Machine,
-    ModelSize,
+    PlannedSize,
+    StageEstimate,
     Tokens,
     Workload,
     count_workload,
     size_from_name,
 )
+from export.inputs import RunInputs
 from export.pipeline import Pipeline
 from export.plan import count_pruned, make_plan, print_plan
 from export.run.errors import ExportError
 from export.run.model_specs import TeacherError
 from export.run.settings import ExportConfig
-from export.run.stages import StageState
-from export.status import QuietReporter, StageStatus, read_status, render_status, stage_names
+from export.run.stages import QuietReporter, StageState
+from export.status import StageStatus, read_status, render_status
 from export.student.prune import drop_layers, rank_channels, shrink_mlp
 from export.teacher.grading import describe_comparison, math_verify_version
 from export.teacher.source import resolve_teacher
@@ -198,16 +199,6 @@ def test_plan_refuses_an_architecture_that_is_not_supported(
 # --- stages and their states
 
 
-@pytest.mark.parametrize("sections", [{}, EVERYTHING])
-def test_stage_names_are_those_of_the_pipeline(
-    tmp_path: Path, tiny_teacher: Path, sections: dict[str, Any]
-) -> None:
-    config = make_config(tmp_path, tiny_teacher, **sections)
-    teacher = resolve_teacher(config.teacher, config.cache_dir)
-    specs = Pipeline(config, teacher, QuietReporter()).specs
-    assert stage_names(config) == [*[spec.name for spec in specs], "package"]
-
-
 def test_teacher_that_is_not_here_is_planned_for_by_its_name(tmp_path: Path) -> None:
     plan = make_plan(make_config(tmp_path, "no/model-7B"), MACHINE)
     assert {stage.state for stage, _ in plan.stages} == {StageState.MISSING}
@@ -241,7 +232,7 @@ def test_student_that_is_not_here_leaves_its_stages_to_run(
 def pipeline(tmp_path: Path, tiny_teacher: Path) -> Pipeline:
     config = make_config(tmp_path, tiny_teacher)
     teacher = resolve_teacher(config.teacher, config.cache_dir)
-    return Pipeline(config, teacher, QuietReporter())
+    return Pipeline(RunInputs(config, teacher), QuietReporter())
 
 
 def states(pipeline: Pipeline) -> dict[str, StageStatus]:
@@ -299,8 +290,8 @@ def estimator(tmp_path: Path, **sections: Any) -> Estimator:
     return Estimator(
         make_config(tmp_path, **sections),
         Workload(Tokens(100, 50), Tokens(40, 20), Tokens(10, 5), num_sampled=10, num_accepted=4),
-        ModelSize(1000, num_layers=6, vocab_size=64),
-        ModelSize(500, num_embedding_parameters=100, is_tied=True),
+        PlannedSize(1000, num_layers=6, vocab_size=64),
+        PlannedSize(500, num_embedding_parameters=100, is_tied=True),
         Machine(matmul_flops_per_s=1.0),
     )
 
@@ -308,22 +299,22 @@ def estimator(tmp_path: Path, **sections: Any) -> Estimator:
 @pytest.mark.parametrize(
     ("stage", "expected"),
     [
-        ("sample", Estimate(50, 2 * 1000 * 50 / 0.2, 12 * 50)),
-        ("accept", Estimate(25, None, 12 * 25)),
-        ("cache", Estimate(20, 2 * 1000 * 60 / 0.5, 20 * (6 * 8 + 2))),
+        ("sample", StageEstimate(50, 2 * 1000 * 50 / 0.2, 12 * 50)),
+        ("accept", StageEstimate(25, None, 12 * 25)),
+        ("cache", StageEstimate(20, 2 * 1000 * 60 / 0.5, 20 * (6 * 8 + 2))),
         # Half of the texts, read by the teacher itself and without each of 4 candidates.
-        ("prune", Estimate(10, 2 * 1000 * 30 * 5 / 0.5, 4 * 500)),
-        ("student", Estimate(None, None, 4 * 500)),
-        ("distill", Estimate(20, (2 * 1000 + 6 * 500) * 60 / 0.5, 16 * 500)),
-        ("grid-int4", Estimate(20, 8 * 500 * 60 / 0.5, 16 * 500)),
-        ("onnx-fp32", Estimate(None, None, 4 * 500)),
-        ("onnx-int8", Estimate(None, None, 1.125 * 500 + 4 * 100)),
-        ("onnx-int4", Estimate(None, None, 0.625 * 500 + 4 * 100)),
-        ("onnx-half", Estimate(None, None, 2 * 500 + 4 * 100)),
-        ("package", Estimate(None, None, 2000 + 2000 + 962.5 + 712.5 + 1400)),
+        ("prune", StageEstimate(10, 2 * 1000 * 30 * 5 / 0.5, 4 * 500)),
+        ("student", StageEstimate(None, None, 4 * 500)),
+        ("distill", StageEstimate(20, (2 * 1000 + 6 * 500) * 60 / 0.5, 16 * 500)),
+        ("grid-int4", StageEstimate(20, 8 * 500 * 60 / 0.5, 16 * 500)),
+        ("onnx-fp32", StageEstimate(None, None, 4 * 500)),
+        ("onnx-int8", StageEstimate(None, None, 1.125 * 500 + 4 * 100)),
+        ("onnx-int4", StageEstimate(None, None, 0.625 * 500 + 4 * 100)),
+        ("onnx-half", StageEstimate(None, None, 2 * 500 + 4 * 100)),
+        ("package", StageEstimate(None, None, 2000 + 2000 + 962.5 + 712.5 + 1400)),
     ],
 )
-def test_estimate_follows_the_formula(tmp_path: Path, stage: str, expected: Estimate) -> None:
+def test_estimate_follows_the_formula(tmp_path: Path, stage: str, expected: StageEstimate) -> None:
     assert estimator(tmp_path, **EVERYTHING).estimate(stage) == expected
 
 
@@ -334,7 +325,7 @@ def test_evaluation_reads_the_held_out_text_and_answers_tasks_with_every_model(
     found = estimator(tmp_path, evaluate=evaluate, **EVERYTHING).estimate("evaluate")
     num_parameters = 1000 + 5 * 500  # the float student, its graph and three variants
     seconds = 2 * num_parameters * (15 / 0.5 + 3 * 2 * 7 / 0.2)
-    assert found == Estimate(6 * (5 + 42), pytest.approx(seconds))
+    assert found == StageEstimate(6 * (5 + 42), pytest.approx(seconds))
 
 
 @pytest.mark.parametrize(
@@ -357,7 +348,7 @@ def test_dense_cache_needs_the_vocabulary(
     tmp_path: Path, vocab_size: float, size_bytes: float
 ) -> None:
     base = estimator(tmp_path, cache={"kind": "dense"})
-    teacher = ModelSize(1000, vocab_size=vocab_size)
+    teacher = PlannedSize(1000, vocab_size=vocab_size)
     found = Estimator(base.config, base.workload, teacher, base.student, base.machine)
     assert found.estimate("cache").size_bytes == pytest.approx(size_bytes, nan_ok=True)
 

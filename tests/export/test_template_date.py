@@ -10,7 +10,7 @@ import export.record
 from export.pipeline import Pipeline, open_pipeline
 from export.record import record_run
 from export.run.settings import ExportConfig
-from export.status import QuietReporter
+from export.run.stages import QuietReporter
 
 
 def open_on(day: date, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
@@ -18,7 +18,7 @@ def open_on(day: date, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Pipelin
     monkeypatch.setattr(export.record, "process_date", lambda: day)
     config = ExportConfig(teacher=str(recipe.parent / "teacher"), output_dir=recipe.parent / "run")
     pipeline = open_pipeline(config, QuietReporter())
-    record_run(recipe, config, pipeline.teacher)
+    record_run(recipe, config, pipeline.inputs.teacher)
     return pipeline
 
 
@@ -31,7 +31,7 @@ def test_prompts_of_a_run_tell_its_first_day(
     recipe.touch()
     for day in (date(2026, 2, 28), date(2026, 3, 1)):
         pipeline = open_on(day, recipe, monkeypatch)
-        assert pipeline.tokenizer.render_chat([("user", "Hi")]) == "28 Feb 2026"
+        assert pipeline.inputs.tokenizer.render_chat([("user", "Hi")]) == "28 Feb 2026"
 
 
 @pytest.mark.parametrize(

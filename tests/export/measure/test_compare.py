@@ -22,11 +22,13 @@ from bundle.manifest import (
 )
 from estimators.bootstrap import bootstrap_mean_difference, bootstrap_ratio_difference
 from estimators.estimate import Interval
-from export.measure.compare import Comparison, Row, compare_bundles, render
-from export.measure.held_out import Agreement, HeldOut, PromptRecord
+from export.measure.compare import BundleComparison, MetricRow, compare_bundles, render
+from export.measure.held_out import HeldOut, PromptRecord
+from export.measure.summary import Quality, write_summary
 from export.measure.task_scores import TaskEvaluation, TaskResult
 from export.run.errors import ExportError
 from export.run.settings import EvaluateConfig
+from tests.support.measured import make_summary
 
 NUM_PROMPTS = 20
 SIZES = np.arange(5, 5 + NUM_PROMPTS)
@@ -44,9 +46,9 @@ def make_held_out(kls: Sequence[float] | np.ndarray, prompts: str) -> HeldOut:
     )
     num_tokens = int(SIZES.sum())
     mean = float(np.asarray(kls) @ SIZES / num_tokens)
-    agreement = Agreement(
+    agreement = Quality(
         forward_kl=mean,
-        forward_kl_ci=Interval(mean - 0.01, mean + 0.01),
+        forward_kl_ci=Interval(mean - 0.01, mean + 0.01) if np.isfinite(mean) else None,
         forward_kl_p99=None,
         argmax_agreement=1 - NUM_PROMPTS / num_tokens,
         num_tokens=num_tokens,
@@ -121,18 +123,21 @@ def make_bundle(tmp_path: Path) -> Callable[..., Path]:
         (folder / "eval").mkdir(parents=True)
         write(folder, variant, teacher, inputs, tokens_per_s)
         held_out = make_held_out(kls, prompts)
-        summary, rows = held_out.summary(), held_out.rows()
-        if tasks is not None:
-            summary["tasks"] = tasks.summary()
-            rows += tasks.rows()
-        (folder / "eval/summary.json").write_text(json.dumps(summary))
+        rows = held_out.rows() + (tasks.rows() if tasks else [])
+        summary = make_summary(
+            prompts_sha256=held_out.prompts_sha256,
+            num_prompts=len(held_out.prompts),
+            quality=held_out.quality,
+            tasks=tasks.summary() if tasks else None,
+        )
+        write_summary(folder / "eval", summary)
         (folder / "eval/per_prompt.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         return folder
 
     return make
 
 
-def find(comparison: Comparison, model: str, metric: str) -> Row:
+def find(comparison: BundleComparison, model: str, metric: str) -> MetricRow:
     (row,) = [row for row in comparison.rows if (row.model, row.metric) == (model, metric)]
     return row
 
@@ -300,7 +305,7 @@ def test_evaluation_of_an_older_layout_is_refused(
     summary = json.loads(path.read_text())
     del summary[key]
     path.write_text(json.dumps(summary))
-    with pytest.raises(ExportError, match=f"has no '{key}'"):
+    with pytest.raises(ExportError, match=rf"summary\.json: {key}: Field required"):
         compare_bundles(bundle, bundle)
 
 

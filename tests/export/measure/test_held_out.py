@@ -13,7 +13,8 @@ from bundle.hashing import hash_json
 from estimators.bootstrap import bootstrap_ratio
 from estimators.divergence import exact_kl
 from export.measure import held_out as module
-from export.measure.held_out import Agreement, HeldOut, evaluate
+from export.measure.held_out import HeldOut, evaluate
+from export.measure.summary import Quality, to_json
 from export.run.errors import ExportError
 from export.teacher.examples import Example
 from serve.models.backend import ModelInfo
@@ -95,7 +96,7 @@ def silent(done: int, total: int) -> None:
     """Show no progress."""
 
 
-def pair_of(a: TableBackend, b: TableBackend, examples: list[Example]) -> Agreement:
+def pair_of(a: TableBackend, b: TableBackend, examples: list[Example]) -> Quality:
     return evaluate({"a": a, "b": b}, ("a",), examples, silent).agreements["a", "b"]
 
 
@@ -251,7 +252,7 @@ def test_logits_that_are_not_numbers_make_no_number(examples: list[Example]) -> 
     agreement = held_out.agreements["a", "b"]
     assert math.isnan(agreement.forward_kl)
     assert (agreement.forward_kl_ci, agreement.forward_kl_p99) == (None, None)
-    assert held_out.summary()["quality"]["a"]["b"]["forward_kl"] is None
+    assert to_json(held_out.quality)["a"]["b"]["forward_kl"] is None
     assert held_out.rows()[0]["forward_kl"]["a"]["b"] is None
 
 
@@ -260,7 +261,7 @@ def test_perplexity_beyond_all_numbers_is_infinite() -> None:
     sure.logits[:, 0] = 1e4
     held_out = evaluate({"a": sure}, (), [Example((1,), (2,))], silent)
     assert held_out.perplexity == {"a": math.inf}
-    assert held_out.summary()["perplexity"] == {"a": None}
+    assert to_json(held_out.perplexity) == {"a": None}
 
 
 def test_no_text_is_refused() -> None:
@@ -308,8 +309,8 @@ def test_heads_of_two_sizes_are_measured_over_the_tokens_that_they_share() -> No
             backends[name] = TorchBackend.take(model, real_tokens=RealTokens(num_tokens), **size)
         return evaluate(backends, ("t",), examples, silent)
 
-    assert measure(128, 112, 97).summary() == measure(97, 97, 97).summary()
-    assert measure(112, 112, 112).summary() != measure(97, 97, 97).summary(), "nobody is loud"
+    assert measure(128, 112, 97) == measure(97, 97, 97)
+    assert measure(112, 112, 112) != measure(97, 97, 97), "nobody is loud"
 
 
 # --- what is written
@@ -321,16 +322,9 @@ def held_out(examples: list[Example]) -> HeldOut:
     return evaluate(backends, ("teacher",), examples, silent)
 
 
-def test_summary_is_strict_json(held_out: HeldOut, examples: list[Example]) -> None:
-    summary = held_out.summary()
-    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert summary["num_prompts"] == 10
-    assert summary["prompts_sha256"] == hash_json([list(e.prompt_token_ids) for e in examples])
-    found = summary["quality"]["teacher"]["student"]
-    agreement = held_out.agreements["teacher", "student"]
-    assert found["forward_kl"] == agreement.forward_kl
-    assert agreement.forward_kl_ci is not None
-    assert found["forward_kl_ci"]["low"] == agreement.forward_kl_ci.low
+def test_prompts_are_known_by_their_token_ids(held_out: HeldOut, examples: list[Example]) -> None:
+    assert len(held_out.prompts) == 10
+    assert held_out.prompts_sha256 == hash_json([list(e.prompt_token_ids) for e in examples])
 
 
 def test_rows_add_up_to_the_summary(held_out: HeldOut) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,32 +11,30 @@ import torch
 
 from export.graph import parity
 from export.measure import memory
-from export.measure.held_out import STUDENT, TEACHER, Agreement
-from export.measure.speed import Speed
-from export.measure.stage import PER_PROMPT_NAME, TEXTS_NAME, run_evaluation
+from export.measure.stage import PER_PROMPT_NAME, TEXTS_NAME
+from export.measure.summary import (
+    STUDENT,
+    SUMMARY_NAME,
+    TEACHER,
+    TORCH,
+    TRANSFORMERS,
+    Quality,
+    Speed,
+)
 from export.pipeline import Pipeline, open_pipeline
-from export.publish.gates import SUMMARY_NAME, TORCH, TRANSFORMERS
 from export.run.settings import ExportConfig
+from export.run.stages import QuietReporter
+from export.teacher.accept import read_examples
 from serve.text.tokenizer import Tokenizer
+from tests.support.recipes import SMALL
 
 MEASURED = {"fp32", "int8"}
 NUM_TEST, NUM_TASKS = 5, 2
 SETTINGS: dict[str, Any] = {
+    **SMALL,
     "tasks": {"max_train": 8, "max_test": NUM_TEST},
     # Two answers to every task: the held-out text takes the first of each.
-    "sample": {
-        "max_tokens": 8,
-        "max_num_seqs": 16,
-        "max_model_len": 256,
-        "num_verifiable_samples": 2,
-    },
-    "accept": {
-        "require_correct": False,
-        "drop_truncated": False,
-        "max_repetition": 1.0,
-        "max_foreign_letters": 1.0,
-    },
-    "prune": {"num_removed_layers": 1, "num_texts": 2, "num_candidates": 1},
+    "sample": {**SMALL["sample"], "num_verifiable_samples": 2},
     "distill": {"phases": [{"tokens_per_step": 32}]},
     "variants": {"int8": {"bits": 8, "block_size": 32}, "bf16": {"method": "bfloat16"}},
     "evaluate": {
@@ -51,25 +49,18 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-class Reporter:
-    def say(self, message: str) -> None: ...
-
-    def track(self, label: str) -> Callable[[int, int], None]:
-        return lambda done, total: None
-
-
 def open_run(teacher: Path, output_dir: Path, **evaluate: Any) -> Pipeline:
     paths = {"teacher": teacher, "output_dir": output_dir, "cache_dir": output_dir / "teachers"}
     sections = {"evaluate": SETTINGS["evaluate"] | evaluate}
     settings = SETTINGS | sections | {key: str(path) for key, path in paths.items()}
-    return open_pipeline(ExportConfig.model_validate(settings), Reporter())
+    return open_pipeline(ExportConfig.model_validate(settings), QuietReporter())
 
 
 @pytest.fixture(scope="module")
 def evaluated(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     """A run up to its evaluation; what takes a new interpreter each is measured in this one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.pipeline.measure_in_fresh_process", parity.measure)
+        patch.setattr("export.builds.measure_in_fresh_process", parity.measure)
         patch.setattr("export.measure.stage.measure_peak_bytes", memory.run_graph)
         patch.setattr(torch.cuda, "is_available", lambda: False)  # so bf16 is not measured
         pipeline = open_run(tiny_teacher, tmp_path_factory.mktemp("evaluation"))
@@ -126,7 +117,7 @@ def test_every_model_is_held_against_teacher_and_student(summary: dict[str, Any]
     assert quality.keys() == {TEACHER, STUDENT}
     assert quality[TEACHER].keys() == MEASURED | {STUDENT}
     assert quality[STUDENT].keys() == MEASURED | {TEACHER}
-    names = {field.name for field in fields(Agreement)}
+    names = {field.name for field in fields(Quality)}
     for of_models in quality.values():
         for agreement in of_models.values():
             assert agreement.keys() == names
@@ -175,9 +166,10 @@ def test_texts_set_the_students_answer_beside_the_teachers(
 ) -> None:
     texts = read_lines(folder / TEXTS_NAME)
     tokenizer = Tokenizer.load(tiny_teacher)
-    tasks = [task for task in evaluated.tasks if task.split == "test"]
+    tasks = [task for task in evaluated.inputs.loaded.tasks if task.split == "test"]
     assert sorted(row["prompt"] for row in texts) == sorted(task.prompt for task in tasks)
-    answers = [tokenizer.decode(e.completion_token_ids) for e in evaluated.examples("test")]
+    held_out = read_examples(evaluated.artifacts.accepted, "test")
+    answers = [tokenizer.decode(example.completion_token_ids) for example in held_out]
     assert [row["teacher"] for row in texts] == answers
     assert all(isinstance(row["student"], str) for row in texts)
     rows = read_lines(folder / PER_PROMPT_NAME)[:NUM_TEST]
@@ -202,7 +194,7 @@ def test_without_task_prompts_there_are_no_task_scores(
 ) -> None:
     """The rest is measured as before, to the last digit."""
     output_dir = evaluated.config.output_dir
-    run_evaluation(open_run(tiny_teacher, output_dir, max_task_prompts=0), tmp_path)
+    open_run(tiny_teacher, output_dir, max_task_prompts=0).builds.evaluation(tmp_path)
     again = json.loads((tmp_path / SUMMARY_NAME).read_text())
     assert again.keys() == summary.keys() - {"tasks"}
     assert again["quality"] == summary["quality"]

@@ -2,25 +2,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bundle.manifest import Gate, Variant
-from export.measure.held_out import STUDENT, TEACHER, Agreement
-from export.measure.speed import Speed
-from export.publish.gates import (
-    PARITY_NAME,
-    TORCH,
-    TRANSFORMERS,
-    describe_evaluation,
-    describe_variant,
-    read_summary,
-    task_values,
-)
+from export.graph.parity import PARITY_NAME
+from export.measure.summary import STUDENT, TEACHER, TORCH, TRANSFORMERS, Speed, Summary
+from export.publish.gates import describe_evaluation, describe_variant, task_values
 from export.run.settings import ExportConfig, GatesConfig, SampleConfig
 from export.run.training import PhaseConfig
 from export.run.variants import (
@@ -30,6 +22,7 @@ from export.run.variants import (
     VariantConfig,
     WeightOnlyVariant,
 )
+from tests.support.measured import make_quality, make_summary, make_tasks
 
 SMALL = WeightOnlyVariant(bits=8, block_size=32, accuracy_level=1)
 GATES = GatesConfig(
@@ -49,39 +42,21 @@ def make_config(small: VariantConfig = SMALL) -> ExportConfig:
     )
 
 
-def agreement(forward_kl: float | None, argmax_agreement: float) -> dict[str, Any]:
-    """Return an `Agreement` as it comes out of summary.json, where null is no number."""
-    known = Agreement(0.0, None, None, argmax_agreement, 100, 30, None)
-    return asdict(known) | {"forward_kl": forward_kl}
-
-
-def make_summary(
-    kl_to_teacher: float | None = 0.3, kl_to_student: float | None = 0.01
-) -> dict[str, Any]:
+def measured(kl_to_teacher: float | None = 0.3, kl_to_student: float | None = 0.01) -> Summary:
     names = ("fp32", "small")
+    to_teacher = make_quality(kl_to_teacher, argmax_agreement=0.7, num_tokens=100)
+    to_student = make_quality(kl_to_student, argmax_agreement=0.9, num_tokens=100)
     speed = {name: Speed(0.5, 80.0) for name in names}
-    speed |= {TORCH: Speed(0.5, 40.0), TRANSFORMERS: Speed(0.5, 20.0)}
-    return {
-        "num_prompts": 12,
-        "num_tokens": 100,
-        "quality": {
-            TEACHER: {name: agreement(kl_to_teacher, 0.7) for name in (*names, STUDENT)},
-            STUDENT: {name: agreement(kl_to_student, 0.9) for name in (*names, TEACHER)},
+    return make_summary(
+        num_prompts=12,
+        quality={
+            TEACHER: dict.fromkeys((*names, STUDENT), to_teacher),
+            STUDENT: dict.fromkeys((*names, TEACHER), to_student),
         },
-        "perplexity": dict.fromkeys((*names, TEACHER, STUDENT), 12.5),
-        "speed": {name: asdict(value) for name, value in speed.items()},
-        "memory": dict.fromkeys(names, 1_000_000),
-    }
-
-
-def scores(pass_at_1: float, pass_at_2: float, majority: float) -> dict[str, Any]:
-    values = {"1": pass_at_1, "2": pass_at_2}
-    return {
-        "overall": {
-            "pass_at_k": {k: {"value": v, "interval": None} for k, v in values.items()},
-            "majority_at_n": {"value": majority, "interval": None},
-        }
-    }
+        perplexity=dict.fromkeys((*names, TEACHER, STUDENT), 12.5),
+        speed=speed | {TORCH: Speed(0.5, 40.0), TRANSFORMERS: Speed(0.5, 20.0)},
+        memory=dict.fromkeys(names, 1_000_000),
+    )
 
 
 @pytest.fixture
@@ -99,13 +74,13 @@ def describe(exported_llama: Any, tmp_path: Path) -> Describe:
         small: VariantConfig = SMALL,
         parity_kl: float | None = 1e-9,
         logit_difference: float | None = 1e-4,
-        summary: Mapping[str, Any] | None = None,
+        summary: Summary | None = None,
         **changes: float | None,
     ) -> Variant:
         parity = {"max_mean_kl": parity_kl, "max_logit_difference": logit_difference}
         (tmp_path / "fp32" / PARITY_NAME).write_text(json.dumps(parity))
-        measured = summary or make_summary(**changes)
-        return describe_variant(name, tmp_path / name, make_config(small), measured)
+        found = summary or measured(**changes)
+        return describe_variant(name, tmp_path / name, make_config(small), found)
 
     return describe
 
@@ -198,9 +173,9 @@ def test_variant_that_was_not_measured_has_not_passed_and_has_no_metrics(
     describe: Describe,
 ) -> None:
     """As bfloat16 on a machine without a GPU: the graph is described all the same."""
-    summary = make_summary()
-    for of_models in (*summary["quality"].values(), summary["speed"], summary["memory"]):
-        of_models.pop("small")
+    full = measured()
+    quality = {reference: {"fp32": of["fp32"]} for reference, of in full.quality.items()}
+    summary = replace(full, quality=quality, memory={"fp32": 1})
     variant = describe("small", small=HalfVariant(method="bfloat16"), summary=summary)
     assert (variant.gates, variant.metrics, variant.is_passed) == ((), {}, False)
     assert (variant.precision, variant.block_size) == ("bfloat16", None)
@@ -268,15 +243,14 @@ def test_metrics_are_those_of_the_summary(describe: Describe) -> None:
 
 
 def test_metrics_have_the_task_scores_where_there_are_tasks(describe: Describe) -> None:
-    models = {"small": scores(0.25, 0.5, 0.75)}
-    summary = make_summary() | {"tasks": {"num_samples": 4, "models": models}}
+    summary = replace(measured(), tasks=make_tasks(4, {"small": {1: 0.25, 2: 0.5}}))
     metrics = describe("small", summary=summary).metrics
-    expected = {"pass_at_1": 0.25, "pass_at_2": 0.5, "maj_at_4": 0.75}
+    expected = {"pass_at_1": 0.25, "pass_at_2": 0.5, "maj_at_4": 0.25}
     assert expected == task_values(summary, "small") == {k: metrics[k] for k in expected}
 
 
 def test_evaluation_without_tasks_has_one_sample_of_each_prompt() -> None:
-    evaluation = describe_evaluation(make_config(), make_summary())
+    evaluation = describe_evaluation(make_config(), measured())
     assert (evaluation.num_prompts, evaluation.num_samples, evaluation.k) == (12, 1, ())
     assert (evaluation.temperature, evaluation.seed) == (0.7, 3)
     assert evaluation.values == {
@@ -289,28 +263,21 @@ def test_evaluation_without_tasks_has_one_sample_of_each_prompt() -> None:
 
 
 def test_evaluation_with_tasks_has_the_scores_of_both_models() -> None:
-    models = {TEACHER: scores(0.5, 0.75, 1.0), STUDENT: scores(0.25, 0.5, 0.0)}
-    summary = make_summary() | {"tasks": {"num_samples": 8, "models": models}}
-    evaluation = describe_evaluation(make_config(), summary)
+    tasks = make_tasks(8, {TEACHER: {1: 0.5, 2: 0.75}, STUDENT: {1: 0.25, 2: 0.5}})
+    evaluation = describe_evaluation(make_config(), replace(measured(), tasks=tasks))
     assert (evaluation.num_samples, evaluation.k) == (8, (1, 8))
     found = {key: value for key, value in evaluation.values.items() if "_at_" in key}
     assert found == {
         "teacher_pass_at_1": 0.5,
         "teacher_pass_at_2": 0.75,
-        "teacher_maj_at_8": 1.0,
+        "teacher_maj_at_8": 0.5,
         "student_pass_at_1": 0.25,
         "student_pass_at_2": 0.5,
-        "student_maj_at_8": 0.0,
+        "student_maj_at_8": 0.25,
     }
 
 
 def test_evaluation_leaves_out_what_is_not_a_number() -> None:
-    values = describe_evaluation(make_config(), make_summary(kl_to_teacher=None)).values
+    values = describe_evaluation(make_config(), measured(kl_to_teacher=None)).values
     assert "student_kl" not in values
     assert values["student_argmax_agreement"] == 0.7
-
-
-def test_summary_is_read_from_its_folder(tmp_path: Path) -> None:
-    summary = make_summary()
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
-    assert read_summary(tmp_path) == summary

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,18 @@ from bundle.model_inputs import hash_model_inputs
 from bundle.verify import verify_bundle
 from export.graph import parity
 from export.measure import memory
+from export.measure.summary import read_summary
 from export.pipeline import Pipeline, open_pipeline
-from export.publish.gates import SUMMARY_NAME
-from export.publish.packaging import REPORT_NAME, _put_in_place
+from export.publish.bundle import REPORT_NAME, put_in_place
+from export.publish.finished import FinishedRun
 from export.publish.report_data import collect_report
 from export.publish.select import GateError
-from export.run.files import read_json
 from export.run.settings import ExportConfig
+from export.student.prune import read_removals
+from tests.support.recipes import SMALL, RecordingReporter
 
 SETTINGS: dict[str, Any] = {
-    "tasks": {"max_train": 8, "max_test": 4},
-    "sample": {"max_tokens": 8, "max_num_seqs": 16, "max_model_len": 256},
-    "accept": {
-        "require_correct": False,
-        "drop_truncated": False,
-        "max_repetition": 1.0,
-        "max_foreign_letters": 1.0,
-    },
-    "prune": {"num_removed_layers": 1, "num_texts": 2, "num_candidates": 1},
+    **SMALL,
     "distill": {"phases": [{"tokens_per_step": 32}]},
     "variants": {"int8": {"bits": 8, "block_size": 32}, "bf16": {"method": "bfloat16"}},
     "evaluate": {
@@ -45,28 +39,15 @@ SETTINGS: dict[str, Any] = {
         "num_timed_tokens": 4,
         "num_rounds": 1,
     },
-    # Random weights are no teacher to come near.
-    "gates": {"student_kl": 20.0},
 }
 NOTHING_PASSES = {"student_kl": 0.0}
 ONLY_FP32_PASSES = {"student_kl": 20.0, "quantized_kl": 0.0}
 
 
-class Reporter:
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
-
-    def track(self, label: str) -> Callable[[int, int], None]:
-        return lambda done, total: None
-
-
 def open_run(teacher: Path, output_dir: Path, **sections: Any) -> Pipeline:
     paths = {"teacher": teacher, "output_dir": output_dir, "cache_dir": output_dir / "teachers"}
     settings = SETTINGS | {key: str(path) for key, path in paths.items()} | sections
-    return open_pipeline(ExportConfig.model_validate(settings), Reporter())
+    return open_pipeline(ExportConfig.model_validate(settings), RecordingReporter())
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +73,9 @@ def finished(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     their own, and it would be most of the time."""
     output_dir = tmp_path_factory.mktemp("packaging") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.pipeline.measure_in_fresh_process", parity.measure)
+        patch.setattr("export.builds.measure_in_fresh_process", parity.measure)
         patch.setattr("export.measure.stage.measure_peak_bytes", memory.run_graph)
-        patch.setattr("export.publish.packaging.verify_bundle_deep", verify_bundle)
+        patch.setattr("export.publish.bundle.verify_bundle_deep", verify_bundle)
         # What follows of a variant that cannot be measured must not depend on the machine.
         patch.setattr(torch.cuda, "is_available", lambda: False)
         assert open_run(tiny_teacher, output_dir).package() == output_dir / "bundle"
@@ -128,8 +109,8 @@ def test_report_lies_in_the_bundle_and_beside_it(finished: Finished) -> None:
 def test_student_is_described_by_what_pruning_left(finished: Finished) -> None:
     student = finished.manifest.student
     pipeline = open_run(finished.teacher, finished.output_dir)
-    (removed,) = pipeline.removed_layers
-    assert student.kept_layers == tuple(layer for layer in range(4) if layer != removed)
+    (removed,) = read_removals(pipeline.artifacts.untrained)
+    assert student.kept_layers == tuple(layer for layer in range(4) if layer != removed.layer)
     recorded = pipeline.run(pipeline.distilled).record.summary
     assert (student.num_layers, student.num_parameters) == (3, recorded["parameters"])
 
@@ -143,9 +124,10 @@ def test_teacher_is_named_with_its_folder_and_what_its_files_were(finished: Fini
 
 def test_report_of_a_finished_run_has_every_part(finished: Finished) -> None:
     pipeline = open_run(finished.teacher, finished.output_dir)
-    summary = read_json(pipeline.path(pipeline.evaluated) / SUMMARY_NAME)
-    variants = finished.manifest.variants
-    data = collect_report(pipeline, variants, summary, default="int8")
+    manifest, artifacts = finished.manifest, pipeline.artifacts
+    run = FinishedRun(pipeline.config, pipeline.inputs.teacher, artifacts, manifest.lineage)
+    summary = read_summary(artifacts.evaluation)
+    data = collect_report(run, manifest.variants, summary, default="int8")
     assert [field.name for field in fields(data) if not getattr(data, field.name)] == []
 
 
@@ -188,7 +170,7 @@ def test_run_whose_gates_fail_leaves_a_report_and_no_bundle(
     shown = report_text(tmp_path / REPORT_NAME)
     assert "No variant is served by default." in shown and "✗ FAIL" in shown
     assert not list(tmp_path.glob("bundle*"))
-    assert isinstance(pipeline.reporter, Reporter)
+    assert isinstance(pipeline.reporter, RecordingReporter)
     assert str(tmp_path / REPORT_NAME) in pipeline.reporter.said[-1]
 
 
@@ -209,7 +191,7 @@ def test_report_of_a_failure_goes_when_the_gates_pass_again(
     pipeline = open_run(finished.teacher, tmp_path)
     bundle = pipeline.package()
     assert (tmp_path / REPORT_NAME).read_bytes() == (bundle / "eval" / REPORT_NAME).read_bytes()
-    assert isinstance(pipeline.reporter, Reporter)
+    assert isinstance(pipeline.reporter, RecordingReporter)
     assert "bundle: finished before" in pipeline.reporter.said[-1]
 
 
@@ -249,10 +231,10 @@ def test_old_bundle_is_there_until_the_new_one_is(tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "x").touch()
     with pytest.raises(FileNotFoundError):
-        _put_in_place(tmp_path / "bundle.partial", tmp_path / "bundle")
+        put_in_place(tmp_path / "bundle.partial", tmp_path / "bundle")
     assert (tmp_path / "bundle.old" / "x").exists()
     (tmp_path / "bundle.partial").mkdir()
-    _put_in_place(tmp_path / "bundle.partial", tmp_path / "bundle")
+    put_in_place(tmp_path / "bundle.partial", tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ from transformers import AutoModelForCausalLM
 from bundle.manifest import Gate, StageRecord, TeacherReference, Variant
 from bundle.model_folder import open_model_folder
 from estimators.estimate import Estimate
-from export.measure.held_out import STUDENT, TEACHER
-from export.pipeline import Pipeline
-from export.publish.gates import TORCH, TRANSFORMERS
+from export.measure.summary import STUDENT, TEACHER, TORCH, TRANSFORMERS, FlipMargins, Summary
+from export.publish.finished import FinishedRun
 from export.publish.plots import Hop, RemovedLayer
 from export.publish.report import (
     AcceptCounts,
@@ -28,9 +28,10 @@ from export.publish.report import (
 )
 from export.publish.report_data import collect_report
 from export.run.settings import ExportConfig
-from export.run.stages import RECORD_NAME
+from export.run.stage_names import stage_names
 from export.teacher.grading import SecondOpinion
 from export.teacher.source import TeacherFolder
+from tests.support.measured import make_artifacts, make_quality, make_summary, make_tasks
 
 # A finished run as its stages would have left it, with numbers that a test can tell apart.
 GRID = {"bits": 4, "block_size": 32}
@@ -54,13 +55,6 @@ TEXTS = [
 ]
 
 
-class Reporter:
-    def say(self, message: str) -> None: ...
-
-    def track(self, label: str) -> Callable[[int, int], None]:
-        return lambda done, total: None
-
-
 def step(phase: int, number: int, **terms: float) -> dict[str, Any]:
     zeros = dict.fromkeys(("soft", "hard", "hidden", "attention"), 0.0)
     return {"phase": phase, "step": number, "learning_rate": 0.1} | zeros | terms
@@ -77,43 +71,16 @@ PROBES = [
 ]
 
 
-def agreement(forward_kl: float | None, num_flips: int = 0) -> dict[str, Any]:
-    margins = {"median": 0.1, "p90": None, "max": 0.2} if num_flips else None
-    return {
-        "forward_kl": forward_kl,
-        "forward_kl_ci": None if forward_kl is None else {"low": 0.0, "high": 2 * forward_kl},
-        "forward_kl_p99": None,
-        "argmax_agreement": 1 - num_flips / 20,
-        "num_tokens": 20,
-        "num_flips": num_flips,
-        "flip_margins": margins,
-    }
-
-
-def scores(value: float) -> dict[str, Any]:
-    estimate = {"value": value, "interval": {"low": 0.0, "high": 1.0}}
-    of_tasks = {
-        "num_prompts": 3,
-        "pass_at_k": {"10": estimate, "2": estimate, "1": estimate},
-        "majority_at_n": {"value": value, "interval": None},
-    }
-    return {"overall": of_tasks, "families": {"add": of_tasks}}
-
-
-def make_summary(**changes: Any) -> dict[str, Any]:
-    variants = {"fp32": 0.5, "int8": 0.625}
-    speed = dict.fromkeys((*variants, TORCH, TRANSFORMERS), 20.0) | {"int8": 40.0}
-    return {
-        "num_prompts": 2,
-        "num_tokens": 20,
-        "quality": {
-            TEACHER: {n: agreement(kl) for n, kl in (variants | {STUDENT: 0.5}).items()},
-            STUDENT: {"fp32": agreement(0.0), "int8": agreement(0.125, 3), TEACHER: agreement(0.6)},
-        },
-        "perplexity": dict.fromkeys(variants, 9.0),
-        "speed": {n: {"prefill_s": 0.5, "decode_tokens_per_s": s} for n, s in speed.items()},
-        "memory": dict.fromkeys(variants, 1000),
-    } | changes
+def summarize(**changes: Any) -> Summary:
+    """int8 flips three tokens of the float student's."""
+    summary = make_summary(**changes)
+    if "quality" in changes:
+        return summary
+    flipped = make_quality(
+        0.125, argmax_agreement=0.85, num_flips=3, flip_margins=FlipMargins(0.1, None, 0.2)
+    )
+    to_student = {**summary.quality[STUDENT], "int8": flipped}
+    return replace(summary, quality={**summary.quality, STUDENT: to_student})
 
 
 def make_variant(forward_kl: float | None, tokens_per_s: float = 20.0, limit: float = 1.0) -> Any:
@@ -151,26 +118,20 @@ def write(folder: Path, **files: Any) -> None:
             path.write_text(json.dumps(value))
 
 
-def finish(pipeline: Pipeline) -> None:
-    """Lay the folders of all stages where the pipeline finds them finished."""
-    for number, spec in enumerate(pipeline.specs):
-        folder = pipeline.path(spec)
+def lay(run: FinishedRun) -> None:
+    """Lay what the stages leave into their folders."""
+    artifacts = run.artifacts
+    trained = artifacts.trained["int4"]
+    for folder in (artifacts.accepted, artifacts.untrained, artifacts.evaluation, trained):
         folder.mkdir(parents=True)
-        record = StageRecord(
-            name=spec.name, key=spec.key, seconds=number, peak_memory_bytes=7, size_bytes=9
-        )
-        (folder / RECORD_NAME).write_text(record.model_dump_json())
-    write(pipeline.path(pipeline.accepted), accept__json=ACCEPTED)
-    removals = [{"layer": 2, "kl": 1.5}]
-    if pipeline.config.student is None:
-        write(pipeline.path(pipeline.pruned), removals__json=removals)
-    distilled = pipeline.path(pipeline.distilled)
-    shutil.copytree(pipeline.teacher.path.with_name("student"), distilled, dirs_exist_ok=True)
-    write(distilled, held_out__json=[1.5, 0.75, 0.5])
-    write(distilled, training__jsonl=STEPS, probes__json=PROBES)
-    for name in pipeline.trained_variants:
-        write(pipeline.path(pipeline.trained(name)), training__jsonl=[step(0, 0, soft=0.05)])
-    write(pipeline.path(pipeline.evaluated), texts__jsonl=TEXTS)
+    write(artifacts.accepted, accept__json=ACCEPTED)
+    if run.config.student is None:
+        write(artifacts.untrained, removals__json=[{"layer": 2, "kl": 1.5}])
+    shutil.copytree(run.teacher.path.with_name("student"), artifacts.student)
+    write(artifacts.student, held_out__json=[1.5, 0.75, 0.5])
+    write(artifacts.student, training__jsonl=STEPS, probes__json=PROBES)
+    write(trained, training__jsonl=[step(0, 0, soft=0.05)])
+    write(artifacts.evaluation, texts__jsonl=TEXTS)
 
 
 @pytest.fixture(scope="session")
@@ -203,9 +164,14 @@ def collect(tmp_path: Path, models: Path) -> Callable[..., ReportData]:
     ) -> ReportData:
         paths = {"output_dir": tmp_path / "run", "student": student and str(student)}
         config = ExportConfig.model_validate(RECIPE | paths)
-        pipeline = Pipeline(config, TeacherFolder(teacher, reference), Reporter())
-        finish(pipeline)
-        return collect_report(pipeline, variants, make_summary(**changes), default=default)
+        artifacts = make_artifacts(tmp_path / "run", trained={"int4": tmp_path / "run" / "int4"})
+        records = tuple(
+            StageRecord(name=name, key=name, seconds=n, peak_memory_bytes=7, size_bytes=9)
+            for n, name in enumerate(stage_names(config)[:-1])
+        )
+        run = FinishedRun(config, TeacherFolder(teacher, reference), artifacts, records)
+        lay(run)
+        return collect_report(run, variants, summarize(**changes), default=default)
 
     return collect
 
@@ -256,8 +222,8 @@ def test_variant_that_was_not_measured_has_a_size_and_no_more(
 
 
 def test_kl_that_was_not_finite_is_missing(collect: Callable[..., ReportData]) -> None:
-    quality = make_summary()["quality"]
-    quality[TEACHER]["int8"] = agreement(None)
+    quality = make_summary().quality
+    quality = {**quality, TEACHER: {**quality[TEACHER], "int8": make_quality(None)}}
     variants = VARIANTS | {"int8": make_variant(None)}
     data = collect(variants, "fp32", quality=quality)
     assert rows(data)["int8"].kl_to_teacher is None
@@ -343,8 +309,9 @@ def test_accept_counts_are_those_of_the_stage(collect: Callable[..., ReportData]
 def test_task_scores_are_of_teacher_student_and_default(
     collect: Callable[..., ReportData],
 ) -> None:
-    models = {TEACHER: scores(0.75), STUDENT: scores(0.5), "int8": scores(0.25), "fp32": scores(0)}
-    found = collect(tasks={"num_samples": 10, "models": models}).task_scores
+    values = {TEACHER: 0.75, STUDENT: 0.5, "int8": 0.25, "fp32": 0.0}
+    tasks = make_tasks(10, {name: dict.fromkeys((10, 2, 1), v) for name, v in values.items()})
+    found = collect(tasks=tasks).task_scores
     assert found is not None
     assert (found.num_samples, found.k) == (10, (1, 2, 10))
     expected = [
@@ -359,8 +326,9 @@ def test_task_scores_are_of_teacher_student_and_default(
 def test_task_scores_without_a_quantized_default_are_of_teacher_and_student(
     collect: Callable[..., ReportData], default: str | None
 ) -> None:
-    models = {name: scores(0.5) for name in (TEACHER, STUDENT, "fp32", "int8")}
-    found = collect(default=default, tasks={"num_samples": 10, "models": models}).task_scores
+    names = (TEACHER, STUDENT, "fp32", "int8")
+    tasks = make_tasks(10, {name: {1: 0.5} for name in names})
+    found = collect(default=default, tasks=tasks).task_scores
     assert found is not None
     assert {row.model for row in found.rows} == {TEACHER, STUDENT}
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import pytest
 
 from export.run import peers
-from export.run.peers import INTERRUPTED, Machine, MachinesMissingError, Peers
+from export.run.peers import INTERRUPTED, MachinesMissingError, Node, Peers
 
 WAIT_S = 10.0
 Losses = queue.SimpleQueue[str]
@@ -45,11 +45,11 @@ def meet(port: int, stack: ExitStack) -> Callable[[int], list[tuple[Peers, Losse
         losses = [Losses() for _ in range(num_machines)]
 
         def join(rank: int) -> Peers:
-            machine = Machine(rank, num_machines, "127.0.0.1", port)
+            machine = Node(rank, num_machines, "127.0.0.1", port)
             return Peers.meet(machine, losses[rank].put, WAIT_S)
 
         with ThreadPoolExecutor() as pool:
-            # Machine 0 comes last: the others have to wait for it.
+            # Node 0 comes last: the others have to wait for it.
             joined = [pool.submit(join, rank) for rank in reversed(range(num_machines))]
         met = [stack.enter_context(future.result()) for future in reversed(joined)]
         return list(zip(met, losses, strict=True))
@@ -86,7 +86,7 @@ def test_machine_0_that_succeeded_needs_nobody_any_more(
 def test_every_machine_hears_of_a_lost_one(
     lost: int, meet: Callable[..., list[tuple[Peers, Losses]]]
 ) -> None:
-    """Machine 1 hears of a lost machine 2 by machine 0, which ends because of it."""
+    """Node 1 hears of a lost machine 2 by machine 0, which ends because of it."""
     machines = meet(3)
     leave(machines[lost][0])
     first = 0 if lost else 1
@@ -149,7 +149,7 @@ def test_stranger_is_ignored(port: int, meet: Callable[..., list[tuple[Peers, Lo
 def test_machine_that_starts_again_while_others_are_waited_for_is_welcome(
     port: int, stack: ExitStack
 ) -> None:
-    main = Machine(0, 3, "127.0.0.1", port)
+    main = Node(0, 3, "127.0.0.1", port)
     losses = Losses()
     with ThreadPoolExecutor() as pool:
         meeting = pool.submit(Peers.meet, main, losses.put, WAIT_S)
@@ -165,7 +165,7 @@ def test_machine_that_starts_again_while_others_are_waited_for_is_welcome(
 
 def test_stranger_is_none_of_those_who_are_waited_for(port: int) -> None:
     with ThreadPoolExecutor() as pool, pytest.raises(MachinesMissingError, match=r"\[1\]"):
-        meeting = pool.submit(Peers.meet, Machine(0, 2, "127.0.0.1", port), print, 0.5)
+        meeting = pool.submit(Peers.meet, Node(0, 2, "127.0.0.1", port), print, 0.5)
         connect(port).close()
         meeting.result(WAIT_S)
 
@@ -181,18 +181,18 @@ def connect(port: int) -> socket.socket:
 
 def test_machine_0_names_those_that_did_not_come(port: int) -> None:
     with pytest.raises(MachinesMissingError, match=r"in vain for the machines \[1, 2\]"):
-        Peers.meet(Machine(0, 3, "127.0.0.1", port), print, 0.1)
+        Peers.meet(Node(0, 3, "127.0.0.1", port), print, 0.1)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
 def test_others_name_machine_0_when_it_did_not_come(host: str, port: int) -> None:
     with pytest.raises(MachinesMissingError, match=f"in vain for machine 0 at {host}:{port}"):
-        Peers.meet(Machine(1, 2, host, port), print, 0.1)
+        Peers.meet(Node(1, 2, host, port), print, 0.1)
 
 
 def test_others_wait_no_longer_for_a_machine_0_that_lacks_somebody(port: int) -> None:
     with socket.create_server(("127.0.0.1", port)), pytest.raises(MachinesMissingError):
-        Peers.meet(Machine(1, 2, "127.0.0.1", port), print, 0.1)
+        Peers.meet(Node(1, 2, "127.0.0.1", port), print, 0.1)
 
 
 def test_silence_is_noticed_by_the_kernel(meet: Callable[..., list[tuple[Peers, Losses]]]) -> None:

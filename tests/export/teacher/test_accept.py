@@ -12,7 +12,7 @@ from export.run.errors import ExportError
 from export.run.settings import AcceptConfig
 from export.teacher.accept import (
     REASONS,
-    Accepted,
+    AcceptedCompletions,
     accept,
     foreign_share,
     read_accepted,
@@ -281,7 +281,7 @@ def test_without_train_tasks_nothing_has_to_be_accepted(tokenizer: Tokenizer) ->
 
 def test_accepted_survives_the_disk(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tasks, rows = sampled(tokenizer)
-    accepted: Accepted = accept(tasks, rows, AcceptConfig(), tokenizer)
+    accepted: AcceptedCompletions = accept(tasks, rows, AcceptConfig(), tokenizer)
     write_accepted(tmp_path, accepted)
     assert read_accepted(tmp_path) == accepted
     assert tuple(read_completions(tmp_path / ROWS_NAME)) == accepted.completions

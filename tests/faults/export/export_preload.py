@@ -8,7 +8,7 @@ for _name in (
     "onnxruntime",
     "transformers.models.llama.modeling_llama",
     "export.graph.trace",
-    "export.publish.packaging",
+    "export.publish.bundle",
     "export.graph.quantize",
     "tests.faults.export.export_child",
 ):

@@ -1,0 +1,76 @@
+"""What a run measured and where its stages lie, for tests of what is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from estimators.estimate import Estimate, Interval
+from export.measure.summary import (
+    STUDENT,
+    TEACHER,
+    TORCH,
+    TRANSFORMERS,
+    PassRates,
+    Quality,
+    SolvedTasks,
+    Speed,
+    Summary,
+    TaskSummary,
+)
+from export.run.artifacts import Artifacts
+
+VARIANTS = ("fp32", "int8")
+
+
+def make_quality(forward_kl: float | None, **changes: Any) -> Quality:
+    """Return a model against a reference over 20 tokens, none of them flipped."""
+    interval = None if forward_kl is None else Interval(0.0, 2 * forward_kl)
+    return replace(Quality(forward_kl, interval, None, 1.0, 20, 0, None), **changes)
+
+
+def make_summary(**changes: Any) -> Summary:
+    """Return a summary without tasks of a float graph and an int8 one that is twice as fast."""
+    speed = dict.fromkeys((*VARIANTS, TORCH, TRANSFORMERS), Speed(0.5, 20.0))
+    summary = Summary(
+        prompts_sha256="a" * 64,
+        num_prompts=2,
+        num_tokens=20,
+        quality={
+            TEACHER: {n: make_quality(kl) for n, kl in zip(VARIANTS, (0.5, 0.625), strict=True)}
+            | {STUDENT: make_quality(0.5)},
+            STUDENT: {"fp32": make_quality(0.0), "int8": make_quality(0.125)}
+            | {TEACHER: make_quality(0.6)},
+        },
+        perplexity=dict.fromkeys((*VARIANTS, TEACHER, STUDENT), 9.0),
+        speed=speed | {"int8": Speed(0.5, 40.0)},
+        memory=dict.fromkeys(VARIANTS, 1000),
+    )
+    return replace(summary, **changes)
+
+
+def make_tasks(num_samples: int, scores: Mapping[str, Mapping[int, float]]) -> TaskSummary:
+    """Return what models solve of one family: model → k → pass@k; maj@n is pass@1."""
+    solved = {}
+    for model, by_k in scores.items():
+        rates = PassRates(3, {k: Estimate(v, 0.0, 1.0) for k, v in by_k.items()}, Estimate(by_k[1]))
+        solved[model] = SolvedTasks(rates, {"add": rates}, 0)
+    return TaskSummary(
+        tasks_sha256="b" * 64,
+        num_samples=num_samples,
+        temperature=0.8,
+        max_tokens=48,
+        seed=0,
+        models=solved,
+    )
+
+
+def make_artifacts(root: Path, **folders: Any) -> Artifacts:
+    """Return artifacts whose folders lie in `root` under their own names."""
+    names = ("sampled", "accepted", "untrained", "student", "evaluation")
+    return Artifacts(
+        **{name: root / name for name in names} | {"cached": None, "trained": {}, "graphs": {}}
+        | {"measured": VARIANTS} | folders
+    )  # fmt: skip
