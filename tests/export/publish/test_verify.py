@@ -15,23 +15,15 @@ import pytest
 from bundle.errors import BundleError, UserError
 from bundle.hashing import hash_file
 from bundle.manifest import (
-    Evaluation,
     Gate,
-    StudentInfo,
-    TeacherReference,
     Variant,
     load_manifest,
     write_manifest,
 )
 from bundle.verify import list_entries, verify_bundle
-from export.publish.bundle import write_bundle
 from export.publish.verify import run_graph, verify_bundle_deep
+from tests.support.measured import pack
 
-TEACHER = TeacherReference(
-    source="tiny", weights_sha256="0" * 64, architecture="Llama", num_parameters=9, dtype="F32"
-)
-STUDENT = StudentInfo(num_parameters=9, num_layers=5, kept_layers=tuple(range(5)), dtype="float32")
-METRICS = Evaluation(num_prompts=1, num_samples=1, k=(), temperature=1.0, seed=0, values={})
 VARIANT = Variant(
     precision="as named",
     opset=18,
@@ -49,22 +41,7 @@ Damage = Callable[[Path], None]
 @pytest.fixture(scope="module")
 def intact(exported_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verify")
-    (folder / "eval").mkdir()
-    (folder / "eval" / "summary.json").write_text("{}")
-    (folder / "bundle").mkdir()
-    graphs = {name: exported_llama.variants[name] for name in ("fp32", "int8")}
-    write_bundle(
-        folder / "bundle",
-        student_dir=exported_llama.student_dir,
-        variant_dirs=graphs,
-        eval_dir=folder / "eval",
-        teacher=TEACHER,
-        student=STUDENT,
-        lineage=(),
-        variants=dict.fromkeys(graphs, VARIANT),
-        default_variant="int8",
-        metrics=METRICS,
-    )
+    pack(folder, exported_llama, dict.fromkeys(("fp32", "int8"), VARIANT))
     return folder / "bundle"
 
 
