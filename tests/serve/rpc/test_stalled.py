@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import queue
 from collections.abc import Iterator
 from typing import Any
 
 import grpc
 import pytest
 
-from protos.oip import grpc_service_pb2 as oip
 from protos.oip import grpc_service_pb2_grpc as oip_grpc
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1 import inference_pb2_grpc
+from tests.support.calls import failure
+from tests.support.oip import Stream, infer_request, text_input
 from tests.support.polling import wait_until
 
 LONG = pb.SamplingParams(num_samples=8, max_tokens=200, ignore_eos=True)
@@ -45,13 +45,24 @@ def ended(live: Any, rpc: str, code: str) -> float:
     )
 
 
-def test_stream_that_nobody_reads_is_ended(stalling: Any) -> None:
-    call = inference_pb2_grpc.InferenceServiceStub(stalling.small_channel).Generate(REQUEST)
-    wait_until(lambda: ended(stalling, "Generate", "DEADLINE_EXCEEDED") == 1)
-    with pytest.raises(grpc.RpcError) as caught:
-        list(call)
-    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert caught.value.details() == "the client took none of its responses for 0.3 s"
+def generate(channel: grpc.Channel) -> Any:
+    return inference_pb2_grpc.InferenceServiceStub(channel).Generate(REQUEST)
+
+
+def infer(channel: grpc.Channel) -> Any:
+    stream = Stream(oip_grpc.GRPCInferenceServiceStub(channel), timeout_s=60)
+    stream.send(infer_request(text_input(b"x"), max_tokens=900, ignore_eos=True))
+    stream.call.add_callback(stream.close)
+    return stream.call
+
+
+@pytest.mark.parametrize(("rpc", "call"), [("Generate", generate), ("ModelStreamInfer", infer)])
+def test_stream_that_nobody_reads_is_ended(stalling: Any, rpc: str, call: Any) -> None:
+    responses = call(stalling.small_channel)
+    wait_until(lambda: ended(stalling, rpc, "DEADLINE_EXCEEDED") == 1)
+    error = failure(lambda: list(responses))
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert error.details() == "the client took none of its responses for 0.3 s"
 
 
 def test_slow_reader_gets_all(serving: Any, make_pair: Any) -> None:
@@ -84,26 +95,3 @@ def test_client_that_leaves_a_full_window_has_cancelled(
         call.cancel()
         wait_until(lambda: ended(live, "Generate", "CANCELLED") == 1)
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
-
-
-def test_stream_of_the_open_protocol_that_nobody_reads_is_ended(stalling: Any) -> None:
-    def parameter(value: int) -> oip.InferParameter:
-        return oip.InferParameter(int64_param=value)
-
-    text = oip.ModelInferRequest.InferInputTensor(
-        name="text_input",
-        datatype="BYTES",
-        shape=[1],
-        contents=oip.InferTensorContents(bytes_contents=[b"x"]),
-    )
-    settings = {"max_tokens": parameter(900), "ignore_eos": oip.InferParameter(bool_param=True)}
-    request = oip.ModelInferRequest(model_name="student", inputs=[text], parameters=settings)
-    open_requests: queue.Queue[oip.ModelInferRequest | None] = queue.Queue()
-    open_requests.put(request)
-    stub = oip_grpc.GRPCInferenceServiceStub(stalling.small_channel)
-    call = stub.ModelStreamInfer(iter(open_requests.get, None))
-    wait_until(lambda: ended(stalling, "ModelStreamInfer", "DEADLINE_EXCEEDED") == 1)
-    with pytest.raises(grpc.RpcError) as caught:
-        list(call)
-    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    open_requests.put(None)
