@@ -176,13 +176,6 @@ class Sampler:
         return buffer[: len(logits)]
 
 
-def sample(
-    logits: torch.Tensor, sequences: Sequence[SampledRow], eos_token_ids: frozenset[int]
-) -> SampledBatch:
-    """Draw one token for each sequence; see `Sampler.sample`."""
-    return Sampler(eos_token_ids).sample(logits, sequences)
-
-
 def _sample(softmax: Softmax, on_basis: Softmax, rows: RowParameters) -> SampledBatch:
     drawn = _draw(softmax, rows)
     token_ids = rows.force(drawn.token_ids)
@@ -203,7 +196,7 @@ def token_logprobs(
 ) -> torch.Tensor:
     """Return log softmax(logits / temperature) at `token_ids`: `(N, V)`, `(N,)` -> `(N,)` float64.
 
-    The same bits as `sample` reports.
+    The same bits as `Sampler.sample` reports.
     """
     buffer = torch.empty_like(logits[:_SCORED_ROWS])
     scored = []
@@ -215,7 +208,7 @@ def token_logprobs(
 
 
 def _batch(columns: list[list[float]], rows: RowParameters) -> SampledBatch:
-    """Take the columns that `sample` stacked apart, each `(B,)`."""
+    """Take the columns that `_sample` stacked apart, each `(B,)`."""
     num_rows = len(rows.sequences)
     logprobs, rest = columns[1], columns[2:]
     is_drawn = rest.pop(0) if rows.forced else []

@@ -30,7 +30,7 @@ from serve.engine.stats import EngineObserver
 from serve.engine.turns import StepArbiter
 from serve.errors import EngineFailedError, EngineStoppedError, QueueFullError
 from serve.sampling.params import SamplingParams
-from serve.sampling.sampler import sample
+from serve.sampling.sampler import Sampler
 
 PROMPT = (5, 6, 7)
 MakeEngine = Callable[..., Engine]
@@ -156,7 +156,7 @@ def slow_completion(backend: Any, index: int, params: SamplingParams) -> tuple[i
     eos = frozenset({backend.EOS})
     while True:
         logits = backend.logits_after([*PROMPT, *sequence.token_ids])
-        batch = sample(logits[None], [sequence], eos)
+        batch = Sampler(eos).sample(logits[None], [sequence])
         sequence.append(batch.token_ids[0], batch.logprobs[0], batch.processed_logprobs[0])
         if sequence.finish_reason(eos):
             return tuple(sequence.token_ids)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve.engine.sequence import GenerationRequest, Sequence, make_group, make_sequences
 from serve.sampling.params import SamplingParams
-from serve.sampling.sampler import SampledBatch, Sampler, sample, token_logprobs
+from serve.sampling.sampler import SampledBatch, Sampler, token_logprobs
 
 EOS = frozenset({2})
 # One block of the inverse CDF, several, and several with a rest.
@@ -49,14 +49,18 @@ def random_logits(num_rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor
     return 3 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed))
 
 
+def sample(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> SampledBatch:
+    return Sampler(EOS).sample(logits, sequences)
+
+
 def draw_one(logits: torch.Tensor, **settings: Any) -> SampledBatch:
-    return sample(logits[None], [make_sequence(**settings)], EOS)
+    return sample(logits[None], [make_sequence(**settings)])
 
 
 def drawn_tokens(logits: torch.Tensor, num_draws: int = 300, **settings: Any) -> set[int]:
     """Return which tokens come out of many seeds."""
     sequences = [make_sequence(seed=seed, **settings) for seed in range(num_draws)]
-    return set(sample(logits.expand(num_draws, -1), sequences, EOS).token_ids)
+    return set(sample(logits.expand(num_draws, -1), sequences).token_ids)
 
 
 # Log-probabilities
@@ -67,22 +71,16 @@ def drawn_tokens(logits: torch.Tensor, num_draws: int = 300, **settings: Any) ->
 def test_logprob_is_log_softmax_at_the_temperature(vocab_size: int, temperature: float) -> None:
     logits = random_logits(16, vocab_size)
     sequences = [make_sequence(seed=i, temperature=temperature) for i in range(16)]
-    batch = sample(logits, sequences, EOS)
+    batch = sample(logits, sequences)
     expected = torch.log_softmax(logits.double() / temperature, -1)
     expected = expected.gather(1, torch.tensor(batch.token_ids)[:, None])[:, 0]
     assert batch.logprobs == pytest.approx(expected.tolist(), abs=2e-6)
 
 
-def test_logprob_is_on_its_own_basis_when_that_differs() -> None:
-    logits = random_logits(1, 300)[0]
-    batch = draw_one(logits, temperature=0.5, logprob_temperature=1.0)
-    expected = torch.log_softmax(logits.double(), -1)[batch.token_ids[0]]
-    assert batch.logprobs == pytest.approx([float(expected)], abs=2e-6)
-
-
 @pytest.mark.parametrize(
     "settings",
     [
+        {"temperature": 0.5, "logprob_temperature": 1.0},
         {"top_k": 2},
         {"top_p": 0.3},
         {"min_p": 0.5},
@@ -118,7 +116,7 @@ def test_logprob_is_never_positive() -> None:
 def test_scoring_gives_the_bits_that_sampling_reported() -> None:
     logits = random_logits(8, 1000)
     sequences = [make_sequence(seed=i, temperature=0.7) for i in range(8)]
-    batch = sample(logits, sequences, EOS)
+    batch = sample(logits, sequences)
     assert token_logprobs(logits, torch.tensor(batch.token_ids), 0.7).tolist() == batch.logprobs
 
 
@@ -133,7 +131,7 @@ def test_top_logprobs_are_the_likeliest_tokens_on_the_basis() -> None:
 def test_top_logprobs_hold_the_very_bits_of_the_drawn_tokens() -> None:
     logits = random_logits(4, 1000)
     sequences = [make_sequence(temperature=0.0, num_top_logprobs=i) for i in range(4)]
-    batch = sample(logits, sequences, EOS)
+    batch = sample(logits, sequences)
     assert [len(top) for top in batch.top_logprobs] == [0, 1, 2, 3]
     for row in range(1, 4):
         assert batch.top_logprobs[row][0] == (batch.token_ids[row], batch.logprobs[row])
@@ -142,7 +140,7 @@ def test_top_logprobs_hold_the_very_bits_of_the_drawn_tokens() -> None:
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 def test_top_logprobs_are_what_a_full_sort_finds(vocab_size: int) -> None:
     logits = random_logits(3, vocab_size)
-    batch = sample(logits, [make_sequence(num_top_logprobs=20) for _ in range(3)], EOS)
+    batch = sample(logits, [make_sequence(num_top_logprobs=20) for _ in range(3)])
     expected = torch.log_softmax(logits.double(), -1).sort(descending=True)
     for row, top in enumerate(batch.top_logprobs):
         assert [token for token, _ in top] == expected.indices[row, :20].tolist()
@@ -160,7 +158,7 @@ def test_scoring_many_rows_gives_each_the_bits_that_it_gets_alone() -> None:
 
 def test_processed_logprobs_are_the_logprobs_where_nothing_is_processed() -> None:
     sequences = [make_sequence(seed=i, temperature=0.7) for i in range(4)]
-    batch = sample(random_logits(4, 1000), sequences, EOS)
+    batch = sample(random_logits(4, 1000), sequences)
     assert batch.processed_logprobs == batch.logprobs
 
 
@@ -181,7 +179,7 @@ def test_processed_logprobs_are_of_the_distribution_that_is_drawn_from(
     """Summed over all tokens that come out, exp(processed) is 1: nothing else is drawn."""
     logits = random_logits(1, 12)[0]
     sequences = [make_sequence(seed=seed, **settings) for seed in range(3000)]
-    batch = sample(logits.expand(3000, -1), sequences, EOS)
+    batch = sample(logits.expand(3000, -1), sequences)
     by_token = dict(zip(batch.token_ids, batch.processed_logprobs, strict=True))
     assert sum(math.exp(p) for p in by_token.values()) == pytest.approx(1.0, abs=2e-3)
     for token, logprob in by_token.items():
@@ -198,12 +196,12 @@ def test_processed_logprob_is_zero_where_greedy_and_says_what_forcing_overruled(
         make_sequence(temperature=0.0, forced=(7,)),
         make_sequence(temperature=0.0, forced=(9,)),
     ]
-    batch = sample(logits, sequences, EOS)
+    batch = sample(logits, sequences)
     assert batch.token_ids[2:] == [7, 9]
     assert batch.processed_logprobs[0] == 0.0
     assert batch.processed_logprobs[1] == batch.logprobs[1]
     assert batch.processed_logprobs[2:] == [0.0, -math.inf]
-    assert sample(random_logits(1, 300), sequences[:1], EOS).processed_logprobs == [0.0]
+    assert sample(random_logits(1, 300), sequences[:1]).processed_logprobs == [0.0]
 
 
 # Batches
@@ -225,9 +223,9 @@ def mixed_sequences() -> list[Sequence]:
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 def test_row_gives_the_same_bits_alone_and_among_others(vocab_size: int) -> None:
     logits, sequences = random_logits(8, vocab_size), mixed_sequences()
-    batch = sample(logits, sequences, EOS)
+    batch = sample(logits, sequences)
     for row, sequence in enumerate(sequences):
-        alone = sample(logits[row : row + 1], [sequence], EOS)
+        alone = sample(logits[row : row + 1], [sequence])
         assert (alone.token_ids[0], alone.logprobs[0], repr(alone.processed_logprobs[0])) == (
             batch.token_ids[row],
             batch.logprobs[row],
@@ -242,7 +240,7 @@ def test_sampler_kept_over_steps_draws_what_a_new_one_draws() -> None:
     for step, chosen in enumerate(([0, 1], range(7), range(7), [6, 2, 5], range(7), [5])):
         rows = [sequences[i] for i in chosen]
         logits = random_logits(len(rows), 1000, seed=step)
-        kept, new = sampler.sample(logits, rows), sample(logits, rows, EOS)
+        kept, new = sampler.sample(logits, rows), sample(logits, rows)
         assert kept == new
         for sequence, token_id in zip(rows, kept.token_ids, strict=True):
             sequence.append(token_id, 0.0, 0.0)
@@ -252,17 +250,17 @@ def test_sampler_follows_a_change_of_the_vocabulary() -> None:
     sampler, sequences = Sampler(EOS), [make_sequence(seed=3)]
     for vocab_size in VOCAB_SIZES:
         logits = random_logits(1, vocab_size)
-        assert sampler.sample(logits, sequences) == sample(logits, sequences, EOS)
+        assert sampler.sample(logits, sequences) == sample(logits, sequences)
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_number_of_threads_changes_no_bit(num_threads: int) -> None:
     logits, sequences = random_logits(8, 40_000), mixed_sequences()
-    expected = sample(logits, sequences, EOS)
+    expected = sample(logits, sequences)
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        batch = sample(logits, sequences, EOS)
+        batch = sample(logits, sequences)
     finally:
         torch.set_num_threads(before)
     assert (batch.token_ids, batch.logprobs) == (expected.token_ids, expected.logprobs)
@@ -272,11 +270,11 @@ def test_number_of_threads_changes_no_bit(num_threads: int) -> None:
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_nonfinite_row_is_flagged_and_disturbs_no_other(vocab_size: int, poison: float) -> None:
     logits, sequences = random_logits(8, vocab_size), mixed_sequences()
-    clean = sample(logits, sequences, EOS)
+    clean = sample(logits, sequences)
     for bad in range(8):
         poisoned = logits.clone()
         poisoned[bad] = poison
-        batch = sample(poisoned, sequences, EOS)
+        batch = sample(poisoned, sequences)
         assert [row for row in range(8) if not batch.is_finite[row]] == [bad]
         assert 0 <= batch.token_ids[bad] < vocab_size
         for row in set(range(8)) - {bad}:
@@ -294,7 +292,7 @@ def test_single_nonfinite_logit_flags_its_row(poison: float) -> None:
 def test_logits_are_left_as_they_were() -> None:
     logits = random_logits(8, 300)
     before = logits.clone()
-    sample(logits, mixed_sequences(), EOS)
+    sample(logits, mixed_sequences())
     assert torch.equal(logits, before)
 
 
@@ -313,13 +311,13 @@ def test_temperature_zero_takes_the_first_of_the_largest(vocab_size: int) -> Non
     logits = random_logits(6, vocab_size).round()
     sequences = [make_sequence(temperature=0.0) for _ in range(6)]
     expected = [row.index(max(row)) for row in logits.tolist()]
-    assert sample(logits, sequences, EOS).token_ids == expected
+    assert sample(logits, sequences).token_ids == expected
 
 
 def test_forced_sequence_takes_its_token() -> None:
     logits = random_logits(2, 300)
     sequences = [make_sequence(forced=(7, 8), token_ids=(7,)), make_sequence(temperature=0.0)]
-    batch = sample(logits, sequences, EOS)
+    batch = sample(logits, sequences)
     assert batch.token_ids == [8, int(logits[1].argmax())]
 
 
