@@ -68,16 +68,15 @@ NO_CHANGES = [
 ]
 
 
-# Nobody names it
-
-
 @pytest.mark.parametrize("edit", NO_CHANGES)
-def test_teacher_that_still_lies_there_is_served_unasked(
-    folder: Path, caplog: pytest.LogCaptureFixture, edit: Edit
+@pytest.mark.parametrize("is_named", [False, True])
+def test_teacher_that_is_as_it_was_is_served_silently(
+    folder: Path, caplog: pytest.LogCaptureFixture, edit: Edit, is_named: bool
 ) -> None:
-    reference = reference_to(folder)
+    reference = reference_to(folder, **{"local_path": "/nowhere"} if is_named else {})
     edit(folder)
-    assert find_teacher(ServeConfig(bundle="x"), reference) == folder
+    config = ServeConfig(bundle="x", teacher=folder if is_named else None)
+    assert find_teacher(config, reference) == folder
     assert caplog.records == []
 
 
@@ -98,14 +97,19 @@ def test_teacher_that_cannot_be_had_leaves_the_student_alone_with_one_warning(
 
 
 @pytest.mark.parametrize(("edit", "names"), CHANGES)
-def test_teacher_that_has_changed_leaves_the_student_alone_with_one_warning(
-    folder: Path, caplog: pytest.LogCaptureFixture, edit: Edit, names: str
+@pytest.mark.parametrize("is_named", [False, True])
+def test_teacher_that_has_changed_is_served_if_it_is_named_and_warned_about(
+    folder: Path, caplog: pytest.LogCaptureFixture, edit: Edit, names: str, is_named: bool
 ) -> None:
     reference = reference_to(folder)
     edit(folder)
-    assert find_teacher(ServeConfig(bundle="x"), reference) is None
+    config = ServeConfig(bundle="x", teacher=folder if is_named else None)
+    assert find_teacher(config, reference) == (folder if is_named else None)
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert f"teacher has changed since the student was distilled: {names} in {folder};" in warning
+    if is_named:
+        assert f"distilled from (org/model): it differs in {names}; divergences are" in warning
+    else:
+        assert f"has changed since the student was distilled: {names} in {folder};" in warning
 
 
 def test_no_teacher_is_silent(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -140,30 +144,6 @@ def test_teacher_alone_that_is_not_there_as_it_was_ends_the_start(
     edit(folder)
     with pytest.raises(UserError, match=f"^--no-student: {text}"):
         find_teacher(ServeConfig(bundle="x", no_student=True), reference)
-
-
-# It is asked for
-
-
-@pytest.mark.parametrize("edit", NO_CHANGES)
-def test_teacher_that_is_asked_for_and_the_same_is_served_silently(
-    folder: Path, caplog: pytest.LogCaptureFixture, edit: Edit
-) -> None:
-    reference = reference_to(folder, local_path="/nowhere")
-    edit(folder)
-    assert find_teacher(ServeConfig(bundle="x", teacher=folder), reference) == folder
-    assert caplog.records == []
-
-
-@pytest.mark.parametrize(("edit", "names"), CHANGES)
-def test_another_teacher_is_served_with_a_warning(
-    folder: Path, caplog: pytest.LogCaptureFixture, edit: Edit, names: str
-) -> None:
-    reference = reference_to(folder)
-    edit(folder)
-    assert find_teacher(ServeConfig(bundle="x", teacher=folder), reference) == folder
-    (warning,) = [record.getMessage() for record in caplog.records]
-    assert f"distilled from (org/model): it differs in {names}; divergences are" in warning
 
 
 def test_names_of_files_cannot_break_out_of_the_warning(

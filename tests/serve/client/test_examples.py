@@ -205,36 +205,30 @@ def test_canary_ends_with_all_traffic_at_the_student(serving: Any, make_pair: An
     assert policy == (1.0, 0.0, 0.25)
 
 
-def test_canary_rolls_back_when_the_student_strays(serving: Any, make_pair: Any) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "shares", "told"),
+    [
+        (("--max-k3", "1e-6", *QUICK), ["50%"], "k3 is above 1e-06\n"),
+        (
+            ("--step-timeout-s", "0.1", "--min-tokens", "100000"),
+            [],
+            "the teacher scored fewer than 100000 tokens in 0.1 s\n",
+        ),
+        (("--metrics", "http://127.0.0.1:1/metrics"), [], "cannot read the metrics: "),
+    ],
+    ids=["student strays", "no evidence", "no metrics"],
+)
+def test_canary_rolls_back(
+    serving: Any, make_pair: Any, arguments: tuple[str, ...], shares: list[str], told: str
+) -> None:
     settings = {"student_weight": 0.0, "teacher_weight": 2.0}
     with serving(make_pair(), **settings) as live, traffic(live.server.address):
-        arguments = ("--metrics", live.server.metrics_url, "--max-k3", "1e-6", *QUICK)
-        status, output, errors = run(
-            "canary.py", live.server.control_address, *arguments, "--shares", "0.5", "1"
-        )
+        where = ("--metrics", live.server.metrics_url, "--shares", "0.5", "1")
+        status, output, errors = run("canary.py", live.server.control_address, *where, *arguments)
         policy = policy_of(live)
-    assert (status, errors) == (1, "k3 is above 1e-06\n")
-    assert shares_of(output) == ["50%"]
+    assert status == 1 and errors.startswith(told)
+    assert shares_of(output) == shares
     assert policy == (0.0, 2.0, 0.0)
-
-
-def test_canary_rolls_back_without_evidence(serving: Any, make_pair: Any) -> None:
-    with serving(make_pair()) as live:
-        arguments = ("--metrics", live.server.metrics_url, "--step-timeout-s", "0.1")
-        status, _, errors = run("canary.py", live.server.control_address, *arguments)
-        policy = policy_of(live)
-    assert (status, errors) == (1, "the teacher scored fewer than 1000 tokens in 0.1 s\n")
-    assert policy == (1.0, 0.0, 0.0)
-
-
-def test_canary_rolls_back_when_the_metrics_are_gone(serving: Any, make_pair: Any) -> None:
-    with serving(make_pair()) as live:
-        arguments = ("--metrics", "http://127.0.0.1:1/metrics")
-        status, _, errors = run("canary.py", live.server.control_address, *arguments)
-        policy = policy_of(live)
-    assert status == 1
-    assert errors.startswith("cannot read the metrics: ")
-    assert policy == (1.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

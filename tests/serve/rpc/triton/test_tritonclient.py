@@ -96,7 +96,7 @@ def test_server_and_models_are_described(seen: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("prompt", ["text", "ids"])
-def test_inference(seen: dict[str, Any], expected: Any, model: str, prompt: str) -> None:
+def test_infer_gives_what_generate_gives(seen: dict[str, Any], expected: Any, model: str, prompt: str) -> None:
     outputs, sample = seen[prompt][model], expected[model]
     assert outputs["output_ids"] == list(sample.token_ids)
     assert outputs["text_output"] == sample.text
@@ -104,11 +104,11 @@ def test_inference(seen: dict[str, Any], expected: Any, model: str, prompt: str)
     assert outputs["k3"] == pytest.approx(list(sample.divergence.per_token_k3))
 
 
-def test_asynchronous_inference(seen: dict[str, Any], expected: Any) -> None:
+def test_async_infer_gives_the_same_ids(seen: dict[str, Any], expected: Any) -> None:
     assert seen["async"]["output_ids"] == list(expected["student"].token_ids)
 
 
-def test_streams(seen: dict[str, Any], expected: Any) -> None:
+def test_streamed_parts_add_up_to_the_sample(seen: dict[str, Any], expected: Any) -> None:
     for model in MODELS:
         parts, sample = seen["stream"][model], expected[model]
         assert len(parts) > 2
@@ -119,7 +119,7 @@ def test_streams(seen: dict[str, Any], expected: Any) -> None:
     assert seen["stream"]["teacher"][-1] == {}
 
 
-def test_errors(seen: dict[str, Any]) -> None:
+def test_refused_request_names_its_field(seen: dict[str, Any]) -> None:
     code, text = seen["errors"]["unary"]
     assert code == "StatusCode.INVALID_ARGUMENT"
     assert text.startswith("parameters[beams]: is not known; must be one of temperature")
