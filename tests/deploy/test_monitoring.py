@@ -33,7 +33,7 @@ from scripts.monitoring.expressions import (
 from scripts.monitoring.processes import CheckError, Prometheus, shorten, wait_until
 from scripts.monitoring.rehearsal import ALERT, Webhook, receiving, watch_quiet
 from serve.metrics.server_metrics import ServerMetrics
-from tests.support.tiny_bundle import damage_bundle, make_tiny_bundle
+from tests.support.tiny_bundle import damage_bundle, shared_tiny_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "k8s" / "monitoring"
@@ -328,7 +328,7 @@ def test_alert_on_the_good_student_is_an_error() -> None:
 
 
 def test_damaged_bundle_is_intact_by_its_hashes_and_has_other_weights(tmp_path: Path) -> None:
-    good = make_tiny_bundle(tmp_path / "tiny")
+    good = shared_tiny_bundle()
     damaged = damage_bundle(good, tmp_path / "damaged")
     graph = {"onnx/fp32/model.onnx", "onnx/fp32/model.onnx.data"}
     first, second = verify_bundle(good), verify_bundle(damaged)

@@ -33,6 +33,7 @@ from serve.client import Client, Tls
 from serve.rpc.credentials.tokens import new_token
 from tests.deploy.rendered import KUBECTL, ROOT, needs_kubectl
 from tests.support.polling import wait_until
+from tests.support.tiny_bundle import shared_tiny_bundle
 
 pytestmark = needs_kubectl
 TEACHER = "tandem-teacher-headless:50051"
@@ -80,7 +81,7 @@ def is_ok(url: str) -> bool:
 
 
 @pytest.fixture
-def places(tmp_path: Path, tiny_bundle: Path, tiny_teacher: Path) -> dict[str, str]:
+def places(tmp_path: Path) -> dict[str, str]:
     """What stands in the manifests, and what it is here; the Secrets are filled."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -89,8 +90,8 @@ def places(tmp_path: Path, tiny_bundle: Path, tiny_teacher: Path) -> dict[str, s
     fill_secrets(secrets)
     return {
         TEACHER: f"127.0.0.1:{port}",
-        "/bundle": str(tiny_bundle),
-        "/teacher": str(tiny_teacher),
+        "/bundle": str(shared_tiny_bundle()),
+        "/teacher": str(shared_tiny_bundle().parent / "teacher"),
         "/tls": str(secrets),
         "/tokens": str(secrets),
         "/tmp": str(tmp_path),

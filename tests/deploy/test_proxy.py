@@ -22,6 +22,7 @@ from tests.support.processes import (
     free_port,
     status_of,
 )
+from tests.support.tiny_bundle import shared_tiny_bundle
 
 NUM_WORKERS = 32
 MAX_TOKENS = 8
@@ -41,9 +42,9 @@ class Servers:
 
 
 @pytest.fixture(scope="module")
-def servers(new_tandem: Any, tiny_teacher: Path) -> Servers:
+def servers(new_tandem: Any) -> Servers:
     """All of them ready; a test that ends one starts it again."""
-    teacher = new_tandem("--no-student", "--teacher", str(tiny_teacher))
+    teacher = new_tandem("--no-student", "--teacher", str(shared_tiny_bundle().parent / "teacher"))
     flags = ["--teacher", f"grpc://{teacher.address}", "--drain-delay-s", "4"]
     flags += ["--teacher-weight", "1", "--shadow-rate", "0.5"]
     stable, canary = new_tandem(*flags), new_tandem(*flags)
@@ -114,6 +115,7 @@ def test_killed_student_costs_no_call(servers: Servers, envoy_before: Any) -> No
     servers.canary.start()
 
 
+@pytest.mark.nightly
 @needs_envoy
 def test_killed_teacher_costs_no_primary_answer(servers: Servers, envoy_before: Any) -> None:
     target = envoy_before(HALF).address
