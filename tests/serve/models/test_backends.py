@@ -1,6 +1,6 @@
 """Both runtimes on one tiny Llama: rows are independent, and the cache changes nothing.
 
-The torch runtime also on the other architectures; test_architectures.py has their graphs.
+The torch runtime has the other architectures in test_torch_backend.py.
 
 Float models compare within rounding. The int8 graph compares bit for bit, but only along one path:
 its kernels round a pass over many tokens differently from a decode step.
@@ -15,12 +15,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     LlamaForCausalLM,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
 )
 
 from serve.engine.engine import Engine
@@ -351,80 +346,3 @@ def test_context_beyond_the_models_positions_is_refused(graphs: Path, kind: str)
                 max_num_seqs=1,
                 max_model_len=MAX_POSITIONS + 1,
             )
-
-
-SIZES = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-}
-SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
-OTHERS: dict[str, Callable[[], Any]] = {
-    "mistral": lambda: MistralConfig(**SIZES, sliding_window=6),
-    "mistral-full": lambda: MistralConfig(**SIZES, sliding_window=None),
-    "qwen2": lambda: Qwen2Config(
-        **SIZES, use_sliding_window=True, sliding_window=6, layer_types=SLIDING
-    ),
-    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
-    "smollm3": lambda: SmolLM3Config(
-        **SIZES,
-        no_rope_layers=[1, 0, 0],
-        use_sliding_window=True,
-        sliding_window=6,
-        layer_types=SLIDING,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    ),
-}
-
-
-@pytest.fixture(scope="module", params=list(OTHERS))
-def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A backend of another architecture, and transformers' own logits behind every token."""
-    folder = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(OTHERS[request.param](), attn_implementation="eager")
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    model.eval().save_pretrained(folder)
-
-    @torch.no_grad()
-    def logits(token_ids: list[int]) -> torch.Tensor:
-        found: torch.Tensor = model(torch.tensor([token_ids]), use_cache=False).logits[0]
-        return found
-
-    return TorchBackend.load(folder, device="cpu", dtype=torch.float32, **LIMITS), logits
-
-
-def test_other_architectures_prefill_as_transformers_does(other: Any) -> None:
-    backend, reference = other
-    rows = [text(20, 1), text(3, 2), text(9, 3)]
-    logits = backend.forward(0, rows, [0] * 3, every_position(rows))
-    assert_close(logits, torch.cat([reference(row) for row in rows]))
-
-
-def test_other_architectures_decode_as_transformers_does(other: Any) -> None:
-    backend, reference = other
-    rows, pasts = [text(20, 1), text(8, 2)], [12, 3]
-    backend.forward(1, [row[:n] for row, n in zip(rows, pasts, strict=True)], [0, 0])
-    for step in range(5):
-        new = [[row[n + step]] for row, n in zip(rows, pasts, strict=True)]
-        logits = backend.forward(1, new, [n + step for n in pasts])
-        ends = [n + step + 1 for n in pasts]
-        expected = [reference(row[:end])[-1] for row, end in zip(rows, ends, strict=True)]
-        assert_close(logits, torch.stack(expected))
-
-
-def test_other_architectures_take_chunks_behind_cached_tokens(other: Any) -> None:
-    backend, reference = other
-    row = text(20, 4)
-    backend.forward(0, [row[:9]], [0])
-    logits = backend.forward(0, [row[9:]], [9], [range(11)])
-    assert_close(logits, reference(row)[9:])

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from serve.models.cuda_graphs import DecodeGraphs
 from serve.models.torch_backend import TorchBackend
@@ -34,6 +41,11 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+WINDOWS = {
+    "use_sliding_window": True,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "biases": lambda: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "wide-heads": lambda: LlamaConfig(**SIZES, head_dim=32),
@@ -48,6 +60,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "yarn": lambda: LlamaConfig(**SIZES, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
     "qwen2": lambda: Qwen2Config(**SIZES),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16, attention_bias=True),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=6),
+    "qwen2-windows": lambda: Qwen2Config(**SIZES, **WINDOWS),
+    "smollm3": lambda: SmolLM3Config(**SIZES, **WINDOWS, no_rope_layers=[1, 0], pad_token_id=0),
 }
 Rows = list[list[int]]
 
@@ -96,6 +111,9 @@ def test_every_kind_of_weight_gives_the_logits_of_transformers(name: str) -> Non
     torch.testing.assert_close(logits_in_one_pass(backend, ids), expected, **tolerance)
     decoded = torch.cat([backend.forward(0, [[ids[i]]], [i]).clone() for i in range(190, 200)])
     torch.testing.assert_close(decoded, expected[190:], **tolerance)
+    backend.forward(1, [ids[:90]], [0])
+    chunk = backend.forward(1, [ids[90:]], [90], [range(110)])
+    torch.testing.assert_close(chunk, expected[90:], **tolerance)
 
 
 def test_bfloat16_is_as_near_to_float32_as_in_transformers() -> None:
