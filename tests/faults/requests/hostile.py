@@ -8,7 +8,7 @@ import random
 import struct
 from collections.abc import Mapping
 
-from tests.support.http2 import (
+from tests.support.rpc.http2 import (
     CONTINUATION,
     DATA,
     END_HEADERS,

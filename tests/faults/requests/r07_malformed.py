@@ -25,7 +25,7 @@ from tests.faults.requests.hostile import PONG, knock, mutate, raw_connections
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import Rig, requests_of
 from tests.support.backends import HistoryBackend
-from tests.support.http2 import called
+from tests.support.rpc.http2 import called
 
 NUM_MESSAGES = {Size.CI: 350, Size.FULL: 10_000}
 NUM_GOOD = {Size.CI: 100, Size.FULL: 4_000}

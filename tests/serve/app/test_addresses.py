@@ -25,7 +25,7 @@ from serve.app.listeners import check_listeners
 from serve.app.process import write_ready_file
 from serve.client import Client, ControlClient, Tls
 from serve.client.channel import Endpoint
-from tests.support.authorities import Pki
+from tests.support.rpc.authorities import Pki
 
 FREE = {"bundle": "x", "port": 0, "control_port": 0, "metrics_port": 0}
 

@@ -21,7 +21,7 @@ from serve.app.settings import flag_of
 from serve.client.access import read_token, tls_of
 from serve.client.control import describe_status
 from serve.rpc.credentials.tokens import TokenFile
-from tests.support.authorities import Pki
+from tests.support.rpc.authorities import Pki
 
 # tandem serve
 

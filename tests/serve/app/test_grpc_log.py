@@ -21,7 +21,7 @@ from serve.app.grpc_log import quiet_grpc
 quiet_grpc()
 assert "grpc" not in sys.modules
 import grpc
-from tests.support.http2 import END_HEADERS, END_STREAM, HEADERS, PING, frame, headers, opened
+from tests.support.rpc.http2 import END_HEADERS, END_STREAM, HEADERS, PING, frame, headers, opened
 
 async def main():
     server = grpc.aio.server()

@@ -28,9 +28,9 @@ from serve.models.noise import NoiseFloor
 from serve.pair.served import Role
 from serve.rpc.credentials.tokens import new_token
 from serve.rpc.replies import to_model
-from tests.support.authorities import Pki
 from tests.support.backends import save_byte_tokenizer
 from tests.support.manifests import manifest_of
+from tests.support.rpc.authorities import Pki
 
 
 @pytest.fixture(scope="module")

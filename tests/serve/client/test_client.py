@@ -13,9 +13,9 @@ import pytest
 
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient, Client, IncompleteStreamError, Tls, explain, violations
-from tests.support.authorities import Pki
-from tests.support.calls import failure
-from tests.support.scripted import USAGE, Scripted, serving_script
+from tests.support.rpc.authorities import Pki
+from tests.support.rpc.calls import failure
+from tests.support.rpc.scripted import USAGE, Scripted, serving_script
 
 CODE = grpc.StatusCode
 TOKENS = pb.GenerateResponse(tokens=pb.TokenChunk(token_ids=[5]))

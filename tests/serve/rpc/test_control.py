@@ -10,7 +10,7 @@ import grpc
 from protos.tandem.v1 import control_pb2, control_pb2_grpc
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.pair.served import Role
-from tests.support.calls import failure
+from tests.support.rpc.calls import failure
 
 CODE = grpc.StatusCode
 

@@ -24,7 +24,7 @@ from serve.rpc.decoding import (
     parse,
     scan,
 )
-from tests.support.calls import failure
+from tests.support.rpc.calls import failure
 
 GENERATE, SCORE = pb.GenerateRequest.DESCRIPTOR, pb.ScoreRequest.DESCRIPTOR
 

@@ -11,8 +11,8 @@ from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import violations
 from serve.engine.sequence import FinishReason
 from serve.pair.served import Role
-from tests.support.calls import failure
 from tests.support.polling import wait_until
+from tests.support.rpc.calls import failure
 
 CODE = grpc.StatusCode
 MATH = pb.EvaluationOptions(answer_format="last_number")

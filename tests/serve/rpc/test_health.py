@@ -16,8 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.pair.served import Role
 from serve.rpc.health import MAX_NAME_BYTES, Health
-from tests.support.http2 import DATA, HEADERS, called
 from tests.support.polling import wait_until
+from tests.support.rpc.http2 import DATA, HEADERS, called
 
 UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 SERVING = health_pb2.HealthCheckResponse.SERVING

@@ -15,7 +15,7 @@ from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client, ControlClient, Tls
 from serve.pair.served import Role
 from serve.rpc.credentials.tokens import new_token
-from tests.support.authorities import Pki
+from tests.support.rpc.authorities import Pki
 
 CODE = grpc.StatusCode
 SECRET = "the patient is called Alice"

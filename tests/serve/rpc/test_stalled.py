@@ -12,9 +12,9 @@ import pytest
 from protos.oip import grpc_service_pb2_grpc as oip_grpc
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1 import inference_pb2_grpc
-from tests.support.calls import failure
-from tests.support.oip import Stream, infer_request, text_input
 from tests.support.polling import wait_until
+from tests.support.rpc.calls import failure
+from tests.support.rpc.oip import Stream, infer_request, text_input
 
 LONG = pb.SamplingParams(num_samples=8, max_tokens=200, ignore_eos=True)
 REQUEST = pb.GenerateRequest(

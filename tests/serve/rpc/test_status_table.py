@@ -21,8 +21,8 @@ import torch
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client, retry_delay_s, violations
 from serve.pair.served import Role
-from tests.support.calls import failure
 from tests.support.polling import wait_until
+from tests.support.rpc.calls import failure
 
 CODE = grpc.StatusCode
 TOKEN = "a-token"

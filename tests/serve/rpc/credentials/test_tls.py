@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import serialization
 
 from bundle.errors import UserError
 from serve.rpc.credentials.tls import server_credentials
-from tests.support.authorities import Pki
+from tests.support.rpc.authorities import Pki
 
 HOST = "127.0.0.1"
 PAST = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)

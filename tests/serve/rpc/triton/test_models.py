@@ -11,8 +11,8 @@ import pytest
 from protos.oip import grpc_service_pb2 as oip
 from serve.client import violations
 from serve.pair.served import Role
-from tests.support.calls import failure
-from tests.support.oip import infer_request, stub_of, text_input, value_of
+from tests.support.rpc.calls import failure
+from tests.support.rpc.oip import infer_request, stub_of, text_input, value_of
 
 CODE = grpc.StatusCode
 

@@ -12,8 +12,8 @@ import pytest
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import violations
 from serve.pair.served import Role
-from tests.support.calls import failure
-from tests.support.oip import (
+from tests.support.rpc.calls import failure
+from tests.support.rpc.oip import (
     PROMPT,
     infer_request,
     names_of,

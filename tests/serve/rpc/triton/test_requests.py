@@ -19,7 +19,7 @@ from serve.errors import (
 from serve.pair.request import Limits
 from serve.rpc.triton.requests import to_inference
 from serve.rpc.validation import validate_generate
-from tests.support.oip import InputTensor, ids, infer_request, tensor, text_input
+from tests.support.rpc.oip import InputTensor, ids, infer_request, tensor, text_input
 
 LIMITS = Limits(max_model_len=256, vocab_size=259)
 

@@ -17,8 +17,9 @@ from serve.pair.request import Limits
 from serve.pair.served import Role
 from serve.rpc.calls import CallGuard
 from serve.rpc.triton.open_inference import MAX_REQUESTS_PER_STREAM, OpenInferenceService
-from tests.support.calls import failure
-from tests.support.oip import (
+from tests.support.polling import wait_until
+from tests.support.rpc.calls import failure
+from tests.support.rpc.oip import (
     Stream,
     infer_request,
     is_final,
@@ -28,7 +29,6 @@ from tests.support.oip import (
     text_input,
     value_of,
 )
-from tests.support.polling import wait_until
 
 CODE = grpc.StatusCode
 

@@ -96,7 +96,9 @@ def test_server_and_models_are_described(seen: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("prompt", ["text", "ids"])
-def test_infer_gives_what_generate_gives(seen: dict[str, Any], expected: Any, model: str, prompt: str) -> None:
+def test_infer_gives_what_generate_gives(
+    seen: dict[str, Any], expected: Any, model: str, prompt: str
+) -> None:
     outputs, sample = seen[prompt][model], expected[model]
     assert outputs["output_ids"] == list(sample.token_ids)
     assert outputs["text_output"] == sample.text

@@ -18,8 +18,8 @@ from serve.rpc.gate import (
     current_peer,
     request_slot,
 )
-from tests.support.calls import failure
 from tests.support.polling import wait_until
+from tests.support.rpc.calls import failure
 
 CODE = grpc.StatusCode
 HOST = "127.0.0.1"

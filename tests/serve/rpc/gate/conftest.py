@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from serve.rpc.credentials.tokens import TokenFile
-from tests.support.gated import serve_gated
+from tests.support.rpc.gated import serve_gated
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import pytest
 from serve.client import retry_delay_s
 from serve.rpc import gate as gate_module
 from serve.rpc.credentials.tokens import TokenFile
-from tests.support.calls import failure
-from tests.support.gated import CODE, KINDS
 from tests.support.polling import wait_until
+from tests.support.rpc.calls import failure
+from tests.support.rpc.gated import CODE, KINDS
 
 
 def test_requests_of_a_stream_count_as_calls(gated: Any) -> None:

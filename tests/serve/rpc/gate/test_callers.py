@@ -11,10 +11,10 @@ import pytest
 from serve.rpc.credentials.tls import server_credentials
 from serve.rpc.credentials.tokens import TokenFile
 from serve.rpc.gate import LogLimit
-from tests.support.authorities import Pki
-from tests.support.calls import failure
-from tests.support.gated import CODE, HOST, KINDS
 from tests.support.polling import wait_until
+from tests.support.rpc.authorities import Pki
+from tests.support.rpc.calls import failure
+from tests.support.rpc.gated import CODE, HOST, KINDS
 
 
 def test_every_kind_of_call_passes_and_knows_its_client(gated: Any, tokens: TokenFile) -> None:
