@@ -97,16 +97,17 @@ class Outbox:
     """Collects events by request, and the outcomes of scoring requests."""
 
     def __init__(self) -> None:
-        self._events: dict[int, tuple[EventSink, list[Event]]] = {}
+        # By `id` of the group, which is held here: no other may come to have the same.
+        self._events: dict[int, tuple[SequenceGroup, list[Event]]] = {}
         self._outcomes: list[Command] = []
         self._num_ended = 0
 
     def add(self, group: SequenceGroup, event: TokenEvent) -> None:
-        self._events.setdefault(id(group), (group.sink, []))[1].append(event)
+        self._events.setdefault(id(group), (group, []))[1].append(event)
 
     def add_last(self, group: SequenceGroup, event: FinishedEvent) -> None:
         self._num_ended += 1
-        self._events.setdefault(id(group), (group.sink, []))[1].append(event)
+        self._events.setdefault(id(group), (group, []))[1].append(event)
 
     def add_outcome(self, tell: Command) -> None:
         """Have `tell` say how a scoring request ended."""
@@ -126,9 +127,9 @@ class Outbox:
             for tell in outcomes:
                 tell()
         events, self._events = self._events, {}
-        for sink, group_events in events.values():
+        for group, group_events in events.values():
             try:
-                sink(group_events)
+                group.sink(group_events)
             except Exception:
                 # A reader that is gone is no reason to fail the others.
                 logger.exception("a reader of an engine's events failed")

@@ -1,4 +1,4 @@
-"""Whose turn it is: between clients, and between the requests of one."""
+"""Whose turn it is, for a row and for scoring, and whose deadline is next."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 
+from serve.engine.scoring import ScoringJob, ScoringRequest
 from serve.engine.sequence import GenerationRequest, Sequence, make_group, make_sequences
-from serve.engine.waiting import WaitingLines
+from serve.engine.waiting import Deadlines, ScoringQueue, WaitingLines
 from serve.sampling.params import SamplingParams
 
 
@@ -110,3 +111,72 @@ def test_requests_that_ended_are_removed_and_others_passed_over() -> None:
     assert list(lines) == [other] and lines.clients == {"b"}
     lines.clear()
     assert len(lines) == 0 and lines.next({}, 99) is None
+
+
+# Scoring
+
+
+def scoring_queue(*clients: str) -> ScoringQueue:
+    queue = ScoringQueue()
+    for number, client in enumerate(clients):
+        request = ScoringRequest(f"{client}{number}", (1,), ((2,),), client=client)
+        queue.add(ScoringJob(request))
+    return queue
+
+
+def scored(queue: ScoringQueue) -> str:
+    order = []
+    while (job := queue.first) is not None:
+        assert queue.first is job, "the one under way goes on until it is removed"
+        queue.remove(job)
+        order.append(job.request.request_id)
+    assert len(queue) == 0
+    return " ".join(order)
+
+
+def test_clients_alternate_and_each_is_served_in_its_order() -> None:
+    assert scored(scoring_queue(*"aaabac")) == "a0 b3 c5 a1 a2 a4"
+
+
+def test_job_that_is_removed_before_its_turn_costs_its_client_no_turn() -> None:
+    queue = scoring_queue(*"abbac")
+    (cancelled,) = queue.of("b1")
+    queue.remove(cancelled)
+    assert [job.request.request_id for job in queue] == ["a0", "a3", "b2", "c4"]
+    assert scored(queue) == "a0 b2 c4 a3"
+
+
+def test_cleared_queue_returns_what_was_in_it() -> None:
+    queue = scoring_queue(*"aba")
+    assert [job.request.request_id for job in queue.clear()] == ["a0", "a2", "b1"]
+    assert queue.first is None and list(queue) == []
+
+
+# Deadlines
+
+
+def test_expired_ids_come_earliest_first_and_once() -> None:
+    deadlines = Deadlines(set)
+    for deadline_s, request_id in ((3.0, "c"), (1.0, "a"), (2.0, "b"), (1.0, "a")):
+        deadlines.add(deadline_s, request_id)
+    assert list(deadlines.pop_expired(2.0)) == ["a", "a", "b"]
+    assert list(deadlines.pop_expired(2.5)) == []
+    assert list(deadlines.pop_expired(9.0)) == ["c"]
+
+
+def test_memory_follows_what_lives() -> None:
+    live: set[str] = set()
+    deadlines = Deadlines(lambda: live)
+    for number in range(10_000):
+        live.add(str(number))
+        live.discard(str(number - 100))
+        deadlines.add(1000.0 + number, str(number))
+        assert len(deadlines) <= 512
+    assert live <= set(deadlines.pop_expired(1e9))
+
+
+def test_nothing_that_lives_is_forgotten() -> None:
+    deadlines = Deadlines(lambda: {str(number) for number in range(1000)})
+    for number in range(1000):
+        deadlines.add(float(number), str(number))
+    assert len(list(deadlines.pop_expired(1e9))) == 1000
