@@ -55,14 +55,14 @@ from serve.rpc.triton.open_inference import OpenInferenceService
 logger = logging.getLogger(__name__)
 
 # A step that takes longer than this to end, behind the grace, is given up.
-_STOP_S = 10.0
+STOP_S = 10.0
 # After the engines have stopped, handlers only have to send what they hold.
 _LAST_WORDS_S = 3.5
 # Longer than a client takes to come again, and to hear that its connection is closing.
 _HOLD_S, _GO_AWAY_S = 0.05, 0.02
 _CLOSE_S = 1.0
 # What the end of a server takes at most beyond drain delay and grace.
-MAX_CLOSE_S = _STOP_S + _LAST_WORDS_S + _HOLD_S + _CLOSE_S
+MAX_CLOSE_S = STOP_S + _LAST_WORDS_S + _HOLD_S + _CLOSE_S
 # How soon health notices that an engine died or hangs; its status is answered from memory.
 _HEALTH_PERIOD_S = 0.25
 
@@ -221,7 +221,7 @@ class Server:
         if self._is_hurried.is_set():
             await self.coordinator.drain(0)
         # Joins the engines' threads, which still hand their last events to this loop.
-        await asyncio.to_thread(self._engines.stop, _STOP_S)
+        await asyncio.to_thread(self._engines.stop, STOP_S)
         self._open_inference.close()
         # First: handlers may wait for it.
         await self._answer_worker.stop()

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 16
 # Of one read, and of sending a whole answer.
-_TIMEOUT_S = 10.0
+TIMEOUT_S = 10.0
 # How often the HTTP thread looks whether it shall stop.
 _POLL_S = 0.1
 
@@ -125,10 +125,13 @@ class _Handler(BaseHTTPRequestHandler):
     """HTTP/1.0: a connection ends with its answer."""
 
     server: _HttpServer
-    timeout = _TIMEOUT_S
     disable_nagle_algorithm = True  # the body is not to wait until the header is acknowledged
     server_version = "tandem"
     sys_version = ""
+
+    def setup(self) -> None:
+        super().setup()
+        self.connection.settimeout(TIMEOUT_S)
 
     def do_GET(self) -> None:
         self._send(*self.server.answer(self.path))

@@ -48,7 +48,7 @@ request_slot: ContextVar[Callable[[], AbstractContextManager[None]]] = ContextVa
 OPEN = "open"  # as a scope: needs no token, but is counted
 RETRY_AFTER_S = 1.0
 _DENIED = "denied"  # what an unlisted method needs; no token can have it
-_MAX_READ_S = 30.0
+MAX_READ_S = 30.0
 _MAX_LOGGED_HOSTS = 1024
 
 _NO_CREDENTIALS = Status(
@@ -271,10 +271,10 @@ class CallGate(grpc.aio.ServerInterceptor):
     async def _read_one(self, context: Context, rpc: str) -> Any:
         """Return the message of a call that has one; end a call without."""
         try:
-            async with asyncio.timeout(_MAX_READ_S):
+            async with asyncio.timeout(MAX_READ_S):
                 request = await context.read()
         except TimeoutError:
-            text = f"no message came within {_MAX_READ_S:g} s"
+            text = f"no message came within {MAX_READ_S:g} s"
             await self._end(context, rpc, Status(grpc.StatusCode.DEADLINE_EXCEEDED, text))
         if request is grpc.aio.EOF:
             text = "the call has no message"

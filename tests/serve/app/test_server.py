@@ -89,7 +89,7 @@ def test_model_that_hangs_with_the_turn_of_both_holds_up_the_end_once_and_not_fo
     serving: Any, make_pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not for `max_step_s`, 120 s, of each model: a pod has 60 s."""
-    monkeypatch.setattr("serve.app.server._STOP_S", 0.3)
+    monkeypatch.setattr("serve.app.server.STOP_S", 0.3)
     pair = make_pair(max_model_len=100_000, arbiter=StepArbiter())
     teacher = pair.backends[Role.TEACHER]
     with serving(pair, drain_grace_s=0) as live:

@@ -168,7 +168,7 @@ def test_reader_that_stops_reading_delays_no_other(site: Site) -> None:
 def test_silent_connection_is_closed_in_time(
     site: Site, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("serve.http.server._Handler.timeout", 0.05)
+    monkeypatch.setattr("serve.http.server.TIMEOUT_S", 0.05)
     with site.connect() as silent:
         assert silent.recv(1) == b""
     assert capfd.readouterr().err == ""

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from serve.client import retry_delay_s
-from serve.rpc import gate as gate_module
 from serve.rpc.credentials.tokens import TokenFile
 from tests.support.polling import wait_until
 from tests.support.rpc.calls import failure
@@ -89,7 +88,7 @@ def test_calls_whose_message_does_not_come_count_too(gated: Any) -> None:
 def test_message_that_never_comes_ends_the_call(
     gated: Any, unsent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate_module, "_MAX_READ_S", 0.01)
+    monkeypatch.setattr("serve.rpc.gate.MAX_READ_S", 0.01)
     with gated() as it:
         call = it.channel.stream_stream("/test.Echo/UnaryUnary")(unsent())
         error = failure(lambda: next(call))
