@@ -1,11 +1,11 @@
-"""What several samples agree on, and how far two models agree beyond chance.
+"""What several samples agree on, and whether two models do.
 
 Answers come in as canonical strings (`canonical.canonicalise`); `None` and blank strings abstain.
 Nothing here depends on the order of the samples.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from estimators.canonical import group, is_same
@@ -25,19 +25,6 @@ class Vote:
     num_samples: int
     tie: bool
     tied: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class AgreementSplit:
-    """Compared prompts and agreeing ones, split by whether the teacher was right.
-
-    Agreement where the teacher is wrong is a mistake inherited, not a success.
-    """
-
-    compared_teacher_right: int
-    agreeing_teacher_right: int
-    compared_teacher_wrong: int
-    agreeing_teacher_wrong: int
 
 
 def majority_vote(answers: Iterable[str | None]) -> Vote:
@@ -102,82 +89,3 @@ def vote_correctness(vote: Vote, is_correct: Callable[[str], bool]) -> float | N
     if not leading:
         return None
     return sum(bool(is_correct(answer)) for answer in leading) / len(leading)
-
-
-def cohen_kappa(a: Sequence[Hashable | None], b: Sequence[Hashable | None]) -> float | None:
-    """Return Cohen's κ = (p_o − p_e) / (1 − p_e), agreement in excess of chance, in [−1, 1].
-
-    p_o is the share of pairs that agree, p_e the share that would if each side kept its label
-    frequencies and drew at random.
-
-    Args:
-        a, b: labels of the same items, in the same order; a pair with a None on either side (an
-            abstention) is dropped.
-
-    Returns:
-        None, as κ is 0/0, when no pair is left or when p_e is 1: both sides gave one and the same
-        label throughout. Report the plain agreement, which is then 1, beside it.
-
-    Raises:
-        ValueError: if the lengths differ.
-
-    Source: Cohen, "A Coefficient of Agreement for Nominal Scales" (1960), eq. 1.
-
-    >>> cohen_kappa(["x", "x", "y", "y"], ["x", "y", "y", "y"])
-    0.5
-    >>> cohen_kappa(["x"], ["x", "y"])
-    Traceback (most recent call last):
-        ...
-    ValueError: a has 1 labels and b has 2; the items must be the same
-    """
-    _check_lengths("a", a, "b", b, "labels")
-    pairs = [pair for pair in zip(a, b, strict=True) if None not in pair]
-    a_counts, b_counts = Counter(x for x, _ in pairs), Counter(y for _, y in pairs)
-    # Both agreements times the squared number of pairs, so that they are exact integers.
-    observed = len(pairs) * sum(x == y for x, y in pairs)
-    expected = sum(a_counts[label] * b_counts[label] for label in a_counts)
-    if expected == len(pairs) ** 2:
-        return None
-    return (observed - expected) / (len(pairs) ** 2 - expected)
-
-
-def split_agreement(
-    agreements: Sequence[bool | None], teacher_correct: Sequence[bool | None]
-) -> AgreementSplit:
-    """Count prompts and agreeing prompts apart, by whether the teacher was right.
-
-    Args:
-        agreements: per prompt what `agreement` returned.
-        teacher_correct: per prompt whether the teacher's answer was right, None when not known. A
-            prompt with a None on either side is dropped.
-
-    Raises:
-        ValueError: if the lengths differ.
-
-    >>> split = split_agreement([True, False, True, None], [True, True, False, True])
-    >>> split.agreeing_teacher_right, split.compared_teacher_right
-    (1, 2)
-    >>> split.agreeing_teacher_wrong, split.compared_teacher_wrong
-    (1, 1)
-    """
-    _check_lengths("agreements", agreements, "teacher_correct", teacher_correct, "entries")
-    counts = Counter(
-        (bool(right), bool(agrees))
-        for agrees, right in zip(agreements, teacher_correct, strict=True)
-        if agrees is not None and right is not None
-    )
-    return AgreementSplit(
-        compared_teacher_right=counts[True, True] + counts[True, False],
-        agreeing_teacher_right=counts[True, True],
-        compared_teacher_wrong=counts[False, True] + counts[False, False],
-        agreeing_teacher_wrong=counts[False, True],
-    )
-
-
-def _check_lengths(
-    a_name: str, a: Sequence[object], b_name: str, b: Sequence[object], noun: str
-) -> None:
-    if len(a) != len(b):
-        raise ValueError(
-            f"{a_name} has {len(a)} {noun} and {b_name} has {len(b)}; the items must be the same"
-        )

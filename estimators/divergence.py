@@ -139,26 +139,6 @@ def summarize(policy_logprobs: ArrayLike, reference_logprobs: ArrayLike) -> Dive
     )
 
 
-def logprobs_from_logits(logits: ArrayLike) -> FloatArray:
-    """Return log-probabilities over the last axis, logit − logsumexp(logits), in float64 nats.
-
-    Args:
-        logits: (..., V), unnormalised; −inf masks an entry and stays −inf.
-
-    Raises:
-        ValueError: if there is no vocabulary axis, if a logit is NaN or +inf, or if all the logits
-            of a position are −inf.
-
-    >>> logprobs_from_logits([0.0, 0.0, float("-inf")]).round(4).tolist()
-    [-0.6931, -0.6931, -inf]
-    >>> logprobs_from_logits([float("-inf"), float("-inf")])
-    Traceback (most recent call last):
-        ...
-    ValueError: logits masks every entry at 1 of 1 positions, which leaves nothing to normalise
-    """
-    return _normalised("logits", _checked("logits", logits))
-
-
 def exact_kl(policy_logits: ArrayLike, reference_logits: ArrayLike) -> FloatArray:
     """Return KL(policy‖reference) = Σ p ln(p/q) per position over the full vocabulary.
 
@@ -176,7 +156,8 @@ def exact_kl(policy_logits: ArrayLike, reference_logits: ArrayLike) -> FloatArra
 
     Raises:
         ValueError: if the shapes differ (vocabularies of two sizes included: compare the real
-            tokens only), or either one is not what `logprobs_from_logits` takes.
+            tokens only), if there is no vocabulary axis, if a logit is NaN or +inf, or if all the
+            logits of a position are −inf, which masks an entry.
 
     Source: Kullback and Leibler, "On Information and Sufficiency" (1951), section 2.
 

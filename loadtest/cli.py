@@ -21,15 +21,21 @@ if TYPE_CHECKING:
 
 HELP = """Measure under load which model is faster, which is worse, and whether it is real.
 
-Exit codes: 0 done; 1 an expected error, in one line; 2 wrong usage; 3 a gate broke, or the run is
+Exit codes: 0 done; 1 an expected error, in one line; 2 wrong usage; 3 a gate failed, or the run is
 INVALID: its client was not fast enough to be believed, or a part of its load is missing; 4 more
 requests failed than --max-failure-rate allows. With 3 and 4 the run's folder is whole.
 """
 
 app = typer.Typer(help=HELP, no_args_is_help=True)
 
-Folder = Annotated[Path, typer.Argument(help="A run's folder.", exists=True, file_okay=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="The last line on stdout is JSON.")]
+Folder = Annotated[Path, typer.Argument(help="The folder of a run.", exists=True, file_okay=False)]
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Write the result as JSON, on the last line of stdout. By default it is text.",
+    ),
+]
 
 
 class InvalidRunError(UserError):
@@ -44,8 +50,8 @@ class TooManyFailuresError(UserError):
     exit_code = 4
 
 
-class GateBrokenError(UserError):
-    """A run does not keep a limit."""
+class GateFailedError(UserError):
+    """A run is beyond a limit."""
 
     exit_code = 3
 
@@ -55,10 +61,17 @@ class GateBrokenError(UserError):
 def run(
     find_max: Annotated[
         bool,
-        typer.Option("--find-max", help="Search the highest rate that meets --slo, from --rates."),
+        typer.Option(
+            "--find-max",
+            help="Search the highest rate, in requests per second, that meets --slo, from the "
+            "lowest of --rates on. By default each rate is tested.",
+        ),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run that --out holds.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace the run that --out holds. By default that is an error."
+        ),
     ] = False,
     as_json: AsJson = False,
     token_file: TokenFile = None,
@@ -149,11 +162,11 @@ def _facts(config: RunConfig, schedule: Schedule) -> dict[str, object]:
 
 def _describe(config: RunConfig, schedule: Schedule) -> str:
     num_requests = f"{len(schedule.requests)} requests" if config.is_open_loop else "closed loop"
-    unit = "requests per second" if config.is_open_loop else "requests at a time"
     loads = ", ".join(f"{load:g}" for load in schedule.loads)
+    loads = f"{loads} requests per second" if config.is_open_loop else f"concurrency {loads}"
     return (
         f"{num_requests} in {len(schedule.blocks)} blocks, {schedule.duration_s:.0f} s; "
-        f"{loads} {unit} for {', '.join(config.arms)}\n"
+        f"{loads} for {', '.join(config.arms)}\n"
         f"schedule {schedule.sha256}"
     )
 
@@ -178,7 +191,11 @@ def compare(
     before: Folder,
     after: Folder,
     force: Annotated[
-        bool, typer.Option("--force", help="Also where the runs were asked different things.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Compare runs that were asked different things, too. By default that is an error.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -202,13 +219,24 @@ def _limit(flag: str, help: str) -> Any:
 def gate(
     folder: Folder,
     lower: Annotated[
-        list[str] | None, _limit("--min", "At least this; at one load alone: ARM@LOAD.METRIC=….")
+        list[str] | None,
+        _limit(
+            "--min",
+            "The metric must be at least this; ARM@LOAD.METRIC=… asks it at one load alone.",
+        ),
     ] = None,
     upper: Annotated[
-        list[str] | None, _limit("--max", "At most this, such as student.ttft_p95=0.3.")
+        list[str] | None,
+        _limit(
+            "--max", "The metric must be at most this, in seconds for times: student.ttft_p95=0.3."
+        ),
     ] = None,
     max_regress: Annotated[
-        list[str] | None, _limit("--max-regress", "At most by this share worse than --baseline.")
+        list[str] | None,
+        _limit(
+            "--max-regress",
+            "The metric may be worse than that of --baseline by this share, 0.1 for 10 %.",
+        ),
     ] = None,
     baseline: Annotated[
         Path | None,
@@ -218,7 +246,7 @@ def gate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Hold a run against limits; exit with 3, and say which one broke, unless it keeps them all."""
+    """Hold a run against limits: the gate passes, or the exit code is 3 and says what failed."""
     from loadtest.analysis.summary import read_summary
     from loadtest.verdicts.gate import check, parse_limit
 
@@ -226,15 +254,15 @@ def gate(
     limits += [parse_limit("max", text) for text in upper or ()]
     limits += [parse_limit("max-regress", text) for text in max_regress or ()]
     if not limits:
-        raise UsageError("a gate without limits holds nothing; give --min, --max, --max-regress")
+        raise UsageError("a gate needs a limit; give --min, --max, --max-regress")
     broken = check(read_summary(folder), read_summary(baseline) if baseline else None, limits)
     reasons = [str(each) for each in broken]
     if as_json:
         _print_json({"is_open": not broken, "broken": reasons})
     elif not broken:
-        typer.echo(f"{folder} keeps all limits: {len(limits)}")
+        typer.echo(f"gate passed: {folder} keeps all {len(limits)} limits")
     if broken:
-        raise GateBrokenError(f"{folder} breaks a limit: {'; '.join(reasons)}")
+        raise GateFailedError(f"gate failed: {folder}: {'; '.join(reasons)}")
 
 
 def _print_json(value: object) -> None:

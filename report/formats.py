@@ -12,7 +12,7 @@ from estimators.estimate import Estimate
 
 NOT_MEASURED = "not measured"
 NOT_FINITE = "not finite"
-NO_DIFFERENCE = "no difference shown"
+NOT_SIGNIFICANT = "not significant"
 NBSP = "\N{NO-BREAK SPACE}"  # between a number and its unit
 MIN_IN_SECONDS = 10.0  # shorter times are written in milliseconds
 
@@ -138,9 +138,9 @@ def show_points(estimate: Estimate | None) -> str:
 
 
 def judge(estimate: Estimate, unchanged: float, above: str, below: str) -> str:
-    """Return `above` or `below` where the whole interval is, else that no difference was shown."""
+    """Return `above` or `below` where the whole interval is, else that it is not significant."""
     if (interval := estimate.interval) is None:
         return "no interval"
     if not interval.excludes(unchanged):
-        return NO_DIFFERENCE
+        return NOT_SIGNIFICANT
     return above if estimate.low is not None and estimate.low > unchanged else below

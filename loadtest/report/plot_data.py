@@ -66,7 +66,7 @@ def draw_plots(
 
 
 def load_label(summary: Summary, load: float) -> str:
-    return f"{load:g} at a time" if is_closed(summary) else f"{load:g} rps"
+    return f"concurrency {load:g}" if is_closed(summary) else f"{load:g} rps"
 
 
 def is_closed(summary: Summary) -> bool:
@@ -226,4 +226,4 @@ def arms_of(summary: Summary) -> tuple[str, ...]:
 
 
 def _load_name(summary: Summary) -> str:
-    return "requests at a time per arm" if is_closed(summary) else "requests/s per arm"
+    return "concurrency per arm" if is_closed(summary) else "requests/s per arm"

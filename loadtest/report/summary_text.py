@@ -79,8 +79,10 @@ def describe_excess(summary: Summary) -> str:
 def describe_comparison(found: ArmComparison, is_closed: bool) -> Iterator[str]:
     """Yield the lines of one comparison, its heading first."""
     a, b = found.arm_a, found.arm_b
-    unit = "requests at a time (closed loop)" if is_closed else "requests/s"
-    yield f"## {a} against {b} at {found.load:g} {unit}"
+    load = (
+        f"concurrency {found.load:g} (closed loop)" if is_closed else f"{found.load:g} requests/s"
+    )
+    yield f"## {a} against {b} at {load}"
     yield ""
     yield f"{found.num_pairs} pairs of requests."
     yield ""

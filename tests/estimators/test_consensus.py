@@ -4,12 +4,9 @@ from hypothesis import strategies as st
 
 from estimators.canonical import canonicalise
 from estimators.consensus import (
-    AgreementSplit,
     Vote,
     agreement,
-    cohen_kappa,
     majority_vote,
-    split_agreement,
     vote_correctness,
 )
 
@@ -89,53 +86,3 @@ def test_correctness_of_a_tie_is_the_fraction_of_its_answers_that_are_right(answ
 
 def test_correctness_of_abstentions_is_absent_not_0():
     assert vote_correctness(majority_vote([None]), lambda answer: True) is None
-
-
-def test_kappa_of_cohens_two_by_two_table():
-    a = ["yes"] * 25 + ["no"] * 25
-    b = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
-    assert cohen_kappa(a, b) == pytest.approx(0.4)  # p_o = 0.7, p_e = 0.5
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "kappa"),
-    [("xy", "xy", 1.0), ("xy", "yx", -1.0), ("xxyy", "xyxy", 0.0), ("xy", "zw", 0.0)],
-)
-def test_kappa_is_1_for_full_0_for_chance_and_negative_for_worse(a, b, kappa):
-    assert cohen_kappa(a, b) == kappa
-
-
-def test_kappa_drops_pairs_with_an_abstention():
-    assert cohen_kappa(["x", None, "y", "x"], ["x", "x", "y", None]) == 1.0
-
-
-@pytest.mark.parametrize("labels", [([], []), ([None], ["x"]), (["x", "x"], ["x", "x"])])
-def test_kappa_is_absent_without_pairs_or_when_chance_alone_agrees_fully(labels):
-    assert cohen_kappa(*labels) is None
-
-
-@given(st.lists(st.tuples(*[st.sampled_from(["x", "y", "z", None])] * 2)), st.randoms())
-def test_kappa_is_symmetric_bounded_and_free_of_order(pairs, random):
-    a, b = [x for x, _ in pairs], [y for _, y in pairs]
-    kappa = cohen_kappa(a, b)
-    assert kappa is None or -1.0 <= kappa <= 1.0
-    assert cohen_kappa(b, a) == kappa
-    shuffled = random.sample(pairs, len(pairs))
-    assert cohen_kappa([x for x, _ in shuffled], [y for _, y in shuffled]) == kappa
-
-
-def test_agreement_is_split_by_whether_the_teacher_is_right():
-    agreements = [True, True, False, True, False, False, None, True]
-    teacher_correct = [True, True, True, False, False, False, True, None]
-    assert split_agreement(agreements, teacher_correct) == AgreementSplit(
-        compared_teacher_right=3,
-        agreeing_teacher_right=2,
-        compared_teacher_wrong=3,
-        agreeing_teacher_wrong=1,
-    )
-
-
-@pytest.mark.parametrize("function", [cohen_kappa, split_agreement])
-def test_sequences_of_two_lengths_are_refused_with_both(function):
-    with pytest.raises(ValueError, match=r"has 1 \w+ and \w+ has 2; the items must be the same"):
-        function([True], [True, False])

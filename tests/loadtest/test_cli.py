@@ -210,7 +210,7 @@ def test_plan_of_a_closed_loop_cannot_say_how_many_requests(main: Main) -> None:
     flags = ("--arrival", "closed", "--concurrency", "1,2", "--duration", "1")
     assert json.loads(main("plan", *flags, "--json")[1])["num_requests"] is None
     assert main("plan", *flags)[1].startswith("closed loop in ")
-    assert "1, 2 requests at a time" in main("plan", *flags)[1]
+    assert "concurrency 1, 2" in main("plan", *flags)[1]
 
 
 def test_plan_of_a_missing_dataset_exits_with_1(main: Main, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_run_that_keeps_its_limits_passes(main: Main, tmp_path: Path) -> None:
         *("--max-regress", "student.ttft_p95=0.1", "--baseline", before),
     )
     assert (code, complaint) == (0, "")
-    assert printed == f"{run} keeps all limits: 3\n"
+    assert printed == f"gate passed: {run} keeps all 3 limits\n"
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_broken_limit_exits_with_3_and_one_line(
     words = ("gate", run, *limit, "--max", "student.ttft_p95=1", "--baseline", before)
     code, printed, complaint = main(*words)
     assert (code, printed) == (3, "")
-    assert complaint.startswith(f"tandem: {run} breaks a limit: {limit[0]} student.ttft_p95=")
+    assert complaint.startswith(f"tandem: gate failed: {run}: {limit[0]} student.ttft_p95=")
     assert complaint.endswith(f"{reason}\n")
     assert complaint.count("\n") == 1
     found = json.loads(main(*words, "--json")[1])
@@ -349,7 +349,7 @@ def test_invalid_run_breaks_every_gate(main: Main, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "a gate without limits holds nothing"),
+        ([], "a gate needs a limit"),
         (["--max", "student.ttft_p95"], "write ARM.METRIC=NUMBER"),
         (["--max", "nobody.ttft_p95=1"], "no arm 'nobody'"),
     ],

@@ -78,9 +78,9 @@ def test_numbers_are_written_for_people(shown: str, expected: str) -> None:
     [
         (1.1, 1.5, "faster"),
         (0.5, 0.9, "slower"),
-        (0.9, 1.1, "no difference shown"),
-        (1.0, 1.5, "no difference shown"),
-        (0.5, 1.0, "no difference shown"),
+        (0.9, 1.1, "not significant"),
+        (1.0, 1.5, "not significant"),
+        (0.5, 1.0, "not significant"),
         (None, None, "no interval"),
     ],
 )

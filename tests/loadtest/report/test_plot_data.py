@@ -93,7 +93,7 @@ def test_point_without_a_finite_latency_or_quality_is_left_out(value: float) -> 
 
 @pytest.mark.parametrize(
     ("arrival", "expected"),
-    [("poisson", "2.5 rps"), ("trace", "2.5 rps"), ("closed", "2.5 at a time")],
+    [("poisson", "2.5 rps"), ("trace", "2.5 rps"), ("closed", "concurrency 2.5")],
 )
 def test_load_is_labelled_by_how_it_comes(arrival: str, expected: str) -> None:
     assert load_label(summary(arrival=arrival), 2.5) == expected

@@ -62,7 +62,7 @@ def test_quality_nobody_knows_is_dashes() -> None:
 
 def test_closed_loop_is_called_one() -> None:
     page = to_markdown(dataclasses.replace(SUMMARY, config={"arrival": "closed"}))
-    assert "at 2 requests at a time (closed loop)" in page
+    assert "at concurrency 2 (closed loop)" in page
 
 
 def test_invalid_run_and_failures_come_first() -> None:
