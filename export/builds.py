@@ -22,7 +22,7 @@ from export.inputs import RunInputs
 from export.run.artifacts import Artifacts
 from export.run.files import read_json, write_json
 from export.run.processes import World
-from export.run.stages import ProgressReporter, fresh
+from export.run.stages import RunReporter, fresh
 from export.run.variants import FLOAT_VARIANT, WeightOnlyVariant
 from export.student.checkpoint import CHECKPOINTS
 from export.student.grid import BlockGrid
@@ -58,7 +58,7 @@ class StageBuilds:
 
     inputs: RunInputs
     artifacts: Artifacts
-    reporter: ProgressReporter
+    reporter: RunReporter
     world: World
 
     def sample(self, folder: Path) -> dict[str, Any]:

@@ -42,11 +42,14 @@ RecipePath = Annotated[
     Path,
     typer.Argument(
         metavar="RECIPE.yaml", exists=True, dir_okay=False,
-        help="The recipe, such as export/recipes/demo.yaml.",
+        help="A YAML file that says what to export, such as export/recipes/demo.yaml.",
     ),
 ]  # fmt: skip
-Folder = Annotated[
-    Path, typer.Argument(help="Folder of a run, or of a bundle.", exists=True, file_okay=False)
+RunPath = Annotated[
+    Path, typer.Argument(exists=True, file_okay=False, help="The output folder of a run.")
+]
+BundlePath = Annotated[
+    Path, typer.Argument(exists=True, file_okay=False, help="The folder of a bundle.")
 ]
 
 
@@ -71,7 +74,9 @@ def plan(recipe: RecipePath) -> None:
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="A run's output folder, or a recipe.", exists=True)],
+    run: Annotated[
+        Path, typer.Argument(help="The output folder of a run, or a recipe.", exists=True)
+    ],
 ) -> None:
     """Show how far each stage of a run is; it may be running."""
     from export.record import changes_on_disk, find_run, read_run
@@ -103,7 +108,7 @@ def run(recipe: RecipePath) -> None:
 
 
 @app.command()
-def resume(output_dir: Folder) -> None:
+def resume(output_dir: RunPath) -> None:
     """Go on with the run in a folder, provided that its inputs are what they were."""
     from export.record import check_unchanged, file_changes, read_run
 
@@ -233,7 +238,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 @app.command()
-def verify(bundle: Folder) -> None:
+def verify(bundle: BundlePath) -> None:
     """Compare every file of a bundle with its manifest, and run every graph in a new process."""
     from export.publish.verify import verify_bundle_deep
 
@@ -246,10 +251,14 @@ def verify(bundle: Folder) -> None:
 
 @app.command()
 def compare(
-    a: Folder,
-    b: Folder,
+    a: BundlePath,
+    b: BundlePath,
     force: Annotated[
-        bool, typer.Option("--force", help="Also where teachers, prompts or sampling differ.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Compare also where teachers, prompts or sampling differ; refused by default.",
+        ),
     ] = False,
 ) -> None:
     """Compare what two bundles' exports measured: B minus A, with 95 % intervals."""
@@ -282,7 +291,7 @@ class ConsoleReporter:
             print(f"[{time.monotonic() - self._started_s:5.0f} s] {message}", flush=True)
 
     def track(self, label: str) -> Callable[[int, int], None]:
-        """See `export.run.stages.ProgressReporter`."""
+        """See `export.run.stages.RunReporter`."""
         if self._is_quiet or not sys.stdout.isatty():
             return self._lines(label)
         return self._bar(label)

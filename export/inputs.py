@@ -11,7 +11,7 @@ from export.checks import fitting_tasks
 from export.record import find_template_date
 from export.run.processes import World
 from export.run.settings import ExportConfig
-from export.run.stages import ProgressReporter
+from export.run.stages import RunReporter
 from export.teacher.source import TeacherFolder, resolve_teacher
 from export.teacher.task_sources import Loaded
 from serve.text.real_tokens import RealTokens
@@ -50,7 +50,7 @@ class RunInputs:
 
 def open_inputs(
     config: ExportConfig,
-    reporter: ProgressReporter,
+    reporter: RunReporter,
     world: World,
     models: Sequence[TeacherFolder | None] = (),
 ) -> RunInputs:

@@ -35,7 +35,7 @@ from export.run.stage_names import (
     stage_names,
     trained_variants,
 )
-from export.run.stages import ProgressReporter, Stage, StageRunner, StageSpec
+from export.run.stages import RunReporter, Stage, StageRunner, StageSpec
 from export.run.variants import FLOAT_VARIANT, HalfVariant, WeightOnlyVariant
 from export.student.checkpoint import CHECKPOINTS
 from export.teacher.grading import math_verify_version
@@ -46,9 +46,7 @@ from serve.text.tokenizer_files import tells_date
 BUNDLE_NAME = "bundle"
 
 
-def run_export(
-    config: ExportConfig, reporter: ProgressReporter, world: World | None = None
-) -> Path:
+def run_export(config: ExportConfig, reporter: RunReporter, world: World | None = None) -> Path:
     """Run every stage that is not finished yet; returns the bundle's path.
 
     GateError when no variant passes its gates; ExportError and TeacherError name what to fix.
@@ -58,7 +56,7 @@ def run_export(
 
 def open_pipeline(
     config: ExportConfig,
-    reporter: ProgressReporter,
+    reporter: RunReporter,
     world: World | None = None,
     models: Sequence[TeacherFolder | None] = (),
 ) -> Pipeline:
@@ -71,7 +69,7 @@ class Pipeline:
     """The stages of one recipe: each property describes one, `run` builds it."""
 
     def __init__(
-        self, inputs: RunInputs, reporter: ProgressReporter, world: World | None = None
+        self, inputs: RunInputs, reporter: RunReporter, world: World | None = None
     ) -> None:
         self.inputs = inputs
         self.config = inputs.config

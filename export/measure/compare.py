@@ -34,8 +34,8 @@ from export.measure.summary import (
     STUDENT,
     SUMMARY_NAME,
     TEACHER,
+    EvalSummary,
     PassRates,
-    Summary,
     read_summary,
 )
 from export.run.errors import ExportError
@@ -113,7 +113,7 @@ class _Measured:
     """A bundle's numbers; `prompts` and `tasks` are the rows of each kind of `per_prompt.jsonl`."""
 
     manifest: Manifest
-    summary: Summary
+    summary: EvalSummary
     prompts: Sequence[Mapping[str, Any]]
     tasks: Sequence[Mapping[str, Any]]
 

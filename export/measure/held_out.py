@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from bundle.hashing import hash_json
 from estimators.bootstrap import bootstrap_ratio
 from estimators.estimate import Interval
-from export.measure.summary import FlipMargins, Quality, to_json
+from export.measure.summary import FlipMargins, ModelQuality, to_json
 from export.run.errors import ExportError
 from export.student.losses import exact_logprobs
 from export.teacher.examples import Example
@@ -71,12 +71,12 @@ class HeldOut:
 
     prompts_sha256: str
     num_tokens: int
-    agreements: Mapping[Pair, Quality]
+    agreements: Mapping[Pair, ModelQuality]
     perplexity: Mapping[str, float]
     prompts: tuple[PromptRecord, ...]
 
     @property
-    def quality(self) -> dict[str, dict[str, Quality]]:
+    def quality(self) -> dict[str, dict[str, ModelQuality]]:
         """The agreements by reference and model."""
         return _nested(self.agreements)
 
@@ -235,11 +235,11 @@ def _forward_kls(
             yield name, torch.einsum("tv,tv->t", probabilities, expected - actual)
 
 
-def _quality(prompts: Array, forward_kl: Array, flips: Array, margins: Array) -> Quality:
+def _quality(prompts: Array, forward_kl: Array, flips: Array, margins: Array) -> ModelQuality:
     num_tokens, num_flips = len(flips), int(flips.sum())
     is_number = bool(np.isfinite(forward_kl).all())
     has_p99 = is_number and num_tokens >= MIN_TOKENS_FOR_P99
-    return Quality(
+    return ModelQuality(
         forward_kl=float(forward_kl.mean()),
         forward_kl_ci=_interval(prompts, forward_kl) if is_number else None,
         forward_kl_p99=float(np.quantile(forward_kl, 0.99)) if has_p99 else None,

@@ -24,14 +24,14 @@ from export.measure.summary import (
     TEACHER,
     TORCH,
     TRANSFORMERS,
+    EvalSummary,
     Speed,
-    Summary,
     write_summary,
 )
 from export.measure.task_scores import TaskEvaluation, choose_tasks, evaluate_tasks
 from export.run.artifacts import Artifacts
 from export.run.settings import ExportConfig
-from export.run.stages import ProgressReporter
+from export.run.stages import RunReporter
 from export.student.on_policy import AnswerSettings, answer_with
 from export.teacher.accept import read_accepted
 from export.teacher.model_files import load_model
@@ -52,12 +52,12 @@ class EvaluationStage:
     artifacts: Artifacts
     tokenizer: Tokenizer
     tasks: Sequence[Task]
-    reporter: ProgressReporter
+    reporter: RunReporter
 
     def run(self, folder: Path) -> dict[str, Any]:
         """Measure everything and fill `folder`; returns the stage's summary for people."""
         held_out, tasks = self._held_out(), self._solved()
-        summary = Summary(
+        summary = EvalSummary(
             prompts_sha256=held_out.prompts_sha256,
             num_prompts=len(held_out.prompts),
             num_tokens=held_out.num_tokens,

@@ -1,7 +1,7 @@
 """`eval/summary.json`: what a run measured, in types. The names of models and numbers stand here.
 
     prompts_sha256, num_prompts, num_tokens   of the held-out text; a hash of the prompts' token ids
-    quality      reference → model → `Quality`
+    quality      reference → model → `ModelQuality`
     perplexity   model → perplexity of the held-out text
     tasks        `TaskSummary`; absent without tasks whose answer can be checked
     speed        contender → `Speed`
@@ -54,7 +54,7 @@ class FlipMargins:
 
 
 @dataclass(frozen=True, slots=True)
-class Quality:
+class ModelQuality:
     """A model against a reference, over completion tokens: `forward_kl` is KL(reference ‖ model)
     in nats per token; `argmax_agreement` the top-1 agreement, a share of positions.
 
@@ -115,27 +115,27 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
+class EvalSummary:
     """All that a run measured, in the file's order; see this module."""
 
     prompts_sha256: str
     num_prompts: int
     num_tokens: int
-    quality: Mapping[str, Mapping[str, Quality]]
+    quality: Mapping[str, Mapping[str, ModelQuality]]
     perplexity: Mapping[str, float | None]
     tasks: TaskSummary | None = None
     speed: Mapping[str, Speed]
     memory: Mapping[str, int]
 
-    def quality_of(self, reference: str, model: str) -> Quality | None:
+    def quality_of(self, reference: str, model: str) -> ModelQuality | None:
         """Return a model against a reference, None where it was not measured."""
         return self.quality.get(reference, {}).get(model)
 
 
-_SUMMARY = TypeAdapter(Summary)
+_SUMMARY = TypeAdapter(EvalSummary)
 
 
-def write_summary(folder: Path, summary: Summary) -> None:
+def write_summary(folder: Path, summary: EvalSummary) -> None:
     """Write `summary.json` into `folder`."""
     values = to_json(summary)
     if summary.tasks is None:
@@ -145,7 +145,7 @@ def write_summary(folder: Path, summary: Summary) -> None:
     write_json(folder / SUMMARY_NAME, values)
 
 
-def read_summary(folder: Path) -> Summary:
+def read_summary(folder: Path) -> EvalSummary:
     """Read `summary.json` of a folder; ExportError names what is missing or wrong in it."""
     path = folder / SUMMARY_NAME
     try:

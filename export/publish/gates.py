@@ -20,7 +20,7 @@ from export.measure.summary import (
     TEACHER,
     TORCH,
     TRANSFORMERS,
-    Summary,
+    EvalSummary,
 )
 from export.run.files import read_json
 from export.run.settings import ExportConfig
@@ -29,7 +29,9 @@ from export.run.variants import FLOAT_VARIANT, WeightOnlyVariant
 KL_UNIT, LOGIT_UNIT = "nats per token", "logits"
 
 
-def describe_variant(name: str, folder: Path, config: ExportConfig, summary: Summary) -> Variant:
+def describe_variant(
+    name: str, folder: Path, config: ExportConfig, summary: EvalSummary
+) -> Variant:
     """Return the manifest's entry of one variant, its gates judged.
 
     One that this machine could not run has no gates and no metrics, so it has not passed.
@@ -54,7 +56,7 @@ def describe_variant(name: str, folder: Path, config: ExportConfig, summary: Sum
     )
 
 
-def describe_evaluation(config: ExportConfig, summary: Summary) -> Evaluation:
+def describe_evaluation(config: ExportConfig, summary: EvalSummary) -> Evaluation:
     """Return the manifest's record of what was measured of the float student, and how."""
     student = summary.quality[TEACHER][STUDENT]
     values = {
@@ -77,7 +79,7 @@ def describe_evaluation(config: ExportConfig, summary: Summary) -> Evaluation:
     )
 
 
-def task_values(summary: Summary, model: str) -> dict[str, float | None]:
+def task_values(summary: EvalSummary, model: str) -> dict[str, float | None]:
     """Return a model's pass@k and maj@n over all tasks, by name; empty without tasks."""
     if summary.tasks is None:
         return {}
@@ -98,7 +100,7 @@ def _precision(name: str, recipe: Any) -> str:
     return {"dynamic": "int8", "static": "int8"}.get(method, method)
 
 
-def _gates(name: str, folder: Path, config: ExportConfig, summary: Summary) -> tuple[Gate, ...]:
+def _gates(name: str, folder: Path, config: ExportConfig, summary: EvalSummary) -> tuple[Gate, ...]:
     gates, quality = config.gates, summary.quality
     found = [_gate("kl_to_teacher", quality[TEACHER][name].forward_kl, gates.student_kl)]
     if name == FLOAT_VARIANT:
@@ -125,7 +127,7 @@ def _gate(name: str, measured: float | None, threshold: float, unit: str = KL_UN
     )
 
 
-def _metrics(name: str, summary: Summary) -> dict[str, float]:
+def _metrics(name: str, summary: EvalSummary) -> dict[str, float]:
     """Return what was measured; what came out as NaN or infinity is left out, as by the gates."""
     to_teacher, to_student = summary.quality[TEACHER][name], summary.quality[STUDENT][name]
     tokens_per_s = summary.speed[name].decode_tokens_per_s

@@ -19,9 +19,9 @@ from export.measure.summary import (
     TEACHER,
     TORCH,
     TRANSFORMERS,
+    EvalSummary,
+    ModelQuality,
     PassRates,
-    Quality,
-    Summary,
 )
 from export.publish.finished import FinishedRun
 from export.publish.plots import Hop, LossTerm, PhaseCurves, RemovedLayer
@@ -53,7 +53,7 @@ _TERMS = {"soft": "divergence", "hard": "cross-entropy", "attention": "attention
 def collect_report(
     run: FinishedRun,
     variants: Mapping[str, Variant],
-    summary: Summary,
+    summary: EvalSummary,
     *,
     default: str | None,
 ) -> ReportData:
@@ -95,7 +95,7 @@ def collect_report(
     )
 
 
-def _conditions(run: FinishedRun, summary: Summary) -> tuple[tuple[str, str], ...]:
+def _conditions(run: FinishedRun, summary: EvalSummary) -> tuple[tuple[str, str], ...]:
     sample = run.config.sample
     return (
         ("machine", f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"),
@@ -106,7 +106,7 @@ def _conditions(run: FinishedRun, summary: Summary) -> tuple[tuple[str, str], ..
 
 
 def _variant_row(
-    name: str, variant: Variant, summary: Summary, is_default: bool, is_on_front: bool
+    name: str, variant: Variant, summary: EvalSummary, is_default: bool, is_on_front: bool
 ) -> ModelRow:
     gates = tuple(
         GateResult(g.name, g.measured, g.threshold, g.passed, g.unit) for g in variant.gates
@@ -134,7 +134,7 @@ def _variant_row(
     )
 
 
-def _kl(quality: Quality) -> Estimate | None:
+def _kl(quality: ModelQuality) -> Estimate | None:
     if quality.forward_kl is None:
         return None
     interval = quality.forward_kl_ci
@@ -143,14 +143,14 @@ def _kl(quality: Quality) -> Estimate | None:
     return Estimate(quality.forward_kl, interval.low, interval.high)
 
 
-def _flips(quality: Quality) -> Flips:
+def _flips(quality: ModelQuality) -> Flips:
     margins = quality.flip_margins
     if margins is None:
         return Flips(quality.num_flips, quality.num_tokens, None, None, None)
     return Flips(quality.num_flips, quality.num_tokens, margins.median, margins.p90, margins.max)
 
 
-def _hops(run: FinishedRun, variants: Mapping[str, Variant], summary: Summary) -> list[Hop]:
+def _hops(run: FinishedRun, variants: Mapping[str, Variant], summary: EvalSummary) -> list[Hop]:
     """Return the way from the teacher: up to the last phase in training's arithmetic (bfloat16),
     from the ONNX graph on in the runtime's own."""
     path = run.artifacts.student / HELD_OUT_NAME
@@ -226,7 +226,7 @@ def _accept_counts(path: Path) -> AcceptCounts:
 
 
 def _task_scores(
-    summary: Summary, variants: Mapping[str, Variant], default: str | None
+    summary: EvalSummary, variants: Mapping[str, Variant], default: str | None
 ) -> TaskScores | None:
     if summary.tasks is None:
         return None

@@ -32,7 +32,7 @@ Build = Callable[[Path], dict[str, Any]]
 """Fills the folder it is given and returns a summary for people: small, JSON."""
 
 
-class ProgressReporter(Protocol):
+class RunReporter(Protocol):
     """Where an export tells people how far it is."""
 
     def say(self, message: str) -> None: ...
@@ -43,7 +43,7 @@ class ProgressReporter(Protocol):
 
 
 class QuietReporter:
-    """See `ProgressReporter`: says nothing."""
+    """See `RunReporter`: says nothing."""
 
     def say(self, message: str) -> None:
         pass

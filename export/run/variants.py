@@ -14,8 +14,8 @@ FLOAT_VARIANT = "fp32"
 class GridConfig(Section):
     """Integer codes of `bits`, `block_size` of them to a scale."""
 
-    bits: Literal[4, 8]
-    block_size: Literal[16, 32, 64, 128, 256]
+    bits: Literal[4, 8] = Field(description="Bits of a weight.")
+    block_size: Literal[16, 32, 64, 128, 256] = Field(description="Weights that share a scale.")
 
 
 LinearName = Literal["qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
@@ -24,15 +24,26 @@ LinearName = Literal["qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj", 
 class WeightOnlyVariant(GridConfig):
     """MatMulNBits: blocks of integer weights that share a scale (`export.graph.quantize`)."""
 
-    method: Literal["rtn", "hqq", "gptq"] = "rtn"
-    overrides: dict[LinearName, GridConfig] = Field(
-        default={}, description="another grid for some linear layers"
+    method: Literal["rtn", "hqq", "gptq"] = Field(
+        default="rtn",
+        description="How weights are rounded: to nearest, by HQQ, or by GPTQ on training texts.",
     )
-    accuracy_level: int = Field(default=4, ge=0, le=4, description="4: int8 activations")
-    symmetric: bool = True
-    num_calibration_texts: int = Field(default=64, gt=0, description="for gptq")
+    overrides: dict[LinearName, GridConfig] = Field(
+        default={}, description="Another grid for some linear layers, by name."
+    )
+    accuracy_level: int = Field(
+        default=4,
+        ge=0,
+        le=4,
+        description="What the kernel computes in, as onnxruntime counts it; 4 is int8 activations.",
+    )
+    symmetric: bool = Field(default=True, description="Whether a block has no zero point.")
+    num_calibration_texts: int = Field(
+        default=64, gt=0, description="Training texts that GPTQ reads."
+    )
     train: PhaseConfig | None = Field(
-        default=None, description="quantization-aware distillation from the float student"
+        default=None,
+        description="A phase of quantization-aware training, with the float student as teacher.",
     )
 
     def grid_of(self, linear: str) -> GridConfig:
@@ -65,23 +76,35 @@ class WeightOnlyVariant(GridConfig):
 class DynamicVariant(Section):
     """int8 weights and activations by optimum's ORTQuantizer, ranges found at run time."""
 
-    method: Literal["dynamic"]
-    per_channel: bool = True
+    method: Literal["dynamic"] = Field(
+        description="int8 by optimum's ORTQuantizer, ranges found at run time."
+    )
+    per_channel: bool = Field(
+        default=True, description="Whether each output channel has a scale of its own."
+    )
 
 
 class StaticVariant(Section):
     """QDQ int8, activation ranges calibrated on the teacher's answers."""
 
-    method: Literal["static"]
-    per_channel: bool = True
-    calibration: Literal["minmax", "entropy", "percentile"] = "minmax"
-    num_calibration_texts: int = Field(default=16, gt=0)
+    method: Literal["static"] = Field(description="int8 with ranges calibrated on training texts.")
+    per_channel: bool = Field(
+        default=True, description="Whether each output channel has a scale of its own."
+    )
+    calibration: Literal["minmax", "entropy", "percentile"] = Field(
+        default="minmax", description="How the range of activations is chosen."
+    )
+    num_calibration_texts: int = Field(
+        default=16, gt=0, description="Training texts that the calibration reads."
+    )
 
 
 class HalfVariant(Section):
     """The float graph in half precision, for CUDA; the head stays in float32."""
 
-    method: Literal["float16", "bfloat16"]
+    method: Literal["float16", "bfloat16"] = Field(
+        description="The half precision of weights and activations; the head stays in float32."
+    )
 
 
 def _method(value: Any) -> Any:

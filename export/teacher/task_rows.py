@@ -1,4 +1,4 @@
-"""Rows of a user's file as tasks: JSON lines in the forms that data sets come in.
+"""TaskRows of a user's file as tasks: JSON lines in the forms that data sets come in.
 
     prompt       prompt: text, or a list of messages
     messages     a chat: role and content; an assistant's turn at its end is left out
@@ -7,7 +7,7 @@
 
 Every form may have `answer` (text or number), `answer_format`, `id`, `family` and `split`. The
 teacher answers each prompt itself: completions of a file (`completion`, `output`) are not used.
-Rows without a split are divided by the hash of their prompt.
+TaskRows without a split are divided by the hash of their prompt.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TYPO_LIKENESS = 0.83
 
 
 class TaskRowsError(ExportError):
-    """Rows are faulty: a line for each, with file and line."""
+    """TaskRows are faulty: a line for each, with file and line."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = tuple(faults)
@@ -64,7 +64,7 @@ class SourceTask:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class TaskRows:
     """What a file holds: tasks, `faults` with their places, and `notes` for people."""
 
     tasks: tuple[SourceTask, ...]
@@ -72,7 +72,7 @@ class Rows:
     notes: tuple[str, ...] = ()
 
 
-def read_rows(path: Path, form: Form = "auto") -> Rows:
+def read_rows(path: Path, form: Form = "auto") -> TaskRows:
     """Read a file, blank lines left out. TaskRowsError when it is not one of JSON lines."""
     tasks, faults, unused = [], [], dict[str, None]()
     for number, line in _lines(path):
@@ -84,7 +84,7 @@ def read_rows(path: Path, form: Form = "auto") -> Rows:
             tasks.append(task)
     if not tasks and not faults:
         raise TaskRowsError([f"{path}:1: the file is empty; give one JSON object per line"])
-    return Rows(tuple(tasks), tuple(_once(faults)), tuple(_note(path, unused)))
+    return TaskRows(tuple(tasks), tuple(_once(faults)), tuple(_note(path, unused)))
 
 
 def _note(path: Path, unused: Iterable[str]) -> Iterator[str]:

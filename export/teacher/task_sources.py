@@ -26,7 +26,7 @@ from export.run.settings import (
     TasksConfig,
     TaskSource,
 )
-from export.teacher.task_rows import Rows, SourceTask, TaskRowsError, read_rows
+from export.teacher.task_rows import SourceTask, TaskRows, TaskRowsError, read_rows
 from export.teacher.tasks import (
     GymEntry,
     Split,
@@ -85,21 +85,21 @@ def load_jsonl(path: Path) -> list[Task]:
     return [each.task for each in tasks]
 
 
-def _load(source: TaskSource, config: TasksConfig) -> Rows:
+def _load(source: TaskSource, config: TasksConfig) -> TaskRows:
     match source:
         case JsonlSource():
             try:
                 return read_rows(source.path, source.format)
             except TaskRowsError as error:
-                return Rows((), error.faults)
+                return TaskRows((), error.faults)
         case ReasoningGymSource():
-            return Rows(tuple(map(SourceTask, _generate_gym(source))))
+            return TaskRows(tuple(map(SourceTask, _generate_gym(source))))
         case BuiltinSource():
-            return Rows(tuple(map(SourceTask, _select_builtin(source, config.seed))))
+            return TaskRows(tuple(map(SourceTask, _select_builtin(source, config.seed))))
 
 
 def _read(
-    sources: Sequence[Rows], on_bad_row: Literal["refuse", "drop"]
+    sources: Sequence[TaskRows], on_bad_row: Literal["refuse", "drop"]
 ) -> tuple[list[list[SourceTask]], tuple[str, ...]]:
     """Return each source's tasks without repeats, and the notes; TaskRowsError for all faults."""
     seen = _Seen()

@@ -14,11 +14,11 @@ from export.measure.summary import (
     TEACHER,
     TORCH,
     TRANSFORMERS,
+    EvalSummary,
+    ModelQuality,
     PassRates,
-    Quality,
     SolvedTasks,
     Speed,
-    Summary,
     TaskSummary,
 )
 from export.publish.bundle import Verdicts, write_bundle
@@ -30,16 +30,16 @@ from export.teacher.source import TeacherFolder
 VARIANTS = ("fp32", "int8")
 
 
-def make_quality(forward_kl: float | None, **changes: Any) -> Quality:
+def make_quality(forward_kl: float | None, **changes: Any) -> ModelQuality:
     """Return a model against a reference over 20 tokens, none of them flipped."""
     interval = None if forward_kl is None else Interval(0.0, 2 * forward_kl)
-    return replace(Quality(forward_kl, interval, None, 1.0, 20, 0, None), **changes)
+    return replace(ModelQuality(forward_kl, interval, None, 1.0, 20, 0, None), **changes)
 
 
-def make_summary(**changes: Any) -> Summary:
+def make_summary(**changes: Any) -> EvalSummary:
     """Return a summary without tasks of a float graph and an int8 one that is twice as fast."""
     speed = dict.fromkeys((*VARIANTS, TORCH, TRANSFORMERS), Speed(0.5, 20.0))
-    summary = Summary(
+    summary = EvalSummary(
         prompts_sha256="a" * 64,
         num_prompts=2,
         num_tokens=20,

@@ -24,7 +24,7 @@ from estimators.bootstrap import bootstrap_mean_difference, bootstrap_ratio_diff
 from estimators.estimate import Interval
 from export.measure.compare import BundleComparison, MetricRow, compare_bundles, render
 from export.measure.held_out import HeldOut, PromptRecord
-from export.measure.summary import Quality, write_summary
+from export.measure.summary import ModelQuality, write_summary
 from export.measure.task_scores import TaskEvaluation, TaskResult
 from export.run.errors import ExportError
 from export.run.settings import EvaluateConfig
@@ -46,7 +46,7 @@ def make_held_out(kls: Sequence[float] | np.ndarray, prompts: str) -> HeldOut:
     )
     num_tokens = int(SIZES.sum())
     mean = float(np.asarray(kls) @ SIZES / num_tokens)
-    agreement = Quality(
+    agreement = ModelQuality(
         forward_kl=mean,
         forward_kl_ci=Interval(mean - 0.01, mean + 0.01) if np.isfinite(mean) else None,
         forward_kl_p99=None,

@@ -14,7 +14,7 @@ from estimators.bootstrap import bootstrap_ratio
 from estimators.divergence import exact_kl
 from export.measure import held_out as module
 from export.measure.held_out import HeldOut, evaluate
-from export.measure.summary import Quality, to_json
+from export.measure.summary import ModelQuality, to_json
 from export.run.errors import ExportError
 from export.teacher.examples import Example
 from serve.models.backend import ModelInfo
@@ -96,7 +96,7 @@ def silent(done: int, total: int) -> None:
     """Show no progress."""
 
 
-def pair_of(a: TableBackend, b: TableBackend, examples: list[Example]) -> Quality:
+def pair_of(a: TableBackend, b: TableBackend, examples: list[Example]) -> ModelQuality:
     return evaluate({"a": a, "b": b}, ("a",), examples, silent).agreements["a", "b"]
 
 

@@ -18,7 +18,7 @@ from export.measure.summary import (
     TEACHER,
     TORCH,
     TRANSFORMERS,
-    Quality,
+    ModelQuality,
     Speed,
 )
 from export.pipeline import Pipeline, open_pipeline
@@ -117,7 +117,7 @@ def test_every_model_is_held_against_teacher_and_student(summary: dict[str, Any]
     assert quality.keys() == {TEACHER, STUDENT}
     assert quality[TEACHER].keys() == MEASURED | {STUDENT}
     assert quality[STUDENT].keys() == MEASURED | {TEACHER}
-    names = {field.name for field in fields(Quality)}
+    names = {field.name for field in fields(ModelQuality)}
     for of_models in quality.values():
         for agreement in of_models.values():
             assert agreement.keys() == names

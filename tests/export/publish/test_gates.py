@@ -11,7 +11,7 @@ import pytest
 
 from bundle.manifest import Gate, Variant
 from export.graph.parity import PARITY_NAME
-from export.measure.summary import STUDENT, TEACHER, TORCH, TRANSFORMERS, Speed, Summary
+from export.measure.summary import STUDENT, TEACHER, TORCH, TRANSFORMERS, EvalSummary, Speed
 from export.publish.gates import describe_evaluation, describe_variant, task_values
 from export.run.settings import ExportConfig, GatesConfig, SampleConfig
 from export.run.training import PhaseConfig
@@ -42,7 +42,7 @@ def make_config(small: VariantConfig = SMALL) -> ExportConfig:
     )
 
 
-def measured(kl_to_teacher: float | None = 0.3, kl_to_student: float | None = 0.01) -> Summary:
+def measured(kl_to_teacher: float | None = 0.3, kl_to_student: float | None = 0.01) -> EvalSummary:
     names = ("fp32", "small")
     to_teacher = make_quality(kl_to_teacher, argmax_agreement=0.7, num_tokens=100)
     to_student = make_quality(kl_to_student, argmax_agreement=0.9, num_tokens=100)
@@ -74,7 +74,7 @@ def describe(exported_llama: Any, tmp_path: Path) -> Describe:
         small: VariantConfig = SMALL,
         parity_kl: float | None = 1e-9,
         logit_difference: float | None = 1e-4,
-        summary: Summary | None = None,
+        summary: EvalSummary | None = None,
         **changes: float | None,
     ) -> Variant:
         parity = {"max_mean_kl": parity_kl, "max_logit_difference": logit_difference}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from bundle.manifest import Gate, StageRecord, TeacherReference, Variant
 from bundle.model_folder import open_model_folder
 from estimators.estimate import Estimate
-from export.measure.summary import STUDENT, TEACHER, TORCH, TRANSFORMERS, FlipMargins, Summary
+from export.measure.summary import STUDENT, TEACHER, TORCH, TRANSFORMERS, EvalSummary, FlipMargins
 from export.publish.finished import FinishedRun
 from export.publish.plots import Hop, RemovedLayer
 from export.publish.report import (
@@ -71,7 +71,7 @@ PROBES = [
 ]
 
 
-def summarize(**changes: Any) -> Summary:
+def summarize(**changes: Any) -> EvalSummary:
     """int8 flips three tokens of the float student's."""
     summary = make_summary(**changes)
     if "quality" in changes:

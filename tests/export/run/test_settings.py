@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from export.run.errors import ConfigError
 from export.run.recipe import load_config
@@ -41,6 +43,27 @@ def variant(**settings: Any) -> dict[str, Any]:
 
 
 # --- what a recipe means
+
+
+def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """Yield a section's class and those of all sections in it."""
+    yield model
+    for field in model.model_fields.values():
+        for part in find_classes(field.annotation):
+            yield from sections(part)
+
+
+def find_classes(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from find_classes(part)
+
+
+@pytest.mark.parametrize("section", dict.fromkeys(sections(ExportConfig)))
+def test_key_of_a_recipe_is_described_in_a_sentence(section: type[BaseModel]) -> None:
+    for name, field in section.model_fields.items():
+        assert (field.description or name)[-1:] == ".", name
 
 
 def test_defaults_are_those_of_the_design(tmp_path: Path) -> None:
