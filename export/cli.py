@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import shlex
 import signal
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +15,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from export.console import ConsoleReporter, open_console
 from export.run.errors import ConfigError, ExportError
 from export.run.recipe import Recipe, load_recipe
 from export.run.variants import FLOAT_VARIANT
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from export.pipeline import Pipeline
     from export.record import InputChange, RunRecord
     from export.run.processes import World
@@ -69,7 +65,7 @@ def plan(recipe: RecipePath) -> None:
     from export.estimates import Machine
     from export.plan import make_plan, print_plan
 
-    print_plan(make_plan(loaded.config, Machine.measure(), loaded.place), _console())
+    print_plan(make_plan(loaded.config, Machine.measure(), loaded.place), open_console())
 
 
 @app.command()
@@ -91,7 +87,7 @@ def status(
         config = _load(run).config
         record = find_run(config.output_dir)
         stages = read_status(config, find_teacher(config.teacher, config.cache_dir))
-    _console().print(render_status(stages))
+    open_console().print(render_status(stages))
     for change in changes_on_disk(record) if record else ():
         typer.echo(f"changed: {change}")
 
@@ -265,66 +261,3 @@ def compare(
     from export.measure.compare import compare_bundles, render
 
     typer.echo(render(compare_bundles(a, b, is_forced=force)), nl=False)
-
-
-# --- what people see
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-
-
-class ConsoleReporter:
-    """A live bar on a terminal; elsewhere a line now and then, so that a log shows progress."""
-
-    _LINE_EVERY_S = 10.0
-
-    def __init__(self, *, is_quiet: bool = False) -> None:
-        self._started_s = time.monotonic()
-        self._is_quiet = is_quiet
-        self._bars: list[Progress] = []
-
-    def say(self, message: str) -> None:
-        if not self._is_quiet:
-            print(f"[{time.monotonic() - self._started_s:5.0f} s] {message}", flush=True)
-
-    def track(self, label: str) -> Callable[[int, int], None]:
-        """See `export.run.stages.RunReporter`."""
-        if self._is_quiet or not sys.stdout.isatty():
-            return self._lines(label)
-        return self._bar(label)
-
-    def close(self) -> None:
-        """Give the terminal its cursor back, where a bar did not come to its end."""
-        for bar in self._bars:
-            bar.stop()
-
-    def _bar(self, label: str) -> Callable[[int, int], None]:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        progress = Progress(
-            "          {task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        )
-        task = progress.add_task(label)
-        self._bars.append(progress)
-
-        def show(done: int, total: int) -> None:
-            progress.start()
-            progress.update(task, completed=done, total=total)
-            if done == total:
-                progress.stop()
-
-        return show
-
-    def _lines(self, label: str) -> Callable[[int, int], None]:
-        last_s = time.monotonic()
-
-        def show(done: int, total: int) -> None:
-            nonlocal last_s
-            if done == total or time.monotonic() - last_s >= self._LINE_EVERY_S:
-                last_s = time.monotonic()
-                self.say(f"  {label}: {done} of {total}")
-
-        return show

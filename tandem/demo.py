@@ -56,7 +56,7 @@ def demo(
     """Distil a student, serve it beside its teacher, ask both, and check the metrics."""
     from rich.console import Console
 
-    from export.cli import ConsoleReporter
+    from export.console import ConsoleReporter
     from export.pipeline import run_export
     from export.run.recipe import load_config
 
