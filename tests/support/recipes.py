@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from export.run.settings import ExportConfig
+
 ACCEPT_ALL: Mapping[str, Any] = {
     "require_correct": False,
     "drop_truncated": False,
@@ -52,6 +54,18 @@ RESUMED: Mapping[str, Any] = {
     "variants": {"int8": {"bits": 8, "block_size": 32}},
 }
 """Two phases with a checkpoint at every step, for runs that are killed."""
+
+
+def make_config(folder: Path, teacher: object = "no/model-7B", **sections: Any) -> ExportConfig:
+    """Return the settings of a run in `folder` on ten prompts."""
+    settings: dict[str, Any] = {
+        "teacher": str(teacher),
+        "output_dir": str(folder / "run"),
+        "cache_dir": str(folder / "cache"),
+        "tasks": {"max_train": 8, "max_test": 2},
+        "prune": {"num_removed_layers": 1, "num_texts": 2},
+    }
+    return ExportConfig.model_validate(settings | sections)
 
 
 def write_recipe(path: Path, settings: Mapping[str, Any], **paths: Path) -> Path:
