@@ -29,18 +29,6 @@ from tests.support.engines import (
 # Endings
 
 
-def test_cancelled_request_ends_before_the_next_pass_and_frees_its_rows() -> None:
-    engine = make_engine()
-    reader = submit(engine, num_samples=6, max_tokens=50, ignore_eos=True)
-    other = submit(engine, "other", max_tokens=3, ignore_eos=True)
-    engine.core.step()
-    engine.cancel("r")
-    run(engine, max_steps=4)
-    assert reader.reasons == [FinishReason.CANCELLED] * 6
-    assert [len(reader.tokens[index]) for index in range(6)] == [1, 1, 1, 0, 0, 0]
-    assert other.reasons == [FinishReason.LENGTH]
-
-
 def test_request_that_is_late_while_queued_never_reaches_the_model() -> None:
     clock = StoppedClock()
     engine = make_engine(clock=clock)

@@ -17,7 +17,7 @@ from serve.engine.sequence import (
     GenerationRequest,
 )
 from serve.engine.turns import StepArbiter
-from serve.errors import EngineFailedError, EngineStoppedError, QueueFullError
+from serve.errors import EngineFailedError, EngineStoppedError
 from serve.sampling.params import SamplingParams
 from tests.support.engines import (
     LONG_PROMPT,
@@ -29,18 +29,7 @@ from tests.support.engines import (
     run,
     submit,
 )
-
-
-def test_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
-    engine = make_engine(max_num_seqs=2, max_waiting=3)
-    submit(engine, "a", num_samples=4)
-    with pytest.raises(QueueFullError, match="holds 4 sequences and takes at most 3") as caught:
-        submit(engine, "b", num_samples=2)
-    assert caught.value.retry_after_s > 0
-    assert engine.load().num_waiting == 4
-    run(engine)
-    submit(engine, "b", num_samples=2)
-    run(engine)
+from tests.support.polling import wait_until
 
 
 def test_load_counts_running_and_waiting_and_returns_to_zero() -> None:
@@ -103,7 +92,7 @@ def test_dying_thread_ends_what_it_took_and_is_seen() -> None:
     reader = submit(engine)
     backend_of(engine).error = SystemExit()
     engine.start()
-    engine._thread.join(10)
+    join(engine)
     assert reader.reasons == [FinishReason.ERROR]
     assert not engine.load().is_alive
     with pytest.raises(EngineStoppedError):
@@ -135,11 +124,15 @@ class Hang:
 
 
 def watch_until_it_ends(engine: Engine) -> None:
-    until_s = time.monotonic() + 60
-    while not engine.core.inbox.is_closed:
-        assert time.monotonic() < until_s
-        engine.watch()
-        time.sleep(0.01)
+    wait_until(lambda: engine.watch() or not engine.load().is_alive)
+
+
+def join(engine: Engine) -> None:
+    """Wait for the engine's thread."""
+    for thread in threading.enumerate():
+        if thread.name == engine.name:
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("max_pass_tokens", [None, 8])
@@ -159,8 +152,7 @@ def test_engine_that_hangs_in_the_model_ends_what_it_took_once(max_pass_tokens: 
     with pytest.raises(EngineStoppedError):
         submit(engine)
     hang.end()
-    engine._thread.join(10)
-    assert not engine._thread.is_alive()
+    join(engine)
     assert [reader.reasons for reader in readers] == [[FinishReason.ERROR] * 2] * 3
     assert is_idle(engine) and engine.load().num_unaccounted == 0
 
@@ -173,7 +165,7 @@ def test_engine_that_hangs_beside_the_model_is_not_alive_and_ends_all_itself() -
     watch_until_it_ends(engine)
     assert not engine.load().is_alive and reader.endings == {}
     may_go_on.set()
-    engine._thread.join(10)
+    join(engine)
     assert reader.reasons == [FinishReason.SHUTDOWN]
 
 

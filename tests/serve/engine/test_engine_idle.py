@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 
-from serve.engine.engine import Engine
-from serve.engine.offline import OfflineEngine
 from serve.engine.runner import PromptEntry
 from serve.engine.scoring import ScoringRequest
-from serve.engine.sequence import GenerationRequest, Sequence, SequenceGroup
-from serve.sampling.params import SamplingParams
+from serve.engine.sequence import Sequence, SequenceGroup
+from tests.support.engines import make_engine, run, submit
 
 
 def held(prompt: tuple[int, ...]) -> list[Any]:
@@ -25,26 +23,14 @@ def held(prompt: tuple[int, ...]) -> list[Any]:
 
 @pytest.mark.parametrize("prompt", [(21, 22, 23), tuple(range(9, 39))])
 @pytest.mark.parametrize("in_one_pass", [False, True])
-def test_engine_without_work_holds_no_logits(
-    make_backend: Any, prompt: tuple[int, ...], in_one_pass: bool
-) -> None:
-    backend = make_backend()
-    engine = Engine(
-        backend,
-        eos_token_ids=frozenset({backend.EOS}),
-        max_pass_tokens=8,
-        max_prefix_cache_bytes=0,
-        scores_in_one_pass=in_one_pass,
+def test_engine_without_work_holds_no_logits(prompt: tuple[int, ...], in_one_pass: bool) -> None:
+    engine = make_engine(
+        max_pass_tokens=8, max_prefix_cache_bytes=0, scores_in_one_pass=in_one_pass
     )
-    ends: list[Any] = []
-    sampling = SamplingParams(num_samples=3, max_tokens=4, ignore_eos=True)
-    engine.submit(GenerationRequest("r", prompt, sampling), ends.append)
-    steps = OfflineEngine(engine).run()
-    next(steps)
+    reader = submit(engine, "r", prompt, num_samples=3, max_tokens=4, ignore_eos=True)
+    engine.core.step()
     assert held(prompt), "they would be seen"
-    for _ in steps:
-        pass
+    run(engine)
     engine.score(ScoringRequest("s", prompt, ((7, 8, 9), (4, 5)), with_logits=True))
-    for _ in OfflineEngine(engine).run():
-        pass
-    assert ends and held(prompt) == []
+    run(engine)
+    assert reader.endings and held(prompt) == []

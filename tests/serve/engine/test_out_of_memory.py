@@ -15,12 +15,13 @@ from serve.engine.prefix_cache import TokenizedPrompt
 from serve.engine.rows import MIN_CALM_STEPS
 from serve.engine.scheduler import OUT_OF_MEMORY
 from serve.engine.scoring import ScoringRequest
-from serve.engine.sequence import Event, FinishedEvent, FinishReason, GenerationRequest
+from serve.engine.sequence import FinishReason
 from serve.errors import EngineFailedError, EngineStoppedError
-from serve.sampling.params import SamplingParams
+from tests.support import engines
+from tests.support.backends import HistoryBackend, Pass
+from tests.support.engines import LONG_PROMPT, EventReader, backend_of, run, submit
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11), (12, 13), (14, 15, 16, 17, 18)]
-LONG = tuple(range(10, 35))
 HEAVY = 39
 """A token that a test's backend never has memory for."""
 
@@ -31,62 +32,37 @@ def allocate_too_much() -> None:
     torch.empty(1 << 48)
 
 
-@pytest.fixture
-def make_engine(make_backend: Any) -> Callable[..., Engine]:
+class TightBackend(HistoryBackend):
     """`fits(tokens of each row, all the tokens in these rows)` says whether memory is enough."""
 
-    class Tight(make_backend):  # type: ignore[misc]
-        fits: Fits = staticmethod(lambda lengths, tokens: True)
+    fits: Fits = staticmethod(lambda lengths, tokens: True)
 
-        def forward(
-            self, first_row: int, ids: Sequence[Sequence[int]], past: Sequence[int], *rest: Any
-        ) -> torch.Tensor:
-            rows = [[*self.rows[first_row + i][: past[i]], *new] for i, new in enumerate(ids)]
-            if not self.fits([len(new) for new in ids], [t for row in rows for t in row]):
-                allocate_too_much()
-            logits: torch.Tensor = super().forward(first_row, ids, past, *rest)
-            return logits
-
-    def make(fits: Fits | None = None, **settings: Any) -> Engine:
-        backend = Tight(max_num_seqs=settings.pop("max_num_seqs", 8))
-        if fits is not None:
-            backend.fits = fits
-        return Engine(backend, eos_token_ids=frozenset({backend.EOS}), **settings)
-
-    return make
+    def before_pass(self, first_row: int, rows: Pass) -> None:
+        held = [[*self.rows[first_row + i][:past], *new] for i, (past, new) in enumerate(rows)]
+        if not self.fits([len(new) for _, new in rows], [t for row in held for t in row]):
+            allocate_too_much()
 
 
-def submit(engine: Engine, prompt: tuple[int, ...], num_samples: int = 2) -> list[FinishedEvent]:
-    ended: list[FinishedEvent] = []
-
-    def sink(events: list[Event]) -> None:
-        ended.extend(e for e in events if isinstance(e, FinishedEvent))
-
-    params = SamplingParams(num_samples=num_samples, seed=3, max_tokens=9, ignore_eos=True)
-    engine.submit(GenerationRequest(str(prompt), prompt, params), sink)
-    return ended
+def make_engine(fits: Fits | None = None, *, max_num_seqs: int = 8, **settings: Any) -> Engine:
+    backend = TightBackend(max_num_seqs=max_num_seqs)
+    if fits is not None:
+        backend.fits = fits
+    return engines.make_engine(backend=backend, **settings)
 
 
-def run(engine: Engine) -> None:
-    for _ in range(500):
-        engine.core.step()
-        load = engine.load()
-        if load.num_running == load.num_waiting == 0:
-            assert load.num_unaccounted == 0 and engine.core.scheduler.is_empty
-            return
-    raise AssertionError(f"still busy: {engine.load()}")
+def ask(engine: Engine, prompt: tuple[int, ...], num_samples: int = 2) -> EventReader:
+    settings = {"num_samples": num_samples, "seed": 3, "max_tokens": 9, "ignore_eos": True}
+    return submit(engine, str(prompt), prompt, **settings)
 
 
 def answers(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> list[Any]:
     """Return, by prompt, the samples' tokens in order; None for a sample out of memory."""
-    ended = [submit(engine, prompt) for prompt in prompts]
+    readers = [ask(engine, prompt) for prompt in prompts]
     run(engine)
-    for event in itertools.chain(*ended):
+    endings = [[reader.endings[index] for index in sorted(reader.endings)] for reader in readers]
+    for event in itertools.chain(*endings):
         assert (event.error == OUT_OF_MEMORY) == (event.finish_reason is FinishReason.ERROR)
-    return [
-        [None if e.error else e.token_ids for e in sorted(events, key=lambda e: e.index)]
-        for events in ended
-    ]
+    return [[None if e.error else e.token_ids for e in events] for events in endings]
 
 
 def once(fits: Fits) -> Fits:
@@ -112,57 +88,49 @@ def once(fits: Fits) -> Fits:
         once(lambda lengths, tokens: max(lengths) == 1),  # the first prefill
     ],
 )
-def test_pass_that_is_too_large_is_tried_again_and_nothing_shows(
-    make_engine: Callable[..., Engine], fits: Fits
-) -> None:
-    prompts = [*PROMPTS, LONG]
+def test_pass_that_is_too_large_is_tried_again_and_nothing_shows(fits: Fits) -> None:
+    prompts = [*PROMPTS, LONG_PROMPT]
     expected = answers(make_engine(max_pass_tokens=6), prompts)
     assert answers(make_engine(fits, max_pass_tokens=6), prompts) == expected
 
 
-def test_every_pass_of_the_second_try_has_a_second_one(make_engine: Callable[..., Engine]) -> None:
+def test_every_pass_of_the_second_try_has_a_second_one() -> None:
     """Memory that others take for a moment is missing now and then, not once."""
     passes = itertools.count()
-    prompts = [*PROMPTS, LONG]
+    prompts = [*PROMPTS, LONG_PROMPT]
     expected = answers(make_engine(max_pass_tokens=16), prompts)
     engine = make_engine(lambda lengths, tokens: next(passes) % 2 == 1, max_pass_tokens=16)
     assert answers(engine, prompts) == expected
 
 
-@pytest.mark.parametrize("heavy", [(HEAVY, 5), (*LONG[:20], HEAVY)])
-def test_prompt_that_there_is_no_memory_for_ends_its_request_alone(
-    make_engine: Callable[..., Engine], heavy: tuple[int, ...]
-) -> None:
-    prompts = [*PROMPTS, LONG]
+@pytest.mark.parametrize("heavy", [(HEAVY, 5), (*LONG_PROMPT[:20], HEAVY)])
+def test_prompt_that_there_is_no_memory_for_ends_its_request_alone(heavy: tuple[int, ...]) -> None:
+    prompts = [*PROMPTS, LONG_PROMPT]
     expected = answers(make_engine(max_pass_tokens=8, max_num_seqs=4), prompts)
     engine = make_engine(
         lambda lengths, tokens: HEAVY not in tokens or max(lengths) == 1,
         max_pass_tokens=8, max_num_seqs=4,
     )  # fmt: skip
-    got = answers(engine, [*PROMPTS[:2], heavy, *PROMPTS[2:], LONG])
+    got = answers(engine, [*PROMPTS[:2], heavy, *PROMPTS[2:], LONG_PROMPT])
     assert got == [*expected[:2], [None, None], *expected[2:]]
 
 
-def test_decode_step_without_memory_ends_the_youngest_and_lets_nobody_in_its_place(
-    make_engine: Callable[..., Engine],
-) -> None:
+def test_decode_step_without_memory_ends_the_youngest_and_lets_nobody_in_its_place() -> None:
     expected = answers(make_engine(), PROMPTS)
     engine = make_engine(lambda lengths, tokens: max(lengths) > 1 or len(lengths) <= 4)
-    ended = [submit(engine, PROMPTS[0])]
+    ended = [ask(engine, PROMPTS[0])]
     for prompt in PROMPTS[1:]:
         engine.core.step()
-        ended.append(submit(engine, prompt))
+        ended.append(ask(engine, prompt))
     run(engine)
-    reasons = [{event.finish_reason for event in events} for events in ended]
+    reasons = [set(reader.reasons) for reader in ended]
     length, error = {FinishReason.LENGTH}, {FinishReason.ERROR}
     assert reasons == [length, length, error, length]
     for place in (0, 1, 3):
-        assert sorted(event.token_ids for event in ended[place]) == sorted(expected[place])
+        assert sorted(ended[place].completions) == sorted(expected[place])
 
 
-def test_memory_that_is_short_once_throttles_no_load_that_goes_on(
-    make_engine: Callable[..., Engine],
-) -> None:
+def test_memory_that_is_short_once_throttles_no_load_that_goes_on() -> None:
     """Steady load never leaves an engine idle."""
     failures: list[int] = []
     engine = make_engine(
@@ -170,54 +138,50 @@ def test_memory_that_is_short_once_throttles_no_load_that_goes_on(
         max_num_seqs=4,
     )
     for start in range(3):  # that never end together
-        youngest = submit(engine, (start + 4, 5), num_samples=1)
+        youngest = ask(engine, (start + 4, 5), num_samples=1)
         for _ in range(2):
             engine.core.step()
     failures += [1, 1]  # a decode step, and its second try
     num_running = []
     for number in range(6 * MIN_CALM_STEPS):
         if engine.load().num_waiting < 2:
-            submit(engine, (number % 30 + 4, 5), num_samples=1)
+            ask(engine, (number % 30 + 4, 5), num_samples=1)
         engine.core.step()
         num_running.append(engine.load().num_running)
-    assert [event.error for event in youngest] == [OUT_OF_MEMORY]
+    assert [event.error for event in youngest.endings.values()] == [OUT_OF_MEMORY]
     assert num_running[1] == 2 and 0 not in num_running
     assert num_running[-1] == 4
 
 
 @pytest.mark.parametrize("is_sampling", [False, True])
-def test_work_that_ran_out_of_memory_is_no_success_between_failures(
-    make_engine: Callable[..., Engine], is_sampling: bool
-) -> None:
+def test_work_that_ran_out_of_memory_is_no_success_between_failures(is_sampling: bool) -> None:
     engine = make_engine()
     for number in range(MAX_FAILED_STEPS):
         run_without_memory(engine, number, is_sampling)
-        engine.core.runner.backend.error = RuntimeError("the device is lost")  # type: ignore[attr-defined]
-        submit(engine, (5, 6, number + 10))
+        backend_of(engine).error = RuntimeError("the device is lost")
+        ask(engine, (5, 6, number + 10))
         engine.step()
-        engine.core.runner.backend.error = None  # type: ignore[attr-defined]
+        backend_of(engine).error = None
     with pytest.raises(EngineStoppedError):
-        submit(engine, (5, 6))
+        ask(engine, (5, 6))
 
 
 def run_without_memory(engine: Engine, number: int, is_sampling: bool) -> None:
     """Score something, or decode a token, for which there is no memory."""
     draw = engine.core.runner.sampler.sample
     if is_sampling:
-        submit(engine, (5, 6, number + 4), num_samples=1)
+        ask(engine, (5, 6, number + 4), num_samples=1)
         engine.core.step()
         engine.core.runner.sampler.sample = lambda *given: allocate_too_much()  # type: ignore
     else:
         engine.score(ScoringRequest("s", (5, HEAVY), ((1, 2),)))
-        engine.core.runner.backend.fits = lambda lengths, tokens: HEAVY not in tokens  # type: ignore[attr-defined]
+        backend_of(engine).fits = lambda lengths, tokens: HEAVY not in tokens
     run(engine)
     engine.core.runner.sampler.sample = draw  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("in_one_pass", [True, False])
-def test_scoring_is_tried_again_in_smaller_chunks(
-    make_engine: Callable[..., Engine], in_one_pass: bool
-) -> None:
+def test_scoring_is_tried_again_in_smaller_chunks(in_one_pass: bool) -> None:
     completions = ((1, 2, 3, 4, 5, 6), (7,), (8, 9, 10))
     scores = []
     for fits in (None, lambda lengths, tokens: sum(lengths) <= 3):
@@ -233,7 +197,6 @@ def test_scoring_is_tried_again_in_smaller_chunks(
     ("prompt", "completion"), [((5, HEAVY), (1, 2)), ((5, 6), (1, HEAVY, 2, 2, 2))]
 )
 def test_scoring_that_there_is_no_memory_for_fails_alone(
-    make_engine: Callable[..., Engine],
     in_one_pass: bool,
     prompt: tuple[int, ...],
     completion: tuple[int, ...],
@@ -250,22 +213,22 @@ def test_scoring_that_there_is_no_memory_for_fails_alone(
     assert all(future.result(0) for future in good)
 
 
-def test_cached_prompts_make_room(make_engine: Callable[..., Engine]) -> None:
+def test_cached_prompts_make_room() -> None:
     engine = make_engine()
     answers(engine, PROMPTS)
     cache = engine.core.runner.prefix_cache
     assert cache.size_bytes > 0
-    engine.core.runner.backend.fits = once(lambda lengths, tokens: False)  # type: ignore[attr-defined]
-    answers(engine, [LONG])
+    backend_of(engine).fits = once(lambda lengths, tokens: False)
+    answers(engine, [LONG_PROMPT])
     assert cache.count_cached(TokenizedPrompt.of(PROMPTS[0], "")) == 0
 
 
 def test_prompt_that_there_is_no_memory_to_cache_is_answered(
-    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = answers(make_engine(), PROMPTS)
     engine = make_engine()
-    monkeypatch.setattr(engine.core.runner.backend, "read_kv", lambda *where: allocate_too_much())
+    monkeypatch.setattr(backend_of(engine), "read_kv", lambda *where: allocate_too_much())
     assert answers(engine, PROMPTS) == expected
     assert engine.core.runner.prefix_cache.size_bytes == 0
 
@@ -273,7 +236,7 @@ def test_prompt_that_there_is_no_memory_to_cache_is_answered(
 @pytest.mark.parametrize("num_failures", [1, 2])
 @pytest.mark.parametrize("is_first_token", [True, False])
 def test_sampling_out_of_memory_is_tried_again_and_then_ends_what_cannot_wait(
-    make_engine: Callable[..., Engine], num_failures: int, is_first_token: bool
+    num_failures: int, is_first_token: bool
 ) -> None:
     engine = make_engine()
     draw, failures = engine.core.runner.sampler.sample, iter(range(num_failures))

@@ -94,10 +94,16 @@ def test_least_recently_used_blocks_go_first_and_ends_before_beginnings(backend:
 
 
 def test_size_is_that_of_what_is_kept_and_never_beyond_the_bound(backend: Any) -> None:
-    cache = PrefixCache(backend, 3000)
+    cache, twice = PrefixCache(backend, 3000), PrefixCache(backend, 1 << 20)
+    sizes = []
     for first in range(20):
         fill(backend, cache, prompt(FULL + 5, first=first))
-        assert cache.size_bytes == sum(b.size_bytes for b in cache._blocks.values()) <= 3000
+        assert 0 < cache.size_bytes <= 3000
+        fill(backend, twice, prompt(FULL + 5, first=first % 2))
+        sizes.append(twice.size_bytes)
+    assert sizes[2:] == [2 * sizes[0]] * 18
+    twice.clear()
+    assert twice.size_bytes == twice.count_cached(prompt(FULL + 5)) == 0
 
 
 def test_nothing_is_kept_without_room(backend: Any) -> None:
