@@ -6,7 +6,9 @@ accelerate's own launcher exits with 1 whatever happened, and torch waits for a 
 vanished until its timeout ends, after days. Here the exit code is that of the process that failed
 first, 128 + n after signal n, and 5 when the run was told to stop or another machine was lost:
 started again on all machines, it goes on from what is there. The launchers watch each other
-(`export.run.peers`) on the port after `--main_process_port`.
+(`export.run.peers`) on the port after `--main_process_port`. torchrun's own rendezvous does not
+replace that: it drops a lost node from its table, but the other agents ask it for nodes that wait
+(`num_nodes_waiting`) alone, and so go on waiting.
 """
 
 from __future__ import annotations

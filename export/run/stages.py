@@ -104,18 +104,18 @@ class StageRunner:
     def __init__(
         self, root: Path, announce: Callable[[str], None], world: World | None = None
     ) -> None:
-        self._root = root
+        self.root = root
         self._announce = announce
         self._world = world or World()
         self._is_sole_user = False
 
     def path(self, spec: StageSpec) -> Path:
         """Return the folder of a stage, finished or not."""
-        return self._root / f"{spec.name}-{spec.key[:12]}"
+        return self.root / f"{spec.name}-{spec.key[:12]}"
 
     def partial_path(self, spec: StageSpec) -> Path:
         """Return the folder in which the stage is being built."""
-        return self._root / f"{spec.name}-{spec.key[:12]}.partial"
+        return self.root / f"{spec.name}-{spec.key[:12]}.partial"
 
     def state(self, spec: StageSpec) -> StageState:
         if self.path(spec).exists():
@@ -137,7 +137,7 @@ class StageRunner:
         """
         if self._is_sole_user or not self._world.is_main or self.find(spec) is not None:
             return self._run(spec)
-        with writing_to(self._root), sole_user(self._root, self._announce):
+        with writing_to(self.root), sole_user(self.root, self._announce):
             self._is_sole_user = True
             try:
                 return self._run(spec)

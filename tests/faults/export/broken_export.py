@@ -30,7 +30,7 @@ def fill_disk_clearing(folder: Path, old: Path, report: Path, plan: Plan) -> Non
     run = StageRunner.run
 
     def clearing(runner: StageRunner, spec: StageSpec) -> Any:
-        shutil.rmtree(runner._root.parent / "bundle", ignore_errors=True)
+        shutil.rmtree(runner.root.parent / "bundle", ignore_errors=True)
         return run(runner, spec)
 
     with patch.object(StageRunner, "run", clearing):
