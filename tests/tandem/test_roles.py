@@ -20,11 +20,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 EXTRAS = {"client": PROJECT["dependencies"]} | PROJECT["optional-dependencies"]
 FILES = {
     "client": (
-        "protos",
-        "serve/client",
-        "serve/[!c]*.py",
-        "serve/rpc/credentials/cli.py",
-        "tandem/*.py",
+        *("protos", "serve/client", "serve/rpc/credentials/cli.py", "tandem/*.py"),
+        *(f"serve/{name}.py" for name in ("__init__", "addresses", "cpus", "errors")),
     ),
     "loadtest": ("loadtest", "report", "estimators", "bundle/yaml_file.py"),
     "serve": ("serve", "bundle", "estimators"),
