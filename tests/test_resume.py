@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-import tandem.cli
 from bundle.verify import verify_bundle
 from tests.support.recipes import RESUMED, write_recipe
 
@@ -172,14 +171,3 @@ def test_log_of_training_has_every_step_once(runs: Pair) -> None:
 def test_finished_stages_are_found_again(runs: Pair) -> None:
     assert runs.whole.log.count("sample …") == runs.killed.log.count("sample …") == 1
     assert runs.killed.log.count("sample: finished before") == 3
-
-
-def test_resume_refuses_a_changed_recipe_with_exit_code_4(
-    runs: Pair, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with runs.killed.recipe.open("a") as recipe:
-        recipe.write("select: {rule: knee}\n")
-    with pytest.raises(SystemExit) as exit_info:
-        tandem.cli.main(["export", "resume", str(runs.killed.output_dir)])
-    assert exit_info.value.code == 4
-    assert f"the recipe {runs.killed.recipe} had sha256" in capsys.readouterr().err

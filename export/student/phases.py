@@ -211,7 +211,7 @@ def round_prompts(
 
 
 class GridTraining:
-    """Quantization-aware distillation: the float student teaches its own copy on a grid."""
+    """Quantization-aware training: the float student teaches its own copy on a grid."""
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from export import launch
 from export.run import peers
@@ -56,11 +58,27 @@ def start(tmp_path: Path) -> Iterator[Start]:
         yield start
 
 
-def test_exit_code_is_that_of_the_process_that_failed(start: Start) -> None:
+@pytest.mark.parametrize(("of_process", "expected"), [(1, 1), (3, 3), (5, 5), (-9, 137)])
+def test_exit_code_of_a_process_is_that_of_the_launcher(
+    monkeypatch: pytest.MonkeyPatch, of_process: int, expected: int
+) -> None:
+    def fail(arguments: object) -> None:
+        failure = ProcessFailure(0, 4711, of_process, "no file")
+        raise ChildFailedError("export", {0: failure})
+
+    monkeypatch.setattr(launch, "launch_command", fail)
+    assert launch.launch(argparse.Namespace()) == expected
+
+
+def test_first_process_that_failed_gives_the_exit_code(start: Start) -> None:
     """The other one is ended, whose SIGTERM is not what happened."""
-    expected = {"0": 0, "3": 3, "5": 5, "-9": 137}
-    started = {wanted: start(wanted) for wanted in expected}
-    assert {wanted: each.wait(WAIT_S) for wanted, each in started.items()} == expected
+    assert start("3").wait(WAIT_S) == 3
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("wanted", "expected"), [("0", 0), ("5", 5), ("-9", 137)])
+def test_exit_code_goes_through_the_launcher(start: Start, wanted: str, expected: int) -> None:
+    assert start(wanted).wait(WAIT_S) == expected
 
 
 def test_stopped_launcher_ends_its_processes_and_says_5(start: Start) -> None:
