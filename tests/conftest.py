@@ -19,8 +19,8 @@ import torch
 
 from serve.text.tokenizer import Tokenizer
 from tests.support.backends import TOKENIZER, HistoryBackend, build_tokenizer, fixed_logits
+from tests.support.models.tiny_teacher import save_tiny_teacher
 from tests.support.pairs import LiveServer, Pair, serve
-from tests.support.tiny_teacher import save_tiny_teacher
 
 
 @pytest.fixture(scope="session")

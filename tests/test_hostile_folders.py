@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.hostile_folders import COMMANDS, KINDS, write_kernels
+from tests.support.models.hostile_folders import COMMANDS, KINDS, write_kernels
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +24,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     write_kernels(folder / "site")
     paths = os.pathsep.join([str(folder / "site"), str(ROOT)])
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.support.hostile_folders", str(folder)],
+        [sys.executable, "-W", "ignore", "-m", "tests.support.models.hostile_folders", str(folder)],
         env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "0"},
         capture_output=True,
         text=True,

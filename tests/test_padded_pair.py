@@ -24,8 +24,8 @@ from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client
 from serve.text.tokenizer import Tokenizer
 from tandem.demo import serving
+from tests.support.models.tiny_teacher import save_tiny_teacher
 from tests.support.recipes import ACCEPT_ALL, RecordingReporter, write_recipe
-from tests.support.tiny_teacher import save_tiny_teacher
 
 TEACHER_ROWS, STUDENT_ROWS, NUM_TOKENS, MISSING = 640, 576, 516, (512, 513, 514)
 # Over the tokens both models are nearly random; the loud rows would be worth a hundred nats.

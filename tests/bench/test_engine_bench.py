@@ -22,7 +22,7 @@ from bench.engine.stress import MIB, flatness
 from bundle.errors import UserError
 from bundle.manifest import write_manifest
 from tandem.demo import serving
-from tests.support.manifests import manifest_of
+from tests.support.models.manifests import manifest_of
 
 Run = Callable[..., dict[str, Any]]
 

@@ -9,8 +9,8 @@ import pytest
 
 from bundle.errors import ModelFolderError
 from bundle.model_config import ModelConfig, check_stays, judge_config
-from tests.support.model_folders import TINY
-from tests.support.published_configs import (
+from tests.support.models.model_folders import TINY
+from tests.support.models.published_configs import (
     LLAMA_1_7B,
     LLAMA_2_7B,
     LLAMA_3_2_1B,

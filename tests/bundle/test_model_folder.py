@@ -15,7 +15,7 @@ from bundle.errors import ModelFolderError
 from bundle.hashing import hash_file, hash_json, hash_weights
 from bundle.model_folder import ModelFolder, open_model_folder
 from bundle.token_ids import TokenIds
-from tests.support.model_folders import TINY, shard, tiny_weights, write_model_folder
+from tests.support.models.model_folders import TINY, shard, tiny_weights, write_model_folder
 
 NUM_PARAMETERS = 760
 

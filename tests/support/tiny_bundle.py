@@ -24,7 +24,7 @@ from export.graph.surgery import save_onnx
 from export.graph.trace import export_onnx
 from export.teacher.model_files import copy_tokenizer, write_variant_files
 from tests.support.backends import ALPHABET, EOS, save_byte_tokenizer
-from tests.support.manifests import manifest_of
+from tests.support.models.manifests import manifest_of
 from tests.support.processes import TandemProcess
 
 MAX_MODEL_LEN = 512

@@ -13,7 +13,7 @@ import typer
 from tandem import doctor
 from tandem.doctor import Finding, diagnose, render
 from tandem.installation import Environment, cpuinfo, find_stubs_grpcio_version, gather
-from tests.support.model_folders import TINY, write_model_folder
+from tests.support.models.model_folders import TINY, write_model_folder
 from tests.support.tiny_bundle import make_tiny_bundle
 
 HEALTHY = Environment(

@@ -27,7 +27,7 @@ from bench.peers.client import Worker, WorkerFailedError
 from bench.peers.engines import peer_tandem, peer_transformers
 from bench.peers.engines.peer_gguf import write_gguf
 from bench.peers.machine import busy_cpu_s, describe_machine, process_cpu_s, watch_foreign_share
-from tests.support.model_folders import TINY, write_model_folder
+from tests.support.models.model_folders import TINY, write_model_folder
 from tests.support.polling import wait_until
 
 

@@ -17,7 +17,7 @@ from export.run.files import DiskError
 from export.run.model_specs import TeacherError
 from export.teacher.gguf import build_tokenizer, convert_gguf, read_metadata, special_token_ids
 from export.teacher.source import build_once, find_teacher, resolve_teacher, unpack_gguf
-from tests.support.model_folders import shard, write_model_folder
+from tests.support.models.model_folders import shard, write_model_folder
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # As the tokenizer of SmolLM2, this one has a token for an empty line: only a tokenizer that

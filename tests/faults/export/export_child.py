@@ -22,8 +22,8 @@ import torch
 from export.pipeline import open_pipeline
 from export.record import record_run
 from export.run.recipe import load_config
+from tests.support.models.tiny_teacher import save_tiny_teacher
 from tests.support.recipes import RESUMED, write_recipe
-from tests.support.tiny_teacher import save_tiny_teacher
 
 DISTILL, BUNDLE = "distill", "bundle"
 MAX_EXPORT_S = 300.0

@@ -16,7 +16,7 @@ from bundle.manifest import TeacherReference
 from bundle.model_inputs import hash_model_inputs
 from serve.app.config import ServeConfig
 from serve.app.find_teacher import find_teacher
-from tests.support.model_folders import TINY, write_model_folder
+from tests.support.models.model_folders import TINY, write_model_folder
 
 Edit = Callable[[Path], object]
 

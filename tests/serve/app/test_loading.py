@@ -29,7 +29,7 @@ from serve.pair.served import Role
 from serve.rpc.credentials.tokens import new_token
 from serve.rpc.replies import to_model
 from tests.support.backends import save_byte_tokenizer
-from tests.support.manifests import manifest_of
+from tests.support.models.manifests import manifest_of
 from tests.support.rpc.authorities import Pki
 
 

@@ -25,7 +25,7 @@ from serve.models.noise import measure_noise_floor
 from serve.models.onnx_backend import OnnxBackend
 from serve.models.torch_backend import TorchBackend
 from serve.sampling.params import SamplingParams
-from tests.support.tiny_graphs import MAX_POSITIONS, VOCAB_SIZE
+from tests.support.models.tiny_graphs import MAX_POSITIONS, VOCAB_SIZE
 
 MAX_MODEL_LEN = 48
 MAX_NUM_SEQS = 5

@@ -16,7 +16,7 @@ from serve.models.onnx_backend import OnnxBackend, padded_sizes
 from serve.models.onnx_session import (
     make_session,
 )
-from tests.support.tiny_graphs import VOCAB_SIZE
+from tests.support.models.tiny_graphs import VOCAB_SIZE
 
 MAX_NUM_SEQS = 5
 LIMITS = {"max_num_seqs": MAX_NUM_SEQS, "max_model_len": 64}

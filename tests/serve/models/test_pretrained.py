@@ -27,8 +27,8 @@ from bundle.token_ids import TokenIds
 from estimators.divergence import exact_kl
 from serve.models.pretrained import load_pretrained, make_config
 from serve.models.torch_backend import TorchBackend
-from tests.support.model_folders import shard
-from tests.support.published_configs import PUBLISHED
+from tests.support.models.model_folders import shard
+from tests.support.models.published_configs import PUBLISHED
 
 ROOT = Path(__file__).parents[3]
 SIZES = {
@@ -152,7 +152,7 @@ def test_saved_student_is_spelled_as_both_versions_read(tmp_path: Path) -> None:
 # Files that may hand a path to a library: GGUF alone in a folder; judged folders in the benchmark.
 ALLOWED = {
     "serve/models/pretrained.py",
-    "export/teacher/source.py",
+    "export/teacher/gguf.py",
     "bench/peers/engines/peer_ortmodel.py",
 }
 

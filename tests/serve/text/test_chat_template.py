@@ -16,7 +16,7 @@ from serve.text import chat_template
 from serve.text.chat_template import ChatTemplate
 from serve.text.special_names import SpecialNames
 from serve.text.tokenizer import Tokenizer
-from tests.support.chat_shapes import SHAPES
+from tests.support.models.chat_shapes import SHAPES
 
 TODAY = date(2026, 2, 3)
 TURNS = [("user", "Hi")]

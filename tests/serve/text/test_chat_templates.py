@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from serve.errors import InvalidFieldError
 from serve.text.tokenizer import Tokenizer
-from tests.support.chat_shapes import SHAPES, Shape
+from tests.support.models.chat_shapes import SHAPES, Shape
 
 TODAY = date(2026, 2, 3)
 Turns = list[tuple[str, str]]

@@ -1,8 +1,8 @@
 """Model folders that would have a loader fetch, run or follow something; and a child that tries.
 
-`python -m tests.support.hostile_folders FOLDER` gives each to every command that takes a folder, in
-one process in which the package `kernels` is a stand-in that records what is called, and an audit
-hook records what is opened outside, run, connected or started. It prints JSON.
+`python -m tests.support.models.hostile_folders FOLDER` gives each to every command that takes a
+folder, in one process in which the package `kernels` is a stand-in that records what is called, and
+an audit hook records what is opened outside, run, connected or started. It prints JSON.
 """
 
 from __future__ import annotations
