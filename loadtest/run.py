@@ -7,22 +7,13 @@ asked of the server, and what a run died over is summed up by `tandem loadtest r
 
 from __future__ import annotations
 
-import asyncio
-import datetime
 import math
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import grpc
-from google.protobuf.json_format import MessageToDict
 
 from bundle.errors import UserError
 from loadtest.analysis.cross_check import cross_check
@@ -31,21 +22,17 @@ from loadtest.client.requests_file import REQUESTS_FILE, part_files, write_reque
 from loadtest.client.targets import Credentials
 from loadtest.client.workers import run_load
 from loadtest.config import RunConfig, Tally, parse_slo
+from loadtest.facts import ask_models, describe_run
 from loadtest.folder import FIND_MAX_FILE, RUN_FILE, make_folder, write_json
 from loadtest.progress import ProgressReporter
 from loadtest.records import DatasetPrompt, Phase, RequestRecord
-from loadtest.scoring import score_samples
+from loadtest.scoring import score_run
 from loadtest.server_metrics import ServerWatch
 from loadtest.sum_up import sum_up
 from loadtest.verdicts.find_max import MaxRate, RateStep, Search
 from loadtest.verdicts.find_max import find_max as search_max
 from loadtest.workload.dataset import load_prompts
 from loadtest.workload.schedule import Schedule, plan
-from serve.client import AsyncClient, Client, explain
-from serve.client.access import open_client, wait_connected
-
-_SCORE_TIMEOUT_S = 300.0
-_PACKAGES = ("tandem", "grpcio", "numpy")
 
 
 def run(
@@ -65,7 +52,7 @@ def run(
     schedule = plan(config, prompts)
     make_folder(config.out, may_overwrite=may_overwrite)
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    facts = _facts(config, schedule, credentials, reporter)
+    facts = describe_run(config, schedule, credentials, reporter)
     write_json(config.out / RUN_FILE, facts)
     reporter.say(
         f"{len(schedule.requests)} requests planned, {schedule.duration_s:.0f} s, "
@@ -85,7 +72,9 @@ def run(
     if result.is_interrupted:
         facts["divergence_problem"] = "the run was interrupted"
     else:
-        facts["divergence_problem"] = _score(config, by_id, result.records, credentials, reporter)
+        facts["divergence_problem"] = score_run(
+            config, by_id, result.records, credentials, reporter
+        )
         write_requests(config.out / REQUESTS_FILE, result.records)
     write_json(config.out / RUN_FILE, facts)
     sum_up(config.out)
@@ -125,7 +114,7 @@ def find_max(
     prompts = load_prompts(config)
     make_folder(config.out, may_overwrite=may_overwrite)
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    _models(config, credentials, reporter)
+    ask_models(config, credentials, reporter)
     found: dict[str, MaxRate] = {}
     steps: dict[str, list[RateStep]] = {arm: [] for arm in config.arms}
 
@@ -174,57 +163,6 @@ def _found(
     return {"slo": config.slo, "arms": rates, "steps": tried}
 
 
-# --- what is said of a run
-
-
-def _facts(
-    config: RunConfig, schedule: Schedule, credentials: Credentials, reporter: ProgressReporter
-) -> dict[str, Any]:
-    return {
-        "command": ["tandem", *sys.argv[1:]],
-        "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "config": config.model_dump(mode="json"),
-        "schedule_sha256": schedule.sha256,
-        "num_requests": len(schedule.requests),
-        "machine": {
-            "num_cpus": os.cpu_count(),
-            "architecture": platform.machine(),
-            "system": platform.system(),
-        },
-        "versions": _versions(),
-        "models": _models(config, credentials, reporter),
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _models(
-    config: RunConfig, credentials: Credentials, reporter: ProgressReporter
-) -> list[dict[str, Any]]:
-    """Wait for the server, and return what it says of its models, where it speaks our protocol."""
-    try:
-        with open_client(
-            Client, config.target, config.timeout_s, credentials.token, credentials.tls
-        ) as client:
-            wait_connected(
-                client, config.target, config.connect_timeout_s, client.get_models, reporter.say
-            )
-            if config.protocol != "tandem":
-                return []
-            models = client.get_models().models
-    except grpc.RpcError as error:
-        raise UserError(f"--target {config.target}: {explain(error)}") from None
-    return [MessageToDict(model, preserving_proto_field_name=True) for model in models]
-
-
 # --- the load
 
 
@@ -270,38 +208,6 @@ def _watching(config: RunConfig, reporter: ProgressReporter) -> Iterator[ServerW
 
 
 # --- behind the load
-
-
-def _score(
-    config: RunConfig,
-    prompts: Mapping[str, DatasetPrompt],
-    records: Sequence[RequestRecord],
-    credentials: Credentials,
-    reporter: ProgressReporter,
-) -> str:
-    """Set the records' divergences; returns why there are none, or not all, or ""."""
-    if config.divergence == "none":
-        return "not asked for"
-    if config.protocol != "tandem":
-        return "only a Tandem server scores"
-
-    async def score() -> str:
-        async with AsyncClient(
-            config.target,
-            token=credentials.token,
-            tls=credentials.tls,
-            timeout_s=_SCORE_TIMEOUT_S,
-        ) as client:
-            return await score_samples(client, config, prompts, records, on_done)
-
-    with reporter.track("divergences") as on_done:
-        try:
-            problem = asyncio.run(score())
-        except KeyboardInterrupt:
-            problem = "interrupted"
-    if problem:
-        reporter.say(f"divergences are missing: {problem}")
-    return problem
 
 
 def _server_facts(

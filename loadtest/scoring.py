@@ -8,7 +8,9 @@ from typing import TypeGuard
 
 import grpc
 
+from loadtest.client.targets import Credentials
 from loadtest.config import RunConfig
+from loadtest.progress import ProgressReporter
 from loadtest.records import DatasetPrompt, Phase, RequestRecord, SampleRecord
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient, explain
@@ -16,6 +18,39 @@ from serve.client import AsyncClient, explain
 _ROLES = {"student": pb.ROLE_STUDENT, "teacher": pb.ROLE_TEACHER}
 # Requests scored at a time: enough that neither model waits for the other's pass.
 _NUM_CONCURRENT = 4
+_TIMEOUT_S = 300.0
+
+
+def score_run(
+    config: RunConfig,
+    prompts: Mapping[str, DatasetPrompt],
+    records: Sequence[RequestRecord],
+    credentials: Credentials,
+    reporter: ProgressReporter,
+) -> str:
+    """Set the records' divergences; returns why there are none, or not all, or ""."""
+    if config.divergence == "none":
+        return "not asked for"
+    if config.protocol != "tandem":
+        return "only a Tandem server scores"
+
+    async def score() -> str:
+        async with AsyncClient(
+            config.target,
+            token=credentials.token,
+            tls=credentials.tls,
+            timeout_s=_TIMEOUT_S,
+        ) as client:
+            return await score_samples(client, config, prompts, records, on_done)
+
+    with reporter.track("divergences") as on_done:
+        try:
+            problem = asyncio.run(score())
+        except KeyboardInterrupt:
+            problem = "interrupted"
+    if problem:
+        reporter.say(f"divergences are missing: {problem}")
+    return problem
 
 
 async def score_samples(

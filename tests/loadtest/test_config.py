@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from loadtest.config import RunConfig
-from loadtest.records import Phase, PlannedRequest
+from tests.support.load_tests import planned
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,7 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], message: str)
 
 
 def test_load_of_a_request_is_its_rate_or_the_requests_at_a_time() -> None:
-    where = {"number": 0, "arm": "student", "block": 0, "pair": 0, "prompt_id": "p", "seed": 1}
-    request = {**where, "phase": Phase.MEASURED, "intended_s": None}
-    assert PlannedRequest(**request, rate_rps=0.5).load == 0.5
-    assert PlannedRequest(**request, rate_rps=None, concurrency=4).load == 4
+    assert planned(rate_rps=0.5).load == 0.5
+    assert planned(rate_rps=None, concurrency=4).load == 4
     with pytest.raises(AssertionError):
-        _ = PlannedRequest(**request, rate_rps=None).load
+        _ = planned(rate_rps=None).load

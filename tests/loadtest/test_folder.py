@@ -10,12 +10,12 @@ import pytest
 from bundle.errors import UserError
 from loadtest.client.requests_file import keeping, part_file, part_files, read_parts
 from loadtest.folder import make_folder, read_records, read_run, write_json
-from loadtest.records import Phase, PlannedRequest, RequestRecord
+from loadtest.records import RequestRecord
+from tests.support.load_tests import planned, recorded
 
 
 def record(number: int) -> RequestRecord:
-    plan = PlannedRequest(number, "student", 1.0, 0, number, "p", 0, Phase.MEASURED, 0.0)
-    return RequestRecord(plan, 0.0, 1.0, "OK")
+    return recorded(planned(number))
 
 
 def dead_run(folder: Path) -> Path:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from loadtest.config import RunConfig
-from loadtest.records import DatasetPrompt, Phase, PlannedRequest, RequestRecord, SampleRecord
+from loadtest.records import DatasetPrompt, Phase, RequestRecord, SampleRecord
 from loadtest.scoring import score_samples
 from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import AsyncClient
 from serve.pair.served import Role
+from tests.support.load_tests import planned, recorded
 
 PROMPT = DatasetPrompt("p", "2+3=")
 ROLES = {"student": pb.ROLE_STUDENT, "teacher": pb.ROLE_TEACHER}
@@ -30,9 +31,8 @@ def answer(live: Any, arm: str, temperature: float) -> list[pb.Sample]:
 
 
 def to_record(arm: str, samples: list[pb.Sample], phase: Phase = Phase.MEASURED) -> RequestRecord:
-    plan = PlannedRequest(0, arm, 1.0, 0, 0, PROMPT.prompt_id, 5, phase, 0.0)
     found = [SampleRecord(sample.index, token_ids=list(sample.token_ids)) for sample in samples]
-    return RequestRecord(plan, sent_s=0.0, status="OK", samples=found)
+    return recorded(planned(arm=arm, phase=phase), samples=found)
 
 
 def score(live: Any, records: list[RequestRecord], temperature: float = 1.0) -> tuple[str, Any]:

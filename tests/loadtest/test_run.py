@@ -17,15 +17,13 @@ from loadtest.client.process import LoadResult
 from loadtest.client.targets import Credentials
 from loadtest.config import RunConfig
 from loadtest.progress import ProgressReporter
-from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
+from loadtest.records import RequestRecord
+from loadtest.scoring import score_run
+from tests.support.load_tests import planned, recorded
 
 
 def records_of(status: str) -> list[RequestRecord]:
-    plans = [
-        PlannedRequest(n, "student", 1.0, 0, n, "p", 0, Phase.MEASURED, 0.0) for n in range(400)
-    ]
-    sample = SampleRecord(0, token_ids=[1], token_times_s=[0.1])
-    return [RequestRecord(plan, 0.0, 0.2, status, samples=[sample]) for plan in plans]
+    return [recorded(planned(n), 0.1, ended_s=0.2, status=status) for n in range(400)]
 
 
 def test_ctrl_c_ends_the_scoring_and_nothing_else(
@@ -36,15 +34,15 @@ def test_ctrl_c_ends_the_scoring_and_nothing_else(
         await asyncio.sleep(3600)
         raise AssertionError
 
-    monkeypatch.setattr(run_module, "score_samples", interrupted)
+    monkeypatch.setattr("loadtest.scoring.score_samples", interrupted)
     config = RunConfig(out=tmp_path, target="127.0.0.1:1")
-    assert run_module._score(config, {}, [], Credentials(), ProgressReporter()) == "interrupted"
+    assert score_run(config, {}, [], Credentials(), ProgressReporter()) == "interrupted"
 
 
 @pytest.fixture
 def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """Search the highest rate where each load ends as it is told."""
-    monkeypatch.setattr(run_module, "_models", lambda *given: [])
+    monkeypatch.setattr(run_module, "ask_models", lambda *given: [])
 
     def search(*results: LoadResult) -> dict[str, Any]:
         left = iter(results)

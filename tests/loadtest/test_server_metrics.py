@@ -7,9 +7,10 @@ from prometheus_client import CollectorRegistry
 
 from bundle.errors import UserError
 from loadtest.analysis.cross_check import cross_check
-from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
+from loadtest.records import RequestRecord, SampleRecord
 from loadtest.server_metrics import parse, scrape, why_restarted
 from serve.http.server import MetricsServer
+from tests.support.load_tests import recorded
 
 EDGES = ("0.1", "0.2", "0.5", "+Inf")
 
@@ -31,14 +32,13 @@ def exposition(counts: dict[str, int], cumulative: tuple[int, ...]) -> str:
 
 
 def record(ttft_s: float | None, status: str = "OK") -> RequestRecord:
-    plan = PlannedRequest(0, "student", 1.0, 0, 0, "p", 0, Phase.MEASURED, 0.0)
     times_s = [] if ttft_s is None else [1.0 + ttft_s, 9.0]
     # A second sample, which had to wait, and a third one without tokens, count for nothing.
     samples = [
         SampleRecord(index, token_times_s=times)
         for index, times in enumerate(([t + 5 for t in times_s], times_s, []))
     ]
-    return RequestRecord(plan, sent_s=1.0, ended_s=9.0, status=status, samples=samples)
+    return recorded(sent_s=1.0, ended_s=9.0, status=status, samples=samples)
 
 
 BEFORE = parse(exposition({"OK": 5}, (1, 3, 4, 5)))

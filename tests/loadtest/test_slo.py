@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from loadtest.config import LatencyObjective, Slo, Tally, parse_slo
-from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
+from loadtest.records import RequestRecord
+from tests.support.load_tests import planned, recorded
 
 
 def record(*token_times_s: float, status: str = "OK") -> RequestRecord:
     """A request due at 10 s, sent late; its tokens' times count from when it was due."""
-    plan = PlannedRequest(0, "student", 1.0, 0, 0, "p", 0, Phase.MEASURED, 10.0)
     times_s = [10.0 + time_s for time_s in token_times_s]
     ended_s = times_s[-1] if times_s else 10.5
-    samples = [SampleRecord(0, token_times_s=times_s)]
-    return RequestRecord(plan, sent_s=10.25, ended_s=ended_s, status=status, samples=samples)
+    plan = planned(intended_s=10.0)
+    return recorded(plan, *times_s, sent_s=10.25, ended_s=ended_s, status=status)
 
 
 def is_met(text: str, request: RequestRecord) -> bool:

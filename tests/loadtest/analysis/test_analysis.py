@@ -14,7 +14,8 @@ from loadtest.analysis.statistics import wilson
 from loadtest.analysis.summary import Cell, Summary, from_json, to_json
 from loadtest.client.runner import BlockCost
 from loadtest.config import RunConfig
-from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
+from loadtest.records import Phase, RequestRecord, SampleRecord
+from tests.support.load_tests import planned
 
 CONFIG = RunConfig(out=Path("out"), duration_s=10.0, slo="ttft_p95=0.2,itl_p50=0.1")
 
@@ -25,9 +26,9 @@ def record(number: int, arm: str = "student", **changes: Any) -> RequestRecord:
     settings |= {"phase": Phase.MEASURED, "rate_rps": 1.0, "is_correct": None, "concurrency": None}
     each = {**settings, **changes}
     due_s = float(number)
-    plan = PlannedRequest(
-        number, arm, each["rate_rps"], 0, number, f"p{number}", 0, each["phase"],
-        None if each["concurrency"] else due_s, each["concurrency"],
+    plan = planned(
+        number, arm, rate_rps=each["rate_rps"], prompt_id=f"p{number}", phase=each["phase"],
+        intended_s=None if each["concurrency"] else due_s, concurrency=each["concurrency"],
     )  # fmt: skip
     first_s = due_s + each["ttft_s"]
     times_s = [first_s + i * each["itl_s"] for i in range(each["num_tokens"])]

@@ -14,18 +14,18 @@ from loadtest.analysis.quality import (
     quality,
 )
 from loadtest.analysis.statistics import wilson
-from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
+from loadtest.records import RequestRecord, SampleRecord
+from tests.support.load_tests import planned, recorded
 
 RIGHT = "4"
 
 
 def record(prompt: str, answers: list[str | None], *, judged: bool = True) -> RequestRecord:
-    plan = PlannedRequest(0, "student", 1.0, 0, 0, prompt, 0, Phase.MEASURED, 0.0)
     samples = [
         SampleRecord(i, answer=answer, is_correct=answer == RIGHT if judged else None)
         for i, answer in enumerate(answers)
     ]
-    return RequestRecord(plan, sent_s=0.0, ended_s=1.0, status="OK", samples=samples)
+    return recorded(planned(prompt_id=prompt), samples=samples)
 
 
 def with_k3(prompt: str, *k3s: list[float]) -> RequestRecord:

@@ -16,8 +16,9 @@ from estimators.canonical import canonicalise
 from loadtest.client.oip_target import OipTarget
 from loadtest.client.targets import LoadTarget, RequestFailedError, TandemTarget
 from loadtest.config import RunConfig
-from loadtest.records import DatasetPrompt, Phase, PlannedRequest, RequestRecord
+from loadtest.records import DatasetPrompt, RequestRecord
 from protos.tandem.v1 import inference_pb2 as pb
+from tests.support.load_tests import planned
 
 PROMPT = DatasetPrompt("sum", "1+1=", reference_answer="2", answer_format="last_number")
 TARGETS = {"tandem": TandemTarget, "oip": OipTarget}
@@ -42,7 +43,7 @@ def config_of(live: Any, **settings: Any) -> RunConfig:
 
 async def exchange(config: RunConfig, arm: str, prompt: DatasetPrompt = PROMPT) -> RequestRecord:
     target: LoadTarget = TARGETS[config.protocol](config, {prompt.prompt_id: prompt})
-    plan = PlannedRequest(0, arm, 1.0, 0, 0, prompt.prompt_id, 7, Phase.MEASURED, 0.0)
+    plan = planned(arm=arm, prompt_id=prompt.prompt_id, seed=7)
     record = RequestRecord(plan, sent_s=time.monotonic())
     try:
         await target.check()

@@ -17,9 +17,10 @@ from bundle.errors import UserError
 from loadtest.client.oip_target import OipTarget
 from loadtest.client.targets import RequestFailedError
 from loadtest.config import RunConfig
-from loadtest.records import DatasetPrompt, Phase, PlannedRequest, RequestRecord
+from loadtest.records import DatasetPrompt, RequestRecord
 from protos.oip import grpc_service_pb2 as oip
 from protos.oip import grpc_service_pb2_grpc as oip_grpc
+from tests.support.load_tests import planned
 
 PROMPTS = {
     "sum": DatasetPrompt("sum", "2 + 2 =", reference_answer="4", answer_format="last_number"),
@@ -119,7 +120,7 @@ async def exchange(
     config: RunConfig, prompts: tuple[str, ...] = ("sum",)
 ) -> tuple[RequestRecord, RequestFailedError | None]:
     """Check the server and send it one request of seed 7; each look at the clock is a second."""
-    plan = PlannedRequest(0, "gpt", 1.0, 0, 0, prompts[0], 7, Phase.MEASURED, 0.0)
+    plan = planned(arm="gpt", prompt_id=prompts[0], seed=7)
     record, ticks = RequestRecord(plan, sent_s=0.0), itertools.count(1.0)
     target = OipTarget(config, {name: PROMPTS[name] for name in prompts})
     try:

@@ -8,13 +8,13 @@ import pytest
 
 from bundle.errors import UserError
 from loadtest.client.requests_file import read_requests, write_requests
-from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
+from loadtest.records import RequestRecord, SampleRecord
+from tests.support.load_tests import planned, recorded
 
 
 def record(number: int, per_token_k3: list[float]) -> RequestRecord:
-    plan = PlannedRequest(number, "student", 1.5, 0, number, "p", 7, Phase.MEASURED, 0.25)
     sample = SampleRecord(0, "STOP", [4, 5], [0.5, 0.75], "4 5", "5", True, 0.5, 2, per_token_k3)
-    return RequestRecord(plan, 0.26, 0.8, "OK", samples=[sample])
+    return recorded(planned(number, rate_rps=1.5, seed=7), ended_s=0.8, samples=[sample])
 
 
 def test_records_are_read_back_as_they_were(tmp_path: Path) -> None:

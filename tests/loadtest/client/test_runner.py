@@ -15,10 +15,11 @@ import pytest
 from loadtest.client.runner import LoadRunner, Pauses, new_event_loop
 from loadtest.client.targets import Clock, RequestFailedError, TandemTarget
 from loadtest.config import RunConfig
-from loadtest.records import DatasetPrompt, Phase, PlannedRequest, RequestRecord
+from loadtest.records import DatasetPrompt, Phase, RequestRecord
 from loadtest.workload.schedule import Block
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1 import inference_pb2_grpc
+from tests.support.load_tests import planned
 
 Answer = Callable[[RequestRecord], Awaitable[None]]
 
@@ -77,10 +78,7 @@ class FakeTarget:
 def block(
     intended_s: Sequence[float | None], *, start_s: float = 0.0, end_s: float = 0.3, load: float = 1
 ) -> Block:
-    requests = tuple(
-        PlannedRequest(number, "student", 1.0, 0, number, "p", 0, Phase.MEASURED, moment_s)
-        for number, moment_s in enumerate(intended_s)
-    )
+    requests = tuple(planned(n, intended_s=moment_s) for n, moment_s in enumerate(intended_s))
     return Block(0, load, "student", start_s, end_s, Phase.MEASURED, requests)
 
 

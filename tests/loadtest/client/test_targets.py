@@ -16,9 +16,10 @@ import pytest
 from bundle.errors import UserError
 from loadtest.client.targets import Credentials, RequestFailedError, TandemTarget
 from loadtest.config import RunConfig
-from loadtest.records import DatasetPrompt, Phase, PlannedRequest, RequestRecord
+from loadtest.records import DatasetPrompt, RequestRecord
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1 import inference_pb2_grpc
+from tests.support.load_tests import planned
 
 CODE = grpc.StatusCode
 PROMPTS = {
@@ -86,7 +87,7 @@ def config_of(target: str, **settings: Any) -> RunConfig:
 
 
 def record_of(arm: str = "student", prompt_id: str = "sum") -> RequestRecord:
-    plan = PlannedRequest(0, arm, 1.0, 0, 0, prompt_id, 7, Phase.MEASURED, 0.0)
+    plan = planned(arm=arm, prompt_id=prompt_id, seed=7)
     return RequestRecord(plan, sent_s=0.0)
 
 

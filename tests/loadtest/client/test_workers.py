@@ -19,10 +19,11 @@ from loadtest.client.requests_file import part_files
 from loadtest.client.targets import Credentials
 from loadtest.client.workers import INTERRUPTED, ClientFailedError, partition, run_load
 from loadtest.config import RunConfig
-from loadtest.records import DatasetPrompt, Phase, PlannedRequest
+from loadtest.records import DatasetPrompt, Phase
 from loadtest.workload.schedule import Block, plan
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1 import inference_pb2_grpc
+from tests.support.load_tests import planned
 
 PROMPTS = {"p": DatasetPrompt("p", "?")}
 
@@ -156,10 +157,8 @@ def test_unusable_credentials_are_the_users_error(protocol: str) -> None:
 
 
 def closed_block(num_requests: int, load: float) -> Block:
-    requests = tuple(
-        PlannedRequest(number, "student", None, 0, number, "p", 0, Phase.MEASURED, None, int(load))
-        for number in range(num_requests)
-    )
+    closed = {"rate_rps": None, "concurrency": int(load), "intended_s": None}
+    requests = tuple(planned(number, **closed) for number in range(num_requests))
     return Block(0, load, "student", 0.0, 1.0, Phase.MEASURED, requests)
 
 

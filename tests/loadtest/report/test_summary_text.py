@@ -7,28 +7,23 @@ import dataclasses
 import pytest
 
 from estimators.estimate import Estimate
-from loadtest.analysis.summary import ArmComparison, Cell, Distribution, Quality, Summary, Validity
+from loadtest.analysis.summary import ArmComparison, Distribution, Summary, Validity
 from loadtest.report.summary_text import describe_failures, to_markdown
 from report.formats import NBSP
+from tests.support.load_tests import cell_of, quality_of, summary_of
 
-NOTHING = Distribution(0, None, None, None, None, None)
 TTFT = Distribution(40, 0.02, Estimate(0.0123, 0.011, 0.0145, 40), None, None, None)
-QUALITY = Quality(
-    {1: Estimate(0.25, 0.1, 0.4, 40)}, None, Estimate(0.5, None, None, 9), None, None, ()
+QUALITY = quality_of(pass_at_k={1: Estimate(0.25, 0.1, 0.4, 40)}, k3=Estimate(0.5))
+CELL = cell_of(
+    "student", 2.0, ttft=TTFT, throughput_rps=3.9, output_tokens_per_s=120.0, quality=QUALITY
 )
-CELL = Cell(
-    "student", 2.0, 40, {"OK": 40}, TTFT, NOTHING, NOTHING, NOTHING, None,
-    3.9, 120.0, None, QUALITY,
-)  # fmt: skip
 COMPARISON = ArmComparison(
     2.0, "student", "teacher", 38,
     ratios={"ttft_p50": Estimate(3.1, 2.9, 3.3, 30)},
     differences={"pass@1": Estimate(-0.05, -0.09, 0.01, 38)},
     mcnemar_p=0.0625, agreement=Estimate(0.75, 0.5, 0.9, 38),
 )  # fmt: skip
-SUMMARY = Summary(
-    {"arrival": "poisson"}, "5e", {}, (), Validity(True, (), 0.0, 0.1), 0, (CELL,), (COMPARISON,)
-)
+SUMMARY = summary_of(CELL, comparisons=(COMPARISON,))
 
 
 def lines_of(summary: Summary) -> list[str]:

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from loadtest.records import Phase, PlannedRequest, RequestRecord
+from loadtest.records import Phase, RequestRecord
 from loadtest.report.plots import Point, arm_styles
 from loadtest.report.timeline import (
     NUM_BINS,
@@ -18,16 +18,13 @@ from loadtest.report.timeline import (
     tracks_of,
     turns_of,
 )
+from tests.support.load_tests import planned, recorded
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def record(sent_s: float, ended_s: float, due_s: float | None = None, **plan: Any) -> RequestRecord:
-    values = {
-        "number": 0, "arm": "student", "rate_rps": 1.0, "block": 0, "pair": 0, "prompt_id": "p",
-        "seed": 0, "phase": Phase.MEASURED, "intended_s": due_s, **plan,
-    }  # fmt: skip
-    return RequestRecord(PlannedRequest(**values), sent_s, ended_s, "OK")
+    return recorded(planned(intended_s=due_s, **plan), sent_s=sent_s, ended_s=ended_s)
 
 
 def steps(points: tuple[Point, ...]) -> list[tuple[float, float]]:

@@ -14,17 +14,19 @@ from loadtest.analysis.summary import SUMMARY_FILE, read_summary
 from loadtest.analysis.summary import to_json as summary_to_json
 from loadtest.client.requests_file import REQUESTS_FILE, write_requests
 from loadtest.config import RunConfig
-from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
+from loadtest.records import Phase, RequestRecord, SampleRecord
 from loadtest.verdicts.compare import NotComparableError, compare_runs, to_json, to_text
+from tests.support.load_tests import planned, recorded
 
 
 def record(
     number: int, ttft_s: float, is_correct: bool, phase: Phase = Phase.MEASURED
 ) -> RequestRecord:
-    plan = PlannedRequest(number, "student", 1.0, 0, number, f"p{number}", 0, phase, float(number))
+    due_s = float(number)
+    plan = planned(number, prompt_id=f"p{number}", phase=phase, intended_s=due_s)
     times_s = [number + ttft_s, number + ttft_s + 0.1]
     sample = SampleRecord(0, "STOP", [1, 2], times_s, "", str(is_correct), is_correct)
-    return RequestRecord(plan, float(number), times_s[-1], "OK", samples=[sample])
+    return recorded(plan, sent_s=due_s, ended_s=times_s[-1], samples=[sample])
 
 
 def run_folder(

@@ -7,27 +7,20 @@ import math
 
 import pytest
 
-from estimators.estimate import Estimate
 from loadtest.analysis.metrics import is_higher_better, metrics_of
-from loadtest.analysis.summary import ArmComparison, Cell, Distribution, Quality, Summary, Validity
+from loadtest.analysis.summary import ArmComparison, Cell, Distribution, Summary, Validity
 from loadtest.verdicts.gate import Kind, LimitError, check, parse_limit, regression
-
-NOTHING = Distribution(0, None, None, None, None, None)
-
-
-def exactly(value: float) -> Estimate:
-    return Estimate(value, None, None, 40)
+from tests.support.load_tests import around, cell_of, quality_of, summary_of
 
 
 def cell(arm: str, load: float, ttft_p95: float, pass_at_1: float | None = 0.25) -> Cell:
-    ttft = Distribution(40, 0.1, exactly(0.1), None, exactly(ttft_p95), None)
+    ttft = Distribution(40, 0.1, around(0.1), None, around(ttft_p95), None)
     quality = None
     if pass_at_1 is not None:
-        quality = Quality({1: exactly(pass_at_1)}, exactly(pass_at_1), None, exactly(0.0), None, ())
-    return Cell(
-        arm, load, 40, {"OK": 30, "INTERNAL": 10}, ttft, NOTHING, NOTHING, NOTHING, None,
-        load, 100.0, exactly(0.9), quality,
-    )  # fmt: skip
+        right = around(pass_at_1)
+        quality = quality_of(pass_at_k={1: right}, majority_correct=right, exact_kl=around(0.0))
+    statuses = {"OK": 30, "INTERNAL": 10}
+    return cell_of(arm, load, statuses=statuses, ttft=ttft, goodput=around(0.9), quality=quality)
 
 
 def summary(
@@ -37,9 +30,8 @@ def summary(
     max_failure_rate: float = 1.0,
 ) -> Summary:
     validity = Validity(is_valid, () if is_valid else ("it was late",), 0.0, 0.1)
-    return Summary(
-        {"max_failure_rate": max_failure_rate}, "5e", {}, (), validity, 0, cells, comparisons
-    )
+    config = {"max_failure_rate": max_failure_rate}
+    return summary_of(*cells, config=config, validity=validity, comparisons=comparisons)
 
 
 RUN = summary(cell("student", 1.0, 0.2), cell("student", 2.0, 0.4), cell("teacher", 1.0, 0.9))
@@ -171,12 +163,12 @@ def test_regression_by_hand(metric: str, before: float, now: float, expected: fl
 
 def test_comparisons_are_metrics_of_their_first_arm_the_worst_of_several() -> None:
     comparisons = tuple(
-        ArmComparison(1.0, "student", arm, 9, {"ttft_p50": exactly(speed)},
-                      {"pass@1": exactly(-0.1)}, None, agreement)
-        for arm, speed, agreement in (("teacher", 3.0, exactly(0.8)), ("old", 2.0, None))
+        ArmComparison(1.0, "student", arm, 9, {"ttft_p50": around(speed)},
+                      {"pass@1": around(-0.1)}, None, agreement)
+        for arm, speed, agreement in (("teacher", 3.0, around(0.8)), ("old", 2.0, None))
     )  # fmt: skip
     found = metrics_of(summary(cell("student", 1.0, 0.2), comparisons=comparisons))
     of_student = found["student", 1.0]
     names = ("speedup_ttft_p50", "difference_pass@1", "agreement")
-    assert [of_student[name] for name in names] == [exactly(2.0), exactly(-0.1), exactly(0.8)]
+    assert [of_student[name] for name in names] == [around(2.0), around(-0.1), around(0.8)]
     assert all(map(is_higher_better, names)) and not is_higher_better("exact_kl")
