@@ -114,7 +114,7 @@ class FinishedEvent:
 
 Event = TokenEvent | FinishedEvent
 EventSink = Callable[[list[Event]], None]
-"""Called on the engine's thread, at most once per step and group; must not block."""
+"""Called on the engine's thread, at most once per pass and group; must not block."""
 
 
 @dataclass(slots=True)
