@@ -21,8 +21,7 @@ from pathlib import Path
 from loadtest.ledger.journal import Journal, read_journal
 from loadtest.ledger.ledger import Ledger, check, render
 from tests.faults.caller import Caller
-from tests.faults.served import running
-from tests.support.processes import TandemProcess
+from tests.support.processes import TandemProcess, running
 
 _NUM_CALLERS = 2
 

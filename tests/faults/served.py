@@ -13,8 +13,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -80,17 +79,6 @@ class ServedProcess(TandemProcess):
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
-
-
-@contextmanager
-def running(process: TandemProcess) -> Iterator[None]:
-    """Have a server run and be ready during the block; it is killed at its end."""
-    process.start()
-    try:
-        process.wait_ready()
-        yield
-    finally:
-        process.kill()
 
 
 # -- what may not leak --------------------------------------------------------------------------

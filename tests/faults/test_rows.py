@@ -11,7 +11,7 @@ ROWS = find_rows()
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_row(row: str) -> None:
+def test_row_at_the_size_of_the_tests_is_sound(row: str) -> None:
     result = load(ROWS[row]).run(Size.CI)
     assert result.is_sound, [*result.leaks, *result.problems]
     assert result.num_requests > 0

@@ -17,7 +17,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,17 @@ class TandemProcess:
                 if name == "tandem_requests_total" and labels.items() <= dict(own).items()
             )
         )
+
+
+@contextmanager
+def running(process: TandemProcess) -> Iterator[None]:
+    """Have a server run and be ready during the block; it is killed at its end."""
+    process.start()
+    try:
+        process.wait_ready()
+        yield
+    finally:
+        process.kill()
 
 
 class EnvoyProcess:

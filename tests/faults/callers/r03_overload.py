@@ -28,7 +28,8 @@ from serve.client import AsyncClient
 from tests.faults.calls import Outcome, call_in_turns, call_on_time, codes, p99, quiet_collector
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import requests_of
-from tests.faults.served import ServedProcess, holdings, leaks, running
+from tests.faults.served import ServedProcess, holdings, leaks
+from tests.support.processes import running
 
 OVERLOAD = 5.0
 MAX_REFUSAL_P99_S = 0.050

@@ -30,7 +30,8 @@ from tests.faults.callers.r03_overload import (
 )
 from tests.faults.calls import Outcome, call_in_turns, call_on_time, codes, quiet_collector
 from tests.faults.result import RowResult, Size
-from tests.faults.served import holdings, leaks, running
+from tests.faults.served import holdings, leaks
+from tests.support.processes import running
 
 MAX_AMPLIFICATION = 1.3
 NUM_CALLS = {Size.CI: 2_500, Size.FULL: 20_000}

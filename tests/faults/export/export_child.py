@@ -86,7 +86,7 @@ def run_export(export: Export, on_stage: Callable[[str], None] = lambda stage: N
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that it starts
     config = load_config(export.recipe)
     pipeline = open_pipeline(config, LogReporter(export.log, on_stage))
-    record_run(export.recipe, config, pipeline.teacher)
+    record_run(export.recipe, config, pipeline.inputs.teacher)
     if export.until == DISTILL:
         pipeline.run(pipeline.distilled)
     else:

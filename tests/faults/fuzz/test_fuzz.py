@@ -39,7 +39,7 @@ json_values = st.recursive(
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_seeds_and_mutations_of_them(name: str) -> None:
+def test_target_given_mutated_seeds_raises_nothing(name: str) -> None:
     target, rng = importlib.import_module(f"tests.faults.fuzz.{name}"), random.Random(8)
     seeds = list(target.seeds())
     for seed in seeds:
@@ -51,7 +51,7 @@ def test_seeds_and_mutations_of_them(name: str) -> None:
 
 @bounded
 @given(st.integers(0, len(fuzz_wire.TYPES) - 1), st.binary(max_size=200))
-def test_any_bytes_as_a_message(rpc: int, data: bytes) -> None:
+def test_wire_given_any_bytes_raises_nothing(rpc: int, data: bytes) -> None:
     fuzz_wire.check(bytes([rpc]) + data)
 
 
@@ -63,7 +63,7 @@ def test_any_bytes_as_a_message(rpc: int, data: bytes) -> None:
     stop=st.lists(st.text(max_size=300), max_size=20),
     texts=st.lists(st.text(max_size=200), min_size=4, max_size=4),
 )
-def test_any_values_of_parameters(
+def test_wire_given_any_parameters_raises_nothing(
     num_samples: int, max_tokens: int, numbers: list[float], stop: list[str], texts: list[str]
 ) -> None:
     temperature, top_p, min_p, penalty = numbers
@@ -89,14 +89,14 @@ def test_any_values_of_parameters(
     json_values,
     st.sampled_from(["bundle: b\n", "", "a: 1\n"]),
 )
-def test_any_value_of_a_setting(name: str, value: Any, before: str) -> None:
+def test_settings_given_any_value_raise_nothing(name: str, value: Any, before: str) -> None:
     text = f"{before}{name}: {json.dumps(value)}\n"
     fuzz_settings.check(b"\0" + text.encode("utf-8", "surrogatepass"))
 
 
 @bounded
 @given(st.data())
-def test_any_value_anywhere_in_a_manifest(data: st.DataObject) -> None:
+def test_manifest_given_any_value_anywhere_raises_nothing(data: st.DataObject) -> None:
     manifest = fuzz_manifest.manifest()
     place: Any = manifest
     for _ in range(data.draw(st.integers(0, 3))):

@@ -27,8 +27,7 @@ from serve.client import AsyncClient
 from tests.faults.calls import Outcome, call_in_turns, codes, quiet_collector
 from tests.faults.result import RowResult, Size
 from tests.faults.rig import requests_of
-from tests.faults.served import running
-from tests.support.processes import TandemProcess
+from tests.support.processes import TandemProcess, running
 from tests.support.tiny_bundle import tiny_student
 
 NUM_RUNS = {Size.CI: 2, Size.FULL: 50}

@@ -26,7 +26,8 @@ from loadtest.ledger.ledger import check
 from tests.faults.caller import Caller
 from tests.faults.calls import quiet_collector
 from tests.faults.result import RowResult, Size
-from tests.faults.served import ServedProcess, holdings, leaks, resident_bytes, running
+from tests.faults.served import ServedProcess, holdings, leaks, resident_bytes
+from tests.support.processes import running
 
 PROGRAM = "tests.faults.served"
 # The answers that are kept reach their bound in the first half, also of a short soak.

@@ -20,9 +20,8 @@ from loadtest.analysis.summary import read_summary
 from loadtest.client.requests_file import part_files, read_parts, read_requests
 from loadtest.records import RequestRecord
 from loadtest.server_metrics import ServerWatch
-from tests.faults.served import running
 from tests.support.polling import wait_until
-from tests.support.processes import free_port
+from tests.support.processes import free_port, running
 from tests.support.tiny_bundle import tiny_student
 
 ROOT = Path(__file__).parents[3]
