@@ -74,11 +74,6 @@ def read_tasks(config: TasksConfig) -> Loaded:
     return Loaded(tuple(each.task for each in selected), places, notes)
 
 
-def load_tasks(config: TasksConfig) -> list[Task]:
-    """Return the tasks of `read_tasks` alone."""
-    return list(read_tasks(config).tasks)
-
-
 def load_jsonl(path: Path) -> list[Task]:
     """Return the tasks of one file, of all splits. ExportError has a line for each fault."""
     ((tasks,), _) = _read([read_rows(path)], "refuse")

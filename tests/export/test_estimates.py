@@ -20,7 +20,7 @@ from export.estimates import (
 from export.plan import count_pruned
 from export.student.prune import drop_layers, rank_channels, shrink_mlp
 from export.teacher.source import resolve_teacher
-from export.teacher.task_sources import load_tasks
+from export.teacher.task_sources import read_tasks
 from tests.support.random_models import random_examples
 from tests.support.recipes import make_config
 
@@ -113,7 +113,7 @@ def test_workload_counts_every_sample_and_accepts_up_to_the_limit(tmp_path: Path
         sample={"num_samples": 3, "num_verifiable_samples": 5, "max_tokens": 7},
         accept={"max_per_prompt": 4},
     )
-    tasks = load_tasks(config.tasks)
+    tasks = read_tasks(config.tasks).tasks
     counts = [5 if task.is_verifiable else 3 for task in tasks]
     assert len(set(counts)) == 2
     work = count_workload(config, tasks, lambda task: 10)

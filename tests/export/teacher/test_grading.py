@@ -13,7 +13,7 @@ from export.teacher.grading import (
     describe_comparison,
     grade,
 )
-from export.teacher.task_sources import load_tasks
+from export.teacher.task_sources import read_tasks
 from export.teacher.tasks import Task
 
 TOWER = "9^{9^{9^9}}+x"
@@ -64,7 +64,7 @@ def test_reasoning_that_the_prompt_opened_and_nothing_ends_has_no_answer() -> No
 def test_reasoning_gym_judges_its_own_tasks() -> None:
     pytest.importorskip("reasoning_gym")
     source = ReasoningGymSource(kind="reasoning_gym", dataset="chain_sum", size=40, seed=5)
-    task = load_tasks(TasksConfig(sources=(source,)))[0]
+    task = read_tasks(TasksConfig(sources=(source,))).tasks[0]
     assert grade(task, f"It is +{task.answer}.00").is_correct is True
     assert grade(task, f"<think>1</think>It is {task.answer}").is_correct is True
     assert grade(task, f"It is {task.answer}1").is_correct is False

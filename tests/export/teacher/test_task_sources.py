@@ -12,7 +12,7 @@ import pytest
 
 from export.run.errors import ExportError
 from export.run.settings import BuiltinSource, JsonlSource, ReasoningGymSource, TasksConfig
-from export.teacher.task_sources import is_entry_solved, load_tasks, scorer_version
+from export.teacher.task_sources import is_entry_solved, read_tasks, scorer_version
 from export.teacher.tasks import Task, builtin_tasks, normalise_prompt, split_of
 
 Write = Callable[..., JsonlSource]
@@ -32,7 +32,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def load(*sources: Any, **settings: Any) -> list[Task]:
-    return load_tasks(TasksConfig(sources=sources, **settings))
+    return list(read_tasks(TasksConfig(sources=sources, **settings)).tasks)
 
 
 def held_out(prompt: str = "Held out?") -> dict[str, Any]:
@@ -142,7 +142,7 @@ def gym_entry(task: Task) -> tuple[Any, dict[str, Any]]:
 def test_missing_package_is_an_error_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ExportError, match=r"pip install 'tandem\[reasoning-gym\]'"):
-        load_tasks(TasksConfig(sources=(gym("chain_sum", seed=987),)))
+        read_tasks(TasksConfig(sources=(gym("chain_sum", seed=987),)))
 
 
 def test_gym_tasks_come_with_answer_split_and_json_entry() -> None:
