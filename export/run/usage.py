@@ -6,19 +6,22 @@ import resource
 from collections.abc import Container
 from pathlib import Path
 
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
+_PROC = Path("/proc/self")
 _RESET_PEAK = "5"  # proc_pid_clear_refs(5): reset the peak resident set size
 
 
 class PeakMemory:
-    """The peak resident memory from now on; of the whole process where Linux cannot reset it."""
+    """The peak resident memory from now on; of the whole process where Linux cannot reset it.
 
-    def __init__(self) -> None:
+    `proc` is where Linux tells of this process.
+    """
+
+    def __init__(self, proc: Path = _PROC) -> None:
+        self._proc = proc
         self._children_bytes = _children_peak_bytes()
-        if _CLEAR_REFS.exists():
+        if (proc / "clear_refs").exists():
             try:
-                _CLEAR_REFS.write_text(_RESET_PEAK)
+                (proc / "clear_refs").write_text(_RESET_PEAK)
             except OSError:
                 # A container may forbid it; the peak is then the process's, which is no less.
                 return
@@ -26,21 +29,19 @@ class PeakMemory:
     def read_bytes(self) -> int:
         """Return the larger one of this process's peak and that of a child that ended since."""
         children = _children_peak_bytes()
-        return max(_peak_bytes(), children if children > self._children_bytes else 0)
+        return max(
+            _read_status(self._proc, "VmHWM"), children if children > self._children_bytes else 0
+        )
 
 
 def resident_bytes() -> int:
     """Return the resident memory of this process now; its peak where there is no /proc."""
-    return _read_status("VmRSS")
+    return _read_status(_PROC, "VmRSS")
 
 
-def _peak_bytes() -> int:
-    return _read_status("VmHWM")
-
-
-def _read_status(key: str) -> int:
-    if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
+def _read_status(proc: Path, key: str) -> int:
+    if (proc / "status").exists():
+        for line in (proc / "status").read_text().splitlines():
             if line.startswith(f"{key}:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,12 +1,12 @@
-"""Two processes train as one does. Run by `accelerate launch`, this file is one of the two."""
+"""Two processes train as one does. Run as a script, this file is one of the two."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from export.student.phases import GridTraining, Text, linear_grids
 from export.student.step import Pair
 from export.student.trainer import Log, PlainParameters, Trainer, TrainingPhase
 from export.teacher.examples import Example
+from tests.support.processes import free_port
 from tests.support.random_models import random_model
 
 # Micro-batches of one example, two to a step, and a last step of one: rank 1 has nothing to do.
@@ -60,41 +61,34 @@ def train(folder: Path, kind: str, world: World) -> Log:
 def run_stages(folder: Path, world: World) -> None:
     """Build two fast stages; only the second one is built by both processes."""
 
-    def build(path: Path) -> dict[str, Any]:
+    def build(path: Path, wait: Callable[[], None] = world.wait) -> dict[str, Any]:
         (path / f"by-{world.rank}").touch()
-        world.wait()
+        wait()
         return {}
 
-    def build_alone(path: Path) -> dict[str, Any]:
-        (path / f"by-{world.rank}").touch()
-        return {}
-
-    alone = StageSpec("alone", {}, (), build_alone)
+    alone = StageSpec("alone", {}, (), lambda path: build(path, lambda: None))
     together = StageSpec("together", {}, (alone,), build, is_distributed=True)
     stage = StageRunner(folder / "work", lambda message: None, world).run(together)
     assert sorted(path.name for path in stage.path.glob("by-*")) == ["by-0", "by-1"]
     assert world.broadcast({"rank": world.rank}) == {"rank": 0}
 
 
-def launch(*arguments: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = (
-        "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
-        f"--main_process_port {port}"
-    )
+def run_as_two(*arguments: str) -> None:
+    """Run this file as two processes that find each other as those of `accelerate launch` do."""
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *options.split(), *arguments],
-        check=True, env=environment, timeout=200,
-    )  # fmt: skip
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, __file__, *arguments]
+    processes = [
+        subprocess.Popen(command, env=environment | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    assert [process.wait(timeout=200) for process in processes] == [0, 0]
 
 
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     random_model(num_layers=1, seed=1).save_pretrained(tmp_path / "s")
     random_model(num_layers=1).save_pretrained(tmp_path / "t")
-    launch(__file__, str(tmp_path))
+    run_as_two(str(tmp_path))
     for kind in ("plain", "grid"):
         log = train(tmp_path, kind, World())
         first, second = (tmp_path / f"{kind}-{rank}-of-2" for rank in (0, 1))
@@ -116,24 +110,24 @@ def read_steps(rows: str) -> list[float]:
     return [value for row in rows.splitlines() for value in json.loads(row).values()]
 
 
-def test_alone_nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    for size in (None, "1"):
-        monkeypatch.delenv("WORLD_SIZE", raising=False)
-        if size:
-            monkeypatch.setenv("WORLD_SIZE", size)
-        world = World.from_environment()
-        assert (world.rank, world.size, world.is_main) == (0, 1, True)
-        value, tensor = object(), torch.ones(2)
-        world.wait()
-        world.add_up([tensor])
-        assert world.broadcast(value) is value
-        assert tensor.tolist() == [1, 1]
-        assert world.share([1, 2, 3]) == [1, 2, 3]
-        world.close()
-        assert not distributed.is_initialized()
+@pytest.mark.parametrize("size", [None, "1"])
+def test_world_of_one_opens_nothing(monkeypatch: pytest.MonkeyPatch, size: str | None) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    world = World.from_environment()
+    assert (world.rank, world.size, world.is_main) == (0, 1, True)
+    value, tensor = object(), torch.ones(2)
+    world.wait()
+    world.add_up([tensor])
+    assert world.broadcast(value) is value
+    assert tensor.tolist() == [1, 1]
+    assert world.share([1, 2, 3]) == [1, 2, 3]
+    world.close()
+    assert not distributed.is_initialized()
 
 
-def test_every_item_is_one_process_share() -> None:
+def test_world_shares_every_item_once() -> None:
     shares = [World(rank, 3).share(range(8)) for rank in range(3)]
     assert sorted(item for share in shares for item in share) == list(range(8))
     assert [World(rank, 2).is_main for rank in range(2)] == [True, False]

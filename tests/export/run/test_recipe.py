@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,7 +28,7 @@ def write(here: Path, text: str | bytes) -> Path:
 # --- all faults at once, each with its line
 
 
-def test_every_fault_is_a_line_with_its_number_in_the_file(here: Path) -> None:
+def test_recipe_with_faults_is_refused_with_a_line_for_each(here: Path) -> None:
     path = write(
         here,
         "teacher: org/model\noutput_dir: out\nprune:\n  num_texts: 0\nsample:\n  seed: x\n"
@@ -45,7 +44,7 @@ def test_every_fault_is_a_line_with_its_number_in_the_file(here: Path) -> None:
     ]
 
 
-def test_every_contradiction_is_a_line(here: Path) -> None:
+def test_recipe_with_contradictions_is_refused_with_a_line_for_each(here: Path) -> None:
     path = write(
         here,
         "teacher: org/model\noutput_dir: out\nstudent: org/small\n"
@@ -77,6 +76,10 @@ def test_every_contradiction_is_a_line(here: Path) -> None:
         (PATHS + "---\nteacher: x\n", r":3: not YAML: a second document begins"),
         (PATHS + "tasks: {seed: 010}\n", r":3: not YAML: 010 is an octal number"),
         ("\n# nothing\n", r": the file is empty: a recipe has at least teacher and output_dir"),
+        ("- teacher", r": the file holds no sections"),
+        ("a: 1\nteacher: [", r":2: not YAML: "),
+        ("output_dir: x", r":1: teacher: Field required"),
+        (b"teacher: a\noutput_dir: caf\xe9\n", ":2: not YAML: not UTF-8"),
         (
             "teacher: org/model\noutput_dir: out\ntasks:\n  sources:\n"
             "    - {kind: builtin, families: [no]}\n",
@@ -88,7 +91,9 @@ def test_every_contradiction_is_a_line(here: Path) -> None:
         ),
     ],
 )
-def test_yaml_that_means_something_else_is_refused(here: Path, text: str, message: str) -> None:
+def test_recipe_that_is_no_yaml_or_means_something_else_is_refused(
+    here: Path, text: str | bytes, message: str
+) -> None:
     with pytest.raises(ConfigError, match=f"recipe.yaml{message}") as refused:
         load_config(write(here, text))
     assert refused.value.exit_code == 2
@@ -104,15 +109,15 @@ def test_yaml_that_means_something_else_is_refused(here: Path, text: str, messag
     ],
     ids=["mark-and-crlf", "merge-key"],
 )
-def test_yaml_as_editors_and_people_write_it_is_read(here: Path, text: str) -> None:
+def test_recipe_as_editors_and_people_write_it_is_read(here: Path, text: str) -> None:
     config = load_config(write(here, text))
     assert config.teacher == "org/model"
     assert {phase.learning_rate for phase in config.distill.phases} == {1e-4}
 
 
-def test_not_utf8_and_a_folder_are_refused(here: Path) -> None:
-    with pytest.raises(ConfigError, match=r"recipe\.yaml:2: not YAML: not UTF-8"):
-        load_config(write(here, b"teacher: a\noutput_dir: caf\xe9\n"))
+def test_recipe_that_is_missing_or_a_folder_is_refused(here: Path) -> None:
+    with pytest.raises(ConfigError, match=r"recipe\.yaml cannot be read: No such file"):
+        load_config(here / "recipes" / "recipe.yaml")
     with pytest.raises(ConfigError, match="recipes cannot be read: Is a directory"):
         load_config(here / "recipes")
 
@@ -120,10 +125,9 @@ def test_not_utf8_and_a_folder_are_refused(here: Path) -> None:
 # --- what relative paths mean
 
 
-def recipe_with_data(here: Path, **sections: Any) -> Path:
-    return write(
-        here, f"{PATHS}student: small\ntasks:\n  sources: [{{kind: jsonl, path: rows.jsonl}}]\n"
-    )
+def recipe_with_data(here: Path) -> Path:
+    sources = "tasks:\n  sources: [{kind: jsonl, path: rows.jsonl}]\n"
+    return write(here, f"{PATHS}student: small\n{sources}")
 
 
 def make(folder: Path) -> None:
@@ -133,7 +137,7 @@ def make(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("is_elsewhere", [False, True])
-def test_paths_are_relative_to_the_recipe(
+def test_recipe_paths_are_relative_to_it(
     here: Path, monkeypatch: pytest.MonkeyPatch, is_elsewhere: bool
 ) -> None:
     make(here / "recipes")
@@ -148,7 +152,7 @@ def test_paths_are_relative_to_the_recipe(
     assert (config.output_dir, recipe.notes) == (Path("out"), ())
 
 
-def test_path_that_is_in_the_working_directory_alone_is_used_and_said(here: Path) -> None:
+def test_recipe_path_in_the_working_directory_alone_is_used_and_said(here: Path) -> None:
     make(here)
     recipe = load_recipe(recipe_with_data(here))
     assert recipe.config.teacher == str(here / "models/mine")
@@ -160,7 +164,7 @@ def test_path_that_is_in_the_working_directory_alone_is_used_and_said(here: Path
     assert all("in the working directory; beside the recipe is no" in n for n in recipe.notes)
 
 
-def test_path_in_both_places_is_the_recipes_and_said(here: Path) -> None:
+def test_recipe_path_in_both_places_is_the_one_beside_it_and_said(here: Path) -> None:
     make(here)
     make(here / "recipes")
     recipe = load_recipe(recipe_with_data(here))
@@ -169,7 +173,7 @@ def test_path_in_both_places_is_the_recipes_and_said(here: Path) -> None:
     assert f"{here / 'models/mine'} is not used" in recipe.notes[1]
 
 
-def test_paths_that_are_nowhere_are_refused_together_with_both_places(here: Path) -> None:
+def test_recipe_paths_that_are_nowhere_are_refused_with_both_places(here: Path) -> None:
     (here / "models").mkdir()
     path = recipe_with_data(here)
     with pytest.raises(ConfigError) as refused:
@@ -184,7 +188,7 @@ def test_paths_that_are_nowhere_are_refused_together_with_both_places(here: Path
     assert f"{path}:3: student 'small': neither " in student and "Hugging Face id" in student
 
 
-def test_id_of_hugging_face_stays_one(here: Path) -> None:
+def test_recipe_id_of_hugging_face_stays_one(here: Path) -> None:
     config = load_config(write(here, PATHS))
     assert config.teacher == "models/mine"
     (here / "models").mkdir()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,52 +50,31 @@ def recorder(tmp_path: Path) -> Recorder:
     return Recorder(tmp_path)
 
 
-def test_finished_stage_is_not_built_again(recorder: Recorder, tmp_path: Path) -> None:
+def test_stage_that_is_finished_is_not_built_again(recorder: Recorder, tmp_path: Path) -> None:
     first = recorder.both(seed=1)
-    assert Recorder(tmp_path).both(seed=1) == first
     again = Recorder(tmp_path)
     assert again.both(seed=1) == first
-    assert again.built == []
-    assert again.said == []
+    assert (again.built, again.said) == ([], [])
 
 
-def test_stage_holds_what_was_built_and_its_record(recorder: Recorder) -> None:
-    stage = recorder.run(seed=1)
-    assert (stage.path / "result.txt").read_text() == "sample"
-    written = StageRecord.model_validate_json((stage.path / RECORD_NAME).read_text())
-    assert written == stage.record
-    assert stage.record.summary == {"rows": 7, "mean_kl": 0.123456, "by_reason": {"long": 1}}
-    assert stage.record.key.startswith(stage.path.name.removeprefix("sample-"))
-
-
-def test_changed_setting_runs_the_stage_and_what_follows(recorder: Recorder) -> None:
+def test_stage_of_changed_settings_runs_with_what_follows_and_nothing_else(
+    recorder: Recorder,
+) -> None:
     before, after = recorder.both(seed=1), recorder.both(seed=2)
     assert recorder.built == ["sample", "distill"] * 2
     assert {s.path for s in before}.isdisjoint(s.path for s in after)
+    recorder.both(seed=2, epochs=2)
+    assert recorder.built == ["sample", "distill"] * 2 + ["distill"]
 
 
-def test_stage_that_does_not_follow_is_left_alone(recorder: Recorder) -> None:
-    for epochs in (1, 2):
-        recorder.both(seed=1, epochs=epochs)
-    assert recorder.built == ["sample", "distill", "distill"]
-
-
-def test_setting_that_is_set_back_finds_the_old_stage(recorder: Recorder) -> None:
+def test_stage_of_a_setting_set_back_is_found_again(recorder: Recorder) -> None:
     stages = [recorder.run(seed=seed) for seed in (1, 2, 1)]
     assert recorder.built == ["sample", "sample"]
     assert stages[0] == stages[2]
 
 
-def test_order_of_settings_does_not_matter(recorder: Recorder) -> None:
-    assert recorder.run(a=1, b=2) == recorder.run(b=2, a=1)
-
-
-def test_stages_of_two_names_never_meet(recorder: Recorder) -> None:
-    assert recorder.run("onnx-int8").record.key != recorder.run("onnx-int4").record.key
-
-
 @pytest.mark.parametrize("can_resume", [True, False])
-def test_kill_leaves_the_partial_folder_to_a_stage_that_can_resume(
+def test_stage_that_was_killed_gets_its_partial_folder_if_it_can_resume(
     tmp_path: Path, can_resume: bool
 ) -> None:
     runner, found = StageRunner(tmp_path, lambda message: None), []
@@ -119,50 +99,56 @@ def test_kill_leaves_the_partial_folder_to_a_stage_that_can_resume(
     assert runner.state(spec) is StageState.FINISHED
 
 
+BEFORE = StageSpec("sample", {}, (), lambda folder: {})
+DISTILL: dict[str, Any] = {
+    "name": "distill", "settings": {"seed": 1, "epochs": 2}, "after": (BEFORE,),
+    "build": lambda folder: {},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "changed", [{"version": 2}, {"settings": {"seed": 2}}, {"name": "other"}, {"after": ()}]
+    "changed",
+    [
+        {"version": 2},
+        {"settings": {"seed": 2, "epochs": 2}},
+        {"name": "other"},
+        {"after": ()},
+        {"after": (replace(BEFORE, version=2),)},
+    ],
 )
-def test_key_follows_from_all_that_the_stage_depends_on(changed: dict[str, Any]) -> None:
-    def build(folder: Path) -> dict[str, Any]:
-        return {}
-
-    before = StageSpec("sample", {}, (), build)
-    same = {"name": "distill", "settings": {"seed": 1}, "after": (before,), "build": build}
-    assert StageSpec(**same).key == StageSpec(**same).key
-    assert StageSpec(**(same | changed)).key != StageSpec(**same).key
+def test_stage_key_follows_from_what_the_stage_depends_on(changed: dict[str, Any]) -> None:
+    key = StageSpec(**DISTILL).key
+    assert StageSpec(**DISTILL | {"settings": {"epochs": 2, "seed": 1}}).key == key
+    assert StageSpec(**DISTILL | changed).key != key
     # How it is built, not what: a stage begun by one process may be finished by two.
-    assert StageSpec(**same, can_resume=True, is_distributed=True).key == StageSpec(**same).key
+    assert StageSpec(**DISTILL, can_resume=True, is_distributed=True).key == key
 
 
-def test_newer_version_of_an_earlier_stage_runs_what_follows() -> None:
-    specs = [
-        StageSpec("b", {}, (StageSpec("a", {}, (), lambda folder: {}, version=version),),
-                  lambda folder: {})
-        for version in (1, 2)
-    ]  # fmt: skip
-    assert specs[0].key != specs[1].key
+def test_stage_record_is_what_is_on_disk_with_summary_size_and_peak_memory(tmp_path: Path) -> None:
+    summary = {"rows": 7, "by_reason": {"long": 1}}
 
-
-def test_record_has_the_peak_memory_and_the_size_on_disk(tmp_path: Path) -> None:
     def build(folder: Path) -> dict[str, Any]:
         (folder / "deep").mkdir()
         (folder / "deep" / "rows").write_bytes(b"x" * 1000)
         np.ones(200_000_000, dtype=np.uint8).sum()
-        return {}
+        return summary
 
-    record = StageRunner(tmp_path, lambda message: None).run(StageSpec("a", {}, (), build)).record
-    assert record.size_bytes == 1000
-    assert record.peak_memory_bytes is not None and record.peak_memory_bytes > 200_000_000
+    stage = StageRunner(tmp_path, lambda message: None).run(StageSpec("a", {}, (), build))
+    written = StageRecord.model_validate_json((stage.path / RECORD_NAME).read_text())
+    assert written == stage.record and written.summary == summary
+    assert written.key.startswith(stage.path.name.removeprefix("a-"))
+    assert written.size_bytes == 1000
+    assert written.peak_memory_bytes is not None and written.peak_memory_bytes > 200_000_000
 
 
-def test_summary_that_json_cannot_hold_leaves_no_finished_stage(tmp_path: Path) -> None:
+def test_stage_with_a_summary_that_is_no_json_is_not_finished(tmp_path: Path) -> None:
     runner = StageRunner(tmp_path, lambda message: None)
     with pytest.raises(ValueError, match="summary"):
         runner.run(StageSpec("sample", {}, (), lambda folder: {"path": folder}))
     assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
 
 
-def test_progress_is_announced_in_words(recorder: Recorder) -> None:
+def test_stage_announces_its_progress_in_words(recorder: Recorder) -> None:
     recorder.run()
     begun, done = recorder.said
     assert begun == "sample …"
@@ -178,7 +164,7 @@ def test_fresh_empties_a_folder_and_makes_it(tmp_path: Path) -> None:
     assert list(fresh(folder).iterdir()) == []
 
 
-def test_full_disk_is_named_and_what_was_finished_is_kept(
+def test_stage_on_a_full_disk_is_named_and_what_was_finished_is_kept(
     recorder: Recorder, tmp_path: Path
 ) -> None:
     def fill(folder: Path) -> dict[str, Any]:
@@ -191,7 +177,7 @@ def test_full_disk_is_named_and_what_was_finished_is_kept(
     assert recorder.runner.state(sample) is StageState.FINISHED
 
 
-def test_scratch_left_by_a_kill_behind_the_rename_is_removed(
+def test_stage_killed_behind_the_rename_loses_its_scratch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build(folder: Path) -> dict[str, Any]:
