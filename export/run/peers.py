@@ -21,11 +21,11 @@ INTERRUPTED = 5  # as `tandem export` has it: what is finished is kept
 MAX_SILENCE_S = 30
 
 _KEEPALIVE_S = 5
-_RETRY_S = 0.5
+_RETRY_S = 0.1
 _HELLO_TIMEOUT_S = 5.0
 _MIN_TIMEOUT_S = 0.001  # 0 would not wait but fail
 # A process that lost its peer exits with 1 as well, before or after its launcher hears of it.
-_LOSS_IS_KNOWN_WITHIN_S = 5.0
+LOSS_IS_KNOWN_WITHIN_S = 5.0
 _RANK_BYTES = 2
 _START, _DONE = b"s", b"d"
 _NEWS_DONE = "machine 0 is done"
@@ -60,10 +60,12 @@ class Peers:
         links: Mapping[int, socket.socket],
         listener: socket.socket | None,
         on_loss: Callable[[str], None],
+        loss_is_known_within_s: float,
     ) -> None:
         self._links = links
         self._listener = listener
         self._on_loss = on_loss
+        self._loss_is_known_within_s = loss_is_known_within_s
         self._lock = threading.Lock()
         self._is_over = False
         self._lost, self._done = threading.Event(), threading.Event()
@@ -71,13 +73,20 @@ class Peers:
         self._watcher.start()
 
     @classmethod
-    def meet(cls, machine: Node, on_loss: Callable[[str], None], timeout_s: float) -> Peers:
+    def meet(
+        cls,
+        machine: Node,
+        on_loss: Callable[[str], None],
+        timeout_s: float,
+        loss_is_known_within_s: float = LOSS_IS_KNOWN_WITHIN_S,
+    ) -> Peers:
         """Wait until every machine is there; MachinesMissingError after `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s
         if not machine.is_main:
-            return cls({0: _join(machine, deadline_s)}, None, on_loss)
+            return cls({0: _join(machine, deadline_s)}, None, on_loss, loss_is_known_within_s)
         listener = _listen(machine.port)
-        return cls(_gather(listener, machine, deadline_s), listener, on_loss)
+        links = _gather(listener, machine, deadline_s)
+        return cls(links, listener, on_loss, loss_is_known_within_s)
 
     def __enter__(self) -> Peers:
         return self
@@ -100,7 +109,7 @@ class Peers:
         """
         if exit_code == 0:
             return self._dismiss() if self._listener else self._wait_for_dismissal()
-        if exit_code == 1 and self._lost.wait(_LOSS_IS_KNOWN_WITHIN_S):
+        if exit_code == 1 and self._lost.wait(self._loss_is_known_within_s):
             return INTERRUPTED
         return exit_code
 

@@ -7,28 +7,16 @@ import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
-from export.run import peers
-from export.run.peers import INTERRUPTED, MachinesMissingError, Node, Peers
+from export.run.peers import INTERRUPTED, MAX_SILENCE_S, MachinesMissingError, Node, Peers
+from tests.support.processes import free_port
 
 WAIT_S = 10.0
 Losses = queue.SimpleQueue[str]
-
-
-@pytest.fixture(autouse=True)
-def _no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "_RETRY_S", 0.01)
-    monkeypatch.setattr(peers, "_LOSS_IS_KNOWN_WITHIN_S", 0.2)
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        number: int = free.getsockname()[1]
-        return number
+Meet = Callable[[int], list[tuple[Peers, Losses]]]
 
 
 @pytest.fixture
@@ -38,7 +26,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 @pytest.fixture
-def meet(port: int, stack: ExitStack) -> Callable[[int], list[tuple[Peers, Losses]]]:
+def meet(port: int, stack: ExitStack) -> Meet:
     """`meet(3)` gives the peers of three machines that met, and what each says is lost."""
 
     def meet(num_machines: int) -> list[tuple[Peers, Losses]]:
@@ -46,7 +34,7 @@ def meet(port: int, stack: ExitStack) -> Callable[[int], list[tuple[Peers, Losse
 
         def join(rank: int) -> Peers:
             machine = Node(rank, num_machines, "127.0.0.1", port)
-            return Peers.meet(machine, losses[rank].put, WAIT_S)
+            return Peers.meet(machine, losses[rank].put, WAIT_S, loss_is_known_within_s=0.2)
 
         with ThreadPoolExecutor() as pool:
             # Node 0 comes last: the others have to wait for it.
@@ -61,7 +49,12 @@ def leave(peer: Peers) -> None:
     peer.__exit__()
 
 
-def test_success_is_for_machine_0_to_give(meet: Callable[..., list[tuple[Peers, Losses]]]) -> None:
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
+def test_agree_on_success_is_for_machine_0_to_give(meet: Meet) -> None:
     (main, _), *others = meet(3)
     with ThreadPoolExecutor() as pool:
         waiting = [pool.submit(other.agree, 0) for other, _ in others]
@@ -73,8 +66,8 @@ def test_success_is_for_machine_0_to_give(meet: Callable[..., list[tuple[Peers, 
     assert all(losses.empty() for _, losses in others)
 
 
-def test_machine_0_that_succeeded_needs_nobody_any_more(
-    meet: Callable[..., list[tuple[Peers, Losses]]],
+def test_agree_on_success_of_machine_0_needs_nobody_any_more(
+    meet: Meet,
 ) -> None:
     (main, losses), (other, _) = meet(2)
     leave(other)
@@ -83,9 +76,7 @@ def test_machine_0_that_succeeded_needs_nobody_any_more(
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
-def test_every_machine_hears_of_a_lost_one(
-    lost: int, meet: Callable[..., list[tuple[Peers, Losses]]]
-) -> None:
+def test_lost_machine_is_heard_of_by_every_other(lost: int, meet: Meet) -> None:
     """Node 1 hears of a lost machine 2 by machine 0, which ends because of it."""
     machines = meet(3)
     leave(machines[lost][0])
@@ -98,8 +89,8 @@ def test_every_machine_hears_of_a_lost_one(
     assert machines[last][0].agree(1) == INTERRUPTED
 
 
-def test_machine_that_finished_and_lost_machine_0_is_to_start_again(
-    meet: Callable[..., list[tuple[Peers, Losses]]],
+def test_agree_on_success_without_machine_0_is_to_start_again(
+    meet: Meet,
 ) -> None:
     (main, _), (other, _) = meet(2)
     with ThreadPoolExecutor() as pool:
@@ -108,36 +99,23 @@ def test_machine_that_finished_and_lost_machine_0_is_to_start_again(
         assert waiting.result(WAIT_S) == INTERRUPTED
 
 
-@pytest.mark.parametrize("exit_code", [1, 2, 3, 4, 5, 137])
-def test_own_failure_keeps_its_exit_code_while_nobody_is_lost(
-    exit_code: int, meet: Callable[..., list[tuple[Peers, Losses]]]
+@pytest.mark.parametrize(
+    ("exit_code", "is_lost"),
+    [*((code, False) for code in (1, 2, 3, 4, 5, 137)), *((code, True) for code in (2, 3, 4, 137))],
+)
+def test_agree_keeps_an_exit_code_that_says_more_than_a_loss(
+    meet: Meet, exit_code: int, is_lost: bool
 ) -> None:
-    (main, losses), _ = meet(2)
+    (main, losses), (other, _) = meet(2)
+    if is_lost:
+        leave(other)
+        losses.get(timeout=WAIT_S)
     assert main.agree(exit_code) == exit_code
     assert losses.empty()
 
 
-@pytest.mark.parametrize("exit_code", [2, 3, 4, 137])
-def test_exit_code_that_says_more_than_a_loss_is_kept(
-    exit_code: int, meet: Callable[..., list[tuple[Peers, Losses]]]
-) -> None:
-    (main, losses), (other, _) = meet(2)
-    leave(other)
-    losses.get(timeout=WAIT_S)
-    assert main.agree(exit_code) == exit_code
-
-
-def test_machine_that_comes_again_was_lost(
-    port: int, meet: Callable[..., list[tuple[Peers, Losses]]]
-) -> None:
+def test_machine_that_comes_again_was_lost_and_a_stranger_was_not(port: int, meet: Meet) -> None:
     """Its node vanished, so that the old connection still looks alive."""
-    (_, losses), _ = meet(2)
-    with socket.create_connection(("127.0.0.1", port)) as again:
-        again.sendall((1).to_bytes(2, "big"))
-        assert losses.get(timeout=WAIT_S) == "machine 1 was started again"
-
-
-def test_stranger_is_ignored(port: int, meet: Callable[..., list[tuple[Peers, Losses]]]) -> None:
     (_, losses), _ = meet(2)
     socket.create_connection(("127.0.0.1", port)).close()
     with socket.create_connection(("127.0.0.1", port)) as again:
@@ -195,11 +173,26 @@ def test_others_wait_no_longer_for_a_machine_0_that_lacks_somebody(port: int) ->
         Peers.meet(Node(1, 2, "127.0.0.1", port), print, 0.1)
 
 
-def test_silence_is_noticed_by_the_kernel(meet: Callable[..., list[tuple[Peers, Losses]]]) -> None:
+def test_silence_is_noticed_by_the_kernel(meet: Meet, monkeypatch: pytest.MonkeyPatch) -> None:
     """After `MAX_SILENCE_S`: the first probe's wait and that for each probe's answer."""
-    for peer, _ in meet(2):
-        (link,) = peer._links.values()
+    links: list[socket.socket] = []
+    connect, accept = socket.create_connection, socket.socket.accept
+
+    def joined(*arguments: Any) -> socket.socket:
+        links.append(connect(*arguments))
+        return links[-1]
+
+    def gathered(listener: socket.socket) -> tuple[socket.socket, Any]:
+        link, address = accept(listener)
+        links.append(link)
+        return link, address
+
+    monkeypatch.setattr(socket, "create_connection", joined)
+    monkeypatch.setattr(socket.socket, "accept", gathered)
+    meet(2)
+    assert len(links) == 2, "one at either end"
+    for link in links:
         options = socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT
         idle_s, interval_s, count = (link.getsockopt(socket.IPPROTO_TCP, each) for each in options)
         assert link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-        assert idle_s + interval_s * count == peers.MAX_SILENCE_S
+        assert idle_s + interval_s * count == MAX_SILENCE_S
