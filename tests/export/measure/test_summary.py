@@ -7,12 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from export.measure.summary import (
-    STUDENT,
-    TEACHER,
-    read_summary,
-    write_summary,
-)
+from export.measure.summary import STUDENT, TEACHER, read_summary, write_summary
 from export.run.errors import ExportError
 from tests.support.measured import make_quality, make_summary
 

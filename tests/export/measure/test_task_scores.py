@@ -11,21 +11,15 @@ import torch
 
 from estimators.answers import extract
 from estimators.bootstrap import bootstrap_mean
-from export.measure.task_scores import (
-    TaskCompletion,
-    TaskEvaluation,
-    TaskResult,
-    choose_tasks,
-    evaluate_tasks,
-)
+from export.measure.task_scores import TaskEvaluation, TaskResult, choose_tasks, evaluate_tasks
 from export.run.errors import ExportError
 from export.run.settings import EvaluateConfig
 from export.teacher.grading import Grade
 from export.teacher.sample import task_seed
 from export.teacher.tasks import GymEntry, Task, builtin_tasks
-from serve.models.backend import ModelInfo
 from serve.models.torch_backend import TorchBackend
 from serve.text.tokenizer import Tokenizer
+from tests.support.backends import FakeBackend
 
 EOS = 2
 CONFIG = EvaluateConfig(num_samples=4, k=(2, 4), task_max_tokens=6, temperature=1.0, max_num_seqs=4)
@@ -38,36 +32,14 @@ def task(name: str, answer: str, family: str = "add") -> Task:
 TASKS = [task("1+3", "4"), task("2+3", "5"), task("2*3", "6", "multiply"), task("2+2", "4")]
 
 
-class DigitBackend:
-    """Answers any prompt with one of its digits, all equally likely, and ends."""
-
-    def __init__(self, tokenizer: Tokenizer, digits: str, max_num_seqs: int = 4) -> None:
-        self.digits = [tokenizer.encode(digit)[0] for digit in digits]
-        self.info = ModelInfo("fake", "cpu", "float32", 0, tokenizer.num_tokens, 256, max_num_seqs)
-
-    def forward(
-        self,
-        first_row: int,
-        new_token_ids: Sequence[Sequence[int]],
-        past_lengths: Sequence[int],
-        logit_indices: Sequence[Sequence[int]] | None = None,
-    ) -> torch.Tensor:
-        logits = torch.full((len(new_token_ids), self.info.vocab_size), -1e4)
-        for row, past in enumerate(past_lengths):
-            logits[row, [EOS] if past else self.digits] = 0.0
-        return logits
-
-    def prepare(self) -> None:
-        """There is nothing to prepare."""
-
-    def copy_kv(self, source_row: int, target_row: int, length: int) -> None:
-        """There is no cache."""
-
-    def read_kv(self, row: int, start: int, stop: int) -> torch.Tensor:
-        return torch.empty(1, 1, stop - start, 0)
-
-    def write_kv(self, row: int, start: int, kv: torch.Tensor) -> None:
-        """There is no cache."""
+def digit_backend(tokenizer: Tokenizer, digits: str) -> FakeBackend:
+    """Answers any prompt with one of `digits`, all equally likely, and ends."""
+    answers = [tokenizer.encode(digit)[0] for digit in digits]
+    logits = torch.full((tokenizer.num_tokens, tokenizer.num_tokens), -1e4)
+    logits[:, answers] = 0.0
+    logits[answers] = -1e4
+    logits[answers, EOS] = 0.0
+    return FakeBackend(logits, max_model_len=256, max_num_seqs=4)
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +63,7 @@ def evaluation(tokenizer: Tokenizer) -> TaskEvaluation:
     """The teacher knows two of the three answers, the student one of them."""
     return run(
         tokenizer,
-        {"teacher": DigitBackend(tokenizer, "45"), "student": DigitBackend(tokenizer, "4")},
+        {"teacher": digit_backend(tokenizer, "45"), "student": digit_backend(tokenizer, "4")},
     )
 
 
@@ -108,7 +80,7 @@ def texts(evaluation: TaskEvaluation) -> dict[tuple[str, str, int], str]:
 # --- completions
 
 
-def test_every_model_answers_every_task_n_times_in_order(evaluation: TaskEvaluation) -> None:
+def test_models_answer_every_task_n_times_in_order(evaluation: TaskEvaluation) -> None:
     assert [(c.model, c.task_id, c.sample_index) for c in evaluation.completions] == [
         (model, task.task_id, index)
         for model in ("teacher", "student")
@@ -136,21 +108,18 @@ def test_samples_do_not_depend_on_the_batch(tiny_teacher: Path, tokenizer: Token
     assert len(set(together.values())) > len(TASKS)
 
 
-def test_another_seed_gives_other_samples(tiny_teacher: Path, tokenizer: Tokenizer) -> None:
-    backends = {"a": load_tiny(tiny_teacher)}
-    assert texts(run(tokenizer, backends)) != texts(run(tokenizer, backends, seed=1))
-
-
-def test_seed_is_the_tasks_own(tokenizer: Tokenizer) -> None:
+def test_samples_follow_from_the_seed_of_the_recipe_and_the_task(tokenizer: Tokenizer) -> None:
     """Two tasks of one prompt differ in their seeds alone, and so in their samples."""
     twins = [dataclasses.replace(TASKS[0], task_id=name) for name in ("a", "b")]
     assert task_seed(CONFIG.seed, "a") != task_seed(CONFIG.seed, "b")
-    found = run(tokenizer, {"m": DigitBackend(tokenizer, "45")}, twins, num_samples=16)
+    backends = {"m": digit_backend(tokenizer, "45")}
+    found, other = (run(tokenizer, backends, twins, num_samples=16, seed=seed) for seed in (0, 1))
     first, second = ([c.text for c in found.completions if c.task_id == name] for name in "ab")
     assert first != second
+    assert texts(found) != texts(other)
 
 
-def test_model_without_numbers_is_wrong_and_counted(
+def test_answers_of_a_model_without_numbers_are_wrong_and_counted(
     tiny_teacher: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = TorchBackend.forward
@@ -169,9 +138,9 @@ def test_model_without_numbers_is_wrong_and_counted(
     assert found.summary().models["a"].num_failed == len(failed)
 
 
-def test_progress_counts_completions_of_all_models(tokenizer: Tokenizer) -> None:
+def test_task_progress_counts_completions_of_all_models(tokenizer: Tokenizer) -> None:
     shown: list[tuple[int, int]] = []
-    backends = {name: DigitBackend(tokenizer, "4") for name in "ab"}
+    backends = {name: digit_backend(tokenizer, "4") for name in "ab"}
     evaluate_tasks(TASKS, backends, tokenizer, frozenset({EOS}), CONFIG, lambda *p: shown.append(p))
     assert shown == [(done, 32) for done in range(1, 33)]
 
@@ -182,14 +151,14 @@ def test_whole_text_votes_where_the_scorer_reads_it_whole(
     entry = GymEntry("graph_color", 10, 0, "{}", 3)
     free = [dataclasses.replace(TASKS[0], answer_format="none", gym_entry=entry)]
     monkeypatch.setattr("export.teacher.grading.is_entry_solved", lambda task, text: text == "4")
-    found = run(tokenizer, {"a": DigitBackend(tokenizer, "4")}, free)
+    found = run(tokenizer, {"a": digit_backend(tokenizer, "4")}, free)
     assert found.results["a"][0].majority == 1.0
 
 
 def test_equivalent_answers_are_right_and_math_verify_said_so(tokenizer: Tokenizer) -> None:
     root = [dataclasses.replace(TASKS[0], answer="\\sqrt{16}")]
     found = run(
-        tokenizer, {"a": DigitBackend(tokenizer, "4"), "b": DigitBackend(tokenizer, "5")}, root
+        tokenizer, {"a": digit_backend(tokenizer, "4"), "b": digit_backend(tokenizer, "5")}, root
     )
     assert [found.results[model][0].num_correct for model in "ab"] == [4, 0]
     assert [found.results[model][0].majority for model in "ab"] == [1.0, 0.0]
@@ -224,7 +193,7 @@ def test_family_has_its_own_scores() -> None:
     assert (one.value, one.interval) == (1.0, None)
 
 
-def test_majority_is_of_the_votes(evaluation: TaskEvaluation) -> None:
+def test_majority_counts_the_votes(evaluation: TaskEvaluation) -> None:
     """Counted again from the texts: a right majority 1, a tie ½, none 0."""
     for model, results in evaluation.results.items():
         for task, found in zip(TASKS, results, strict=True):
@@ -247,9 +216,9 @@ def test_student_that_always_says_four_solves_half(evaluation: TaskEvaluation) -
     assert evaluation.pass_rates("teacher").pass_at_k[4].value > 0.5
 
 
-def test_all_abstaining_is_no_right_majority(tokenizer: Tokenizer) -> None:
+def test_majority_of_abstentions_is_not_right(tokenizer: Tokenizer) -> None:
     assert extract("x", "last_number") is None
-    found = run(tokenizer, {"a": DigitBackend(tokenizer, "x")})
+    found = run(tokenizer, {"a": digit_backend(tokenizer, "x")})
     assert [r.majority for r in found.results["a"]] == [0.0] * 4
 
 
@@ -267,7 +236,7 @@ def test_summary_is_by_model_and_family(evaluation: TaskEvaluation) -> None:
     assert student.num_failed == 0
 
 
-def test_rows_hold_what_every_model_made_of_a_task(evaluation: TaskEvaluation) -> None:
+def test_task_rows_hold_what_every_model_made_of_a_task(evaluation: TaskEvaluation) -> None:
     rows = evaluation.rows()
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
     assert [row["task_id"] for row in rows] == [task.task_id for task in TASKS]
@@ -279,7 +248,7 @@ def test_rows_hold_what_every_model_made_of_a_task(evaluation: TaskEvaluation) -
 # --- which tasks
 
 
-def test_chosen_are_the_first_verifiable_test_tasks() -> None:
+def test_chosen_tasks_are_the_first_verifiable_test_tasks() -> None:
     tasks = builtin_tasks()
     chosen = choose_tasks(tasks, 5)
     assert len(chosen) == 5
@@ -291,14 +260,9 @@ def test_chosen_are_the_first_verifiable_test_tasks() -> None:
 def test_task_without_an_answer_is_refused(tokenizer: Tokenizer) -> None:
     free = dataclasses.replace(TASKS[0], answer=None, answer_format="none")
     with pytest.raises(ExportError, match="has no answer to check"):
-        run(tokenizer, {"a": DigitBackend(tokenizer, "4")}, [free])
+        run(tokenizer, {"a": digit_backend(tokenizer, "4")}, [free])
 
 
 def test_prompt_that_does_not_fit_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ExportError, match=r"task_max_tokens 250 exceed the 256 positions of 'a'"):
-        run(tokenizer, {"a": DigitBackend(tokenizer, "4")}, task_max_tokens=250)
-
-
-def test_completion_is_plain_data(evaluation: TaskEvaluation) -> None:
-    raw = json.loads(json.dumps(dataclasses.asdict(evaluation.completions[0])))
-    assert TaskCompletion(**raw) == evaluation.completions[0]
+        run(tokenizer, {"a": digit_backend(tokenizer, "4")}, task_max_tokens=250)
