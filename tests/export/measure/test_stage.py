@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,7 @@ import torch
 from export.graph import parity
 from export.measure import memory
 from export.measure.stage import PER_PROMPT_NAME, TEXTS_NAME
-from export.measure.summary import (
-    STUDENT,
-    SUMMARY_NAME,
-    TEACHER,
-    TORCH,
-    TRANSFORMERS,
-    ModelQuality,
-    Speed,
-)
+from export.measure.summary import STUDENT, TEACHER, TORCH, TRANSFORMERS, Summary, read_summary
 from export.pipeline import Pipeline, open_pipeline
 from export.run.settings import ExportConfig
 from export.run.stages import QuietReporter
@@ -83,85 +75,53 @@ def folder(evaluated: Pipeline) -> Path:
 
 
 @pytest.fixture
-def summary(folder: Path) -> dict[str, Any]:
-    text = (folder / SUMMARY_NAME).read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(text, parse_constant=refuse)
-    return found
+def summary(folder: Path) -> Summary:
+    return read_summary(folder)
 
 
-def test_summary_has_the_documented_keys(summary: dict[str, Any]) -> None:
-    assert summary.keys() == {
-        "prompts_sha256",
-        "num_prompts",
-        "num_tokens",
-        "quality",
-        "perplexity",
-        "tasks",
-        "speed",
-        "memory",
-    }
-    assert summary["num_prompts"] == NUM_TEST
-    assert summary["tasks"].keys() == {
-        "tasks_sha256",
-        "num_samples",
-        "temperature",
-        "max_tokens",
-        "seed",
-        "models",
-        "second_opinion",
-    }
+def test_stage_holds_every_model_against_teacher_and_student(summary: Summary) -> None:
+    assert (summary.num_prompts, summary.quality.keys()) == (NUM_TEST, {TEACHER, STUDENT})
+    assert summary.quality[TEACHER].keys() == MEASURED | {STUDENT}
+    assert summary.quality[STUDENT].keys() == MEASURED | {TEACHER}
+    found = [quality for of_models in summary.quality.values() for quality in of_models.values()]
+    assert {quality.num_tokens for quality in found} == {summary.num_tokens}
 
 
-def test_every_model_is_held_against_teacher_and_student(summary: dict[str, Any]) -> None:
-    quality = summary["quality"]
-    assert quality.keys() == {TEACHER, STUDENT}
-    assert quality[TEACHER].keys() == MEASURED | {STUDENT}
-    assert quality[STUDENT].keys() == MEASURED | {TEACHER}
-    names = {field.name for field in fields(ModelQuality)}
-    for of_models in quality.values():
-        for agreement in of_models.values():
-            assert agreement.keys() == names
-            assert agreement["num_tokens"] == summary["num_tokens"]
-
-
-def test_float_graph_is_its_student(summary: dict[str, Any]) -> None:
+def test_stage_finds_the_float_graph_to_be_its_student(summary: Summary) -> None:
     """KL of the same weights through two runtimes; the quantized graph is farther off."""
-    of_student = summary["quality"][STUDENT]
-    assert 0 <= of_student["fp32"]["forward_kl"] < 1e-6 < of_student["int8"]["forward_kl"]
-    assert summary["perplexity"]["fp32"] == pytest.approx(summary["perplexity"][STUDENT], rel=1e-4)
+    fp32, int8 = (summary.quality[STUDENT][name].forward_kl for name in ("fp32", "int8"))
+    assert fp32 is not None and int8 is not None and 0 <= fp32 < 1e-6 < int8
+    assert summary.perplexity["fp32"] == pytest.approx(summary.perplexity[STUDENT], rel=1e-4)
 
 
-def test_variants_race_the_teacher_in_two_runtimes(summary: dict[str, Any]) -> None:
-    assert summary["speed"].keys() == MEASURED | {TORCH, TRANSFORMERS}
-    names = {field.name for field in fields(Speed)}
-    for speed in summary["speed"].values():
-        assert speed.keys() == names
-        assert all(value > 0 for value in speed.values())
+def test_stage_races_variants_against_the_teacher_in_two_runtimes(summary: Summary) -> None:
+    assert summary.speed.keys() == MEASURED | {TORCH, TRANSFORMERS}
+    assert all(value > 0 for speed in summary.speed.values() for value in astuple(speed))
 
 
-def test_variant_that_cannot_run_here_is_measured_nowhere(
-    evaluated: Pipeline, summary: dict[str, Any]
+def test_stage_measures_a_variant_that_cannot_run_here_nowhere(
+    evaluated: Pipeline, summary: Summary
 ) -> None:
-    assert "bf16" in evaluated.graphs
-    assert summary["memory"].keys() == MEASURED
-    assert summary["perplexity"].keys() == MEASURED | {TEACHER, STUDENT}
-    assert summary["tasks"]["models"].keys() == MEASURED | {TEACHER, STUDENT}
-    assert "bf16" not in {name for of in summary["quality"].values() for name in of}
+    assert "bf16" in evaluated.graphs and summary.tasks is not None
+    assert summary.memory.keys() == MEASURED
+    assert summary.perplexity.keys() == MEASURED | {TEACHER, STUDENT}
+    assert summary.tasks.models.keys() == MEASURED | {TEACHER, STUDENT}
+    assert "bf16" not in {name for of in summary.quality.values() for name in of}
 
 
-def test_rows_are_of_held_out_prompts_and_then_of_tasks(
-    folder: Path, summary: dict[str, Any]
+def test_stage_rows_are_of_held_out_prompts_and_then_of_tasks(
+    folder: Path, summary: Summary
 ) -> None:
     rows = read_lines(folder / PER_PROMPT_NAME)
     assert [row["kind"] for row in rows] == ["held_out"] * NUM_TEST + ["task"] * NUM_TASKS
     held_out = rows[:NUM_TEST]
-    assert sum(row["num_tokens"] for row in held_out) == summary["num_tokens"]
+    assert sum(row["num_tokens"] for row in held_out) == summary.num_tokens
     of_prompts = [row["num_tokens"] * row["forward_kl"][TEACHER]["int8"] for row in held_out]
-    mean = sum(of_prompts) / summary["num_tokens"]
-    assert mean == pytest.approx(summary["quality"][TEACHER]["int8"]["forward_kl"])
+    mean = sum(of_prompts) / summary.num_tokens
+    assert mean == pytest.approx(summary.quality[TEACHER]["int8"].forward_kl)
 
 
-def test_texts_set_the_students_answer_beside_the_teachers(
+def test_stage_sets_the_students_answer_beside_the_teachers(
     evaluated: Pipeline, folder: Path, tiny_teacher: Path
 ) -> None:
     texts = read_lines(folder / TEXTS_NAME)
@@ -178,24 +138,22 @@ def test_texts_set_the_students_answer_beside_the_teachers(
     ]
 
 
-def test_stage_tells_people_how_far_the_student_is(
-    evaluated: Pipeline, summary: dict[str, Any]
-) -> None:
-    student = summary["quality"][TEACHER][STUDENT]
+def test_stage_tells_people_how_far_the_student_is(evaluated: Pipeline, summary: Summary) -> None:
+    student = summary.quality[TEACHER][STUDENT]
     assert evaluated.run(evaluated.evaluated).record.summary == {
-        "student_kl": student["forward_kl"],
-        "argmax_agreement": student["argmax_agreement"],
-        "tokens": summary["num_tokens"],
+        "student_kl": student.forward_kl,
+        "argmax_agreement": student.argmax_agreement,
+        "tokens": summary.num_tokens,
     }
 
 
-def test_without_task_prompts_there_are_no_task_scores(
-    evaluated: Pipeline, summary: dict[str, Any], tiny_teacher: Path, tmp_path: Path
+@pytest.mark.nightly
+def test_stage_without_task_prompts_measures_all_but_task_scores(
+    evaluated: Pipeline, summary: Summary, tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    """The rest is measured as before, to the last digit."""
+    """As before, to the last digit."""
     output_dir = evaluated.config.output_dir
     open_run(tiny_teacher, output_dir, max_task_prompts=0).builds.evaluation(tmp_path)
-    again = json.loads((tmp_path / SUMMARY_NAME).read_text())
-    assert again.keys() == summary.keys() - {"tasks"}
-    assert again["quality"] == summary["quality"]
+    again = read_summary(tmp_path)
+    assert (again.tasks, again.quality) == (None, summary.quality)
     assert {row["kind"] for row in read_lines(tmp_path / PER_PROMPT_NAME)} == {"held_out"}
