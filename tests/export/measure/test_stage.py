@@ -12,7 +12,7 @@ import torch
 from export.graph import parity
 from export.measure import memory
 from export.measure.stage import PER_PROMPT_NAME, TEXTS_NAME
-from export.measure.summary import STUDENT, TEACHER, TORCH, TRANSFORMERS, Summary, read_summary
+from export.measure.summary import STUDENT, TEACHER, TORCH, TRANSFORMERS, EvalSummary, read_summary
 from export.pipeline import Pipeline, open_pipeline
 from export.run.settings import ExportConfig
 from export.run.stages import QuietReporter
@@ -75,11 +75,11 @@ def folder(evaluated: Pipeline) -> Path:
 
 
 @pytest.fixture
-def summary(folder: Path) -> Summary:
+def summary(folder: Path) -> EvalSummary:
     return read_summary(folder)
 
 
-def test_stage_holds_every_model_against_teacher_and_student(summary: Summary) -> None:
+def test_stage_holds_every_model_against_teacher_and_student(summary: EvalSummary) -> None:
     assert (summary.num_prompts, summary.quality.keys()) == (NUM_TEST, {TEACHER, STUDENT})
     assert summary.quality[TEACHER].keys() == MEASURED | {STUDENT}
     assert summary.quality[STUDENT].keys() == MEASURED | {TEACHER}
@@ -87,20 +87,20 @@ def test_stage_holds_every_model_against_teacher_and_student(summary: Summary) -
     assert {quality.num_tokens for quality in found} == {summary.num_tokens}
 
 
-def test_stage_finds_the_float_graph_to_be_its_student(summary: Summary) -> None:
+def test_stage_finds_the_float_graph_to_be_its_student(summary: EvalSummary) -> None:
     """KL of the same weights through two runtimes; the quantized graph is farther off."""
     fp32, int8 = (summary.quality[STUDENT][name].forward_kl for name in ("fp32", "int8"))
     assert fp32 is not None and int8 is not None and 0 <= fp32 < 1e-6 < int8
     assert summary.perplexity["fp32"] == pytest.approx(summary.perplexity[STUDENT], rel=1e-4)
 
 
-def test_stage_races_variants_against_the_teacher_in_two_runtimes(summary: Summary) -> None:
+def test_stage_races_variants_against_the_teacher_in_two_runtimes(summary: EvalSummary) -> None:
     assert summary.speed.keys() == MEASURED | {TORCH, TRANSFORMERS}
     assert all(value > 0 for speed in summary.speed.values() for value in astuple(speed))
 
 
 def test_stage_measures_a_variant_that_cannot_run_here_nowhere(
-    evaluated: Pipeline, summary: Summary
+    evaluated: Pipeline, summary: EvalSummary
 ) -> None:
     assert "bf16" in evaluated.graphs and summary.tasks is not None
     assert summary.memory.keys() == MEASURED
@@ -110,7 +110,7 @@ def test_stage_measures_a_variant_that_cannot_run_here_nowhere(
 
 
 def test_stage_rows_are_of_held_out_prompts_and_then_of_tasks(
-    folder: Path, summary: Summary
+    folder: Path, summary: EvalSummary
 ) -> None:
     rows = read_lines(folder / PER_PROMPT_NAME)
     assert [row["kind"] for row in rows] == ["held_out"] * NUM_TEST + ["task"] * NUM_TASKS
@@ -138,7 +138,9 @@ def test_stage_sets_the_students_answer_beside_the_teachers(
     ]
 
 
-def test_stage_tells_people_how_far_the_student_is(evaluated: Pipeline, summary: Summary) -> None:
+def test_stage_tells_people_how_far_the_student_is(
+    evaluated: Pipeline, summary: EvalSummary
+) -> None:
     student = summary.quality[TEACHER][STUDENT]
     assert evaluated.run(evaluated.evaluated).record.summary == {
         "student_kl": student.forward_kl,
@@ -149,7 +151,7 @@ def test_stage_tells_people_how_far_the_student_is(evaluated: Pipeline, summary:
 
 @pytest.mark.nightly
 def test_stage_without_task_prompts_measures_all_but_task_scores(
-    evaluated: Pipeline, summary: Summary, tiny_teacher: Path, tmp_path: Path
+    evaluated: Pipeline, summary: EvalSummary, tiny_teacher: Path, tmp_path: Path
 ) -> None:
     """As before, to the last digit."""
     output_dir = evaluated.config.output_dir
