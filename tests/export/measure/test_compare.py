@@ -19,8 +19,8 @@ from export.measure.summary import ModelQuality, write_summary
 from export.measure.task_scores import TaskEvaluation, TaskResult
 from export.run.errors import ExportError
 from export.run.settings import EvaluateConfig
-from tests.support.manifests import minimal_manifest
 from tests.support.measured import TEACHER_REFERENCE, make_summary
+from tests.support.models.manifests import minimal_manifest
 
 NUM_PROMPTS = 20
 SIZES = np.arange(5, 5 + NUM_PROMPTS)
