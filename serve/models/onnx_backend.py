@@ -94,14 +94,7 @@ class OnnxBackend(CachedRows):
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
         )
-        past = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
-        _, num_kv_heads, _, head_dim = past[0].shape
-        self.cache = KVCache(
-            len(past) // 2,
-            (self.info.rows.num_rows, num_kv_heads, max_model_len + 1, head_dim),
-            _TORCH_TYPES[past[0].type],
-            device,
-        )
+        self.cache = _make_cache(session, self.info, device)
         (logits,) = [o for o in session.get_outputs() if o.name == "logits"]
         self._logits_type = _TORCH_TYPES[logits.type]
         # Where a decode step's logits stay, also for graphs that have the address.
@@ -351,6 +344,14 @@ class OnnxBackend(CachedRows):
         with torch.cuda.stream(self.stream):
             yield
         callers.wait_stream(self.stream)
+
+
+def _make_cache(session: ort.InferenceSession, info: ModelInfo, device: torch.device) -> KVCache:
+    """Return a cache of the graph's type; one column more than the context is for padding."""
+    past = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
+    _, num_kv_heads, _, head_dim = past[0].shape
+    shape = (info.rows.num_rows, num_kv_heads, info.max_model_len + 1, head_dim)
+    return KVCache(len(past) // 2, shape, _TORCH_TYPES[past[0].type], device)
 
 
 def padded_sizes(max_num_seqs: int, row_multiple: int, is_static: bool) -> tuple[int, ...]:
