@@ -25,6 +25,8 @@ from tests.support.load_tests import planned
         ({"pass_at_k": (2,)}, "each is 1 to 1"),
         ({"rates_rps": (float("nan"),)}, "finite"),
         ({"speed": 2}, "speed"),
+        ({"slo": "ttft_p95=soon"}, "'soon' is no limit"),
+        ({"journal": Path("j"), "protocol": "oip"}, "--journal takes --protocol tandem"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:

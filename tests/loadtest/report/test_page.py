@@ -3,27 +3,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import html
-import itertools
 import json
-import random
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bundle.errors import UserError
-from estimators.estimate import Estimate
 from loadtest.analysis.summary import (
-    ArmComparison,
-    Cell,
-    Distribution,
-    Histogram,
-    Quality,
     Summary,
     Validity,
     to_json,
@@ -31,7 +20,7 @@ from loadtest.analysis.summary import (
 from loadtest.client.requests_file import write_requests
 from loadtest.config import RunConfig
 from loadtest.flags import flag_of, parse_config
-from loadtest.records import Phase, PlannedRequest, RequestRecord, SampleRecord
+from loadtest.records import RequestRecord
 from loadtest.report.page import (
     command_of,
     findings,
@@ -42,172 +31,20 @@ from loadtest.report.page import (
 )
 from loadtest.report.timeline import Gauge
 from report.formats import NBSP
+from tests.support.load_runs import (
+    CONFIG,
+    CROSS_CHECK,
+    LOADS,
+    PLOTS,
+    RECORDS,
+    RUN,
+    SUMMARY,
+    change,
+    make_records,
+    make_summary,
+)
+from tests.support.load_tests import NOTHING, around
 from tests.support.pages import assert_loads_nothing
-
-SCRIPT = Path(__file__).parents[3] / "scripts" / "check_page"
-BROWSER = any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
-PLOTS = ("pareto", "latency", "goodput", "itl", "kl", "kl_position", "pass_at_k", "timeline")
-CONFIG: dict[str, object] = {
-    "target": "127.0.0.1:50051",
-    "arms": ["student", "teacher"],
-    "arrival": "poisson",
-    "rates_rps": [1.0, 2.0, 4.0],
-    "slo": "ttft_p95=0.2,itl_p95=0.02",
-    "seed": 0,
-}
-SPEED_S = {"student": 0.01, "teacher": 0.03}
-RUN: dict[str, Any] = {
-    "machine": {"num_cpus": 2, "system": "Linux"},
-    "is_interrupted": False,
-    "command": ["tandem", "loadtest", "run", "--slo", "ttft_p95=0.2, itl_p95=0.02"],
-    "timeline": {
-        arm: [
-            {"time_s": 0.5 * i, "waiting": i % 5, "running": i % 3, "batch": 1 + i % 4}
-            for i in range(150)
-        ]
-        for arm in SPEED_S
-    },
-}
-
-
-CROSS_CHECK: dict[str, object] = {
-    "agrees": True,
-    "ttft": [
-        {
-            "arm": "student", "quantile": 0.95, "client_s": 0.157, "server_low_s": 0.1,
-            "server_high_s": None, "num_buckets_apart": 0, "count": 152, "agrees": True,
-        }
-    ],
-    "counts": [{"arm": "teacher", "client": {"OK": 19}, "server": {"OK": 19}, "agrees": True}],
-}  # fmt: skip
-
-
-def make_records(loads: tuple[float, ...], is_closed: bool = False) -> list[RequestRecord]:
-    """Return a run of 5 s turns whose token times follow from the arm, the load and chance."""
-    chance = random.Random(0)
-    records: list[RequestRecord] = []
-    start_s, block = 0.0, 0
-    for load, phase in [(loads[0], Phase.WARMUP), *((load, Phase.MEASURED) for load in loads)]:
-        for _ in range(2):
-            for arm in chance.sample(list(SPEED_S), 2):
-                for number in range(round(5 * load)):
-                    due_s = start_s + 5 * number / round(5 * load)
-                    records.append(
-                        make_record(len(records), arm, load, block, phase, due_s, chance)
-                    )
-                    if is_closed:
-                        plan = records[-1].plan
-                        records[-1].plan = dataclasses.replace(
-                            plan, intended_s=None, rate_rps=None, concurrency=round(load)
-                        )
-                start_s, block = start_s + 6, block + 1
-    return records
-
-
-def make_record(
-    number: int, arm: str, load: float, block: int, phase: Phase, due_s: float, chance: Any
-) -> RequestRecord:
-    plan = PlannedRequest(number, arm, load, block, number, f"p{number % 9}", 0, phase, due_s)
-    gap_s = SPEED_S[arm] * (1 + load / 4)
-    times_s = [due_s + 3 * gap_s + gap_s * i * chance.uniform(0.8, 1.3) for i in range(12)]
-    times_s.sort()
-    sample = SampleRecord(0, "STOP", list(range(12)), times_s, per_token_k3=[0.1] * 12)
-    return RequestRecord(plan, due_s + 0.0004 * chance.random(), times_s[-1] + 0.001, "OK",
-                         samples=[sample])  # fmt: skip
-
-
-def around(value: float, half_width: float, n: int = 40) -> Estimate:
-    return Estimate(value, value - half_width, value + half_width, n)
-
-
-def spread(values: list[float]) -> Distribution:
-    """Return percentiles by rank, p99 only where something is above it."""
-    ranked = sorted(values)
-    p50, p90, p95, p99 = (
-        around(ranked[int(q * len(ranked))], 0.002, len(ranked)) for q in (0.5, 0.9, 0.95, 0.99)
-    )
-    mean_s = sum(ranked) / len(ranked)
-    return Distribution(len(ranked), mean_s, p50, p90, p95, p99 if len(ranked) > 99 else None)
-
-
-def make_quality(arm: str) -> Quality:
-    edges = (0.0, *(10 ** (i / 4 - 4) for i in range(17)))
-    skill = 0.4 if arm == "teacher" else 0.35
-    return Quality(
-        pass_at_k={k: around(1 - (1 - skill) ** k, 0.06) for k in (1, 2, 4, 8)},
-        majority_correct=around(skill + 0.05, 0.07),
-        k3=around(0.21, 0.02),
-        exact_kl=around(0.2, 0.01),
-        k3_histogram=Histogram(edges, tuple(1 + i * (17 - i) for i in range(17))),
-        k3_by_position=tuple(around(0.15 + 0.002 * i, 0.03) for i in range(64)),
-    )
-
-
-def make_cell(arm: str, load: float, records: list[RequestRecord]) -> Cell:
-    mine = [
-        r for r in records
-        if (r.plan.arm, r.plan.load, r.plan.phase) == (arm, load, Phase.MEASURED)
-    ]  # fmt: skip
-
-    edges = (0.0, *(10 ** (i / 10 - 3) for i in range(21)))
-    itls_s = [itl for r in mine for itl in r.itls_s]
-    counts = [sum(low <= x < high for x in itls_s) for low, high in itertools.pairwise(edges)]
-    return Cell(
-        arm=arm,
-        load=load,
-        num_offered=len(mine),
-        statuses={"OK": len(mine)},
-        ttft=spread([r.ttft_s for r in mine if r.ttft_s is not None]),
-        itl=spread(itls_s),
-        tpot=spread([r.tpot_s for r in mine if r.tpot_s is not None]),
-        e2e=spread([r.e2e_s for r in mine]),
-        itl_histogram=Histogram(edges, tuple(counts)),
-        throughput_rps=load,
-        output_tokens_per_s=12 * load,
-        goodput=around(0.95 if arm == "student" else 0.95 - load / 8, 0.04),
-        quality=make_quality(arm),
-    )
-
-
-def make_comparison(load: float) -> ArmComparison:
-    return ArmComparison(
-        load=load,
-        arm_a="student",
-        arm_b="teacher",
-        num_pairs=40,
-        ratios={"ttft_p50": around(3.1, 0.2), "e2e_p50": around(1.05, 0.2)},
-        differences={"pass@1": around(-0.05, 0.03), "pass@8": around(0.01, 0.04)},
-        mcnemar_p=0.031,
-        agreement=around(0.7, 0.1),
-    )
-
-
-def make_summary(
-    records: list[RequestRecord], loads: tuple[float, ...], arms: tuple[str, ...] = tuple(SPEED_S)
-) -> Summary:
-    return Summary(
-        config={**CONFIG, "arms": list(arms)},
-        schedule_sha256="5ca1ab1e",
-        versions={"tandem": "0.1.0"},
-        models=({"name": "student", "precision": "int8"},),
-        validity=Validity(True, (), 0.0004, 0.31),
-        num_errors=0,
-        cells=tuple(make_cell(arm, load, records) for load in loads for arm in arms),
-        comparisons=tuple(make_comparison(load) for load in loads) if len(arms) > 1 else (),
-        cross_check=CROSS_CHECK,
-    )
-
-
-LOADS = (1.0, 4.0)
-RECORDS = make_records(LOADS)
-SUMMARY = make_summary(RECORDS, LOADS)
-NOTHING = Distribution(0, None, None, None, None, None)
-
-
-def change(summary: Summary, **values: Any) -> Summary:
-    """Return the summary of one load, its cells with these values."""
-    cells = tuple(dataclasses.replace(cell, **values) for cell in summary.cells[:2])
-    return dataclasses.replace(summary, cells=cells, comparisons=summary.comparisons[:1])
 
 
 def write_run(folder: Path, summary: Summary, records: list[RequestRecord]) -> Path:
@@ -470,50 +307,3 @@ def test_broken_run_json_is_an_error(tmp_path: Path, content: str | None, messag
         (folder / "run.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=rf"run\.json.*{message}"):
         write_report(folder)
-
-
-# --- in a browser
-
-
-def check_page(page: Path) -> tuple[int, dict[str, Any]]:
-    done = subprocess.run([SCRIPT, page], capture_output=True, text=True, timeout=200, check=False)
-    return done.returncode, json.loads(done.stdout)
-
-
-@pytest.mark.skipif(not BROWSER, reason="no Chromium here")
-def test_browser_shows_every_plot_without_a_complaint(tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
-    page.write_text(full_page(), encoding="utf-8")
-    returncode, found = check_page(page)
-    assert found["problems"] == []
-    assert (returncode, found["plots"]) == (0, list(PLOTS))
-
-
-@pytest.mark.skipif(not BROWSER, reason="no Chromium here")
-def test_browser_check_finds_what_is_wrong_with_a_page(tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
-    page.write_text(
-        """<html><head><meta http-equiv="Content-Security-Policy" content="default-src 'none'">
-        </head><body><img src="nowhere.png"><figure id="a"><svg width="400" height="200">
-        <text x="9" y="50">over</text><text x="12" y="52">under</text><text x="390" y="90">out of
-        it</text></svg></figure><figure id="b"><svg width="400" height="20"></svg></figure>
-        </body></html>""",
-        encoding="utf-8",
-    )
-    returncode, found = check_page(page)
-    problems = "\n".join(found["problems"])
-    assert returncode == 1
-    for words in (
-        'plot a: "under" covers "over"', "leaves the plot", "plot b does not show",
-        "plot b has no text", "Content Security Policy",
-    ):  # fmt: skip
-        assert words in problems
-
-
-def test_browser_check_without_a_browser_says_so(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path / "report.html"],
-        capture_output=True, text=True, timeout=60, check=False, env={"PATH": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "no browser: none of chromium" in done.stderr
