@@ -106,7 +106,8 @@ class RemoteTeacher:
         self._scoring_timeout_s = scoring_timeout_s
         self._on_call = on_call
         self._probe_period_s = probe_period_s
-        self._why_lost = "it was not reached yet"
+        self.why_lost = "it was not reached yet"
+        """Why it cannot be used; empty while it can."""
         self._is_stopping = False
         self._calls: set[_Call] = set()
         self._channel: grpc.aio.Channel | None = None
@@ -168,15 +169,15 @@ class RemoteTeacher:
             num_running=len(self._calls),
             num_waiting=0,
             max_num_seqs=self.model.max_num_seqs,
-            is_alive=not self._why_lost and not self._is_stopping,
+            is_alive=not self.why_lost and not self._is_stopping,
             num_unaccounted=0,
         )
 
     def _check_reachable(self) -> None:
         if self._is_stopping:
             raise EngineStoppedError("the server is stopping")
-        if self._why_lost:
-            raise EngineStoppedError(f"the teacher at {self.address} is lost: {self._why_lost}")
+        if self.why_lost:
+            raise EngineStoppedError(f"the teacher at {self.address} is lost: {self.why_lost}")
 
     # -- calls ------------------------------------------------------------------------------
 
@@ -267,11 +268,11 @@ class RemoteTeacher:
         """
         if is_silent:
             self._end(self._calls, FinishReason.SHUTDOWN, f"the teacher is lost: {why_lost}")
-        if why_lost and not self._why_lost:
+        if why_lost and not self.why_lost:
             logger.warning("the teacher at %s is lost: %s", self.address, why_lost)
-        if self._why_lost and not why_lost:
+        if self.why_lost and not why_lost:
             logger.info("the teacher at %s is there", self.address)
-        self._why_lost = why_lost
+        self.why_lost = why_lost
 
     async def _why_not(self) -> tuple[str, bool]:
         """Return why the teacher cannot be used, empty if it can; and whether it says nothing."""

@@ -153,13 +153,13 @@ class RemoteTeacherServer:
 
     async def be_found(self) -> None:
         """Wait until the other server has found this one, by a probe that ends from now on."""
-        self.remote._why_lost = "asked again"
+        self.remote.why_lost = "asked again"
         with suppress(TimeoutError):
             async with asyncio.timeout(_FOUND_S):
                 while not self.remote.load().is_alive:
                     await asyncio.sleep(0.01)
             return
-        self.problems.append(f"the teacher was not found again: {self.remote._why_lost}")
+        self.problems.append(f"the teacher was not found again: {self.remote.why_lost}")
 
     async def misbehave_until(self, is_over: asyncio.Event) -> None:
         """End and begin, cut, and bring nothing until then; then all is well again."""
