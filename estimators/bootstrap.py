@@ -5,6 +5,9 @@ the seed and the number of clusters alone: the same call gives the same interval
 
 Where the data cannot show any spread the interval is None: one cluster, clusters that are all
 alike (a resample of them never differs, and a width of 0 would claim certainty), no clusters.
+
+By hand, because `scipy.stats.bootstrap` draws other resamples from a seed, so that the intervals of
+all earlier runs would move, and gives clusters that are alike a width of rounding errors.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Which of two models is faster, which is worse, and is the difference real? Measured under load.
+"""Which of two models is faster, which is worse, and is the difference statistically significant?
 
-`config` what is asked · `dataset` prompts · `schedule` when each is sent, fixed by the seed ·
-`targets` how · `runner` sending · `records` what was seen · `quality`, `statistics`, `summary` what
-it means · `report` how it looks · `gate`, `compare` what follows from it.
+`config` what is asked · `workload` what is sent, and when, fixed by the seed · `client` how it is
+sent · `records` what was seen of it · `server_metrics` what the server says of itself · `analysis`
+what it means · `verdicts` what follows · `report` how it is shown · `ledger` whether anything was
+lost, duplicated or altered · `run` one load test from its settings to its folder.
 """

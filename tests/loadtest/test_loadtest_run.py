@@ -105,16 +105,3 @@ def test_same_seed_plans_the_same_and_another_does_not(run: Any) -> None:
         json.loads(loadtest(*words, "--seed", seed).stdout.splitlines()[-1]) for seed in ("3", "4")
     )
     assert again["schedule_sha256"] == config["schedule_sha256"] != other["schedule_sha256"]
-
-
-def test_gate_says_in_one_line_what_broke(run: Any) -> None:
-    broken = loadtest("gate", str(run[0]), "--max", "student.exact_kl=0.000001")
-    assert broken.returncode == 3
-    assert len(broken.stderr.strip().splitlines()) == 1
-    assert "exact_kl" in broken.stderr or "INVALID" in broken.stderr
-
-
-def test_folder_of_an_earlier_run_is_not_touched(run: Any) -> None:
-    again = loadtest("run", "--target", "127.0.0.1:1", "--out", str(run[0]))
-    assert again.returncode == 1
-    assert "is not empty" in again.stderr

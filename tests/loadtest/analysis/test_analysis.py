@@ -226,8 +226,3 @@ def test_summary_survives_its_json() -> None:
 def test_json_of_something_else_is_refused() -> None:
     with pytest.raises(ValueError, match="schedule_sha256"):
         from_json('{"config": {}}')
-
-
-def test_slo_that_cannot_be_read_is_refused() -> None:
-    with pytest.raises(ValueError, match="slo 'fast'"):
-        summary_of([record(0)], CONFIG.model_copy(update={"slo": "fast"}))
