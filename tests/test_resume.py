@@ -20,6 +20,8 @@ import pytest
 from bundle.verify import verify_bundle
 from tests.support.recipes import RESUMED, write_recipe
 
+pytestmark = pytest.mark.nightly
+
 # One thread: both runs share the cores, and torch sums in another order with another number.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 MAX_WAIT_S = 200

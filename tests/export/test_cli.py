@@ -14,7 +14,7 @@ from bundle.errors import BundleError
 from export.pipeline import Pipeline
 from export.publish.select import GateError
 from export.run.errors import ExportError
-from tests.support.export_cli import SETTINGS, run, stages_of, stub_package, write_rows_recipe
+from tests.support.export.cli import SETTINGS, run, stages_of, stub_package, write_rows_recipe
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.export_cli import run, stages_of, stub_package, write_rows_recipe
+from tests.support.export.cli import run, stages_of, stub_package, write_rows_recipe
 from tests.support.random_models import random_model
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from loadtest.report.page import render_report
-from tests.support.load_runs import PLOTS, RECORDS, RUN, SUMMARY
+from tests.support.loadtest.runs import PLOTS, RECORDS, RUN, SUMMARY
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "check_page"
 BROWSER = any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))

@@ -19,7 +19,7 @@ from export.measure.summary import ModelQuality, write_summary
 from export.measure.task_scores import TaskEvaluation, TaskResult
 from export.run.errors import ExportError
 from export.run.settings import EvaluateConfig
-from tests.support.measured import TEACHER_REFERENCE, make_summary
+from tests.support.export.measured import TEACHER_REFERENCE, make_summary
 from tests.support.models.manifests import minimal_manifest
 
 NUM_PROMPTS = 20

@@ -9,7 +9,7 @@ import pytest
 
 from export.measure.summary import STUDENT, TEACHER, read_summary, write_summary
 from export.run.errors import ExportError
-from tests.support.measured import make_quality, make_summary
+from tests.support.export.measured import make_quality, make_summary
 
 WRITTEN = sorted((Path(__file__).parent / "data").glob("*.json"))
 """As the exports of bundles that are there already wrote them."""

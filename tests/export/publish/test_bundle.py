@@ -16,8 +16,8 @@ from bundle.manifest import (
 )
 from bundle.verify import verify_bundle
 from export.publish.bundle import Verdicts, is_packaged, model_card
-from tests.support.measured import MEASURED, pack
-from tests.support.measured import TEACHER_REFERENCE as TEACHER
+from tests.support.export.measured import MEASURED, pack
+from tests.support.export.measured import TEACHER_REFERENCE as TEACHER
 
 STUDENT = StudentInfo(num_parameters=120_000_000, num_layers=2, kept_layers=(0, 3), dtype="float32")
 

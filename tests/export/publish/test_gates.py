@@ -22,7 +22,7 @@ from export.run.variants import (
     VariantConfig,
     WeightOnlyVariant,
 )
-from tests.support.measured import make_quality, make_summary, make_tasks
+from tests.support.export.measured import make_quality, make_summary, make_tasks
 
 SMALL = WeightOnlyVariant(bits=8, block_size=32, accuracy_level=1)
 GATES = GatesConfig(

@@ -31,7 +31,7 @@ from export.run.settings import ExportConfig
 from export.run.stage_names import stage_names
 from export.teacher.grading import SecondOpinion
 from export.teacher.source import TeacherFolder
-from tests.support.measured import make_artifacts, make_quality, make_summary, make_tasks
+from tests.support.export.measured import make_artifacts, make_quality, make_summary, make_tasks
 
 # A finished run as its stages would have left it, with numbers that a test can tell apart.
 GRID = {"bits": 4, "block_size": 32}

@@ -22,7 +22,7 @@ from bundle.manifest import (
 )
 from bundle.verify import list_entries, verify_bundle
 from export.publish.verify import run_graph, verify_bundle_deep
-from tests.support.measured import pack
+from tests.support.export.measured import pack
 
 VARIANT = Variant(
     precision="as named",

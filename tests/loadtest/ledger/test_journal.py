@@ -15,7 +15,7 @@ from bundle.errors import UserError
 from loadtest.ledger.journal import Journal, read_journal
 from loadtest.ledger.ledger import check, main
 from protos.tandem.v1 import inference_pb2 as pb
-from tests.support.histories import SENT, USAGE, WHOLE, Events
+from tests.support.loadtest.histories import SENT, USAGE, WHOLE, Events
 
 
 def write(path: Path, events: Events) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loadtest.ledger.ledger import Fault, check, render
-from tests.support.histories import (
+from tests.support.loadtest.histories import (
     DIVERGENCE,
     END,
     LOGPROBS,

@@ -31,7 +31,8 @@ from loadtest.report.page import (
 )
 from loadtest.report.timeline import Gauge
 from report.formats import NBSP
-from tests.support.load_runs import (
+from tests.support.load_tests import NOTHING, around
+from tests.support.loadtest.runs import (
     CONFIG,
     CROSS_CHECK,
     LOADS,
@@ -43,7 +44,6 @@ from tests.support.load_runs import (
     make_records,
     make_summary,
 )
-from tests.support.load_tests import NOTHING, around
 from tests.support.pages import assert_loads_nothing
 
 
