@@ -19,10 +19,10 @@ from export.teacher.task_sources import is_entry_solved
 from export.teacher.tasks import Task
 from serve.pair.answers.equivalence import AnswerWorker, NoResult, WorkerClaim, is_available
 
-_TIMEOUT_S = 2.0
+TIMEOUT_S = 2.0
 # After so many comparisons without a result the rest is not made: a model that writes towers of
 # powers costs minutes, not hours.
-_MAX_UNDECIDED = 50
+MAX_UNDECIDED = 50
 
 _Values = tuple[str, str]  # of the right answer and of a completion's
 
@@ -102,7 +102,10 @@ def grade(task: Task, text: str, *, starts_in_reasoning: bool = False) -> Grade:
 
 
 def ask_second_opinion(
-    tasks: Iterable[Task], grades: Iterable[Grade]
+    tasks: Iterable[Task],
+    grades: Iterable[Grade],
+    timeout_s: float = TIMEOUT_S,
+    max_undecided: int = MAX_UNDECIDED,
 ) -> tuple[list[Grade], SecondOpinion]:
     """Return the grades, of which wrong ones may now be right, and what was asked.
 
@@ -113,7 +116,9 @@ def ask_second_opinion(
     if version is None:
         return [one for _, one in pairs], SecondOpinion()
     values = [_open_values(task, one) for task, one in pairs]
-    outcomes = asyncio.run(_compare({pair for pair in values if pair is not None}))
+    outcomes = asyncio.run(
+        _compare({pair for pair in values if pair is not None}, timeout_s, max_undecided)
+    )
     graded = [
         Grade(True, one.answer) if pair in outcomes.equal else one
         for (_, one), pair in zip(pairs, values, strict=True)
@@ -133,12 +138,12 @@ def _open_values(task: Task, one: Grade) -> _Values | None:
     return comparable_values(task.answer, one.answer)
 
 
-async def _compare(pairs: Iterable[_Values]) -> _Outcomes:
+async def _compare(pairs: Iterable[_Values], timeout_s: float, max_undecided: int) -> _Outcomes:
     outcomes = _Outcomes()
-    worker = AnswerWorker(_TIMEOUT_S)
+    worker = AnswerWorker(timeout_s)
     try:
         for pair in sorted(pairs):
-            if len(outcomes.undecided) >= _MAX_UNDECIDED:
+            if len(outcomes.undecided) >= max_undecided:
                 outcomes.undecided.add(pair)
                 continue
             async with worker.turn(WorkerClaim()) as turn:

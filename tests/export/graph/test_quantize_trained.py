@@ -61,21 +61,22 @@ def test_quantize_trained_puts_the_student_in_the_graph_bit_for_bit(
     exported = export_once(architecture)
     student = AutoModelForCausalLM.from_pretrained(exported.student_dir)
     weights = train_on_grid(student)
-    quantize_trained(exported.variants["fp32"], tmp_path, TRAINED, weights)
-    model = load_graph(tmp_path)
+    folder = tmp_path / "new" / "folder"
+    quantize_trained(exported.variants["fp32"], folder, TRAINED, weights)
+    model = load_graph(folder)
     assert quantized_node_counts(model) == {"MatMulNBits": NUM_PRODUCTS}
     read = split_by_module(
         read_grid_weights(model), lambda name: student.get_submodule(name).out_features
     )
     assert_same(read, weights)
-    shutil.copy(exported.variants["fp32"] / "config.json", tmp_path)
+    shutil.copy(exported.variants["fp32"] / "config.json", folder)
     with torch.inference_mode():
         expected = [
             student(torch.tensor([e.prompt_token_ids + e.completion_token_ids])).logits[0]
             for e in HELD_OUT
         ]
     torch.testing.assert_close(
-        logprobs(tmp_path, HELD_OUT), torch.cat(expected).log_softmax(-1), atol=1e-3, rtol=1e-4
+        logprobs(folder, HELD_OUT), torch.cat(expected).log_softmax(-1), atol=1e-3, rtol=1e-4
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from export.run.settings import ReasoningGymSource, TasksConfig
-from export.teacher import grading
 from export.teacher.grading import (
     Grade,
     SecondOpinion,
@@ -23,10 +24,13 @@ def boxed(answer: str) -> Task:
     return Task("id", "?", answer, "boxed", "math", "train")
 
 
-def asked(answer: str, *others: str) -> tuple[list[bool | None], SecondOpinion]:
-    task = boxed(answer)
-    grades = [grade(task, rf"\boxed{{{other}}}") for other in others]
-    graded, opinion = ask_second_opinion([task] * len(grades), grades)
+def asked(*pairs: tuple[str, str], **settings: Any) -> tuple[list[bool | None], SecondOpinion]:
+    """Have pairs of a task's answer and another one judged by a single worker."""
+    tasks = [boxed(answer) for answer, _ in pairs]
+    grades = [
+        grade(task, rf"\boxed{{{other}}}") for task, (_, other) in zip(tasks, pairs, strict=True)
+    ]
+    graded, opinion = ask_second_opinion(tasks, grades, **settings)
     assert [one.answer for one in graded] == [one.answer for one in grades]
     return [one.is_correct for one in graded], opinion
 
@@ -54,14 +58,14 @@ def test_grade_follows_the_answer_format(
     assert grade(task, text).is_correct is expected
 
 
-def test_reasoning_that_the_prompt_opened_and_nothing_ends_has_no_answer() -> None:
+def test_grade_of_reasoning_that_nothing_ends_is_wrong() -> None:
     task = boxed("4")
     assert grade(task, r"\boxed{4}") == Grade(True, "4")
     assert grade(task, r"\boxed{4}", starts_in_reasoning=True) == Grade(False)
     assert grade(task, r"\boxed{5}</think>\boxed{4}", starts_in_reasoning=True) == Grade(True, "4")
 
 
-def test_reasoning_gym_judges_its_own_tasks() -> None:
+def test_grade_of_a_reasoning_gym_task_is_its_own() -> None:
     pytest.importorskip("reasoning_gym")
     source = ReasoningGymSource(kind="reasoning_gym", dataset="chain_sum", size=40, seed=5)
     task = read_tasks(TasksConfig(sources=(source,))).tasks[0]
@@ -70,17 +74,16 @@ def test_reasoning_gym_judges_its_own_tasks() -> None:
     assert grade(task, f"It is {task.answer}1").is_correct is False
 
 
-def test_equivalent_answers_are_right_whichever_stands_first() -> None:
-    for pair in (("x<5", r"(-\infty,5)"), (r"2\sqrt{2}", r"\sqrt{8}"), ("x+y=3", "y=3-x")):
-        for one, other in (pair, pair[::-1]):
-            correct, opinion = asked(one, other, "7")
-            assert correct == [True, False], pair
-            assert opinion.num_right == 1
+def test_second_opinion_finds_equivalent_answers_right_whichever_stands_first() -> None:
+    pairs = [("x<5", r"(-\infty,5)"), (r"2\sqrt{2}", r"\sqrt{8}"), ("x+y=3", "y=3-x")]
+    pairs += [pair[::-1] for pair in pairs]
+    correct, opinion = asked(*pairs, *((answer, "7") for answer, _ in pairs))
+    assert correct == [True] * 6 + [False] * 6
+    assert opinion.num_right == 6
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
+def test_second_opinion_leaves_wrong_what_math_verify_takes_for_equal_and_is_not() -> None:
+    pairs = [
         ("y=2x+3", "2x+3"),
         ("1010_2", "1010"),
         ("f(2)", "f'(2)"),
@@ -90,35 +93,32 @@ def test_equivalent_answers_are_right_whichever_stands_first() -> None:
         ("3.1415926", r"\pi"),
         ("x+1\\text{ cm}", "1+x\\text{ m}"),
         ("on", "no"),
-    ],
-)
-def test_what_math_verify_takes_for_equal_and_is_not_stays_wrong(one: str, other: str) -> None:
-    assert asked(one, other)[0] == asked(other, one)[0] == [False]
+    ]
+    for direction in (1, -1):
+        correct, _ = asked(*(pair[::direction] for pair in pairs))
+        assert [pair for pair, is_right in zip(pairs, correct, strict=True) if is_right] == []
 
 
-def test_comparison_that_takes_too_long_leaves_the_answer_wrong_and_is_counted(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(grading, "_TIMEOUT_S", 0.5)
-    correct, opinion = asked(r"\sqrt{8}", TOWER, r"2\sqrt{2}", TOWER)
+def test_second_opinion_that_takes_too_long_leaves_the_answer_wrong_and_is_counted() -> None:
+    root = r"\sqrt{8}"
+    correct, opinion = asked((root, TOWER), (root, r"2\sqrt{2}"), (root, TOWER), timeout_s=0.5)
     assert correct == [False, True, False]
     assert (opinion.num_asked, opinion.num_right, opinion.num_undecided) == (3, 1, 2)
 
 
-def test_after_too_many_that_take_too_long_nothing_more_is_asked(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(grading, "_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(grading, "_MAX_UNDECIDED", 1)
-    correct, opinion = asked(r"\sqrt{8}", TOWER, r"\sqrt{2}+\sqrt{2}")
+def test_second_opinion_is_not_asked_after_too_many_that_took_too_long() -> None:
+    pairs = [(r"\sqrt{8}", TOWER), (r"\sqrt{8}", r"\sqrt{2}+\sqrt{2}")]
+    correct, opinion = asked(*pairs, timeout_s=0.2, max_undecided=1)
     assert (correct, opinion.num_undecided) == ([False, False], 2)
 
 
-def test_without_math_verify_canonical_forms_alone_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_opinion_without_math_verify_is_the_canonical_forms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(
         "serve.pair.answers.equivalence.importlib.util.find_spec", lambda name: None
     )
-    correct, opinion = asked(r"\sqrt{8}", r"2\sqrt{2}", r"\sqrt 8")
+    correct, opinion = asked((r"\sqrt{8}", r"2\sqrt{2}"), (r"\sqrt{8}", r"\sqrt 8"))
     assert (correct, opinion) == ([False, True], SecondOpinion())
     assert opinion.describe() == describe_comparison(None)
     assert "math-verify (extra math) is not installed" in opinion.describe()
