@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 
 from export.run.errors import ExportError
 from export.run.settings import SampleConfig
-from export.teacher import sample
 from export.teacher.sample import (
     ROWS_NAME,
     Completion,
@@ -63,51 +61,29 @@ def several(
     return rows, appended, (folder / ROWS_NAME).read_bytes()
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let every answer be the token 7, and list the tasks that were asked."""
-    asked: list[str] = []
-
-    def generate(
-        folder: Path, tasks: list[Task], config: SampleConfig, tokenizer: object
-    ) -> Iterable[Completion]:
-        for task in tasks:
-            asked.append(task.task_id)
-            for index in range(num_samples_of(task, config)):
-                yield row(task.task_id, 7, sample_index=index)
-
-    monkeypatch.setattr(sample, "_generate", generate)
-    return asked
-
-
 # --- what the teacher says
 
 
-def test_every_task_gets_one_row_in_the_tasks_order(rows: list[Completion]) -> None:
+def test_rows_are_one_per_task_in_the_tasks_order(rows: list[Completion]) -> None:
     assert [row.task_id for row in rows] == [task.task_id for task in TASKS]
     assert [row.split for row in rows] == [task.split for task in TASKS]
 
 
-def test_prompts_are_chat_messages(rows: list[Completion], tiny_teacher: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
-    for completion, task in zip(rows, TASKS, strict=True):
-        chat = [{"role": "user", "content": task.prompt}]
-        expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
-        assert list(completion.prompt_token_ids) == expected
-
-
-def test_chat_is_sampled_behind_all_its_turns(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_prompts_are_chats_with_all_their_turns(
+    rows: list[Completion], tiny_teacher: Path, tmp_path: Path
+) -> None:
     from transformers import AutoTokenizer
 
     turns = (("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."))
-    task = Task("chat", "Who are you?", None, "none", "chat", "train", turns=turns)
-    (completion,) = sample_teacher(tiny_teacher, [task], CONFIG, tmp_path, silent)
-    chat = [{"role": role, "content": content} for role, content in task.messages]
+    chat = Task("chat", "Who are you?", None, "none", "chat", "train", turns=turns)
+    sampled = sample_teacher(tiny_teacher, [chat], CONFIG, tmp_path, silent)
     tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
-    expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
-    assert list(completion.prompt_token_ids) == expected
+    for completion, task in zip([*rows, *sampled], [*TASKS, chat], strict=True):
+        messages = [{"role": role, "content": content} for role, content in task.messages]
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        assert list(completion.prompt_token_ids) == expected
+        assert completion.example.prompt_token_ids == completion.prompt_token_ids
+        assert completion.example.completion_token_ids == completion.token_ids
 
 
 def test_completion_ends_with_eos_or_at_max_tokens(rows: list[Completion]) -> None:
@@ -120,35 +96,16 @@ def test_completion_ends_with_eos_or_at_max_tokens(rows: list[Completion]) -> No
             assert 2 not in completion.token_ids
 
 
-def test_example_is_prompt_and_completion(rows: list[Completion]) -> None:
-    example = rows[0].example
-    assert example.prompt_token_ids == rows[0].prompt_token_ids
-    assert example.completion_token_ids == rows[0].token_ids
-
-
-def test_sampling_again_is_byte_identical(
+def test_answers_follow_from_the_seed_and_the_task_alone(
     rows: list[Completion], tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    paths = []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        assert sample_teacher(tiny_teacher, TASKS, CONFIG, tmp_path / name, silent) == rows
-        paths.append(tmp_path / name / ROWS_NAME)
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-
-
-def test_row_does_not_depend_on_the_others(
-    rows: list[Completion], tiny_teacher: Path, tmp_path: Path
-) -> None:
-    alone = sample_teacher(tiny_teacher, TASKS[2:3], CONFIG, tmp_path, silent)
-    assert alone == rows[2:3]
-
-
-def test_another_seed_gives_other_answers(
-    rows: list[Completion], tiny_teacher: Path, tmp_path: Path
-) -> None:
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    assert sample_teacher(tiny_teacher, TASKS, CONFIG, folders[0], silent) == rows
+    assert sample_teacher(tiny_teacher, TASKS[2:3], CONFIG, folders[1], silent) == rows[2:3]
     config = CONFIG.model_copy(update={"seed": 1})
-    others = sample_teacher(tiny_teacher, TASKS, config, tmp_path, silent)
+    others = sample_teacher(tiny_teacher, TASKS, config, folders[2], silent)
     assert all(a.token_ids != b.token_ids for a, b in zip(rows, others, strict=True))
 
 
@@ -192,7 +149,7 @@ def test_teacher_without_chat_template_is_refused(tiny_teacher: Path, tmp_path: 
 # --- several samples per prompt
 
 
-def test_checkable_and_free_prompts_have_their_own_number_of_samples(
+def test_samples_of_checkable_and_free_prompts_have_numbers_of_their_own(
     several: tuple[list[Completion], bytes, bytes],
 ) -> None:
     rows, _, _ = several
@@ -232,8 +189,8 @@ def test_prompt_of_several_samples_is_prefilled_once(
     assert sorted(ids for ids in prefilled if ids in prompts) == sorted(prompts)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.5, 0.77, 0.999, 1.0])
-def test_killed_at_any_byte_a_rerun_ends_with_the_same_bytes(
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.999, 1.0])
+def test_rerun_of_a_run_killed_at_any_byte_ends_with_the_same_bytes(
     share: float, several: tuple[list[Completion], bytes, bytes], tiny_teacher: Path, tmp_path: Path
 ) -> None:
     rows, appended, final = several
@@ -246,58 +203,40 @@ def test_killed_at_any_byte_a_rerun_ends_with_the_same_bytes(
 # --- rows on disk
 
 
-def test_rerun_asks_only_for_what_is_missing(asked: list[str], tmp_path: Path) -> None:
+def test_rerun_draws_what_is_missing_alone_and_leaves_other_tasks_out(
+    rows: list[Completion], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """Rows that are there stay as they are, though the teacher would say something else."""
+    path = tmp_path / ROWS_NAME
     kept = [row(TASKS[1].task_id, 4, 5), row(TASKS[4].task_id, 6)]
-    write_completions(tmp_path / ROWS_NAME, kept)
-    rows = sample_teacher(Path("unused"), TASKS, CONFIG, tmp_path, silent)
-    assert asked == [TASKS[i].task_id for i in (0, 2, 3, 5)]
-    assert [rows[1], rows[4]] == kept
-    assert read_completions(tmp_path / ROWS_NAME) == rows
+    write_completions(path, [kept[0], row("other", 4), kept[1]])
+    with path.open("a") as file:
+        file.write('{"task_id": "cut short by a ki')
+    found = sample_teacher(tiny_teacher, TASKS, CONFIG, tmp_path, silent)
+    assert found == [rows[0], kept[0], *rows[2:4], kept[1], rows[5]]
+    assert read_completions(path) == found
+    assert sample_teacher(tiny_teacher, TASKS, CONFIG, tmp_path, silent) == found
 
 
 def test_missing_sample_is_drawn_again_and_its_siblings_stay(
-    asked: list[str], tmp_path: Path
+    several: tuple[list[Completion], bytes, bytes], tiny_teacher: Path, tmp_path: Path
 ) -> None:
     kept = [row(task_id, 4, sample_index=i) for task_id, i in keys_of(SEVERAL)]
-    missing = kept.pop(1)
+    kept.pop(1)
     write_completions(tmp_path / ROWS_NAME, kept)
-    rows = sample_teacher(Path("unused"), TASKS, SEVERAL, tmp_path, silent)
-    assert asked == [missing.task_id]
-    assert [r for r in rows if r.token_ids == (4,)] == kept
-    assert rows[1] == dataclasses.replace(missing, token_ids=(7,))
+    found = sample_teacher(tiny_teacher, TASKS, SEVERAL, tmp_path, silent)
+    assert [found[0], *found[2:]] == kept
+    assert found[1] == several[0][1]
 
 
-def test_rows_of_other_tasks_are_left_out(asked: list[str], tmp_path: Path) -> None:
-    write_completions(tmp_path / ROWS_NAME, [row("other", 4), row(TASKS[0].task_id, 4)])
-    rows = sample_teacher(Path("unused"), TASKS, CONFIG, tmp_path, silent)
-    assert [r.key for r in rows] == keys_of(CONFIG)
-
-
-def test_finished_run_asks_for_nothing(asked: list[str], tmp_path: Path) -> None:
-    first = sample_teacher(Path("unused"), TASKS, CONFIG, tmp_path, silent)
-    asked.clear()
-    assert sample_teacher(Path("unused"), TASKS, CONFIG, tmp_path, silent) == first
-    assert asked == []
-
-
-def test_line_that_a_kill_cut_short_is_drawn_again(asked: list[str], tmp_path: Path) -> None:
-    path = tmp_path / ROWS_NAME
-    write_completions(path, [row(task.task_id, 4) for task in TASKS])
-    path.write_bytes(path.read_bytes()[:-5])
-    assert len(read_completions(path)) == len(TASKS) - 1
-    rows = sample_teacher(Path("unused"), TASKS, CONFIG, tmp_path, silent)
-    assert asked == [TASKS[-1].task_id]
-    assert read_completions(path) == rows
-
-
-def test_every_row_is_on_disk_when_its_progress_is_shown(asked: list[str], tmp_path: Path) -> None:
+def test_row_is_on_disk_when_its_progress_is_shown(tiny_teacher: Path, tmp_path: Path) -> None:
     shown: list[tuple[int, int, int]] = []
 
     def progress(done: int, total: int) -> None:
         shown.append((done, total, len(read_completions(tmp_path / ROWS_NAME))))
 
     write_completions(tmp_path / ROWS_NAME, [row(TASKS[0].task_id, 4)])
-    sample_teacher(Path("unused"), TASKS, SEVERAL, tmp_path, progress)
+    sample_teacher(tiny_teacher, TASKS, SEVERAL, tmp_path, progress)
     total = len(keys_of(SEVERAL))
     assert shown == [(done, total, done) for done in range(2, total + 1)]
 
