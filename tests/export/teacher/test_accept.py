@@ -65,18 +65,44 @@ def judge(
 
 # --- each reason
 
-
-def test_correct_completions_are_kept_and_wrong_ones_dropped(tokenizer: Tokenizer) -> None:
-    texts = ("It is 4.", "It is 5.", "2 + 2 = 4", "I do not know")
-    assert judge(tokenizer, checked(), *texts) == ([0, 2], {"wrong_answer": 2})
-    assert judge(tokenizer, checked(), *texts, require_correct=False) == ([0, 1, 2, 3], {})
+SUMS = ("It is 4.", "It is 5.", "2 + 2 = 4", "I do not know")
+LOOPS = ("No word of this text comes twice.", "again and " * 20)
+SPELLINGS = ("It is 4.", "it  is 4. ", "It is 5.", "It is 5.", "It's 4.")
 
 
-def test_free_prompts_need_no_correct_answer(tokenizer: Tokenizer) -> None:
-    assert judge(tokenizer, free(), "Whatever.", "Something.") == ([0, 1], {})
+@pytest.mark.parametrize(
+    ("task", "texts", "settings", "kept", "reasons"),
+    [
+        (checked(), SUMS, {}, [0, 2], {"wrong_answer": 2}),
+        (checked(), SUMS, {"require_correct": False}, [0, 1, 2, 3], {}),
+        (free(), ("Whatever.", "Something."), {}, [0, 1], {}),
+        (free(), ("Whatever.",), {"min_pass_rate": 0.4, "max_pass_rate": 0.6}, [0], {}),
+        (free(), ("", " \n", "A word."), {}, [2], {"empty": 2}),
+        (free(), LOOPS, {}, [0], {"repetitive": 1}),
+        (free(), LOOPS, {"max_repetition": 1.0}, [0, 1], {}),
+        (free(), ("Hello there.",), {}, [0], {}),  # as another prompt's answer: no duplicate
+        (checked(), SPELLINGS, {}, [0, 4], {"wrong_answer": 2, "duplicate": 1}),
+        (
+            checked(),
+            ("5", "a 4", "a 4", "b 4", "c 4", "d 4"),
+            {"max_per_prompt": 2},
+            [1, 3],
+            {"wrong_answer": 1, "duplicate": 1, "over_cap": 2},
+        ),
+    ],
+)
+def test_accept_keeps_and_drops_completions_for_reasons(
+    tokenizer: Tokenizer,
+    task: Task,
+    texts: tuple[str, ...],
+    settings: dict[str, Any],
+    kept: list[int],
+    reasons: dict[str, int],
+) -> None:
+    assert judge(tokenizer, task, *texts, **settings) == (kept, reasons)
 
 
-def test_truncated_completions_are_dropped_if_asked(tokenizer: Tokenizer) -> None:
+def test_accept_drops_truncated_completions_if_asked(tokenizer: Tokenizer) -> None:
     task = free()
     cut, whole = answers(tokenizer, task, "Cut off in the", "Complete.")
     rows = [dataclasses.replace(cut, finish_reason="length"), whole]
@@ -87,44 +113,18 @@ def test_truncated_completions_are_dropped_if_asked(tokenizer: Tokenizer) -> Non
         assert accepted.summary.num_rejected["truncated"] == 2 - len(kept)
 
 
-def test_completions_without_text_are_dropped(tokenizer: Tokenizer) -> None:
-    assert judge(tokenizer, free(), "", " \n", "A word.") == ([2], {"empty": 2})
-
-
-def test_repetitive_completions_are_dropped(tokenizer: Tokenizer) -> None:
-    texts = ("No word of this text comes twice.", "again and " * 20)
-    assert judge(tokenizer, free(), *texts) == ([0], {"repetitive": 1})
-    assert judge(tokenizer, free(), *texts, max_repetition=1.0) == ([0, 1], {})
-
-
-def test_completions_in_a_script_that_was_not_asked_in_are_dropped(tokenizer: Tokenizer) -> None:
+def test_accept_drops_completions_in_a_script_that_was_not_asked_in(tokenizer: Tokenizer) -> None:
     texts = ("Plain words.", "Some 你好 words and π", "你好世界")
     assert judge(tokenizer, free(), *texts) == ([0], {"mixed_language": 2})
     assert judge(tokenizer, free(), *texts, max_foreign_letters=0.3)[0] == [0, 1]
     assert judge(tokenizer, free(prompt="你好, Cπ?"), *texts)[0] == [0, 1, 2]
 
 
-def test_same_text_but_for_case_and_spacing_is_kept_once(tokenizer: Tokenizer) -> None:
-    texts = ("It is 4.", "it  is 4. ", "It is 5.", "It is 5.", "It's 4.")
-    expected = ([0, 4], {"wrong_answer": 2, "duplicate": 1})
-    assert judge(tokenizer, checked(), *texts) == expected
-
-
-def test_same_text_of_two_prompts_is_no_duplicate(tokenizer: Tokenizer) -> None:
-    assert judge(tokenizer, free(), "Hello there.") == ([0], {})
-
-
-def test_first_completions_fill_the_cap(tokenizer: Tokenizer) -> None:
-    texts = ("5", "a 4", "a 4", "b 4", "c 4", "d 4")
-    expected = ([1, 3], {"wrong_answer": 1, "duplicate": 1, "over_cap": 2})
-    assert judge(tokenizer, checked(), *texts, max_per_prompt=2) == expected
-
-
 @pytest.mark.parametrize(
     ("low", "high", "is_kept"),
     [(0.0, 1.0, True), (0.25, 1.0, True), (0.3, 1.0, False), (0.0, 0.25, True), (0.0, 0.2, False)],
 )
-def test_prompts_outside_the_pass_rate_band_are_dropped(
+def test_accept_drops_prompts_outside_the_pass_rate_band(
     tokenizer: Tokenizer, low: float, high: float, is_kept: bool
 ) -> None:
     indices, reasons = judge(
@@ -132,11 +132,6 @@ def test_prompts_outside_the_pass_rate_band_are_dropped(
     )
     assert indices == ([3] if is_kept else [])
     assert reasons == {"wrong_answer": 3} | ({} if is_kept else {"outside_pass_rate_band": 1})
-
-
-def test_free_prompts_have_no_pass_rate(tokenizer: Tokenizer) -> None:
-    band = {"min_pass_rate": 0.4, "max_pass_rate": 0.6}
-    assert judge(tokenizer, free(), "Whatever.", **band) == ([0], {})
 
 
 @pytest.mark.parametrize(
@@ -150,7 +145,7 @@ def test_free_prompts_have_no_pass_rate(tokenizer: Tokenizer) -> None:
         ("No: 4", "stop", "outside_pass_rate_band"),
     ],
 )
-def test_first_reason_in_their_order_is_the_verdict(
+def test_accept_gives_the_first_reason_in_their_order(
     tokenizer: Tokenizer, text: str, finish_reason: str, reason: str
 ) -> None:
     """Each row has all the faults of the rows below it, or cannot have them."""
@@ -169,7 +164,7 @@ def test_first_reason_in_their_order_is_the_verdict(
 # --- answers
 
 
-def test_right_answers_in_another_spelling_are_kept(tokenizer: Tokenizer) -> None:
+def test_accept_keeps_right_answers_in_another_spelling(tokenizer: Tokenizer) -> None:
     task = Task("mixed", "?", "12.6", "boxed", "math", "train")
     spellings = (r"12 \frac{3}{5}", r"12\frac35", "12 3/5", "x = 63/5", r"12.6\text{ cm}")
     texts = [rf"So $\boxed{{{spelling}}}$." for spelling in (*spellings, "123/5", "36/5")]
@@ -177,7 +172,7 @@ def test_right_answers_in_another_spelling_are_kept(tokenizer: Tokenizer) -> Non
 
 
 @pytest.mark.parametrize("opening", ["", "<think>\n"])
-def test_answers_are_read_behind_the_reasoning(tokenizer: Tokenizer, opening: str) -> None:
+def test_accept_reads_answers_behind_the_reasoning(tokenizer: Tokenizer, opening: str) -> None:
     """The template of R1 opens it in the prompt, so that completions have its end only."""
     task = Task("sum", "?", "4", "boxed", "add", "train")
     begin = "" if opening else "<think>"
@@ -195,7 +190,7 @@ def test_answers_are_read_behind_the_reasoning(tokenizer: Tokenizer, opening: st
     assert [row.sample_index for row in accepted.completions] == [1]
 
 
-def test_math_verify_is_asked_where_canonical_forms_differ(tokenizer: Tokenizer) -> None:
+def test_accept_asks_math_verify_where_canonical_forms_differ(tokenizer: Tokenizer) -> None:
     task = Task("square", "?", "(x+1)^2", "boxed", "math", "train")
     texts = [rf"\boxed{{{text}}}" for text in ("x^2+2x+1", "(1+x)^2", "x^2+1", "no", "(x+1)^2")]
     accepted = accept([task], answers(tokenizer, task, *texts), LOOSE, tokenizer)
@@ -222,7 +217,7 @@ def sampled(tokenizer: Tokenizer) -> tuple[list[Task], list[Completion]]:
     return tasks, rows
 
 
-def test_every_completion_has_one_verdict(tokenizer: Tokenizer) -> None:
+def test_accept_gives_every_completion_one_verdict(tokenizer: Tokenizer) -> None:
     tasks, rows = sampled(tokenizer)
     accepted = accept(tasks, rows, AcceptConfig(max_per_prompt=1), tokenizer)
     summary = accepted.summary
@@ -236,7 +231,7 @@ def test_every_completion_has_one_verdict(tokenizer: Tokenizer) -> None:
     assert summary.num_prompts_accepted == len({row.task_id for row in train})
 
 
-def test_result_is_in_the_tasks_order_whatever_the_order_of_the_rows(tokenizer: Tokenizer) -> None:
+def test_accept_keeps_the_tasks_order_whatever_that_of_the_rows(tokenizer: Tokenizer) -> None:
     tasks, rows = sampled(tokenizer)
     shuffled = random.Random(1).sample(rows, len(rows))
     accepted = accept(tasks, shuffled, LOOSE, tokenizer)
@@ -245,7 +240,7 @@ def test_result_is_in_the_tasks_order_whatever_the_order_of_the_rows(tokenizer: 
     assert list(accepted.completions) == [row for row in rows if row in kept]
 
 
-def test_of_held_out_splits_the_first_sample_passes_whatever_it_says(tokenizer: Tokenizer) -> None:
+def test_accept_takes_the_first_sample_of_held_out_splits(tokenizer: Tokenizer) -> None:
     tasks = [checked("held out", "test"), free("unused", split="validation"), free()]
     rows = answers(tokenizer, tasks[0], "да 5 " * 20, "It is 4.")
     rows += answers(tokenizer, tasks[1], "", "A word.") + answers(tokenizer, tasks[2], "Hello.")
@@ -255,7 +250,7 @@ def test_of_held_out_splits_the_first_sample_passes_whatever_it_says(tokenizer: 
     assert accepted.summary.num_sampled == accepted.summary.num_accepted == 1
 
 
-def test_histogram_counts_verifiable_train_prompts_by_pass_rate(tokenizer: Tokenizer) -> None:
+def test_accept_counts_verifiable_train_prompts_by_pass_rate(tokenizer: Tokenizer) -> None:
     rates = {"a": 0, "b": 1, "c": 3, "d": 7, "e": 9, "f": 10, "g": 10}
     tasks, rows = [free(), checked("test", "test")], []
     for task_id, num_correct in rates.items():
@@ -267,13 +262,13 @@ def test_histogram_counts_verifiable_train_prompts_by_pass_rate(tokenizer: Token
     assert summary.pass_rate_histogram == (1, 1, 0, 1, 0, 0, 0, 1, 0, 3)
 
 
-def test_nothing_left_is_an_error_with_the_reasons(tokenizer: Tokenizer) -> None:
+def test_accept_of_nothing_is_an_error_with_the_reasons(tokenizer: Tokenizer) -> None:
     rows = answers(tokenizer, checked(), "5", "6")
     with pytest.raises(ExportError, match=r'none of .* 2 completions .*"wrong_answer": 2.*loosen'):
         accept([checked()], rows, LOOSE, tokenizer)
 
 
-def test_without_train_tasks_nothing_has_to_be_accepted(tokenizer: Tokenizer) -> None:
+def test_accept_without_train_tasks_may_accept_nothing(tokenizer: Tokenizer) -> None:
     task = checked(split="test")
     accepted = accept([task], answers(tokenizer, task, "5"), LOOSE, tokenizer)
     assert accepted.summary.num_held_out == len(accepted.completions) == 1

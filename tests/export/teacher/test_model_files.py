@@ -25,7 +25,7 @@ IDS = TokenIds((2,), 1, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_model_is_loaded_in_the_dtype_asked_for_and_without_dropout(
+def test_load_model_gives_the_dtype_asked_for_and_no_dropout(
     tiny_teacher: Path, dtype: torch.dtype
 ) -> None:
     model = load_model(tiny_teacher, dtype)
@@ -129,6 +129,8 @@ def test_tokenizer_files_of_the_student_are_those_of_the_teacher(
 
 def test_genai_config_describes_the_graph() -> None:
     model = genai_config(LLAMA, IDS)["model"]
+    assert model["type"] == "llama"
+    assert genai_config(LLAMA | {"model_type": "qwen3"}, IDS)["model"]["type"] == "qwen3"
     assert {key: model[key] for key in ("vocab_size", "context_length")} == {
         "vocab_size": 49152,
         "context_length": 2048,
@@ -138,11 +140,6 @@ def test_genai_config_describes_the_graph() -> None:
     assert decoder["filename"] == "model.onnx"
     sizes = ("hidden_size", "head_size", "num_attention_heads", "num_key_value_heads")
     assert [decoder[key] for key in (*sizes, "num_hidden_layers")] == [576, 64, 9, 3, 26]
-
-
-def test_genai_config_names_the_architecture() -> None:
-    assert genai_config(LLAMA, IDS)["model"]["type"] == "llama"
-    assert genai_config(LLAMA | {"model_type": "qwen3"}, IDS)["model"]["type"] == "qwen3"
 
 
 def test_genai_config_names_the_inputs_of_the_graph(exported_llama: Any) -> None:
@@ -158,7 +155,7 @@ def test_genai_config_names_the_inputs_of_the_graph(exported_llama: Any) -> None
 
 
 @pytest.mark.parametrize(("head_dim", "expected"), [(None, 64), (128, 128)])
-def test_head_size_is_derived_where_the_config_has_none(
+def test_genai_config_derives_a_head_size_that_is_missing(
     head_dim: int | None, expected: int
 ) -> None:
     config = LLAMA | {"head_dim": head_dim}
@@ -176,7 +173,7 @@ def test_head_size_is_derived_where_the_config_has_none(
         (TokenIds((2, 5), 1, 7), (1, [2, 5], 7)),
     ],
 )
-def test_genai_gets_every_eos_and_one_pad(ids: TokenIds, expected: tuple[Any, ...]) -> None:
+def test_genai_config_has_every_eos_and_one_pad(ids: TokenIds, expected: tuple[Any, ...]) -> None:
     """As Llama-3.2 has them: several EOS ids and no pad, for which genai takes no list."""
     model = genai_config(LLAMA, ids)["model"]
     assert (model.get("bos_token_id"), model["eos_token_id"], model["pad_token_id"]) == expected
@@ -207,7 +204,7 @@ def test_variant_config_states_the_positions_of_the_graph(
     assert genai["model"]["context_length"] == genai["search"]["max_length"] == 123
 
 
-def test_json_is_written_for_people_and_read_back(tmp_path: Path) -> None:
+def test_write_json_is_for_people_and_read_back(tmp_path: Path) -> None:
     value = {"prompt": "¿Qué?", "kl": [0.1, None]}
     write_json(tmp_path / "value.json", value)
     assert read_json(tmp_path / "value.json") == value

@@ -20,45 +20,33 @@ TASKS = builtin_tasks()
 VERIFIABLE = [task for task in TASKS if task.answer is not None]
 
 
-def test_there_are_about_two_thousand_tasks_a_third_of_them_verifiable() -> None:
+@pytest.mark.parametrize(
+    ("split", "share"), [("train", 0.85), ("validation", 0.05), ("test", 0.10)]
+)
+def test_builtin_tasks_are_two_thousand_in_shares_with_both_kinds(split: str, share: float) -> None:
+    tasks = [task for task in TASKS if task.split == split]
+    verifiable = sum(task.answer is not None for task in tasks)
+    assert 0.2 < verifiable / len(tasks) < 0.5
+    assert len(tasks) / len(TASKS) == pytest.approx(share, abs=0.03)
     assert 1500 <= len(TASKS) <= 2500
     assert 0.30 <= len(VERIFIABLE) / len(TASKS) <= 0.40
 
 
-def test_splits_have_their_shares() -> None:
-    shares = {split: n / len(TASKS) for split, n in Counter(t.split for t in TASKS).items()}
-    assert shares["test"] == pytest.approx(0.10, abs=0.03)
-    assert shares["validation"] == pytest.approx(0.05, abs=0.02)
-
-
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_every_split_has_both_kinds(split: str) -> None:
-    tasks = [task for task in TASKS if task.split == split]
-    verifiable = sum(task.answer is not None for task in tasks)
-    assert 0.2 < verifiable / len(tasks) < 0.5
-
-
-def test_no_prompt_appears_twice_even_in_another_spelling() -> None:
+def test_builtin_tasks_have_no_prompt_twice_even_in_another_spelling() -> None:
     assert len({normalise_prompt(task.prompt) for task in TASKS}) == len(TASKS)
-    assert len({task.task_id for task in TASKS}) == len(TASKS)
+    assert all(task.task_id == prompt_id(task.prompt) for task in TASKS)
 
 
-def test_same_seed_gives_the_same_tasks_in_the_same_order() -> None:
+def test_builtin_tasks_follow_from_the_seed_which_moves_no_prompt_to_another_split() -> None:
     assert builtin_tasks() == TASKS
-
-
-def test_another_seed_gives_other_prompts() -> None:
-    ours, theirs = ({task.prompt for task in builtin_tasks(seed)} for seed in (0, 1))
-    assert 0.1 < len(ours & theirs) / len(ours) < 0.9
-
-
-def test_no_seed_moves_a_prompt_to_another_split() -> None:
     split_of_prompt = {normalise_prompt(task.prompt): task.split for task in TASKS}
-    for task in builtin_tasks(seed=1):
-        assert split_of_prompt.get(normalise_prompt(task.prompt), task.split) == task.split
+    others = {normalise_prompt(task.prompt): task.split for task in builtin_tasks(seed=1)}
+    shared = split_of_prompt.keys() & others.keys()
+    assert 0.1 < len(shared) / len(TASKS) < 0.9
+    assert all(split_of_prompt[prompt] == others[prompt] for prompt in shared)
 
 
-def test_near_duplicates_share_a_split() -> None:
+def test_builtin_near_duplicates_share_a_split() -> None:
     splits = defaultdict(set)
     for task in TASKS:
         if task.family in ("capital", "opposite", "plural"):
@@ -66,13 +54,13 @@ def test_near_duplicates_share_a_split() -> None:
     assert max(len(found) for found in splits.values()) == 1
 
 
-def test_keys_fall_into_splits_by_their_shares() -> None:
+def test_split_of_keys_has_the_shares_of_splits() -> None:
     shares = Counter(split_of(str(i)) for i in range(20_000))
     assert shares["test"] / 20_000 == pytest.approx(0.10, abs=0.01)
     assert shares["validation"] / 20_000 == pytest.approx(0.05, abs=0.01)
 
 
-def test_every_answer_is_canonical_and_found_by_its_own_extractor() -> None:
+def test_builtin_answers_are_canonical_and_found_by_their_own_extractor() -> None:
     for task in VERIFIABLE:
         assert task.answer is not None
         assert canonicalise(task.answer) == task.answer
@@ -90,7 +78,7 @@ def test_free_prompts_cover_many_topics() -> None:
     assert families["explain"] >= 2 * 150
 
 
-def test_prompts_are_short_plain_sentences() -> None:
+def test_builtin_prompts_are_short_plain_sentences() -> None:
     for task in TASKS:
         assert 5 < len(task.prompt) < 250, task
         assert "{" not in task.prompt
@@ -112,10 +100,6 @@ def test_prompts_are_short_plain_sentences() -> None:
 def test_prompts_that_read_the_same_are_one(one: str, other: str, are_equal: bool) -> None:
     assert (normalise_prompt(one) == normalise_prompt(other)) is are_equal
     assert (prompt_id(one) == prompt_id(other)) is are_equal
-
-
-def test_ids_are_those_of_the_prompts() -> None:
-    assert all(task.task_id == prompt_id(task.prompt) for task in TASKS)
 
 
 def test_task_is_verifiable_by_its_answer_or_by_reasoning_gym() -> None:
