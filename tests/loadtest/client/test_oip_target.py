@@ -4,8 +4,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from loadtest.records import DatasetPrompt, RequestRecord
 from protos.oip import grpc_service_pb2 as oip
 from protos.oip import grpc_service_pb2_grpc as oip_grpc
 from tests.support.load_tests import planned
+from tests.support.rpc.listening import listening
 
 PROMPTS = {
     "sum": DatasetPrompt("sum", "2 + 2 =", reference_answer="4", answer_format="last_number"),
@@ -93,16 +93,8 @@ class Scripted(oip_grpc.GRPCInferenceServiceServicer):
                 yield each
 
 
-@contextmanager
-def serving(service: Scripted) -> Iterator[str]:
-    server = grpc.server(ThreadPoolExecutor(4))
-    oip_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.stop(None).wait()
+def serving(service: Scripted) -> AbstractContextManager[str]:
+    return listening(service, oip_grpc.add_GRPCInferenceServiceServicer_to_server)
 
 
 @pytest.fixture(scope="module")

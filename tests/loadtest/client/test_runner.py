@@ -5,11 +5,9 @@ import selectors
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from loadtest.client.runner import LoadRunner, Pauses, new_event_loop
@@ -20,6 +18,7 @@ from loadtest.workload.schedule import Block
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1 import inference_pb2_grpc
 from tests.support.load_tests import planned
+from tests.support.rpc.listening import listening
 
 Answer = Callable[[RequestRecord], Awaitable[None]]
 
@@ -138,15 +137,11 @@ async def send(target: str, start_s: float, requests: Block) -> list[RequestReco
 
 def test_server_that_answers_nobody_is_asked_none_the_less() -> None:
     service = Stalling(20)
-    server = grpc.server(ThreadPoolExecutor(20))
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    start_s = time.monotonic()
     requests = block([0.01 * number for number in range(20)])
-    with asyncio.Runner(loop_factory=new_event_loop) as real:
-        records = real.run(send(f"127.0.0.1:{port}", start_s, requests))
-    server.stop(None).wait()
+    with listening(service, num_threads=20) as target:
+        start_s = time.monotonic()
+        with asyncio.Runner(loop_factory=new_event_loop) as real:
+            records = real.run(send(target, start_s, requests))
     assert [record.status for record in records] == ["OK"] * 20
     for record in records:
         assert record.ttft_s is not None and record.plan.intended_s is not None

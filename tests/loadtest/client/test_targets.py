@@ -5,7 +5,6 @@ import itertools
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from loadtest.records import DatasetPrompt, RequestRecord
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1 import inference_pb2_grpc
 from tests.support.load_tests import planned
+from tests.support.rpc.listening import listening
 
 CODE = grpc.StatusCode
 PROMPTS = {
@@ -65,15 +65,11 @@ class Scripted(inference_pb2_grpc.InferenceServiceServicer):
 
 @contextmanager
 def serving(service: Scripted) -> Iterator[str]:
-    server = grpc.server(ThreadPoolExecutor(4))
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        service.is_over.set()
-        server.stop(None).wait()
+    with listening(service) as target:
+        try:
+            yield target
+        finally:
+            service.is_over.set()
 
 
 @pytest.fixture(scope="module")

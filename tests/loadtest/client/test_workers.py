@@ -5,12 +5,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import grpc
 import pytest
 
 from bundle.errors import UserError
@@ -24,6 +22,7 @@ from loadtest.workload.schedule import Block, plan
 from protos.tandem.v1 import inference_pb2 as pb
 from protos.tandem.v1 import inference_pb2_grpc
 from tests.support.load_tests import planned
+from tests.support.rpc.listening import listening
 
 PROMPTS = {"p": DatasetPrompt("p", "?")}
 
@@ -54,12 +53,8 @@ def service() -> Prompted:
 
 @pytest.fixture(scope="module")
 def target(service: Prompted) -> Iterator[str]:
-    server = grpc.server(ThreadPoolExecutor(8))
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield f"127.0.0.1:{port}"
-    server.stop(None).wait()
+    with listening(service) as target:
+        yield target
 
 
 def config_of(target: str, **settings: Any) -> RunConfig:
