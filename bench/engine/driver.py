@@ -224,7 +224,7 @@ class Driver:
         self.backend = backend
         self.log = StepLog()
         self._num_torch_threads = num_torch_threads
-        self._engine = Engine(
+        self.engine = Engine(
             backend, eos_token_ids=frozenset(), observer=self.log, max_waiting=1 << 20
         )
         self._request_ids = itertools.count()
@@ -235,14 +235,14 @@ class Driver:
         """Queue a prompt; without a salt the prefix cache is not used."""
         reader = Reader()
         request = make_request(str(next(self._request_ids)), prompt, cache_salt, sampling)
-        self._engine.submit(request, reader)
+        self.engine.submit(request, reader)
         return reader
 
     @torch.no_grad()
     def work(self) -> Iterator[None]:
         """Step until nothing is left, yielding after each step."""
         torch.set_num_threads(self._num_torch_threads)
-        yield from OfflineEngine(self._engine).run()
+        yield from OfflineEngine(self.engine).run()
 
     def run(self) -> None:
         for _ in self.work():
@@ -261,7 +261,7 @@ class Driver:
         """Score in one pass, without the prefix cache."""
         request_id = str(next(self._request_ids))
         request = ScoringRequest(request_id, tuple(prompt), completions, cache_salt=None)
-        future = self._engine.score(request)
+        future = self.engine.score(request)
         self.run()
         return future.result(0)
 

@@ -176,7 +176,7 @@ class Replays:
                 await follower.is_new.wait()
         finally:
             recording.followers.remove(follower)
-            await self._leave(key, recording)
+            await self.leave(key, recording)
 
     def _find(self, key: RunKey, digest: bytes) -> _Recording | None:
         self._expire()
@@ -265,7 +265,7 @@ class Replays:
         if self._by_key.get(key) is recording:
             del self._by_key[key]
 
-    async def _leave(self, key: RunKey, recording: _Recording) -> None:
+    async def leave(self, key: RunKey, recording: _Recording) -> None:
         """End a run without followers: nobody may join it from now on."""
         if recording.followers or recording.is_over:
             return

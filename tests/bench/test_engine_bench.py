@@ -240,6 +240,6 @@ def test_reader_refuses_completions_that_were_cut(tiny_teacher: Path) -> None:
     )
     driver = Driver(backend, num_torch_threads=1)
     reader = driver.submit([5, 6], greedy(8))
-    driver._engine.stop()
+    driver.engine.stop()
     with pytest.raises(AssertionError, match="SHUTDOWN"):
         _ = reader.completions

@@ -77,7 +77,7 @@ class Stops:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Note when a call's handler is left; engines hear of it afterwards."""
-        leave = Replays._leave
+        leave = Replays.leave
         arrived = self._on_arrival
 
         async def noted(replays: Replays, key: Any, recording: Any) -> None:
@@ -85,7 +85,7 @@ class Stops:
                 arrived(key.request_id)
             await leave(replays, key, recording)
 
-        with patch.object(Replays, "_leave", noted):
+        with patch.object(Replays, "leave", noted):
             yield
 
     def forget(self) -> None:

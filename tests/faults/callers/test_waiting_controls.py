@@ -76,13 +76,13 @@ def test_dropped_event_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_recording_that_is_kept_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Any] = []
-    leave = Replays._leave
+    leave = Replays.leave
 
     async def hoard(replays: Replays, key: Any, recording: Any) -> None:
         kept.append([recording])
         await leave(replays, key, recording)
 
-    monkeypatch.setattr(Replays, "_leave", hoard)
+    monkeypatch.setattr(Replays, "leave", hoard)
     assert any("objects a cancel" in problem for problem in r01_cancel.run(Size.CI).problems)
 
 
