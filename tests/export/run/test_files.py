@@ -33,7 +33,9 @@ COPY = ("/a/x", "/b/x", "[Errno 28] No space left on device: '/a/x' -> '/b/x'")
         ),
     ],
 )
-def test_what_cannot_be_written_is_named(tmp_path: Path, error: Exception, text: str) -> None:
+def test_writing_that_fails_names_the_folder_and_why(
+    tmp_path: Path, error: Exception, text: str
+) -> None:
     folder = tmp_path / "run" / "stage"  # may not be there yet
     with pytest.raises(DiskError, match=text.format(folder=folder)), writing_to(folder):
         raise error
@@ -48,7 +50,7 @@ def test_what_cannot_be_written_is_named(tmp_path: Path, error: Exception, text:
         KeyError("x"),
     ],
 )
-def test_another_error_passes(tmp_path: Path, error: Exception) -> None:
+def test_writing_lets_another_error_pass(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)) as caught, writing_to(tmp_path):
         raise error
     assert caught.value is error

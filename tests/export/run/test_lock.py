@@ -38,7 +38,7 @@ def held_elsewhere(folder: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_second_user_is_told_who_has_the_folder(tmp_path: Path) -> None:
+def test_sole_user_beside_another_is_told_who_has_the_folder(tmp_path: Path) -> None:
     said: list[str] = []
     with held_elsewhere(tmp_path) as process:
         owner = f"process {process.pid} on "
@@ -50,7 +50,7 @@ def test_second_user_is_told_who_has_the_folder(tmp_path: Path) -> None:
     assert said == []
 
 
-def test_killed_user_leaves_the_folder_to_who_waits(tmp_path: Path) -> None:
+def test_sole_user_that_is_killed_leaves_the_folder_to_who_waits(tmp_path: Path) -> None:
     said: list[str] = []
     with held_elsewhere(tmp_path) as process:
 
@@ -63,13 +63,13 @@ def test_killed_user_leaves_the_folder_to_who_waits(tmp_path: Path) -> None:
     assert text.startswith(f"process {process.pid} on ") and f"builds in {tmp_path}" in text
 
 
-def test_folder_may_be_used_again_and_again(tmp_path: Path) -> None:
+def test_sole_user_may_come_again_and_again(tmp_path: Path) -> None:
     for _ in range(2):
         with sole_user(tmp_path / "new" / "folder", print, max_wait_s=0):
             assert [path.name for path in (tmp_path / "new").iterdir()] == ["folder.lock"]
 
 
-def test_file_system_without_locks_is_used_without(
+def test_sole_user_of_a_file_system_without_locks_uses_it_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unsupported(*_: object) -> None:

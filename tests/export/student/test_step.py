@@ -142,7 +142,7 @@ def test_loss_without_matching_is_that_of_the_plain_models(pair: Pair) -> None:
     assert sums.total == pytest.approx(float(expected.total), rel=1e-5)
 
 
-def test_bfloat16_autocast_stays_close_to_float32(pair: Pair) -> None:
+def test_gradient_under_bfloat16_autocast_stays_close_to_float32(pair: Pair) -> None:
     batch = random_examples(UNEVEN)
     rounded, exact = gradients(pair, [batch], dtype=torch.bfloat16), gradients(pair, [batch])
     assert all(value.dtype == torch.float32 for value in rounded.values())
@@ -178,7 +178,7 @@ def matched() -> tuple[Pair, Matching]:
     return Pair(student, teacher, matching=matching), matching
 
 
-def test_attention_is_not_seen_unless_it_is_eager(matched: tuple[Pair, Matching]) -> None:
+def test_matching_sees_no_attention_unless_it_is_eager(matched: tuple[Pair, Matching]) -> None:
     pair, _ = matched
     for model in (pair.student, pair.teacher):
         model.set_attn_implementation("sdpa")
@@ -199,7 +199,7 @@ def test_objective_is_that_of_the_phase() -> None:
 # --- logits from a cache, padded vocabularies
 
 
-def test_cached_logits_give_the_gradient_of_the_live_teacher(pair: Pair, tmp_path: Path) -> None:
+def test_gradient_of_cached_logits_is_that_of_the_live_teacher(pair: Pair, tmp_path: Path) -> None:
     # float16 logits down to -16 are off by at most 2^-7, so each probability by that share.
     batch = random_examples(UNEVEN)
     cache = write_logits_cache(
@@ -213,7 +213,7 @@ def test_cached_logits_give_the_gradient_of_the_live_teacher(pair: Pair, tmp_pat
         assert 0 < error < 2**-7, name
 
 
-def test_columns_beyond_the_real_tokens_have_no_part(pair: Pair) -> None:
+def test_gradient_has_no_part_of_columns_beyond_the_real_tokens(pair: Pair) -> None:
     batches = [random_examples(UNEVEN)]
     below_90 = [[Example(e.prompt_token_ids, tuple(t % 90 for t in e.completion_token_ids))
                  for e in batches[0]]]  # fmt: skip
@@ -299,7 +299,9 @@ def test_learning_rate_rises_linearly_and_falls_to_a_tenth() -> None:
 
 
 @pytest.mark.parametrize(("num_steps", "warmup_share"), [(1, 0.0), (1, 0.05), (2, 0.9), (3, 0.0)])
-def test_the_shortest_trainings_have_a_learning_rate(num_steps: int, warmup_share: float) -> None:
+def test_learning_rate_of_the_shortest_trainings_is_not_0(
+    num_steps: int, warmup_share: float
+) -> None:
     factors = [schedule((step + 0.5) / num_steps, warmup_share) for step in range(num_steps)]
     assert all(0.1 <= factor <= 1 for factor in factors)
     assert max(factors) > 0.5

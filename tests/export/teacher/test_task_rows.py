@@ -12,6 +12,7 @@ from export.run.settings import JsonlSource, TasksConfig
 from export.teacher.task_rows import TaskRowsError, read_rows
 from export.teacher.task_sources import Loaded, load_jsonl, read_tasks
 from export.teacher.tasks import Task, normalise_prompt, prompt_id, split_of
+from tests.support.rows import write_rows
 
 Write = Callable[..., Path]
 HELD_OUT = {"prompt": "Held out?", "split": "test", "id": "first"}
@@ -19,15 +20,8 @@ HELD_OUT = {"prompt": "Held out?", "split": "test", "id": "first"}
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """`write(row, row, name="a.jsonl")`: a file of these rows; a string is a line as it is."""
-
-    def write(*rows: dict[str, Any] | str, name: str = "rows.jsonl") -> Path:
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        path = tmp_path / name
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        return path
-
-    return write
+    """`write(row, row, name="a.jsonl")`: a file of these rows."""
+    return lambda *rows, name="rows.jsonl": write_rows(tmp_path / name, *rows)
 
 
 def read(*paths: Path, form: str = "auto", on_bad_row: str = "refuse") -> Loaded:
@@ -69,7 +63,7 @@ def only(path: Path, form: str = "auto") -> Task:
         ),
     ],
 )  # fmt: skip
-def test_form_is_known_by_its_columns(
+def test_row_form_is_known_by_its_columns(
     write: Write, row: dict[str, Any], prompt: str, answer: str | None, answer_format: str
 ) -> None:
     task = only(write(row))
@@ -99,12 +93,12 @@ def test_chat_ends_with_the_last_turn_of_the_user(write: Write, last: list[Any])
         ("null", None),
     ],
 )
-def test_answer_that_is_no_text_is_its_text(write: Write, raw: str, answer: str | None) -> None:
+def test_row_answer_that_is_no_text_is_its_text(write: Write, raw: str, answer: str | None) -> None:
     assert only(write(f'{{"prompt": "How many?", "answer": {raw}, "id": 7}}')).answer == answer
     assert only(write(f'{{"prompt": "How many?", "answer": {raw}, "id": 7}}')).task_id == "7"
 
 
-def test_columns_that_are_not_used_are_named_in_one_line(write: Write) -> None:
+def test_row_columns_that_are_not_used_are_named_in_one_line(write: Write) -> None:
     rows = [
         {"prompt": "One", "level": 3, "source": "web"},
         {"prompt": "Two", "completion": "So.", "level": 4, "bad\nname": 1},
@@ -117,7 +111,7 @@ def test_columns_that_are_not_used_are_named_in_one_line(write: Write) -> None:
     )
 
 
-def test_format_of_the_recipe_decides_where_columns_do_not(write: Write) -> None:
+def test_row_form_is_the_recipes_where_columns_do_not_decide(write: Write) -> None:
     row = {"prompt": "One", "question": "Two", "split": "train"}
     path = write(row, {"prompt": "a", "question": "b", "split": "test"})
     with pytest.raises(ExportError, match=r"rows\.jsonl:1: has prompt and question: say in the"):
@@ -130,7 +124,7 @@ def test_format_of_the_recipe_decides_where_columns_do_not(write: Write) -> None
     "row",
     [{"text": "= Title ="}, {"context": "c", "answers": {"text": ["a"]}}, {"conversations": []}],
 )
-def test_form_that_is_not_known_is_one_line_that_names_the_known_ones(
+def test_row_form_that_is_unknown_is_one_line_with_the_known_ones(
     write: Write, row: dict[str, Any]
 ) -> None:
     with pytest.raises(ExportError) as refused:
@@ -148,14 +142,12 @@ def test_form_that_is_not_known_is_one_line_that_names_the_known_ones(
         ("  \n", r"rows\.jsonl:1: the file is empty"),
     ],
 )
-def test_file_of_another_kind_is_refused(write: Write, text: str, message: str) -> None:
+def test_rows_of_another_kind_of_file_are_refused(write: Write, text: str, message: str) -> None:
     with pytest.raises(ExportError, match=message):
         read(write(text))
 
 
-def test_not_utf8_and_a_missing_file_are_refused_with_all_others(
-    write: Write, tmp_path: Path
-) -> None:
+def test_rows_of_unreadable_files_are_refused_with_all_others(write: Write, tmp_path: Path) -> None:
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n')
     with pytest.raises(TaskRowsError) as refused:
@@ -166,7 +158,7 @@ def test_not_utf8_and_a_missing_file_are_refused_with_all_others(
     assert missing == f"{tmp_path / 'none.jsonl'} cannot be read: No such file or directory"
 
 
-def test_blank_lines_byte_order_mark_and_line_separators_are_no_rows(tmp_path: Path) -> None:
+def test_rows_are_no_blank_lines_byte_order_marks_or_separators(tmp_path: Path) -> None:
     train = '{"prompt": "Two\u2028lines", "split": "train"}'
     path = tmp_path / "rows.jsonl"
     path.write_bytes(f"\ufeff{train}\n\n  \r\n{json.dumps(HELD_OUT)}\r\n".encode())
@@ -182,7 +174,7 @@ def test_row_with_all_keys(write: Write) -> None:
     assert task == Task("sum", "2 + 1,000?", "1002", "last_number", "sums", "train")
 
 
-def test_every_answer_format_takes_an_answer_of_its_kind(write: Write) -> None:
+def test_row_answer_is_of_the_kind_of_its_format(write: Write) -> None:
     answers = {"last_number": "3/4", "boxed": "x^2", "choice": "b", "final_line": "It is so."}
     given = [
         {"prompt": kind, "answer": answer, "answer_format": kind, "split": "train"}
@@ -243,7 +235,7 @@ def chat(*turns: dict[str, Any]) -> str:
         ),
     ],
 )  # fmt: skip
-def test_faulty_row_is_refused_with_file_and_line_or_dropped_with_a_count(
+def test_row_that_is_faulty_is_refused_with_its_place_or_dropped(
     write: Write, line: str, message: str
 ) -> None:
     path = write(HELD_OUT, {"prompt": "Train", "split": "train"}, line)
@@ -256,7 +248,7 @@ def test_faulty_row_is_refused_with_file_and_line_or_dropped_with_a_count(
     assert str(refused.value) in loaded.notes
 
 
-def test_every_faulty_row_of_every_file_is_named_at_once(write: Write) -> None:
+def test_rows_that_are_faulty_are_named_at_once(write: Write) -> None:
     rows = [{"prompt": "a", "answer": []}, {"prompt": "", "split": "x"}, {"prompt": "c"}]
     first, second = write(*rows, name="1.jsonl"), write("{", {"prompt": "d"}, name="2.jsonl")
     with pytest.raises(TaskRowsError) as refused:
@@ -265,7 +257,7 @@ def test_every_faulty_row_of_every_file_is_named_at_once(write: Write) -> None:
     assert places == [f"{first}:1", f"{first}:2", f"{first}:2", f"{second}:1"]
 
 
-def test_many_faults_are_cut_and_counted(write: Write) -> None:
+def test_rows_of_many_faults_are_cut_and_counted(write: Write) -> None:
     with pytest.raises(TaskRowsError) as refused:
         load_jsonl(write(*[{"prompt": 1}] * 75))
     lines = str(refused.value).splitlines()
@@ -287,7 +279,7 @@ def test_many_faults_are_cut_and_counted(write: Write) -> None:
         ({"prompt": "What is f(2)?", "family": "other"}, True),
     ],
 )
-def test_prompts_of_one_meaning_are_one_and_counted(
+def test_rows_of_one_meaning_are_one_and_counted(
     write: Write, other: dict[str, Any], is_repeat: bool
 ) -> None:
     row = {"prompt": "What is f(2)?", "answer": "4"}
@@ -298,7 +290,7 @@ def test_prompts_of_one_meaning_are_one_and_counted(
     assert ("tasks.sources: 1 repeated prompts are left out" in loaded.notes) is is_repeat
 
 
-def test_derivative_and_function_have_their_own_answers_and_one_split(write: Write) -> None:
+def test_rows_that_are_alike_have_their_own_answers_and_one_split(write: Write) -> None:
     path = write({"prompt": "f(2)?", "answer": "4"}, {"prompt": "f'(2)?", "answer": "1"})
     first, second = load_jsonl(path)
     assert (first.answer, second.answer) == ("4", "1")
@@ -306,12 +298,12 @@ def test_derivative_and_function_have_their_own_answers_and_one_split(write: Wri
     assert first.split == second.split
 
 
-def test_explicit_splits_hold_for_prompts_that_are_merely_alike(write: Write) -> None:
+def test_rows_that_are_alike_keep_their_explicit_splits(write: Write) -> None:
     path = write({"prompt": "f(2)?", "split": "train"}, {"prompt": "f'(2)?", "split": "test"})
     assert [task.split for task in read(path).tasks] == ["train", "test"]
 
 
-def test_alike_prompts_of_two_files_share_the_first_ones_split(write: Write) -> None:
+def test_rows_that_are_alike_share_the_split_of_the_first_file(write: Write) -> None:
     hashed = split_of(normalise_prompt("f'(2)?"))
     other = "test" if hashed == "train" else "train"
     first = write({"prompt": "f(2)?", "split": other}, name="1")
@@ -320,7 +312,7 @@ def test_alike_prompts_of_two_files_share_the_first_ones_split(write: Write) -> 
     assert splits["f(2)?"] == splits["f'(2)?"] == other
 
 
-def test_places_name_file_and_line(write: Write) -> None:
+def test_row_places_are_file_and_line(write: Write) -> None:
     path = write(HELD_OUT, {"prompt": "One", "split": "train", "id": "one"})
     assert read(path).places == {"first": f"{path}:1", "one": f"{path}:2"}
 

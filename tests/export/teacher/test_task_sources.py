@@ -14,21 +14,17 @@ from export.run.errors import ExportError
 from export.run.settings import BuiltinSource, JsonlSource, ReasoningGymSource, TasksConfig
 from export.teacher.task_sources import is_entry_solved, read_tasks, scorer_version
 from export.teacher.tasks import Task, builtin_tasks, normalise_prompt, split_of
+from tests.support.rows import write_rows
 
 Write = Callable[..., JsonlSource]
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """`write(row, row, name="a.jsonl")`: a source of these rows; a string is a line as it is."""
-
-    def write(*rows: dict[str, Any] | str, name: str = "tasks.jsonl") -> JsonlSource:
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        path = tmp_path / name
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        return JsonlSource(kind="jsonl", path=path)
-
-    return write
+    """`write(row, row, name="a.jsonl")`: a source of these rows."""
+    return lambda *rows, name="tasks.jsonl": JsonlSource(
+        kind="jsonl", path=write_rows(tmp_path / name, *rows)
+    )
 
 
 def load(*sources: Any, **settings: Any) -> list[Task]:
@@ -47,7 +43,7 @@ def rows(count: int, split: str, word: str) -> list[dict[str, Any]]:
 # --- what is selected
 
 
-def test_builtin_tasks_are_the_first_of_train_and_test() -> None:
+def test_load_tasks_takes_the_first_builtin_tasks_of_train_and_test() -> None:
     tasks = load(BuiltinSource(), max_train=30, max_test=5, seed=3)
     expected = [
         [task for task in builtin_tasks(3) if task.split == split][:limit]
@@ -56,30 +52,30 @@ def test_builtin_tasks_are_the_first_of_train_and_test() -> None:
     assert tasks == [*expected[0], *expected[1]]
 
 
-def test_families_select_builtin_tasks() -> None:
+def test_load_tasks_takes_the_families_asked_for() -> None:
     tasks = load(BuiltinSource(families=("add", "capital")))
     assert {task.family for task in tasks} == {"add", "capital"}
 
 
-def test_unknown_family_is_refused_with_the_known_ones() -> None:
+def test_load_tasks_of_an_unknown_family_is_refused() -> None:
     with pytest.raises(ExportError, match=r"no family 'sums'; valid: add, add_story, .*story"):
         load(BuiltinSource(families=("add", "sums")))
 
 
-def test_validation_split_is_left_out(write: Write) -> None:
+def test_load_tasks_leaves_the_validation_split_out(write: Write) -> None:
     unused = {"prompt": "Unused", "split": "validation"}
     tasks = load(write({"prompt": "Used", "split": "train"}, unused, held_out()))
     assert [task.prompt for task in tasks] == ["Used", "Held out?"]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_split_without_a_task_is_refused(write: Write, split: str) -> None:
+def test_load_tasks_without_a_task_of_a_split_is_refused(write: Write, split: str) -> None:
     other = "test" if split == "train" else "train"
     with pytest.raises(ExportError, match=f"no task of the {split} split"):
         load(write({"prompt": "Hello", "split": other}))
 
 
-def test_every_source_keeps_its_share_when_cut(write: Write) -> None:
+def test_load_tasks_keeps_the_share_of_every_source_when_cut(write: Write) -> None:
     large = write(*rows(30, "train", "large"), *rows(6, "test", "large test"), name="a.jsonl")
     small = write(*rows(10, "train", "small"), *rows(2, "test", "small test"), name="b.jsonl")
     tasks = load(large, small, max_train=8, max_test=4)
@@ -92,14 +88,14 @@ def test_every_source_keeps_its_share_when_cut(write: Write) -> None:
     }
 
 
-def test_prompt_of_two_sources_is_the_earlier_ones(write: Write) -> None:
+def test_load_tasks_takes_a_prompt_of_two_sources_from_the_earlier(write: Write) -> None:
     first = write({"prompt": "What is it?", "split": "train", "id": "a"}, held_out(), name="1")
     second = write({"prompt": "what is  IT", "split": "test", "id": "b"}, name="2")
     tasks = load(first, second)
     assert [task.task_id for task in tasks if "it" in task.prompt] == ["a"]
 
 
-def test_no_prompt_straddles_splits_across_sources(write: Write) -> None:
+def test_load_tasks_keeps_a_prompt_in_one_split_across_sources(write: Write) -> None:
     """Though the built-in set splits by operands, and a row by its own prompt."""
     spelled = [task.prompt.upper().replace(" ", "  ") for task in builtin_tasks()]
     source = write(*[{"prompt": prompt} for prompt in spelled])
@@ -110,7 +106,7 @@ def test_no_prompt_straddles_splits_across_sources(write: Write) -> None:
         assert len({task.task_id for task in tasks}) == len(tasks)
 
 
-def test_one_id_for_two_prompts_is_refused_across_sources(write: Write) -> None:
+def test_load_tasks_of_one_id_for_two_prompts_is_refused(write: Write) -> None:
     first = write({"prompt": "One", "id": "x"}, name="1")
     second = write({"prompt": "Two", "id": "x"}, name="2")
     with pytest.raises(ExportError, match="two tasks have the id 'x'"):
@@ -139,7 +135,7 @@ def gym_entry(task: Task) -> tuple[Any, dict[str, Any]]:
     return dataset, dataset[entry.index]
 
 
-def test_missing_package_is_an_error_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_tasks_without_the_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ExportError, match=r"pip install 'tandem\[reasoning-gym\]'"):
         read_tasks(TasksConfig(sources=(gym("chain_sum", seed=987),)))
@@ -157,7 +153,7 @@ def test_gym_tasks_come_with_answer_split_and_json_entry() -> None:
     assert {task.split for task in tasks} == {"train", "test"}
 
 
-def test_only_the_full_score_counts() -> None:
+def test_gym_entry_is_solved_by_the_full_score_alone() -> None:
     for task in gym_tasks("chain_sum", seed=5):
         dataset, entry = gym_entry(task)
         assert 0 < dataset.score_answer(f"{task.answer}0", entry) < 1
@@ -166,7 +162,7 @@ def test_only_the_full_score_counts() -> None:
         assert not is_entry_solved(task, "I do not know.")
 
 
-def test_answer_of_several_lines_is_the_whole_text() -> None:
+def test_gym_entry_of_several_lines_is_solved_by_the_whole_text() -> None:
     task = gym_tasks("rotate_matrix", seed=5)[0]
     _, entry = gym_entry(task)
     assert "\n" in entry["answer"]
@@ -174,7 +170,7 @@ def test_answer_of_several_lines_is_the_whole_text() -> None:
     assert not is_entry_solved(task, entry["answer"].splitlines()[-1])
 
 
-def test_task_without_a_single_answer_is_verifiable_all_the_same() -> None:
+def test_gym_task_without_a_single_answer_is_verifiable() -> None:
     task = gym_tasks("graph_color", seed=5)[0]
     _, entry = gym_entry(task)
     assert task.answer is None
@@ -184,7 +180,7 @@ def test_task_without_a_single_answer_is_verifiable_all_the_same() -> None:
     assert not is_entry_solved(task, "{}")
 
 
-def test_text_on_which_the_scorer_fails_is_wrong() -> None:
+def test_gym_entry_is_not_solved_by_text_on_which_its_scorer_fails() -> None:
     task = gym_tasks("prime_factorization", seed=5)[0]
     dataset, entry = gym_entry(task)
     with pytest.raises(ValueError, match="invalid literal"):
@@ -193,7 +189,7 @@ def test_text_on_which_the_scorer_fails_is_wrong() -> None:
     assert is_entry_solved(task, f"It is\n{entry['answer']}")
 
 
-def test_question_that_is_generated_otherwise_is_refused() -> None:
+def test_gym_entry_that_is_generated_otherwise_is_refused() -> None:
     task = dataclasses.replace(gym_tasks("chain_sum", seed=5)[0], prompt="What is 1 + 1?")
     with pytest.raises(ExportError, match=r"chain_sum\[\d+\] is another question"):
         is_entry_solved(task, "2")
@@ -208,12 +204,14 @@ def test_question_that_is_generated_otherwise_is_refused() -> None:
         ("chain_sum", {"min_terms": 0}),
     ],
 )
-def test_dataset_that_cannot_be_created_is_refused(dataset: str, options: dict[str, Any]) -> None:
+def test_gym_dataset_that_cannot_be_created_is_refused(
+    dataset: str, options: dict[str, Any]
+) -> None:
     with pytest.raises(ExportError, match=rf"tasks\.sources: reasoning_gym dataset '{dataset}': "):
         gym_tasks(dataset, options=options)
 
 
-def test_version_of_the_scorers_counts_where_they_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scorer_version_counts_where_scorers_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scorer_version(TasksConfig()) is None
     pytest.importorskip("reasoning_gym")
     monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} 99")
