@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faults.result import Size
+from tests.faults.calls import Outcome
+from tests.faults.result import RowResult, Size
 from tests.faults.server import r14_killed
+
+
+def test_call_that_failed_is_lost() -> None:
+    result = RowResult("R14", "")
+    r14_killed.judge(result, [Outcome("", 0, 0, 1, "OK")] * 3)
+    assert result.is_passed
+    r14_killed.judge(result, [Outcome("", 0, 0, 1, code) for code in ("OK", "UNAVAILABLE")])
+    assert result.num_lost == 1 and "1 calls failed" in result.problems[0]
 
 
 @pytest.mark.nightly
