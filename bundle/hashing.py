@@ -1,4 +1,4 @@
-"""SHA-256 of files, folders and JSON values: one spelling of "the same content" for all stages."""
+"""SHA-256 of files, weights and JSON values: one spelling of "the same content" for all stages."""
 
 from __future__ import annotations
 
@@ -29,11 +29,6 @@ def hash_json(value: Any) -> str:
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def hash_folder(folder: Path) -> str:
-    """Return the hex SHA-256 of a folder's relative file names and their contents."""
-    return hash_json({name: hash_file(folder / name) for name in list_files(folder)})
 
 
 def hash_weights(folder: Path) -> str | None:

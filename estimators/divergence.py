@@ -4,7 +4,7 @@ Two kinds. *Sampled* (`k1`, `k2`, `k3`, `summarize`): from the log-probabilities
 to the tokens that were sampled, one number per token. They estimate KL(policy‖reference) only when
 the tokens were sampled from the policy itself, untruncated; the caller says which model that is and
 on which basis (temperature) both log-probabilities were taken. *Exact* (`exact_kl`,
-`jensen_shannon`, ...): from both models' full logits, one number per position.
+`predicted_acceptance`, ...): from both models' full logits, one number per position.
 
 Nothing reported here is clamped. A token that has no finite estimate is counted, not rounded.
 
@@ -171,35 +171,6 @@ def exact_kl(policy_logits: ArrayLike, reference_logits: ArrayLike) -> FloatArra
     ValueError: policy_logits has shape (3,) and reference_logits (2,); they must be equal
     """
     return _kl(*_policy_and_reference(policy_logits, reference_logits))
-
-
-def jensen_shannon(p_logits: ArrayLike, q_logits: ArrayLike, beta: float = 0.5) -> FloatArray:
-    """Return β KL(P‖M) + (1 − β) KL(Q‖M), M = βP + (1 − β)Q, per position, in nats.
-
-    Always finite, and at most ln 2 for β = ½, where it is symmetric. Shapes and errors are those
-    of `exact_kl`.
-
-    Raises:
-        ValueError: also if β is not strictly between 0 and 1, where the formula is 0 for any two
-            models; the limits people mean by β = 0 and 1 are KLs: use `exact_kl`.
-
-    Source: Lin, "Divergence Measures Based on the Shannon Entropy" (1991), section IV; with this
-    β, Agarwal et al., "On-Policy Distillation of Language Models" (2024), section 2 (GKD).
-
-    >>> import numpy as np
-    >>> p, q = np.log([0.7, 0.2, 0.1]), np.log([0.2, 0.3, 0.5])
-    >>> float(jensen_shannon(p, q).round(6))
-    0.151358
-    """
-    if not 0.0 < beta < 1.0:
-        raise ValueError(
-            f"beta = {beta} is not strictly between 0 and 1; for the limits use exact_kl"
-        )
-    p, q = _checked_pair("p_logits", p_logits, "q_logits", q_logits)
-    p_logprobs, q_logprobs = _normalised("p_logits", p), _normalised("q_logits", q)
-    mixture = np.logaddexp(p_logprobs + np.log(beta), q_logprobs + np.log1p(-beta))
-    jsd: FloatArray = beta * _kl(p_logprobs, mixture) + (1.0 - beta) * _kl(q_logprobs, mixture)
-    return jsd
 
 
 def argmax_agreement(policy_logits: ArrayLike, reference_logits: ArrayLike) -> NDArray[np.bool_]:

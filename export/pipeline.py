@@ -46,12 +46,12 @@ from serve.text.tokenizer_files import tells_date
 BUNDLE_NAME = "bundle"
 
 
-def run_export(config: ExportConfig, reporter: RunReporter, world: World | None = None) -> Path:
+def run_export(config: ExportConfig, reporter: RunReporter) -> Path:
     """Run every stage that is not finished yet; returns the bundle's path.
 
     GateError when no variant passes its gates; ExportError and TeacherError name what to fix.
     """
-    return open_pipeline(config, reporter, world).package()
+    return open_pipeline(config, reporter).package()
 
 
 def open_pipeline(

@@ -7,8 +7,7 @@ from collections.abc import Collection, Mapping
 import onnx
 from onnx import helper, numpy_helper
 
-from export.run.errors import ExportError
-from export.student.grid import BlockGrid, GridWeight, pack, unpack
+from export.student.grid import GridWeight, pack
 
 
 def matmul_weight(graph: onnx.GraphProto, node: onnx.NodeProto) -> onnx.TensorProto:
@@ -69,23 +68,3 @@ def replace_matmul(
     }
     del node.attribute[:]
     node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
-
-
-def read_grid_weights(model: onnx.ModelProto) -> dict[str, GridWeight]:
-    """Return the weight of every `MatMulNBits`, by the name that the node had in the float graph.
-
-    Raises ExportError for a node with zero points: such a weight is on no symmetric grid.
-    """
-    initializers = {i.name: i for i in model.graph.initializer}
-    weights = {}
-    for node in model.graph.node:
-        if node.op_type != "MatMulNBits":
-            continue
-        if len(node.input) > 3 and node.input[3]:
-            raise ExportError(f"{node.name} has zero points; only symmetric grids can be read")
-        attributes = {a.name: a.i for a in node.attribute}
-        grid = BlockGrid(attributes["bits"], attributes["block_size"])
-        packed, scales = (numpy_helper.to_array(initializers[name]) for name in node.input[1:3])
-        name = node.name.removesuffix(f"_Q{grid.bits}")
-        weights[name] = unpack(packed, scales, grid, attributes["K"])
-    return weights

@@ -89,7 +89,7 @@ def collect_report(
             RemovedLayer(r.layer, r.kl) for r in read_removals(run.artifacts.untrained)
         ),
         accept_counts=_accept_counts(run.artifacts.accepted / ACCEPT_NAME),
-        task_scores=_task_scores(summary, variants, default),
+        task_scores=_task_scores(summary, default),
         comparisons=tuple(_comparisons(run.artifacts.evaluation / TEXTS_NAME)),
         stages=tuple(_stage_costs(run)),
     )
@@ -225,9 +225,7 @@ def _accept_counts(path: Path) -> AcceptCounts:
     )
 
 
-def _task_scores(
-    summary: EvalSummary, variants: Mapping[str, Variant], default: str | None
-) -> TaskScores | None:
+def _task_scores(summary: EvalSummary, default: str | None) -> TaskScores | None:
     if summary.tasks is None:
         return None
     models = summary.tasks.models

@@ -76,13 +76,6 @@ def encode(weight: torch.Tensor, scales: torch.Tensor, grid: BlockGrid) -> torch
     return blocks.to(torch.int8).flatten(1)[:, : weight.shape[1]].contiguous()
 
 
-def round_to_nearest(weight: torch.Tensor, grid: BlockGrid) -> GridWeight:
-    """Quantize `(N, K)` as onnxruntime does: `absmax_scales`, every weight rounded by itself."""
-    weight = weight.float()
-    scales = absmax_scales(weight, grid)
-    return GridWeight(grid, encode(weight, scales, grid), scales)
-
-
 def pack(weight: GridWeight) -> tuple[np.ndarray, np.ndarray]:
     """Return `MatMulNBits`'s inputs B `(N, num_blocks, block_size * bits / 8)` uint8, and scales.
 
@@ -94,17 +87,3 @@ def pack(weight: GridWeight) -> tuple[np.ndarray, np.ndarray]:
     if grid.bits == 4:
         unsigned = unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
     return unsigned.numpy(), weight.scales.float().numpy()
-
-
-def unpack(packed: np.ndarray, scales: np.ndarray, grid: BlockGrid, num_inputs: int) -> GridWeight:
-    """Return the weight that `pack` packed."""
-    unsigned = torch.from_numpy(np.array(packed))
-    if grid.bits == 4:
-        unsigned = torch.stack([unsigned & 15, unsigned >> 4], -1).flatten(-2)
-    codes = (unsigned.to(torch.int16) + grid.min_code).to(torch.int8)
-    num_outputs = len(codes)
-    return GridWeight(
-        grid,
-        codes.reshape(num_outputs, -1)[:, :num_inputs].contiguous(),
-        torch.from_numpy(np.array(scales)).view(num_outputs, -1),
-    )

@@ -278,15 +278,6 @@ def exact_logprobs(logits: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(logits.double(), -1)
 
 
-def exact_forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """Return KL(teacher ‖ student) per token in float64, for measuring: `(N, V)` -> `(N,)`.
-
-    The same number as `estimators.divergence.exact_kl(teacher_logits, student_logits)`, several
-    times as fast; a test holds the two together.
-    """
-    return forward_kl_of_logprobs(exact_logprobs(student_logits), exact_logprobs(teacher_logits))
-
-
 def _logprobs(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Return log softmax at T in float32: `(N, V)` -> `(N, V)`."""
     return F.log_softmax(logits.float() / temperature, -1)

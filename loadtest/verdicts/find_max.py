@@ -54,7 +54,6 @@ class RateStep:
 
     rate_rps: float
     verdict: RateVerdict
-    num_measurements: int
     tallies: tuple[Tally, ...]
 
 
@@ -126,7 +125,7 @@ def _step(measure: Measure, rate_rps: float, max_repeats: int) -> RateStep:
     while (verdict := judge(tallies)) is RateVerdict.UNDECIDED and repeat < max_repeats:
         repeat += 1
         tallies = tuple(map(_add, tallies, measure(rate_rps, repeat)))
-    return RateStep(rate_rps, verdict, repeat + 1, tallies)
+    return RateStep(rate_rps, verdict, tallies)
 
 
 def _add(a: Tally, b: Tally) -> Tally:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from serve.engine.mail import Inbox, Outbox
 from serve.engine.runner import ModelRunner
 from serve.engine.scheduler import Scheduler
@@ -13,8 +11,6 @@ from serve.engine.stats import StepStats
 # So many failed steps in a row end an engine: what a device has lost, no later step finds again.
 MAX_FAILED_STEPS = 3
 FAILED = "the engine failed; see the server's log"
-
-logger = logging.getLogger(__name__)
 
 
 class EngineCore:

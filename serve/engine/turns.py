@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 MAX_WAIT_S = 0.25
@@ -18,12 +18,9 @@ MAX_WAIT_S = 0.25
 class StepArbiter:
     """Hands out turns. Lower priority numbers are more urgent; each engine has its own."""
 
-    def __init__(
-        self, max_wait_s: float = MAX_WAIT_S, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, max_wait_s: float = MAX_WAIT_S) -> None:
         self._condition = threading.Condition()
         self._max_wait_s = max_wait_s
-        self._clock = clock
         self._waiting: dict[int, float] = {}
         self._claims: set[int] = set()
         self._holder: int | None = None
@@ -51,11 +48,11 @@ class StepArbiter:
     def turn(self, priority: int) -> Iterator[None]:
         """Hold the turn for the duration of the block."""
         with self._condition:
-            overdue_s = self._clock() + self._max_wait_s
+            overdue_s = time.monotonic() + self._max_wait_s
             self._waiting[priority] = overdue_s
             while not self._is_next(priority):
                 # Nobody may tell this engine that its patience is over.
-                left_s = overdue_s - self._clock()
+                left_s = overdue_s - time.monotonic()
                 self._condition.wait(left_s if left_s > 0 else None)
             del self._waiting[priority]
             self._holder = priority
@@ -70,7 +67,7 @@ class StepArbiter:
     def _is_next(self, priority: int) -> bool:
         if self._holder is not None:
             return False
-        now_s = self._clock()
+        now_s = time.monotonic()
         overdue = [(since_s, p) for p, since_s in self._waiting.items() if since_s <= now_s]
         if overdue:
             return min(overdue)[1] == priority

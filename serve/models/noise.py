@@ -12,6 +12,7 @@ from serve.sampling.sampler import token_logprobs
 
 # Beyond it a teacher-forced pass is not what decoding would have given, and k3 no estimate.
 MAX_PATH_NOISE_NATS = 1e-3
+_NUM_TOKENS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +27,13 @@ class NoiseFloor:
     batch_nats: float
 
 
-def measure_noise_floor(backend: Backend, num_tokens: int = 24) -> NoiseFloor:
+def measure_noise_floor(backend: Backend) -> NoiseFloor:
     """Score a pseudo-random text in one pass, by decoding, and by decoding in a batch.
 
     0 means bit for bit the same, NaN that the model's logits are not finite. It runs the backend
     for the first time, so it warms it up, too.
     """
-    num_tokens = min(num_tokens, backend.info.max_model_len)
+    num_tokens = min(_NUM_TOKENS, backend.info.max_model_len)
     rng = np.random.default_rng(0)
     text = [int(t) for t in rng.integers(0, backend.info.vocab_size, num_tokens)]
     half = num_tokens // 2

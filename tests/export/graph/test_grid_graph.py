@@ -9,14 +9,13 @@ from onnxruntime import InferenceSession
 from export.graph.grid_graph import (
     matmul_weight,
     matmuls_by_input,
-    read_grid_weights,
     replace_matmul,
     replace_matmuls,
 )
-from export.graph.quantize import WeightOnly, float_matmuls, quantize_weights
-from export.run.errors import ExportError
-from export.student.grid import BlockGrid, GridWeight, round_to_nearest
+from export.graph.quantize import float_matmuls
+from export.student.grid import BlockGrid, GridWeight
 from tests.support.graphs import matmul_graph
+from tests.support.grids import read_grid_weights, round_to_nearest
 
 
 def product(num_inputs: int, num_outputs: int) -> onnx.ModelProto:
@@ -69,12 +68,6 @@ def test_weight_that_another_node_reads_is_kept() -> None:
     replace_matmul(model, model.graph.node[0], rounded_weight(model), accuracy_level=4)
     assert "w" in {i.name for i in model.graph.initializer}
     assert float_matmuls(model) == ["other"]
-
-
-def test_zero_points_are_on_no_symmetric_grid() -> None:
-    model = quantize_weights(product(64, 8), WeightOnly(8, 32, symmetric=False))
-    with pytest.raises(ExportError, match=r"^product_Q8 has zero points; only symmetric"):
-        read_grid_weights(model)
 
 
 def test_only_nodes_with_a_weight_are_replaced() -> None:

@@ -12,7 +12,6 @@ import torch
 
 from bundle.hashing import hash_file
 from export.graph.calibration import text_feeds
-from export.graph.grid_graph import read_grid_weights
 from export.graph.quantize import (
     float_matmuls,
     quantize_variant,
@@ -28,9 +27,10 @@ from export.run.variants import (
     StaticVariant,
     WeightOnlyVariant,
 )
-from export.student.grid import BlockGrid, round_to_nearest
+from export.student.grid import BlockGrid
 from export.teacher.examples import Example
 from tests.support.graphs import kl, load_graph, named_node, open_session, weights_of
+from tests.support.grids import read_grid_weights, round_to_nearest
 from tests.support.random_models import export_model, random_examples, random_model
 
 TEXTS = random_examples([(8, 20), (5, 30), (20, 11), (2, 25)] * 4)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from export.graph.grid_graph import read_grid_weights
 from export.graph.quantize import (
     pack_by_node,
     quantize_trained,
@@ -20,8 +19,9 @@ from export.graph.quantize import (
     split_by_module,
 )
 from export.run.variants import GridConfig, WeightOnlyVariant
-from export.student.grid import BlockGrid, GridWeight, round_to_nearest
+from export.student.grid import BlockGrid, GridWeight
 from tests.support.graphs import load_graph, logprobs
+from tests.support.grids import read_grid_weights, round_to_nearest
 from tests.support.random_models import NUM_LAYERS, random_examples, random_model
 
 NUM_PRODUCTS = 5 * NUM_LAYERS + 1

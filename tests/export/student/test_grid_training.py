@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from export.run.training import PhaseConfig
-from export.student.grid import BlockGrid, GridWeight, round_to_nearest
+from export.student.grid import BlockGrid, GridWeight
 from export.student.grid_training import (
     GridParameters,
     load_grid_weights,
@@ -16,6 +16,7 @@ from export.student.grid_training import (
 )
 from export.student.step import Pair
 from export.student.trainer import Trainer, TrainingPhase
+from tests.support.grids import round_to_nearest
 from tests.support.random_models import random_examples, random_model
 
 GRID = BlockGrid(4, 16)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from export.run.errors import ExportError
 from export.run.settings import PruneConfig
-from export.student.losses import exact_forward_kl
+from export.student.losses import forward_kl
 from export.student.prune import (
     Removal,
     check_removable,
@@ -56,7 +56,7 @@ def completion_logits(text: Example, *models: Any) -> list[torch.Tensor]:
 def cost(teacher: Any, kept: list[int]) -> float:
     """KL(teacher ‖ teacher with the layers `kept`), per token."""
     student = drop_layers(teacher, kept)
-    kls = [exact_forward_kl(*completion_logits(text, student, teacher)) for text in TEXTS]
+    kls = [forward_kl(*completion_logits(text, student, teacher)) for text in TEXTS]
     return float(torch.cat(kls).mean())
 
 

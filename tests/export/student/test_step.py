@@ -13,7 +13,7 @@ from export.run.errors import ExportError
 from export.run.settings import CacheConfig
 from export.run.training import PhaseConfig
 from export.student.logits_cache import write_logits_cache
-from export.student.losses import DistillationLoss, exact_forward_kl
+from export.student.losses import DistillationLoss, forward_kl
 from export.student.matching import LayerMap, Matching
 from export.student.prune import drop_layers
 from export.student.step import (
@@ -246,7 +246,7 @@ def test_measured_kl_is_the_exact_one_of_the_plain_models(num_shared_layers: int
     pair = make_pair(num_shared_layers)
     examples = random_examples([*UNEVEN, *[(4, HEAD_SLICE // 2)] * 20])
     kls = [
-        exact_forward_kl(*(completion_logits(m, e) for m in (pair.student, pair.teacher)))
+        forward_kl(*(completion_logits(m, e) for m in (pair.student, pair.teacher)))
         for e in examples
     ]
     expected = float(torch.cat(kls).mean())

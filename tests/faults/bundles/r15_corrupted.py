@@ -19,10 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bundle.hashing import hash_folder
 from bundle.manifest import MANIFEST_NAME
 from tests.faults.bundles.damage import Copies, edit_manifest, relist, why_refused
 from tests.faults.result import RowResult, Size
+from tests.support.folders import hash_folder
 from tests.support.tiny_bundle import damage_bundle, shared_tiny_bundle
 
 NUM_BUNDLES = {Size.CI: 60, Size.FULL: 240}

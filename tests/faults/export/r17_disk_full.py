@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bundle.errors import BundleError, UserError
-from bundle.hashing import hash_folder
 from bundle.verify import verify_bundle
 from export.run.files import DiskError
 from tests.faults.export.export_child import (
@@ -29,6 +28,7 @@ from tests.faults.export.export_child import (
 )
 from tests.faults.export.small_disk import SmallDisk
 from tests.faults.result import RowResult, Size
+from tests.support.folders import hash_folder
 from tests.support.tiny_bundle import shared_tiny_bundle
 
 ROOM_BYTES = 1 << 30
