@@ -167,7 +167,7 @@ def join_port(host: str, port: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RemoteAddress:
-    """A server elsewhere; `grpcs` says that the connection is encrypted.
+    """A remote server; `grpcs` says that the connection is encrypted.
 
     `host` is a Unix socket's address where that is meant; the port is 0 then.
     """

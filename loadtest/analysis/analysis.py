@@ -130,7 +130,7 @@ def pair_up(a: Sequence[RequestRecord], b: Sequence[RequestRecord]) -> list[Pair
 
 
 def ratios(pairs: Sequence[Pair]) -> dict[str, Estimate]:
-    """Return how many times as fast a is, by metric, as in `Comparison`.
+    """Return how many times as fast a is, by metric, as in `ArmComparison`.
 
     Left out: percentiles with too few values, and those of a that are 0.
     """

@@ -278,8 +278,8 @@ class Coordinator:
         """Return the jobs of these models, all of the same `max_tokens`."""
         prompts = [await _tokenize(spec.prompt, model) for model in models]
         involved = self.engines.loaded if is_scored else models
-        elsewhere = [model.engine.info.max_model_len for model in involved if model.address]
-        spec = fit_context(spec, max(map(len, prompts)), self.limits, elsewhere)
+        remote = [model.engine.info.max_model_len for model in involved if model.address]
+        spec = fit_context(spec, max(map(len, prompts)), self.limits, remote)
         return [
             ArmJob(
                 key=f"{terms.key} {model.role.value}",

@@ -1,7 +1,7 @@
 """The idempotency cache: one run per request id, any number of readers, kept answers.
 
 While a run goes on, a repeated request follows it from its first response. A run that succeeded,
-with nothing in its answer cut short or failed, is kept for some time. A run without followers is
+with nothing in its answer cut short or failed, is kept for some time. A run without readers is
 cancelled.
 """
 
@@ -42,7 +42,7 @@ class RunKey:
 
 
 @dataclass(slots=True, eq=False)
-class _Follower:
+class _Reader:
     """Who reads a recording: the next response that it wants, and whether there is a new one."""
 
     position: int = 0
@@ -53,7 +53,7 @@ class _Follower:
 class _Recording:
     """The responses of one run, and who waits for the next one.
 
-    Of one that is not kept a response is forgotten once all followers have read it.
+    Of one that is not kept a response is forgotten once all readers have read it.
     """
 
     digest: bytes
@@ -63,7 +63,7 @@ class _Recording:
     task: asyncio.Task[None] | None = None
     is_over: bool = False
     error: BaseException | None = None
-    followers: list[_Follower] = field(default_factory=list)
+    readers: list[_Reader] = field(default_factory=list)
     num_forgotten: int = 0
     size_bytes: int = 0
     expires_s: float = 0.0
@@ -73,10 +73,10 @@ class _Recording:
         self.responses.append(response)
         self.wake()
 
-    def take(self, follower: _Follower) -> Any:
-        """Return the follower's next response."""
-        response = self.responses[follower.position]
-        follower.position += 1
+    def take(self, reader: _Reader) -> Any:
+        """Return the reader's next response."""
+        response = self.responses[reader.position]
+        reader.position += 1
         if not self.is_kept:
             self.forget()
         if isinstance(response, bytes):
@@ -84,8 +84,8 @@ class _Recording:
         return response
 
     def forget(self) -> None:
-        """Let go of the responses that every follower has read."""
-        num_read = min((follower.position for follower in self.followers), default=0)
+        """Let go of the responses that every reader has read."""
+        num_read = min((reader.position for reader in self.readers), default=0)
         for position in range(self.num_forgotten, num_read):
             self.responses[position] = None
         self.num_forgotten = max(self.num_forgotten, num_read)
@@ -97,8 +97,8 @@ class _Recording:
         ]
 
     def wake(self) -> None:
-        for follower in self.followers:
-            follower.is_new.set()
+        for reader in self.readers:
+            reader.is_new.set()
 
 
 class Replays:
@@ -106,7 +106,7 @@ class Replays:
 
     At most `max_runs` finished runs with `max_bytes` of responses are kept, for `ttl_s` each; the
     oldest go first. Runs that go on may record as much again, all together; beyond it the largest
-    recording is given up: its followers get the whole answer, and who comes later a new run.
+    recording is given up: its readers get the whole answer, and who comes later a new run.
     """
 
     def __init__(
@@ -137,10 +137,10 @@ class Replays:
     ) -> AsyncGenerator[Any, None]:
         """Yield the responses of the request that `key` names, running it unless it ran or runs.
 
-        `digest` tells requests apart. Close the iterator (`aclosing`): the last follower that
+        `digest` tells requests apart. Close the iterator (`aclosing`): the last reader that
         leaves ends the run. Without `is_kept` nobody else can come for it, and a response is
         forgotten once it was read. A run that ended by its own deadline is begun again for a
-        follower whose `deadline_s` is later, unless that one has seen a part of it.
+        reader whose `deadline_s` is later, unless that one has seen a part of it.
 
         Raises:
             InvalidFieldError: the id belongs to a different request.
@@ -164,18 +164,18 @@ class Replays:
 
     async def _read(self, key: RunKey, recording: _Recording) -> AsyncGenerator[Any, None]:
         """Yield a run's responses until it is over."""
-        follower = _Follower()
-        recording.followers.append(follower)
+        reader = _Reader()
+        recording.readers.append(reader)
         try:
             while True:
-                follower.is_new.clear()
-                while follower.position < len(recording.responses):
-                    yield recording.take(follower)
+                reader.is_new.clear()
+                while reader.position < len(recording.responses):
+                    yield recording.take(reader)
                 if recording.is_over:
                     break
-                await follower.is_new.wait()
+                await reader.is_new.wait()
         finally:
-            recording.followers.remove(follower)
+            recording.readers.remove(reader)
             await self.leave(key, recording)
 
     def _find(self, key: RunKey, digest: bytes) -> _Recording | None:
@@ -200,7 +200,7 @@ class Replays:
         is_final = False
         try:
             is_final = await run(partial(self._record, recording))
-        except BaseException as error:  # a cancellation, too; followers raise it again
+        except BaseException as error:  # a cancellation, too; readers raise it again
             recording.error = error
         recording.is_over = True
         if recording.is_kept:
@@ -222,7 +222,7 @@ class Replays:
             self._give_up_largest()
 
     def _give_up_largest(self) -> None:
-        """Record no more of the largest run that goes on; it goes on for its followers alone."""
+        """Record no more of the largest run that goes on; it goes on for its readers alone."""
         running = [(k, r) for k, r in self._by_key.items() if r.is_kept and not r.is_over]
         key, recording = max(running, key=lambda item: item[1].size_bytes)
         logger.warning(
@@ -235,7 +235,7 @@ class Replays:
         recording.forget()
 
     def _stop_recording(self, key: RunKey, recording: _Recording) -> None:
-        """Have a run that goes on be for its followers alone."""
+        """Have a run that goes on be for its readers alone."""
         if recording.is_kept:
             self._num_running_bytes -= recording.size_bytes
         recording.is_kept = False
@@ -266,8 +266,8 @@ class Replays:
             del self._by_key[key]
 
     async def leave(self, key: RunKey, recording: _Recording) -> None:
-        """End a run without followers: nobody may join it from now on."""
-        if recording.followers or recording.is_over:
+        """End a run without readers: nobody may join it from now on."""
+        if recording.readers or recording.is_over:
             return
         self._stop_recording(key, recording)
         assert recording.task is not None

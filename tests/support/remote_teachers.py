@@ -40,7 +40,7 @@ SCORE = pb.ScoreRequest(
 )
 
 
-class Elsewhere:
+class RemoteTeachers:
     """Starts teachers alone, and students whose teacher is at an address."""
 
     def __init__(self, serving: Any, make_pair: Any, tokenizer: Any, stack: ExitStack) -> None:

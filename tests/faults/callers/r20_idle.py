@@ -30,7 +30,7 @@ ROUNDS = {Size.CI: Rounds(1, 3, 60, 50, 2.5), Size.FULL: Rounds(20, 20, 400, 99,
 MAX_SCRAPE_S = 5.0
 
 
-class Crowd:
+class IdleConnections:
     """Connections that cost a server's attention and want nothing, of a process of their own."""
 
     def __init__(self, rig: Rig, result: RowResult) -> None:
@@ -47,20 +47,20 @@ class Crowd:
         command = [
             sys.executable,
             "-m",
-            "tests.faults.callers.idle_crowd",
+            "tests.faults.callers.idle_connections",
             *self._addresses,
             *numbers,
         ]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as crowd:
-            assert crowd.stdout is not None
-            said = crowd.stdout.readline()
-            self._result.demand(said == "here\n", f"the crowd could not connect: {said!r}")
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as idle:
+            assert idle.stdout is not None
+            said = idle.stdout.readline()
+            self._result.demand(said == "here\n", f"not all could connect: {said!r}")
             # The server has then taken all of them in, and what is measured is that they stay.
             self._rig.run(self._ask_once())
             yield
             self._scrape()
-            self._result.demand(crowd.poll() is None, "the crowd did not stay to the end")
-            crowd.kill()
+            self._result.demand(idle.poll() is None, "the idle connections did not stay to the end")
+            idle.kill()
 
     async def _ask_once(self) -> None:
         await self._rig.client.generate(next(bystanders(1))).result()
@@ -74,23 +74,23 @@ class Crowd:
 
 
 def run(size: Size) -> RowResult:
-    """Measure requests beside the crowd, and without it."""
+    """Measure requests beside the idle connections, and without them."""
     result = RowResult("R20", "stuck scrapers, 500 idle connections")
     with (
         tempfile.TemporaryDirectory() as name,
         Rig(Path(name), max_replays=0, make_backend=PacedBackend) as rig,
     ):
         reference = rig.drive(bystanders(NUM_TEMPLATES), "reference")
-        crowd = Crowd(rig, result)
-        others, waits = compare_waits(rig, ROUNDS[size], crowd.present, "others")
+        idle = IdleConnections(rig, result)
+        others, waits = compare_waits(rig, ROUNDS[size], idle.present, "others")
         result.add(rig.ledger(others, reference))
         result.leaks = rig.leaks()
     result.measured |= {
         "num_idle": NUM_IDLE,
         "num_scrapers": NUM_SCRAPERS,
-        "max_scrape_s": crowd.max_scrape_s,
+        "max_scrape_s": idle.max_scrape_s,
     }
-    took = f"a good scrape took {crowd.max_scrape_s:.1f} s"
-    result.demand(crowd.max_scrape_s <= MAX_SCRAPE_S, took, is_timed=True)
+    took = f"a good scrape took {idle.max_scrape_s:.1f} s"
+    result.demand(idle.max_scrape_s <= MAX_SCRAPE_S, took, is_timed=True)
     waits.judge(result)
     return result

@@ -61,13 +61,13 @@ def test_same_seed_gives_the_same_tokens_alone_and_among_others() -> None:
     engine = make_engine()
     alone = submit(engine, num_samples=2, seed=9, max_tokens=15)
     run(engine)
-    crowd = [submit(engine, f"o{i}", (i + 10,) * (i + 1), seed=i, max_tokens=i + 2)
+    others = [submit(engine, f"o{i}", (i + 10,) * (i + 1), seed=i, max_tokens=i + 2)
              for i in range(9)]  # fmt: skip
     engine.core.step()
     again = submit(engine, num_samples=2, seed=9, max_tokens=15)
     run(engine)
     assert again.completions == alone.completions
-    assert all(len(reader.endings) == 1 for reader in crowd)
+    assert all(len(reader.endings) == 1 for reader in others)
 
 
 def test_prompt_is_prefilled_once_for_all_its_samples() -> None:
@@ -117,14 +117,14 @@ def test_long_prompt_in_chunks_gives_what_one_pass_gives() -> None:
     expected = submit(whole, prompt=LONG_PROMPT, num_samples=3, max_tokens=20)
     run(whole)
     engine = make_engine(max_pass_tokens=8)
-    crowd = [submit(engine, f"o{i}", (i + 10,), seed=i, max_tokens=i + 2) for i in range(3)]
+    others = [submit(engine, f"o{i}", (i + 10,), seed=i, max_tokens=i + 2) for i in range(3)]
     reader = submit(engine, prompt=LONG_PROMPT, num_samples=3, max_tokens=20)
     run(engine)
     assert reader.completions == expected.completions
     calls = backend_of(engine).calls
     assert all(max(lengths) <= 8 for _, lengths, _ in calls)
     assert all(sum(lengths) <= 8 for _, lengths, past in calls if any(past))
-    assert all(len(other.endings) == 1 for other in crowd)
+    assert all(len(other.endings) == 1 for other in others)
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2])

@@ -132,7 +132,7 @@ def test_last_chunk_lets_its_sequence_run() -> None:
     assert model.scheduler.rows.running == [sequence] and sequence.token_ids == [9]
 
 
-def crowd() -> tuple[Scheduled, EventReader]:
+def full_rows() -> tuple[Scheduled, EventReader]:
     """A client has both rows, and another waits."""
     model = Scheduled(max_num_seqs=2)
     many = model.submit("many", num_samples=4)
@@ -142,7 +142,7 @@ def crowd() -> tuple[Scheduled, EventReader]:
 
 
 def test_sequence_is_set_aside_before_the_one_that_needs_its_row_enters() -> None:
-    model, many = crowd()
+    model, many = full_rows()
     decode, aside, prefill = model.step()
     assert isinstance(aside, SetAside) and isinstance(prefill, Prefill)
     assert prefill.started == (aside.newcomer,) and aside.newcomer.client == "other"
@@ -151,14 +151,14 @@ def test_sequence_is_set_aside_before_the_one_that_needs_its_row_enters() -> Non
 
 
 def test_nobody_is_set_aside_without_memory() -> None:
-    model, many = crowd()
+    model, many = full_rows()
     running = list(model.scheduler.rows.running)
     model.step(None, PassResult(out_of_memory=OutOfMemory()))
     assert model.scheduler.rows.running == running and not many.endings
 
 
 def test_newcomer_that_is_cancelled_meanwhile_is_not_let_in() -> None:
-    model, _ = crowd()
+    model, _ = full_rows()
     for work in model.scheduler.schedule():
         model.scheduler.update(work, answer(work))
         if isinstance(work, SetAside):

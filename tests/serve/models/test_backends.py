@@ -234,7 +234,7 @@ def test_larger_multiples_of_rows_compute_the_same(graphs: Path, row_multiple: i
 
 
 def generate(backend: Any, **settings: Any) -> list[tuple[int, ...]]:
-    """Return the completions of a crowd of requests, by request and sample."""
+    """Return the completions of several requests, by request and sample."""
     engine, endings = Engine(backend, eos_token_ids=frozenset({0})), dict[tuple[int, int], Any]()
     for number in range(4):
 

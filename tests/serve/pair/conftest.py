@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.support.remote_teachers import Elsewhere, lying_server
+from tests.support.remote_teachers import RemoteTeachers, lying_server
 
 
 @pytest.fixture
-def elsewhere(serving: Any, make_pair: Any, tokenizer: Any) -> Iterator[Elsewhere]:
+def remote(serving: Any, make_pair: Any, tokenizer: Any) -> Iterator[RemoteTeachers]:
     with ExitStack() as stack:
-        yield Elsewhere(serving, make_pair, tokenizer, stack)
+        yield RemoteTeachers(serving, make_pair, tokenizer, stack)
 
 
 @pytest.fixture

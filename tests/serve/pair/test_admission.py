@@ -58,7 +58,7 @@ def test_prompt_and_max_tokens_may_fill_the_context_exactly() -> None:
         (10, (), 0, 90),  # of 128
         (99, (), 0, 1),
         (60, (), 40, 40),
-        (10, (50,), 0, 40),  # a model elsewhere has a shorter context
+        (10, (50,), 0, 40),  # a remote model has a shorter context
         (10, (1000,), 0, 90),
         (10, (10, 0), 0, 90),  # the prompt does not fit there; nothing is known of it
         (10, (50,), 41, 41),  # nor do min_tokens

@@ -22,7 +22,7 @@ from tests.support.remote_teachers import (
     NOWHERE,
     SAMPLING,
     SCORE,
-    Elsewhere,
+    RemoteTeachers,
     check_student_alone,
     is_up,
     reached,
@@ -43,9 +43,9 @@ def timeless(response: Any) -> Any:
 
 
 def test_answers_are_those_of_a_teacher_here(
-    elsewhere: Elsewhere, serving: Any, make_pair: Any
+    remote: RemoteTeachers, serving: Any, make_pair: Any
 ) -> None:
-    student = reached(elsewhere.student(elsewhere.teacher().server.address))
+    student = reached(remote.student(remote.teacher().server.address))
     with serving(make_pair()) as here:
         compared = [timeless(live.client.compare(COMPARE)) for live in (here, student)]
         scored = [timeless(live.client.score(SCORE)) for live in (here, student)]
@@ -54,12 +54,12 @@ def test_answers_are_those_of_a_teacher_here(
 
 
 def test_stream_of_the_teacher_is_that_of_a_teacher_here(
-    elsewhere: Elsewhere, serving: Any, make_pair: Any
+    remote: RemoteTeachers, serving: Any, make_pair: Any
 ) -> None:
     request = pb.GenerateRequest(
         prompt="2 + 2 = ", request_id="g", route=pb.ROUTE_TEACHER, sampling=SAMPLING
     )
-    student = reached(elsewhere.student(elsewhere.teacher().server.address))
+    student = reached(remote.student(remote.teacher().server.address))
     with serving(make_pair()) as here:
         streams = [list(live.client.generate(request)) for live in (here, student)]
     texts = [
@@ -72,25 +72,25 @@ def test_stream_of_the_teacher_is_that_of_a_teacher_here(
     assert usages[0] == usages[1]
 
 
-def test_models_say_what_is_elsewhere(elsewhere: Elsewhere) -> None:
-    teacher = elsewhere.teacher()
-    student = reached(elsewhere.student(teacher.server.address))
+def test_models_say_what_is_remote(remote: RemoteTeachers) -> None:
+    teacher = remote.teacher()
+    student = reached(remote.student(teacher.server.address))
     first, second = student.client.get_models().models
     assert (first.role, first.address) == (pb.ROLE_STUDENT, "")
     assert (second.role, second.address) == (pb.ROLE_TEACHER, f"grpc://{teacher.server.address}")
     assert second.backend == "fake" and second.max_num_seqs == 8 and second.batch_invariant
 
 
-def test_calls_of_the_teacher_are_counted(elsewhere: Elsewhere) -> None:
-    student = reached(elsewhere.student(elsewhere.teacher().server.address))
+def test_calls_of_the_teacher_are_counted(remote: RemoteTeachers) -> None:
+    student = reached(remote.student(remote.teacher().server.address))
     student.client.compare(COMPARE)
     assert student.pair.value("remote_calls_total", rpc="Generate", code="OK") == 1
     assert student.pair.value("remote_calls_total", rpc="Score", code="OK") == 1
 
 
-def test_series_of_a_teacher_elsewhere_are_there_from_the_start(elsewhere: Elsewhere) -> None:
+def test_series_of_a_remote_teacher_are_there_from_the_start(remote: RemoteTeachers) -> None:
     """What its calls may end with; of divergences all but those that need its logits."""
-    registry = elsewhere.student(NOWHERE).pair.metrics.registry
+    registry = remote.student(NOWHERE).pair.metrics.registry
     labels = [(s.name, s.labels) for family in registry.collect() for s in family.samples]
     codes = {of["code"] for name, of in labels if name == "tandem_remote_calls_total"}
     assert codes == {code.name for code in grpc.StatusCode}
@@ -99,8 +99,8 @@ def test_series_of_a_teacher_elsewhere_are_there_from_the_start(elsewhere: Elsew
 
 
 @pytest.mark.parametrize("rpc", ["compare", "score"])
-def test_exact_divergence_is_refused(elsewhere: Elsewhere, rpc: str) -> None:
-    student = elsewhere.student(NOWHERE)
+def test_exact_divergence_is_refused(remote: RemoteTeachers, rpc: str) -> None:
+    student = remote.student(NOWHERE)
     request = {"compare": pb.CompareRequest, "score": pb.ScoreRequest}[rpc]()
     request.CopyFrom({"compare": COMPARE, "score": SCORE}[rpc])
     request.divergence.exact = True
@@ -112,8 +112,8 @@ def test_exact_divergence_is_refused(elsewhere: Elsewhere, rpc: str) -> None:
 # A lost teacher costs the teacher's part alone
 
 
-def test_teacher_that_was_never_there_leaves_the_student(elsewhere: Elsewhere) -> None:
-    student = elsewhere.student(NOWHERE)
+def test_teacher_that_was_never_there_leaves_the_student(remote: RemoteTeachers) -> None:
+    student = remote.student(NOWHERE)
     check_student_alone(student)
     assert student.server.is_healthy()
     health = health_pb2_grpc.HealthStub(student.channel)
@@ -127,38 +127,38 @@ def test_teacher_that_was_never_there_leaves_the_student(elsewhere: Elsewhere) -
     assert [m.role for m in student.client.get_models().models] == [1, 2]
 
 
-def test_route_to_a_lost_teacher_is_unavailable(elsewhere: Elsewhere) -> None:
-    student = elsewhere.student(NOWHERE)
+def test_route_to_a_lost_teacher_is_unavailable(remote: RemoteTeachers) -> None:
+    student = remote.student(NOWHERE)
     with pytest.raises(grpc.RpcError) as caught:
         student.client.generate(pb.GenerateRequest(prompt="x", route=pb.ROUTE_TEACHER)).result()
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert "the teacher at grpc://127.0.0.1:1 is lost" in caught.value.details()
 
 
-def test_policy_for_a_lost_teacher_means_the_student(elsewhere: Elsewhere) -> None:
-    student = elsewhere.student(NOWHERE, student_weight=0, teacher_weight=1)
+def test_policy_for_a_lost_teacher_means_the_student(remote: RemoteTeachers) -> None:
+    student = remote.student(NOWHERE, student_weight=0, teacher_weight=1)
     (sample,) = student.client.generate(pb.GenerateRequest(prompt="x")).result().samples
     assert sample.role == pb.ROLE_STUDENT
-    teacher = elsewhere.teacher()
-    student = reached(elsewhere.student(teacher.server.address, student_weight=0, teacher_weight=1))
+    teacher = remote.teacher()
+    student = reached(remote.student(teacher.server.address, student_weight=0, teacher_weight=1))
     (sample,) = student.client.generate(pb.GenerateRequest(prompt="x")).result().samples
     assert sample.role == pb.ROLE_TEACHER
 
 
-def test_teacher_that_ends_is_lost_and_found_again(elsewhere: Elsewhere) -> None:
-    with elsewhere.passing_teacher() as teacher:
+def test_teacher_that_ends_is_lost_and_found_again(remote: RemoteTeachers) -> None:
+    with remote.passing_teacher() as teacher:
         port = int(teacher.server.address.rpartition(":")[2])
-        student = reached(elsewhere.student(teacher.server.address))
+        student = reached(remote.student(teacher.server.address))
     wait_until(lambda: not is_up(student), what="the loss")
     check_student_alone(student)
-    elsewhere.teacher(port=port)
+    remote.teacher(port=port)
     reached(student)
     assert all(s.HasField("divergence") for s in student.client.compare(COMPARE).samples)
 
 
-def test_calls_on_their_way_end_with_the_teacher(elsewhere: Elsewhere) -> None:
-    with elsewhere.passing_teacher(drain_grace_s=0) as teacher:
-        student = reached(elsewhere.student(teacher.server.address))
+def test_calls_on_their_way_end_with_the_teacher(remote: RemoteTeachers) -> None:
+    with remote.passing_teacher(drain_grace_s=0) as teacher:
+        student = reached(remote.student(teacher.server.address))
         teacher.pair.backends[Role.TEACHER].may_run.clear()
         sampling = pb.SamplingParams(num_samples=3, max_tokens=50, ignore_eos=True)
         answer = student.stub.Compare.future(pb.CompareRequest(prompt="x", sampling=sampling))
@@ -179,12 +179,12 @@ def test_calls_on_their_way_end_with_the_teacher(elsewhere: Elsewhere) -> None:
     ("is_streamed", "role"), [(False, pb.ROLE_STUDENT), (True, pb.ROLE_TEACHER)]
 )
 def test_student_answers_what_the_policy_gave_a_teacher_that_is_lost_meanwhile(
-    elsewhere: Elsewhere, is_streamed: bool, role: pb.Role
+    remote: RemoteTeachers, is_streamed: bool, role: pb.Role
 ) -> None:
     """Unless the client has seen tokens of the teacher: then the answer ends with SHUTDOWN."""
-    with elsewhere.passing_teacher(drain_grace_s=0) as teacher:
+    with remote.passing_teacher(drain_grace_s=0) as teacher:
         address = teacher.server.address
-        student = reached(elsewhere.student(address, student_weight=0, teacher_weight=1))
+        student = reached(remote.student(address, student_weight=0, teacher_weight=1))
         request = pb.GenerateRequest(
             prompt="x",
             sampling=pb.SamplingParams(num_samples=4, max_tokens=200, ignore_eos=True),
@@ -204,9 +204,9 @@ def test_student_answers_what_the_policy_gave_a_teacher_that_is_lost_meanwhile(
     assert is_whole == [not is_streamed] * 4
 
 
-def test_teacher_that_hangs_does_not_cost_the_deadline(elsewhere: Elsewhere) -> None:
-    teacher = elsewhere.teacher()
-    student = reached(elsewhere.student(teacher.server.address))
+def test_teacher_that_hangs_does_not_cost_the_deadline(remote: RemoteTeachers) -> None:
+    teacher = remote.teacher()
+    student = reached(remote.student(teacher.server.address))
     teacher.pair.backends[Role.TEACHER].may_run.clear()
     request = pb.GenerateRequest(prompt="x", route=pb.ROUTE_STUDENT)
     (sample,) = student.client.generate(request, timeout_s=2).result().samples
@@ -215,9 +215,9 @@ def test_teacher_that_hangs_does_not_cost_the_deadline(elsewhere: Elsewhere) -> 
     assert [sample.finish_reason for sample in samples][1:] == [pb.FINISH_REASON_DEADLINE]
 
 
-def test_cancelled_request_leaves_the_teacher_idle(elsewhere: Elsewhere) -> None:
-    teacher = elsewhere.teacher()
-    student = reached(elsewhere.student(teacher.server.address))
+def test_cancelled_request_leaves_the_teacher_idle(remote: RemoteTeachers) -> None:
+    teacher = remote.teacher()
+    student = reached(remote.student(teacher.server.address))
     backend = teacher.pair.backends[Role.TEACHER]
     backend.may_run.clear()
     call = student.stub.Generate(pb.GenerateRequest(prompt="x", route=pb.ROUTE_TEACHER))
@@ -233,9 +233,9 @@ def test_cancelled_request_leaves_the_teacher_idle(elsewhere: Elsewhere) -> None
 
 
 def test_call_that_is_cancelled_at_once_has_its_end(
-    elsewhere: Elsewhere, loop: asyncio.AbstractEventLoop
+    remote: RemoteTeachers, loop: asyncio.AbstractEventLoop
 ) -> None:
-    student = reached(elsewhere.student(elsewhere.teacher().server.address))
+    student = reached(remote.student(remote.teacher().server.address))
     engine, events = student.pair.engines.teacher.engine, []
 
     async def begin_and_cancel() -> Any:
@@ -251,9 +251,9 @@ def test_call_that_is_cancelled_at_once_has_its_end(
     assert [event.finish_reason for event in events] == [FinishReason.CANCELLED] * 2
 
 
-def test_drain_of_the_student_ends_calls_of_the_teacher(elsewhere: Elsewhere) -> None:
-    teacher = elsewhere.teacher()
-    student = reached(elsewhere.student(teacher.server.address, drain_grace_s=0))
+def test_drain_of_the_student_ends_calls_of_the_teacher(remote: RemoteTeachers) -> None:
+    teacher = remote.teacher()
+    student = reached(remote.student(teacher.server.address, drain_grace_s=0))
     backend = teacher.pair.backends[Role.TEACHER]
     backend.may_run.clear()
     answer = student.stub.Compare.future(COMPARE)
@@ -263,23 +263,23 @@ def test_drain_of_the_student_ends_calls_of_the_teacher(elsewhere: Elsewhere) ->
 
 
 def test_more_than_the_teacher_takes_is_no_error_of_the_student(
-    elsewhere: Elsewhere, serving: Any, make_pair: Any
+    remote: RemoteTeachers, serving: Any, make_pair: Any
 ) -> None:
-    pair = make_pair(teacher=elsewhere.logits, roles=(Role.TEACHER,), max_model_len=16)
+    pair = make_pair(teacher=remote.logits, roles=(Role.TEACHER,), max_model_len=16)
     with serving(pair) as small:
-        student = reached(elsewhere.student(small.server.address))
+        student = reached(remote.student(small.server.address))
         samples = student.client.compare(pb.CompareRequest(prompt="x" * 20)).samples
     assert not samples[0].error and "OUT_OF_RANGE" in samples[0].divergence_error
     assert "the context takes 16" in samples[1].error
 
 
 def test_default_max_tokens_fits_the_shorter_context_of_the_teacher(
-    elsewhere: Elsewhere, serving: Any, make_pair: Any
+    remote: RemoteTeachers, serving: Any, make_pair: Any
 ) -> None:
-    pair = make_pair(teacher=elsewhere.logits, roles=(Role.TEACHER,), max_model_len=16)
+    pair = make_pair(teacher=remote.logits, roles=(Role.TEACHER,), max_model_len=16)
     sampling = pb.SamplingParams(ignore_eos=True)
     with serving(pair) as small:
-        student = reached(elsewhere.student(small.server.address))
+        student = reached(remote.student(small.server.address))
         request = pb.CompareRequest(prompt="x" * 10, sampling=sampling)
         samples = student.client.compare(request).samples
     assert [len(sample.token_ids) for sample in samples] == [6, 6]

@@ -237,13 +237,13 @@ def test_run_that_ended_by_its_deadline_begins_again_for_a_later_one(
 @async_test
 async def test_last_follower_that_leaves_ends_the_run() -> None:
     replays, run = make(), Run("a", "b", is_held=True)
-    followers = [asyncio.create_task(texts_of(replays, run)) for _ in range(2)]
+    readers = [asyncio.create_task(texts_of(replays, run)) for _ in range(2)]
     await asyncio.sleep(0.01)
-    followers[0].cancel()
-    await asyncio.wait([followers[0]])
+    readers[0].cancel()
+    await asyncio.wait([readers[0]])
     assert run.num_cancelled == 0
-    followers[1].cancel()
-    await asyncio.wait([followers[1]])
+    readers[1].cancel()
+    await asyncio.wait([readers[1]])
     assert run.num_cancelled == 1
     assert await texts_of(replays, Run("c")) == ["c"]
 

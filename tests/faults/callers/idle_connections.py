@@ -1,9 +1,10 @@
 """Connections that want nothing, held until the process is killed.
 
-    python -m tests.faults.callers.idle_crowd DATA_ADDRESS METRICS_ADDRESS NUM_IDLE NUM_SCRAPERS
+    python -m tests.faults.callers.idle_connections DATA METRICS NUM_IDLE NUM_SCRAPERS
 
-It says `here` on stdout when all are connected. Half of the idle ones have sent the preface of
-HTTP/2. Scrapers send half a request, or a whole one and read nothing; each comes again after 5 s.
+DATA and METRICS are addresses. It says `here` on stdout when all are connected. Half of the idle
+ones have sent the preface of HTTP/2. Scrapers send half a request, or a whole one and read nothing;
+each comes again after 5 s.
 """
 
 from __future__ import annotations
