@@ -20,7 +20,7 @@ from serve.pair.coordinator import Coordinator
 from tests.faults import served
 
 BROKEN = "FAULTS_BROKEN"
-_LEAKED_BYTES = 512 << 10
+_LEAKED_BYTES = 2 << 20
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def _leaking_memory() -> Callable[..., None]:
-    """Every request keeps half a MiB."""
+    """Every request keeps 2 MiB."""
     kept: list[bytearray] = []
     submit = Engine.submit
 

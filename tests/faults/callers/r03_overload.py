@@ -79,6 +79,7 @@ class Round:
     @property
     def overload(self) -> float:
         """How many times the peak was really sent."""
+        assert self.outcomes, "no call was sent: this machine is too busy to measure anything"
         first_s, last_s = self.outcomes[0].due_s, max(o.sent_s for o in self.outcomes)
         return len(self.outcomes) / (last_s - first_s) / self.peak_rps
 
