@@ -16,13 +16,14 @@ from bundle.errors import BundleError
 from bundle.manifest import (
     MAX_MANIFEST_BYTES,
     Gate,
-    Manifest,
     StudentInfo,
     Variant,
     load_manifest,
     write_manifest,
 )
 from bundle.verify import verify_bundle
+
+Edit = Callable[[Callable[[dict[str, Any]], object]], None]
 
 
 def test_manifest_read_back_equals_what_was_written(bundle: Path) -> None:
@@ -53,7 +54,7 @@ def test_failed_write_leaves_the_old_manifest_and_no_temporary(
 
 
 def test_older_manifest_does_not_say_what_the_teachers_files_were(
-    bundle: Path, edit_manifest: Callable[[Callable[[dict[str, Any]], object]], None]
+    bundle: Path, edit_manifest: Edit
 ) -> None:
     assert load_manifest(bundle).teacher.inputs == {"config.json": "2" * 64}
     edit_manifest(lambda m: m["teacher"].pop("inputs"))
@@ -69,7 +70,7 @@ def test_older_manifest_does_not_say_what_the_teachers_files_were(
         (lambda m: m["teacher"].update(path="x"), "teacher.path: Extra inputs"),
         (lambda m: m["teacher"]["inputs"].update(x="y"), "teacher.inputs.x: String should match"),
         (lambda m: m.update(default_variant="fp16"), "'fp16' is none of .'int4', 'int8'"),
-        (lambda m: m.update(default_variant="int4"), "'int4' has not passed.*kl_to_float"),
+        (lambda m: m.update(default_variant="int4"), "'int4' has not passed.*kl"),
         (lambda m: m["variants"]["int8"].update(gates=[]), "has not passed its gates: it has none"),
         (lambda m: m["files"].pop("onnx/int8/model.onnx"), "does not list 'onnx/int8/model.onnx'"),
         (lambda m: m["variants"].update({"../x": m["variants"]["int8"]}), "String should match"),
@@ -79,7 +80,7 @@ def test_older_manifest_does_not_say_what_the_teachers_files_were(
 )
 def test_bad_manifest_is_refused_by_name(
     bundle: Path,
-    edit_manifest: Callable[[Callable[[dict[str, Any]], object]], None],
+    edit_manifest: Edit,
     change: Callable[[dict[str, Any]], object],
     message: str,
 ) -> None:
@@ -88,66 +89,54 @@ def test_bad_manifest_is_refused_by_name(
         load_manifest(bundle)
 
 
-@pytest.mark.parametrize(
-    "name", ["/etc/passwd", "../secret", "a/../../b", "a//b", "./a", ".", "", "a\\b", "C:/x", "a/"]
-)
-def test_file_name_outside_the_bundle_is_refused(
-    bundle: Path,
-    edit_manifest: Callable[[Callable[[dict[str, Any]], object]], None],
-    name: str,
-) -> None:
-    edit_manifest(lambda m: m["files"].update({name: m["files"]["student/config.json"]}))
-    with pytest.raises(BundleError, match="must be a relative posix path without"):
-        load_manifest(bundle)
+OUTSIDE = ["/etc/passwd", "../secret", "a/../../b", "a//b", "./a", ".", "", "a\\b", "C:/x", "a/"]
+DISGUISED = ["a\0b", "a\nb", "a\x1b[31m", "a\u202eb", "a\u200bb", "cafe\u0301", "\uff0e\uff0e/a"]
 
 
 @pytest.mark.parametrize(
-    "name", ["a\0b", "a\nb", "a\x1b[31m", "a\u202eb", "a\u200bb", "cafe\u0301", "\uff0e\uff0e/a"]
+    ("name", "message"),
+    [
+        *((name, "must be a relative posix path without") for name in OUTSIDE),
+        *((name, "must be printable") for name in DISGUISED),
+        ("student/CONFIG.json", r"'student/CONFIG.json' differ in case alone"),
+    ],
 )
-def test_file_name_that_does_not_look_as_it_is_is_refused(
-    bundle: Path,
-    edit_manifest: Callable[[Callable[[dict[str, Any]], object]], None],
-    name: str,
+def test_manifest_with_a_file_name_that_misleads_is_refused(
+    bundle: Path, edit_manifest: Edit, name: str, message: str
 ) -> None:
     edit_manifest(lambda m: m["files"].update({name: m["files"]["student/config.json"]}))
-    with pytest.raises(BundleError, match="must be printable") as caught:
+    with pytest.raises(BundleError, match=message) as caught:
         load_manifest(bundle)
     assert str(caught.value).isprintable()
 
 
-def test_names_that_differ_in_case_alone_are_refused(
-    bundle: Path, edit_manifest: Callable[[Callable[[dict[str, Any]], object]], None]
-) -> None:
-    entry = load_manifest(bundle).files["student/config.json"].model_dump()
-    edit_manifest(lambda m: m["files"].update({"student/CONFIG.json": entry}))
-    with pytest.raises(BundleError, match=r"'student/CONFIG.json' differ in case alone"):
-        load_manifest(bundle)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "\udcff", "[" * 100_000])
-def test_manifest_that_is_no_json_object_is_refused(bundle: Path, text: str) -> None:
-    (bundle / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(BundleError, match=r"is not JSON|schema_version None|nested too deeply"):
-        load_manifest(bundle)
-
-
-def test_manifest_that_was_changed_anywhere_is_refused(bundle: Path) -> None:
-    path = bundle / "manifest.json"
-    text = path.read_text()
-    assert '"measured": 0.01' in text
-    path.write_text(text.replace('"measured": 0.01', '"measured": 0.02'))
-    with pytest.raises(
-        BundleError, match=r"manifest.json was changed: its sha256 is \w{64}, it sa"
-    ):
-        load_manifest(bundle)
-
-
-def test_manifest_without_its_own_hash_is_refused(bundle: Path) -> None:
-    path = bundle / "manifest.json"
-    raw = json.loads(path.read_text())
+def without_its_hash(text: str) -> str:
+    raw = json.loads(text)
     del raw["sha256"]
-    path.write_text(json.dumps(raw, indent=2))
-    with pytest.raises(BundleError, match="does not end with its own sha256: export the bundle"):
+    return json.dumps(raw, indent=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: "{", "is not JSON"),
+        (lambda text: "[]", "schema_version None"),
+        (lambda text: "\udcff", "is not JSON"),
+        (lambda text: "[" * 100_000, "nested too deeply"),
+        (
+            lambda text: text.replace('": 0.01', '": 0.02'),
+            r"changed: its sha256 is \w{64}, it sa",
+        ),
+        (without_its_hash, "does not end with its own sha256: export the bundle"),
+        (lambda text: " " * (MAX_MANIFEST_BYTES + 1), "has more than 16777216 bytes"),
+    ],
+)
+def test_manifest_whose_text_was_changed_is_refused(
+    bundle: Path, change: Callable[[str], str], message: str
+) -> None:
+    path = bundle / "manifest.json"
+    path.write_bytes(change(path.read_text()).encode("utf-8", "surrogateescape"))
+    with pytest.raises(BundleError, match=message):
         load_manifest(bundle)
 
 
@@ -172,26 +161,18 @@ def test_manifest_that_cannot_be_read_is_refused(
         load_manifest(bundle)
 
 
-def test_manifest_of_any_length_is_not_read_to_its_end(bundle: Path) -> None:
-    with (bundle / "manifest.json").open("a") as file:
-        file.truncate(MAX_MANIFEST_BYTES + 1)
-    with pytest.raises(BundleError, match="has more than 16777216 bytes"):
-        load_manifest(bundle)
-
-
 def test_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a bundle"):
         load_manifest(tmp_path)
 
 
-def test_gate_without_a_measured_number_cannot_pass() -> None:
-    with pytest.raises(ValidationError, match="'kl' cannot pass without a measured number"):
-        Gate(name="kl", measured=None, threshold=0.02, passed=True, unit="nats/token")
-
-
-def test_nan_is_no_measurement() -> None:
-    with pytest.raises(ValidationError, match="finite"):
-        Gate(name="kl", measured=float("nan"), threshold=0.02, passed=False, unit="nats/token")
+@pytest.mark.parametrize(
+    ("measured", "message"),
+    [(None, "'kl' cannot pass without a measured number"), (float("nan"), "finite")],
+)
+def test_gate_without_a_number_cannot_pass(measured: float | None, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Gate(name="kl", measured=measured, threshold=0.02, passed=True, unit="nats/token")
 
 
 def test_student_lists_one_teacher_layer_per_layer() -> None:
@@ -213,14 +194,3 @@ def test_bundle_loads_no_model_library() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
-
-
-def test_schema_describes_every_top_level_field() -> None:
-    assert set(json.loads(json.dumps(Manifest.model_json_schema()))["required"]) >= {
-        "files",
-        "teacher",
-        "student",
-        "variants",
-        "default_variant",
-        "metrics",
-    }

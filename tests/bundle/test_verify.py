@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,68 +12,33 @@ from bundle.hashing import hash_file
 from bundle.manifest import load_manifest
 from bundle.verify import list_entries, verify_bundle
 
-
-def flip_byte(bundle: Path) -> None:
-    path = bundle / "onnx/int8/model.onnx"
-    data = bytearray(path.read_bytes())
-    data[0] ^= 1
-    path.write_bytes(data)
+Edit = Callable[[Callable[[dict[str, Any]], object]], None]
+GRAPH, WEIGHTS = "onnx/int4/model.onnx", "student/model.safetensors"
 
 
-def truncate(bundle: Path) -> None:
-    os.truncate(bundle / "student/model.safetensors", 3)
+def write(name: str, text: str = "") -> Callable[[Path], object]:
+    return lambda bundle: (bundle / name).write_text(text)
 
 
-def remove(bundle: Path) -> None:
-    (bundle / "student/config.json").unlink()
+def link(target: str) -> Callable[[Path], None]:
+    """Return what replaces the int4 graph by a link."""
+
+    def replace(bundle: Path) -> None:
+        (bundle / GRAPH).unlink()
+        (bundle / GRAPH).symlink_to(target)
+
+    return replace
 
 
-def add(bundle: Path) -> None:
-    (bundle / "onnx/int8/extra.json").write_text("{}")
+def link_out(name: str) -> Callable[[Path], None]:
+    """Return what moves a file or folder beside the bundle, and leaves a link to it."""
 
+    def move(bundle: Path) -> None:
+        outside = bundle.parent / "outside"
+        (bundle / name).rename(outside)
+        (bundle / name).symlink_to(outside)
 
-def add_hidden(bundle: Path) -> None:
-    (bundle / ".hidden").write_text("")
-
-
-def link_out(bundle: Path) -> None:
-    path = bundle / "student/model.safetensors"
-    outside = bundle.parent / "weights"
-    path.rename(outside)
-    path.symlink_to(outside)
-
-
-def link_folder_out(bundle: Path) -> None:
-    outside = bundle.parent / "int8"
-    (bundle / "onnx/int8").rename(outside)
-    (bundle / "onnx/int8").symlink_to(outside)
-
-
-def link_within(bundle: Path) -> None:
-    path = bundle / "onnx/int4/model.onnx"
-    path.unlink()
-    path.symlink_to(bundle / "onnx/int8/model.onnx")
-
-
-def dangling_link(bundle: Path) -> None:
-    path = bundle / "onnx/int4/model.onnx"
-    path.unlink()
-    path.symlink_to(bundle / "nowhere")
-
-
-def link_manifest(bundle: Path) -> None:
-    (bundle / "manifest.json").rename(bundle.parent / "manifest.json")
-    (bundle / "manifest.json").symlink_to(bundle.parent / "manifest.json")
-
-
-def loop(bundle: Path) -> None:
-    path = bundle / "onnx/int4/model.onnx"
-    path.unlink()
-    path.symlink_to("model.onnx")
-
-
-def add_with_a_name_of_two_lines(bundle: Path) -> None:
-    (bundle / "student/x\nserving on 0.0.0.0\x1b[2J").write_text("")
+    return move
 
 
 def test_intact_bundle_is_verified(bundle: Path) -> None:
@@ -84,22 +48,25 @@ def test_intact_bundle_is_verified(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip_byte, "int8/model.onnx has sha256 .* says"),
-        (truncate, "model.safetensors has 3 bytes, manifest.json says 7"),
-        (remove, "student/config.json is missing"),
-        (add, "extra.json is not listed"),
-        (add_hidden, ".hidden is not listed"),
-        (link_out, "model.safetensors leads out of"),
-        (link_folder_out, "leads out of|is not listed"),
-        (link_within, "int4/model.onnx is not a plain file"),
-        (dangling_link, "int4/model.onnx is not a plain file"),
-        (loop, "int4/model.onnx is not a plain file"),
-        (add_with_a_name_of_two_lines, r"x\\nserving on 0.0.0.0\\x1b\[2J' is not listed"),
-        (link_manifest, "manifest.json is not a plain file"),
+        (write("onnx/int8/model.onnx", "int8 grapi"), "int8/model.onnx has sha256 .* says"),
+        (write(WEIGHTS, "wei"), "model.safetensors has 3 bytes, manifest.json says 7"),
+        (lambda bundle: (bundle / "student/config.json").unlink(), "config.json is missing"),
+        (write("onnx/int8/extra.json", "{}"), "extra.json is not listed"),
+        (write(".hidden"), ".hidden is not listed"),
+        (link_out(WEIGHTS), "model.safetensors leads out of"),
+        (link_out("onnx/int8"), "leads out of|is not listed"),
+        (link_out("manifest.json"), "manifest.json is not a plain file"),
+        (link("../int8/model.onnx"), "int4/model.onnx is not a plain file"),
+        (link("nowhere"), "int4/model.onnx is not a plain file"),
+        (link("model.onnx"), "int4/model.onnx is not a plain file"),
+        (
+            write("student/x\nserving on 0.0.0.0\x1b[2J"),
+            r"x\\nserving on 0.0.0.0\\x1b\[2J' is not listed",
+        ),
     ],
 )
 def test_damaged_bundle_is_refused_with_the_file_named(
-    bundle: Path, damage: Callable[[Path], None], message: str
+    bundle: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     damage(bundle)
     with pytest.raises(BundleError, match=message):
@@ -109,7 +76,7 @@ def test_damaged_bundle_is_refused_with_the_file_named(
 @pytest.mark.parametrize("name", ["w.bin", "w.pt", "w.pth", "w.pkl", "modeling.py", "W.PT"])
 def test_file_that_could_run_code_is_refused_even_when_listed(
     bundle: Path,
-    edit_manifest: Callable[[Callable[[dict[str, Any]], object]], None],
+    edit_manifest: Edit,
     name: str,
 ) -> None:
     path = bundle / "student" / name
@@ -121,7 +88,7 @@ def test_file_that_could_run_code_is_refused_even_when_listed(
 
 
 def test_name_that_the_file_system_cannot_hold_is_refused(
-    bundle: Path, edit_manifest: Callable[[Callable[[dict[str, Any]], object]], None]
+    bundle: Path, edit_manifest: Edit
 ) -> None:
     entry = {"sha256": "0" * 64, "size_bytes": 1}
     edit_manifest(lambda m: m["files"].update({"a" * 300: entry}))
