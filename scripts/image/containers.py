@@ -109,6 +109,7 @@ class Containers:
     def leave_nothing_running(self) -> None:
         """Remove all containers and what they have mounted; images stay for the next time."""
         self.podman("rm", "--all", "--force", "--time=0")
+        run(self.buildah_command("rm", "--all"))  # of a stage without a step buildah keeps its own
         self.podman("image", "umount", "--all", "--force")
         overlay = self.storage / "root" / "overlay"
         if overlay.is_mount():
