@@ -25,8 +25,6 @@ from export.student.phases import GridTraining, Text, linear_grids
 from export.student.step import Pair
 from export.student.trainer import Log, PlainParameters, Trainer, TrainingPhase
 from export.teacher.examples import Example
-from tests.support.processes import free_port
-from tests.support.random_models import random_model
 
 # Micro-batches of one example, two to a step, and a last step of one: rank 1 has nothing to do.
 PHASE = PhaseConfig(
@@ -75,6 +73,8 @@ def run_stages(folder: Path, world: World) -> None:
 
 def run_as_two(*arguments: str) -> None:
     """Run this file as two processes that find each other as those of `accelerate launch` do."""
+    from tests.support.processes import free_port
+
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
     environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, __file__, *arguments]
@@ -86,6 +86,8 @@ def run_as_two(*arguments: str) -> None:
 
 
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
+    from tests.support.random_models import random_model  # which the two processes need not load
+
     random_model(num_layers=1, seed=1).save_pretrained(tmp_path / "s")
     random_model(num_layers=1).save_pretrained(tmp_path / "t")
     run_as_two(str(tmp_path))
