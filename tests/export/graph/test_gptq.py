@@ -19,7 +19,7 @@ from export.graph.gptq import (
 from export.graph.quantize import gptq_weights
 from export.run.variants import WeightOnlyVariant
 from export.student.grid import BlockGrid, GridWeight, absmax_scales, encode
-from tests.support.grids import round_to_nearest
+from tests.support.export.grids import round_to_nearest
 from tests.support.random_models import random_examples
 
 

@@ -14,8 +14,8 @@ from export.graph.grid_graph import (
 )
 from export.graph.quantize import float_matmuls
 from export.student.grid import BlockGrid, GridWeight
+from tests.support.export.grids import read_grid_weights, round_to_nearest
 from tests.support.graphs import matmul_graph
-from tests.support.grids import read_grid_weights, round_to_nearest
 
 
 def product(num_inputs: int, num_outputs: int) -> onnx.ModelProto:

@@ -29,8 +29,8 @@ from export.run.variants import (
 )
 from export.student.grid import BlockGrid
 from export.teacher.examples import Example
+from tests.support.export.grids import read_grid_weights, round_to_nearest
 from tests.support.graphs import kl, load_graph, named_node, open_session, weights_of
-from tests.support.grids import read_grid_weights, round_to_nearest
 from tests.support.random_models import export_model, random_examples, random_model
 
 TEXTS = random_examples([(8, 20), (5, 30), (20, 11), (2, 25)] * 4)

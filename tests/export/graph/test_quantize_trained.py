@@ -20,8 +20,8 @@ from export.graph.quantize import (
 )
 from export.run.variants import GridConfig, WeightOnlyVariant
 from export.student.grid import BlockGrid, GridWeight
+from tests.support.export.grids import read_grid_weights, round_to_nearest
 from tests.support.graphs import load_graph, logprobs
-from tests.support.grids import read_grid_weights, round_to_nearest
 from tests.support.random_models import NUM_LAYERS, random_examples, random_model
 
 NUM_PRODUCTS = 5 * NUM_LAYERS + 1

@@ -7,8 +7,8 @@ from onnx import numpy_helper
 
 from export.graph.quantize import WeightOnly, quantize_weights
 from export.student.grid import BlockGrid, encode, pack
+from tests.support.export.grids import round_to_nearest, unpack
 from tests.support.graphs import matmul_graph
-from tests.support.grids import round_to_nearest, unpack
 
 GRIDS = [BlockGrid(bits, block_size) for bits in (4, 8) for block_size in (16, 32)]
 

@@ -16,7 +16,7 @@ from export.student.grid_training import (
 )
 from export.student.step import Pair
 from export.student.trainer import Trainer, TrainingPhase
-from tests.support.grids import round_to_nearest
+from tests.support.export.grids import round_to_nearest
 from tests.support.random_models import random_examples, random_model
 
 GRID = BlockGrid(4, 16)

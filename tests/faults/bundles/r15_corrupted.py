@@ -22,7 +22,7 @@ from typing import Any
 from bundle.manifest import MANIFEST_NAME
 from tests.faults.bundles.damage import Copies, edit_manifest, relist, why_refused
 from tests.faults.result import RowResult, Size
-from tests.support.folders import hash_folder
+from tests.support.export.folders import hash_folder
 from tests.support.tiny_bundle import damage_bundle, shared_tiny_bundle
 
 NUM_BUNDLES = {Size.CI: 60, Size.FULL: 240}

@@ -28,7 +28,7 @@ from tests.faults.export.export_child import (
 )
 from tests.faults.export.small_disk import SmallDisk
 from tests.faults.result import RowResult, Size
-from tests.support.folders import hash_folder
+from tests.support.export.folders import hash_folder
 from tests.support.tiny_bundle import shared_tiny_bundle
 
 ROOM_BYTES = 1 << 30

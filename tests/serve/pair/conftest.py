@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.remote_teachers import RemoteTeachers, lying_server
+from tests.support.rpc.remote_teachers import RemoteTeachers, lying_server
 
 
 @pytest.fixture

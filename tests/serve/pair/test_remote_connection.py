@@ -19,7 +19,7 @@ from serve.pair.remote_teacher import teacher_of
 from serve.pair.served import Role
 from serve.rpc.credentials.tokens import new_token
 from tests.support.polling import wait_until
-from tests.support.remote_teachers import (
+from tests.support.rpc.remote_teachers import (
     CANCELLED,
     NOWHERE,
     SCORE,

@@ -17,7 +17,7 @@ from serve.engine.sequence import FinishReason, GenerationRequest
 from serve.pair.served import Role
 from serve.sampling.params import SamplingParams
 from tests.support.polling import wait_until
-from tests.support.remote_teachers import (
+from tests.support.rpc.remote_teachers import (
     COMPARE,
     NOWHERE,
     SAMPLING,
