@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -21,6 +22,10 @@ from serve.text.tokenizer import Tokenizer
 from tests.support.backends import TOKENIZER, HistoryBackend, build_tokenizer, fixed_logits
 from tests.support.models.tiny_teacher import save_tiny_teacher
 from tests.support.pairs import LiveServer, Pair, serve
+
+# A busy machine is no fault of the code: nothing that is timed fails a test.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
