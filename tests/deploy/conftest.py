@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from scripts.k8s.objects import Rendered
+from tests.deploy.objects import Rendered
 from tests.deploy.rendered import SERVED, render_all
 from tests.support.processes import TandemProcess
 from tests.support.tiny_bundle import shared_tiny_bundle

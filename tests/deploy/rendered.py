@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scripts.k8s import objects, render
-from scripts.k8s.objects import Object, Rendered, component_of, pod_of
+from scripts.k8s import render
 from serve.app.config import ServeConfig
 from serve.app.settings import load_settings
+from tests.deploy.objects import Object, Rendered, component_of, load, pod_of
 
 ROOT = Path(__file__).resolve().parents[2]
 KUBECTL = shutil.which("kubectl") or str(ROOT / ".cache/k8s-tools/bin/kubectl")
@@ -24,7 +24,7 @@ SERVED = sorted(name for name in render.kustomizations() if "distill" not in nam
 
 def render_all(folder: Path) -> dict[str, Rendered]:
     """Return every kustomization by its name."""
-    return {name: objects.load(Path(KUBECTL), name, folder) for name in render.kustomizations()}
+    return {name: load(Path(KUBECTL), name, folder) for name in render.kustomizations()}
 
 
 def config_of(rendered: Rendered, deployment: Object, folder: Path) -> ServeConfig:

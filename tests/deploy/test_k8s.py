@@ -11,10 +11,10 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from scripts.k8s.objects import Rendered, container_of, pod_of, ports_of
 from serve.addresses import is_loopback
 from serve.app.server import MAX_CLOSE_S
 from serve.metrics.server_metrics import ServerMetrics
+from tests.deploy.objects import Rendered, container_of, pod_of, ports_of
 from tests.deploy.rendered import ROOT, SERVED, config_of, envoy_of, needs_kubectl, seconds
 
 pytestmark = needs_kubectl

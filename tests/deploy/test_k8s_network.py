@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from scripts.k8s.objects import Object, Rendered, component_of, container_of, pod_of, ports_of
 from serve.client.channel import MAX_ATTEMPTS, service_config
+from tests.deploy.objects import Object, Rendered, component_of, container_of, pod_of, ports_of
 from tests.deploy.rendered import SERVED, config_of, envoy_of, needs_kubectl
 from tests.support.processes import find_envoy
 

@@ -27,10 +27,10 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from protos.tandem.v1 import inference_pb2 as pb
-from scripts.k8s import objects
-from scripts.k8s.objects import Object, Rendered, component_of, container_of
 from serve.client import Client, Tls
 from serve.rpc.credentials.tokens import new_token
+from tests.deploy import objects
+from tests.deploy.objects import Object, Rendered, component_of, container_of
 from tests.deploy.rendered import KUBECTL, ROOT, needs_kubectl
 from tests.support.polling import wait_until
 from tests.support.tiny_bundle import shared_tiny_bundle

@@ -1,4 +1,4 @@
-"""The objects of a rendered kustomization, and what its pods are told; for tests/deploy."""
+"""The objects of a rendered kustomization, and what its pods are told."""
 
 from __future__ import annotations
 
