@@ -176,7 +176,7 @@ def show_bundle(console: Any, bundle: Path) -> None:
         f"{manifest.student.num_layers} layers, {manifest.student.num_parameters / 1e6:.0f} M "
         f"parameters, from {manifest.teacher.num_parameters / 1e6:.0f} M. On "
         f"{manifest.metrics.num_prompts} held-out prompts KL(teacher ‖ student) is "
-        f"{values['student_kl']:.3f} nats per token, argmax agreement "
+        f"{values['student_kl']:.3f} nats per token, top-1 agreement "
         f"{values['student_argmax_agreement']:.3f}.\n"
         f"One sequence, tokens per second: {manifest.default_variant} student "
         f"{best['decode_tokens_per_s']:.0f}, teacher in Tandem (bf16) "
