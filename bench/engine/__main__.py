@@ -1,4 +1,4 @@
-"""What Tandem's own engine costs, piece by piece, and whether it keeps to issue #4's targets.
+"""What Tandem's own engine costs, piece by piece, and whether it keeps to its targets.
 
     python -m bench.engine --bundle runs/smollm2/bundle --out engine.json --rounds 7
     python -m bench.engine --bundle runs/smollm2/bundle --out soak.json --only soak

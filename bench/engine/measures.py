@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class MedianLimit:
-    """A limit of issue #4 that the median keeps to."""
+    """A target that the median keeps to."""
 
     limit: float
     is_upper: bool

@@ -17,7 +17,7 @@ from typing import Any
 from bundle.errors import UserError
 
 MAX_KL_NATS = 0.02
-"""Gate of the "best variant": mean KL to the float student, per token (issue #4)."""
+"""Gate of the "best variant": mean KL to the float student, per token."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The tables of a comparison: each side's figures, and the ratios with the targets of issue #4."""
+"""The tables of a comparison: each side's figures, and the ratios with their targets."""
 
 from __future__ import annotations
 
