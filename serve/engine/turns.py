@@ -16,14 +16,17 @@ MAX_WAIT_S = 0.25
 
 
 class StepArbiter:
-    """Hands out turns. Lower priority numbers are more urgent; each engine has its own."""
+    """Hands out turns. Lower priority numbers are more urgent; each engine has its own.
+
+    `waiting` maps who waits to when its patience ends, `holder` is whose turn it is.
+    """
 
     def __init__(self, max_wait_s: float = MAX_WAIT_S) -> None:
         self._condition = threading.Condition()
         self._max_wait_s = max_wait_s
-        self._waiting: dict[int, float] = {}
+        self.waiting: dict[int, float] = {}
         self._claims: set[int] = set()
-        self._holder: int | None = None
+        self.holder: int | None = None
 
     def claim(self, priority: int) -> None:
         """Say that the engine has work, also between its steps."""
@@ -40,8 +43,8 @@ class StepArbiter:
         """Take claim and turn away from an engine that hangs, so that the others go on."""
         with self._condition:
             self._claims.discard(priority)
-            if self._holder == priority:
-                self._holder = None
+            if self.holder == priority:
+                self.holder = None
             self._condition.notify_all()
 
     @contextmanager
@@ -49,26 +52,26 @@ class StepArbiter:
         """Hold the turn for the duration of the block."""
         with self._condition:
             overdue_s = time.monotonic() + self._max_wait_s
-            self._waiting[priority] = overdue_s
+            self.waiting[priority] = overdue_s
             while not self._is_next(priority):
                 # Nobody may tell this engine that its patience is over.
                 left_s = overdue_s - time.monotonic()
                 self._condition.wait(left_s if left_s > 0 else None)
-            del self._waiting[priority]
-            self._holder = priority
+            del self.waiting[priority]
+            self.holder = priority
         try:
             yield
         finally:
             with self._condition:
-                if self._holder == priority:
-                    self._holder = None
+                if self.holder == priority:
+                    self.holder = None
                     self._condition.notify_all()
 
     def _is_next(self, priority: int) -> bool:
-        if self._holder is not None:
+        if self.holder is not None:
             return False
         now_s = time.monotonic()
-        overdue = [(since_s, p) for p, since_s in self._waiting.items() if since_s <= now_s]
+        overdue = [(since_s, p) for p, since_s in self.waiting.items() if since_s <= now_s]
         if overdue:
             return min(overdue)[1] == priority
-        return priority == min({*self._waiting, *self._claims})
+        return priority == min({*self.waiting, *self._claims})

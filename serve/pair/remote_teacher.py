@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 HEALTH_NAME = "model.teacher"
 PROBE_PERIOD_S = 1.0
-_PROBE_TIMEOUT_S = 2.0
+PROBE_TIMEOUT_S = 2.0
 # Behind one address there may be several servers, of which the next probe asks the next one.
 _NUM_PROBES = 3
 # Of a call's time what is kept for the way back, so that who waits for it can still answer.
@@ -305,7 +305,7 @@ class RemoteTeacher:
         return why, is_silent
 
     async def _probe(self) -> str:
-        options = {"timeout": _PROBE_TIMEOUT_S}
+        options = {"timeout": PROBE_TIMEOUT_S}
         request = health_pb2.HealthCheckRequest(service=HEALTH_NAME)
         health = await self._health.Check(request, **options)
         if health.status != health_pb2.HealthCheckResponse.SERVING:

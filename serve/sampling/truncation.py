@@ -41,7 +41,7 @@ class Filters:
             _column([r.min_p for r in rows], torch.float64, device),
         )
 
-    def num_kept(self, ranked: _Ranked, totals: torch.Tensor) -> torch.Tensor:
+    def num_kept(self, ranked: Ranked, totals: torch.Tensor) -> torch.Tensor:
         """Return how many of the ranked weights stay, `(R, 1)`; all of them may mean: and more."""
         in_top_p = 1 + torch.searchsorted(ranked.mass, self.top_p * totals)
         floors = (self.min_p * ranked.negated[:, :1]).float()
@@ -70,9 +70,9 @@ def draw_truncated(
     more. On CUDA all of them: the host would have to wait to learn which rows those are.
     """
     if weights.is_cuda:
-        ranked = _Ranked.sort(weights)
+        ranked = Ranked.sort(weights)
         return ranked.draw(weights, filters.num_kept(ranked, totals), u)
-    ranked = _Ranked.select(weights, min(num_ranked, weights.shape[1]))
+    ranked = Ranked.select(weights, min(num_ranked, weights.shape[1]))
     num_kept = filters.num_kept(ranked, totals)
     token_ids, logprobs = ranked.draw(weights, num_kept, u)
     rows = (num_kept[:, 0] == num_ranked).nonzero()[:, 0]
@@ -84,7 +84,7 @@ def draw_truncated(
 
 
 @dataclass(frozen=True, slots=True)
-class _Ranked:
+class Ranked:
     """The K heaviest weights of each row, falling, `(R, K)`.
 
     `negated` are minus the weights, rising, for searches; `mass` float64 adds the weights up; `ids`
@@ -96,13 +96,13 @@ class _Ranked:
     ids: torch.Tensor | None
 
     @classmethod
-    def sort(cls, weights: torch.Tensor) -> _Ranked:
+    def sort(cls, weights: torch.Tensor) -> Ranked:
         """Rank all of them, K = V, on any device and without waiting for it."""
         ranked, ids = torch.sort(weights, descending=True, stable=True)
         return cls(-ranked, ranked.cumsum(-1, dtype=torch.float64), ids)
 
     @classmethod
-    def select(cls, weights: torch.Tensor, num_ranked: int) -> _Ranked:
+    def select(cls, weights: torch.Tensor, num_ranked: int) -> Ranked:
         """Rank the `num_ranked` heaviest, on the CPU."""
         ranked = _heaviest(weights, num_ranked)
         return cls(-ranked, ranked.cumsum(-1, dtype=torch.float64), None)

@@ -24,7 +24,7 @@ from serve.rpc.credentials.reloading import Reloaded
 SCOPES = frozenset({"inference", "control", "reflection"})
 
 _NUM_TOKEN_BYTES = 32
-_MIN_INTERVAL_S = 1.0
+MIN_INTERVAL_S = 1.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 
@@ -61,7 +61,7 @@ class TokenFile:
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         """Read the file. UserError: it is unreadable or malformed; the text names the line."""
         self._entries = Reloaded(
-            [path], partial(_read, path), min_interval_s=_MIN_INTERVAL_S, clock=clock
+            [path], partial(_read, path), min_interval_s=MIN_INTERVAL_S, clock=clock
         )
 
     def identify(self, token: str) -> Identity | None:

@@ -116,7 +116,7 @@ def test_token_that_is_not_looked_at_is_found(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_tokens_that_are_not_read_again_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.rpc.credentials.tokens._MIN_INTERVAL_S", 3600.0)
+    monkeypatch.setattr("serve.rpc.credentials.tokens.MIN_INTERVAL_S", 3600.0)
     text = problems(r21_credentials)
     assert "good clients failed" in text and "withdrawn token: OK" in text
 

@@ -173,7 +173,7 @@ class _Storm:
             yield
             return
         # So short that a road which brings nothing is noticed within a storm.
-        with patch("serve.pair.remote_teacher._PROBE_TIMEOUT_S", 0.2):
+        with patch("serve.pair.remote_teacher.PROBE_TIMEOUT_S", 0.2):
             is_over = asyncio.Event()
             task = asyncio.create_task(teacher.misbehave_until(is_over))
             try:

@@ -36,7 +36,7 @@ def test_turn_goes_to_the_lowest_priority_number() -> None:
     arbiter, order = StepArbiter(max_wait_s=60), list[int]()
     with arbiter.turn(3):
         threads = [start(taker(arbiter, priority, order)) for priority in (2, 0, 1)]
-        wait_until(lambda: len(arbiter._waiting) == 3)
+        wait_until(lambda: len(arbiter.waiting) == 3)
         assert order == []
     for thread in threads:
         thread.join(10)
@@ -47,7 +47,7 @@ def test_claim_keeps_the_less_urgent_away_between_two_turns() -> None:
     arbiter, order = StepArbiter(max_wait_s=60), list[int]()
     arbiter.claim(0)
     thread = start(taker(arbiter, 1, order))
-    wait_until(lambda: len(arbiter._waiting) == 1)
+    wait_until(lambda: len(arbiter.waiting) == 1)
     taker(arbiter, 0, order)()
     taker(arbiter, 0, order)()
     assert order == [0, 0]
@@ -97,9 +97,9 @@ def test_turn_and_claim_of_an_engine_that_hangs_can_be_taken_away() -> None:
             may_go_on.wait(10)
 
     hung = start(hang)
-    wait_until(lambda: arbiter._holder == 0)
+    wait_until(lambda: arbiter.holder == 0)
     other = start(taker(arbiter, 1, order))
-    wait_until(lambda: len(arbiter._waiting) == 1)
+    wait_until(lambda: len(arbiter.waiting) == 1)
     assert order == []
     arbiter.drop(0)
     other.join(10)
@@ -107,4 +107,4 @@ def test_turn_and_claim_of_an_engine_that_hangs_can_be_taken_away() -> None:
     with arbiter.turn(1):
         may_go_on.set()
         hung.join(10)
-        assert arbiter._holder == 1
+        assert arbiter.holder == 1

@@ -62,9 +62,9 @@ def test_sweep_over_u_draws_what_a_walk_down_the_ranks_keeps(
 def test_sorting_everything_draws_the_same_as_selecting(
     weights: list[int], params: SamplingParams, u: float
 ) -> None:
-    """CUDA sorts, the CPU selects; `_Ranked.sort` runs on both."""
+    """CUDA sorts, the CPU selects; `Ranked.sort` runs on both."""
     rows = torch.tensor([weights]).float()
-    ranked = truncation._Ranked.sort(rows)
+    ranked = truncation.Ranked.sort(rows)
     num_kept = Filters.of([params], rows.device).num_kept(ranked, rows.double().sum(-1)[:, None])
     uniform = torch.tensor([u], dtype=torch.float64)
     sorted_draw = ranked.draw(rows, num_kept, uniform[:, None])
