@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 
-.PHONY: demo loadtest test test-exported test-served test-nightly test-other-cpus check k8s-check format protos docs baseline
+.PHONY: demo loadtest test test-lane-1 test-lane-2 test-nightly test-other-cpus check k8s-check format protos docs baseline
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,17 +24,17 @@ loadtest: $(STAMP) $(DEMO_BUNDLE)
 	$(BIN)/python -m tandem.demo_load
 
 # Two lanes of the same length, for two cores.
-EXPORTED := tests/bench tests/bundle tests/deploy tests/estimators tests/export tests/faults/bundles \
-            tests/faults/export tests/faults/storm tests/tandem $(wildcard tests/test_*.py)
+LANE_1 := tests/bench tests/bundle tests/deploy tests/estimators tests/export tests/faults/bundles \
+          tests/faults/export tests/faults/storm tests/loadtest tests/tandem $(wildcard tests/test_*.py)
 
 test: $(STAMP)
-	$(MAKE) --jobs 2 --output-sync=target --no-print-directory test-exported test-served
+	$(MAKE) --jobs 2 --output-sync=target --no-print-directory test-lane-1 test-lane-2
 
-test-exported:
-	$(BIN)/pytest $(EXPORTED)
+test-lane-1:
+	$(BIN)/pytest $(LANE_1)
 
-test-served:
-	$(BIN)/pytest $(addprefix --ignore=,$(EXPORTED))
+test-lane-2:
+	$(BIN)/pytest $(addprefix --ignore=,$(LANE_1))
 
 # What takes minutes, or needs what is rarely there.
 test-nightly: $(STAMP)
