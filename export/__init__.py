@@ -1,9 +1,3 @@
 """From a teacher to a verified bundle; `docs/export.md` is the guide."""
 
-import os
-
-from serve.cpus import bound_spinning
-
-# As in serve: onnxruntime's official builds send usage data unless this is set before the import.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-bound_spinning()
+import serve  # noqa: F401  (it sets what libraries read from the environment when they are loaded)

@@ -24,6 +24,7 @@ from protos.tandem.v1 import inference_pb2 as pb
 from serve.client import Client
 from serve.text.tokenizer import Tokenizer
 from tandem.demo import serving
+from tests.support.models.tiny_graphs import TINY_SHAPE
 from tests.support.models.tiny_teacher import save_tiny_teacher
 from tests.support.recipes import ACCEPT_ALL, RecordingReporter, write_recipe
 
@@ -71,13 +72,8 @@ def save_model(folder: Path, num_rows: int, *, is_tied: bool, seed: int) -> Path
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=num_rows,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=2048,
-        initializer_range=0.2,
+        **TINY_SHAPE,
         tie_word_embeddings=is_tied,
         bos_token_id=1,
         eos_token_id=2,

@@ -26,6 +26,7 @@ from serve.models.onnx_backend import OnnxBackend
 from serve.models.torch_backend import TorchBackend
 from serve.sampling.params import SamplingParams
 from serve.text.real_tokens import ABSENT_LOGIT, EVERY_ROW, RealTokens
+from tests.support.models.tiny_graphs import TINY_SHAPE
 
 NUM_ROWS, NUM_TOKENS, MISSING = 340, 300, (77, 250)
 PRESENT = [i for i in range(NUM_TOKENS) if i not in MISSING]
@@ -39,13 +40,8 @@ def loud_model(*, is_tied: bool) -> Any:
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=NUM_ROWS,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=256,
-        initializer_range=0.2,
+        **TINY_SHAPE,
         tie_word_embeddings=is_tied,
     )
     model = Qwen2ForCausalLM(config).eval()

@@ -18,6 +18,15 @@ from export.graph.trace import export_onnx
 VOCAB_SIZE = 300
 MAX_POSITIONS = 256
 HALVES = ("float16", "bfloat16")
+# Two layers whose matrices are whole blocks of 128 weights, as quantizers want them.
+TINY_SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
 
 
 def save_tiny_graphs(folder: Path) -> None:
@@ -28,13 +37,8 @@ def save_tiny_graphs(folder: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=MAX_POSITIONS,
-        initializer_range=0.2,
+        **TINY_SHAPE,
     )
     model = LlamaForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
